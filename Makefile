@@ -1,0 +1,31 @@
+# Needs Python, pip and make only. `make VENV=path demo` uses an environment of your own and keeps its torch build.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.mosa-hf-gguf
+	$(VENV_PYTHON) -m benchmarks.demo
+
+test: lint
+	$(VENV_PYTHON) -m pytest -q
+
+lint: $(VENV)/.mosa-hf-test
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+
+# Never removes VENV when it is yours.
+clean:
+	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per extra of pyproject.toml, so that a second run installs nothing.
+$(VENV)/.mosa-hf-%: pyproject.toml | $(VENV_PYTHON)
+	$(VENV_PYTHON) -c "import torch" 2>/dev/null || $(VENV_PYTHON) -m pip install torch==2.13.0
+	$(VENV_PYTHON) -m pip install -e ".[$*]"
+	touch $@
+
+$(VENV_PYTHON):
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,193 @@
+"""The fast path that runs wherever PyTorch runs (backend "torch"): gathered rows, batched matmuls, fused attention.
+
+Selections are sorted by position, so that a query reads a prefix of the slots (DESIGN section 2).
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .layout import HeadWeights, KeyValues, Tokens, rotate
+
+QUERY_BLOCK = 128  # queries of "all" form attention scored at once: large enough for the matmuls, small against T
+
+
+def selected_heads(
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: KeyValues | None = None
+) -> tuple[torch.Tensor, KeyValues]:
+    """Same function as `reference.selected_heads`; only selected tokens are projected."""
+    batch_size, num_tokens, hidden_size = hidden_states.shape
+    num_groups, head_dim, _ = weights.key.shape
+    index, filled = selected_positions(tokens.selected)  # [B, G, K]
+    num_slots = index.shape[-1]
+    row = torch.arange(batch_size, device=index.device)[:, None, None]
+
+    slots = hidden_states[row, index].transpose(0, 1).reshape(num_groups, batch_size * num_slots, hidden_size)
+    query, key, value = (
+        _per_group(slots, weight, bias).unflatten(1, (batch_size, num_slots)).transpose(0, 1)  # [B, G, K, out]
+        for weight, bias in (
+            (weights.query, weights.query_bias),
+            (weights.key, weights.key_bias),
+            (weights.value, weights.value_bias),
+        )
+    )
+    query = query.unflatten(-1, (-1, head_dim)).transpose(2, 3)  # [B, G, R, K, d]
+    cos, sin = tokens.cos[row, index], tokens.sin[row, index]  # [B, G, K, rotary_dim]
+    query, key = rotate(query, cos[:, :, None], sin[:, :, None]), rotate(key, cos, sin)
+    new = KeyValues(key, value, tokens.position[row, index], filled, None)
+
+    # Empty slots come last: a causal read of the slots never meets them before a filled slot's own turn.
+    if past is None and tokens.segment is None:
+        heads = _attention(query, key, value, is_causal=True)
+    else:
+        mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=index.device).tril()  # [K, K]
+        mask = mask.expand(batch_size, num_groups, num_slots, num_slots)
+        if tokens.segment is not None:
+            segment = tokens.segment[row, index]
+            mask = mask & (segment[..., :, None] == segment[..., None, :])
+        if past is not None:
+            past_mask = torch.ones_like(past.position, dtype=torch.bool) if past.valid is None else past.valid
+            mask = torch.cat((past_mask[:, :, None].expand(-1, -1, num_slots, -1), mask), dim=-1)
+            key, value = torch.cat((past.key, key), dim=2), torch.cat((past.value, value), dim=2)
+        heads = _attention(query, key, value, mask)
+
+    gate = tokens.gate.transpose(1, 2).gather(2, index) * filled  # [B, G, K]
+    heads = heads * gate[:, :, None, :, None].to(heads.dtype)
+    heads = heads.permute(1, 0, 3, 2, 4).flatten(1, 2).flatten(2)  # [G, B * K, R * d]
+    update = _per_group(heads, weights.output).unflatten(1, (batch_size, num_slots)).transpose(0, 1)  # [B, G, K, D]
+
+    # Many groups add into one token: sum in float32, as a matmul would.
+    output = update.new_zeros(
+        batch_size * num_tokens, hidden_size, dtype=torch.promote_types(update.dtype, torch.float32)
+    )
+    output = output.index_add(0, (row * num_tokens + index).flatten(), update.flatten(0, 2).to(output.dtype))
+    return output.to(hidden_states.dtype).view(batch_size, num_tokens, hidden_size), new
+
+
+def all_attention(
+    query: torch.Tensor,
+    near: KeyValues,
+    kept: KeyValues | None,
+    tokens: Tokens,
+    window: int,
+    far_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Same function as `reference.all_attention`, block of queries by block: a block scores the kept keys, the selected
+    near keys up to its window, and its window. Relies on padding being on the left of `near` and of the queries.
+    """
+    batch_size, num_groups, num_heads, num_queries, _ = query.shape
+    num_near = near.key.shape[2]
+    offset = num_near - num_queries  # query i stands at near slot offset + i
+    device = query.device
+    selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
+
+    index, filled = selected_positions(selected.transpose(1, 2), limit=num_near - window)  # [B, G, K]
+    far_key, far_value = (_gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
+    bias = None if far_bias is None else far_bias.gather(2, index)
+    last_far = offset - window + torch.arange(num_queries, device=device)  # [T], the last near slot that is far
+    # How many of the K far slots the block that ends with a query can reach, for the group that reaches most.
+    block_ends = [min(start + QUERY_BLOCK, num_queries) for start in range(0, num_queries, QUERY_BLOCK)]
+    reach = selected.cumsum(-1).amax((0, 1))  # [S]
+    reach = [int(reach[end - 1 + offset - window]) if end - 1 + offset >= window else 0 for end in block_ends]
+
+    outputs = []
+    for start, end, num_far in zip(range(0, num_queries, QUERY_BLOCK), block_ends, reach):
+        queries = slice(start, end)
+        local = slice(max(0, offset + start - window + 1), offset + end) if window else slice(0, 0)
+        keys, values, masks, biases = [], [], [], []
+        if kept is not None:
+            keys.append(kept.key)
+            values.append(kept.value)
+            masks.append(None if kept.valid is None else kept.valid[:, :, None])
+        if num_far:
+            keys.append(far_key[:, :, :num_far])
+            values.append(far_value[:, :, :num_far])
+            far = index[:, :, None, :num_far]
+            mask = filled[:, :, None, :num_far] & (far <= last_far[queries, None])
+            if tokens.segment is not None:  # packed sequences come without a cache: queries and near slots coincide
+                row = torch.arange(batch_size, device=device)[:, None, None, None]
+                mask = mask & (tokens.segment[row, far] == tokens.segment[:, None, queries, None])
+            masks.append(mask)
+        if window:
+            keys.append(near.key[:, :, local])
+            values.append(near.value[:, :, local])
+            distance = (last_far[queries, None] + window) - torch.arange(num_near, device=device)[local]
+            mask = ((distance >= 0) & (distance < window))[None, None]
+            if near.valid is not None:
+                mask = mask & near.valid[:, :, None, local]
+            if tokens.segment is not None:
+                mask = mask & (tokens.segment[:, None, queries, None] == tokens.segment[:, None, None, local])
+            masks.append(mask)
+        if not keys:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
+            keys, values = [near.key[:, :, :1]], [near.value[:, :, :1]]
+            masks = [torch.zeros(1, dtype=torch.bool, device=device)]
+        lengths = [key.shape[2] for key in keys]
+
+        shape = (batch_size, num_groups, end - start)
+        true = torch.ones((), dtype=torch.bool, device=device)
+        mask = torch.cat([(true if m is None else m).expand(*shape, n) for m, n in zip(masks, lengths)], dim=-1)
+        if bias is not None and num_far:
+            before, after = (lengths[0] if kept is not None else 0), (lengths[-1] if window else 0)
+            added = F.pad(bias[:, :, :num_far], (before, after))[:, :, None]
+            mask = added.to(query.dtype).expand(mask.shape).masked_fill(~mask, -torch.inf)
+        outputs.append(_attention(query[:, :, :, queries], torch.cat(keys, dim=2), torch.cat(values, dim=2), mask))
+    return torch.cat(outputs, dim=3)
+
+
+def selected_positions(selected: torch.Tensor, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Selected tokens of each group in ascending order.
+
+    Args:
+        selected: `[B, T, G]` bool.
+        limit: only tokens before this one.
+
+    Returns:
+        index `[B, G, K]` int64 with K the largest count, and filled `[B, G, K]` bool; empty slots come last and hold 0.
+    """
+    selected = selected.transpose(1, 2)  # [B, G, T]
+    if limit is not None:
+        selected = selected[:, :, : max(limit, 0)]
+    count = selected.sum(-1)  # [B, G]
+    num_slots = int(count.max()) if count.numel() and selected.shape[-1] else 0
+    filled = torch.arange(num_slots, device=selected.device) < count[..., None]
+    index = torch.zeros(filled.shape, dtype=torch.int64, device=selected.device)
+    index[filled] = selected.nonzero()[:, 2]  # row by row, group by group, ascending: the order of the filled slots
+    return index, filled
+
+
+def _gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`states` [B, G, S, d] at `index` [B, G, K]."""
+    return states.gather(2, index[..., None].expand(*index.shape, states.shape[-1]))
+
+
+def _per_group(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`rows` [G, N, in] through each group's `weight` [G, out, in]."""
+    product = torch.bmm(rows, weight.transpose(1, 2).to(rows.dtype))
+    return product if bias is None else product + bias[:, None]
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """
+    `query` [B, G, R, T, d] against its group's `key`, `value` [B, G, S, d] under `mask` [B, G, T, S] (bool, or added to
+    the scores). The R heads of a group become rows of one query matrix, so that its keys are read once.
+    """
+    batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
+    if is_causal:
+        if num_heads > 1:
+            key, value = (states[:, :, None].expand(-1, -1, num_heads, -1, -1) for states in (key, value))
+            query, key, value = (states.flatten(1, 2) for states in (query, key, value))
+        else:
+            query = query[:, :, 0]
+        output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return output.view(batch_size, num_groups, num_heads, num_queries, head_dim)
+    if num_heads > 1 and mask is not None:
+        mask = mask[:, :, None].expand(-1, -1, num_heads, -1, -1).flatten(2, 3)
+    output = F.scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=mask)
+    return output.unflatten(2, (num_heads, num_queries))

@@ -1,0 +1,250 @@
+"""The one MoSA module that every model uses: routers and heads of one layer, over the active kernels backend."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..cache import SparseKeyValues
+from ..kernels import backend
+from ..kernels.layout import HeadWeights, KeyValues, Tokens, rotate
+from ..routing import RoutingState, select_by_expert_choice, select_by_threshold
+
+
+class MosaRouter(nn.Linear):
+    """
+    The routers of a layer's groups: logits, and which tokens they select (DESIGN section 3).
+
+    Computes in float32 (float64 for a float64 model), whatever the model's dtype or autocast. The buffer `threshold` [G] follows the groups'
+    K-th highest logit while the module trains.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__(config.hidden_size, config.num_mosa_key_value_heads, bias=config.mosa_router_bias)
+        self.layer_idx = layer_idx
+        self.sparsity = config.mosa_sparsity
+        self.min_tokens = config.mosa_min_tokens
+        self.include_first = config.mosa_include_first
+        self.training_routing = config.mosa_routing
+        self.inference_routing = config.mosa_inference_routing
+        self.momentum = config.mosa_threshold_momentum
+        self.register_buffer("threshold", torch.zeros(config.num_mosa_key_value_heads, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` must not round the threshold: a moving average would stall between two values.
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != torch.float32:
+            self.threshold = threshold.to(self.threshold.device)
+        return self
+
+    @property
+    def routing(self) -> str:
+        """The rule in force: "expert_choice" or "threshold"."""
+        return self.training_routing if self.training else self.inference_routing
+
+    def forward(self, hidden_states: torch.Tensor, state: RoutingState) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `[B, T, D]`.
+            state: of this model call.
+
+        Returns:
+            logits `[B, T, G]` and selected `[B, T, G]` bool.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
+
+        valid, segment = (None if x is None else x.to(logits.device) for x in (state.valid, state.segment))
+        first = state.first.to(logits.device) if self.include_first else None
+        if self.sparsity == 1:  # nothing to choose, whatever the thresholds are
+            selected = torch.ones_like(logits, dtype=torch.bool)
+            return logits, selected if valid is None else selected & valid[..., None]
+        if self.training or self.routing == "expert_choice":
+            selected, last = select_by_expert_choice(
+                logits.detach(), self.sparsity, self.min_tokens, valid, first, segment
+            )
+        threshold = self.threshold
+        if self.training:
+            threshold = self._follow(last, state)
+        if self.routing == "threshold":
+            selected = select_by_threshold(logits.detach(), threshold, valid, first)
+        return logits, selected
+
+    @torch.no_grad()
+    def _follow(self, last: torch.Tensor, state: RoutingState) -> torch.Tensor:
+        """Move `threshold` towards `last` [G], once a model call; returns the threshold that the call routes with."""
+        if self.layer_idx not in state.thresholds:
+            state.thresholds[self.layer_idx] = self.threshold.clone()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                seen = last.isfinite().float()
+                last = torch.stack((last.nan_to_num(), seen))
+                torch.distributed.all_reduce(last)
+                last = last[0] / last[1]
+            moved = self.threshold * self.momentum + last * (1 - self.momentum)
+            self.threshold.copy_(torch.where(last.isfinite(), moved, self.threshold))
+        return state.thresholds[self.layer_idx]
+
+
+class MosaHeads(nn.Module):
+    """
+    The MoSA heads of one layer (DESIGN section 2): routers, per-group projections, and their share of the layer's
+    attention output. Projections are stored group by group as `[group, out, in]`.
+
+    Args:
+        config: the layer's configuration (`config.per_layer_config[layer_idx]`).
+        layer_idx: index of the layer.
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.query_tokens = config.mosa_query_tokens
+        self.window = config.mosa_window
+        self.num_groups = config.num_mosa_key_value_heads
+        self.head_dim = config.head_dim
+        query_dim = config.num_mosa_heads // self.num_groups * self.head_dim  # R * d
+
+        self.router = MosaRouter(config, layer_idx)
+        self.q_proj = nn.Parameter(torch.empty(self.num_groups, query_dim, config.hidden_size))
+        self.k_proj = nn.Parameter(torch.empty(self.num_groups, self.head_dim, config.hidden_size))
+        self.v_proj = nn.Parameter(torch.empty(self.num_groups, self.head_dim, config.hidden_size))
+        self.o_proj = nn.Parameter(torch.empty(self.num_groups, config.hidden_size, query_dim))
+        for name, size in (("q_bias", query_dim), ("k_bias", self.head_dim), ("v_bias", self.head_dim)):
+            self.register_parameter(
+                name, nn.Parameter(torch.empty(self.num_groups, size)) if config.attention_bias else None
+            )
+        # The layer's output bias belongs to the dense heads' `o_proj`, where there are any.
+        needs_output_bias = config.attention_bias and config.num_attention_heads == 0
+        self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if needs_output_bias else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        state: RoutingState,
+        cache: SparseKeyValues | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states: `[B, T, D]`.
+            position_embeddings: cos and sin `[B or 1, T, rotary_dim]`.
+            state: of this model call.
+            cache: this layer's sparse cache, which takes in the call's tokens.
+
+        Returns:
+            `[B, T, D]`: the heads' outputs after W_O, summed; zero on padding.
+
+        Raises:
+            ValueError: for expert-choice routing on top of cached tokens.
+        """
+        if cache is not None and cache.num_tokens is not None and self.router.routing == "expert_choice":
+            raise ValueError(
+                "'expert_choice' routing selects from a whole sequence at once and cannot continue from a cache. Use "
+                "`model.eval()` with `mosa_inference_routing='threshold'`, or pass `use_cache=False`."
+            )
+        logits, selected = self.router(hidden_states, state)
+        tokens = self._tokens(logits, selected, position_embeddings, state, hidden_states)
+        order, inverse = (None if x is None else x.to(hidden_states.device) for x in (state.order, state.inverse))
+        if order is not None:
+            hidden_states = _permute(hidden_states, order)
+            tokens = Tokens(*(None if x is None else _permute(x, order) for x in tokens))
+        if cache is not None:
+            batch_size, num_tokens = hidden_states.shape[:2]
+            # The mask as it came: `crop` removes tokens from the end of what the caller passed.
+            valid = None if state.valid is None else state.valid.to(hidden_states.device)
+            cache.advance(valid, batch_size, num_tokens, hidden_states.device)
+        attend = self._selected if self.query_tokens == "selected" else self._all
+        output = attend(hidden_states, tokens, cache)
+        if self.o_bias is not None:
+            output = output + self.o_bias
+        if tokens.valid is not None:
+            output = output.masked_fill(~tokens.valid[..., None], 0.0)
+        return output if inverse is None else _permute(output, inverse)
+
+    def _tokens(
+        self,
+        logits: torch.Tensor,
+        selected: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        state: RoutingState,
+        hidden_states: torch.Tensor,
+    ) -> Tokens:
+        device, batch_size = hidden_states.device, hidden_states.shape[0]
+        if self.query_tokens == "selected":
+            gate = logits.sigmoid()
+        elif self.training:
+            # A key's score rises with its margin over the threshold: the routers' gradient. Hard selection has none,
+            # and is what evaluation uses. Tokens selected in any case have no margin to speak of.
+            gate = F.logsigmoid(logits - state.thresholds.get(self.layer_idx, self.router.threshold))
+            if self.router.include_first:
+                gate = gate.masked_fill(state.first.to(device)[..., None], 0.0)
+        else:
+            gate = None
+        position, valid, segment = (
+            None if x is None else x.to(device) for x in (state.position, state.valid, state.segment)
+        )
+        cos, sin = (x.to(device).expand(batch_size, -1, -1) for x in position_embeddings)
+        return Tokens(position, valid, segment, cos, sin, selected, gate)
+
+    def _selected(self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseKeyValues | None) -> torch.Tensor:
+        """Form "selected": outputs for the selected tokens alone."""
+        weights = HeadWeights(
+            self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.q_bias, self.k_bias, self.v_bias
+        )
+        groups = past = None
+        if cache is not None and cache.kept.count is not None:
+            # Groups that select nothing cost nothing: neither their weights nor their cache are read.
+            groups = tokens.selected.any(dim=1).any(dim=0).nonzero()[:, 0]
+            if len(groups) == 0:
+                return torch.zeros_like(hidden_states)
+            if len(groups) == self.num_groups:
+                groups = None
+            else:
+                weights = HeadWeights(*(None if weight is None else weight[groups] for weight in weights))
+                tokens = tokens._replace(selected=tokens.selected[..., groups], gate=tokens.gate[..., groups])
+            past = cache.kept.read(groups)
+        output, new = backend().selected_heads(hidden_states, weights, tokens, past)
+        if cache is not None:
+            cache.append_selected(new, groups)
+        return output
+
+    def _all(self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseKeyValues | None) -> torch.Tensor:
+        """Form "all": every token queries."""
+        query, key, value = (
+            F.linear(hidden_states, weight.flatten(0, 1), None if bias is None else bias.flatten())
+            .unflatten(-1, (-1, self.head_dim))
+            .transpose(1, 2)
+            for weight, bias in (
+                (self.q_proj, self.q_bias),
+                (self.k_proj, self.k_bias),
+                (self.v_proj, self.v_bias),
+            )
+        )
+        cos, sin = tokens.cos[:, None], tokens.sin[:, None]
+        query = rotate(query, cos, sin).unflatten(1, (self.num_groups, -1))  # [B, G, R, T, d]
+        key = rotate(key, cos, sin)  # [B, G, T, d]
+        selected = tokens.selected.transpose(1, 2)  # [B, G, T]
+        if cache is not None:
+            near, kept = cache.update(key, value, selected, tokens.valid)
+        else:
+            position = tokens.position[:, None].expand_as(selected)
+            valid = None if tokens.valid is None else tokens.valid[:, None].expand_as(selected)
+            near, kept = KeyValues(key, value, position, valid, selected), None
+        far_bias = None
+        if tokens.gate is not None:
+            # Keys cached by earlier calls are read without a bias: no gradient could reach their routers.
+            far_bias = F.pad(tokens.gate.transpose(1, 2), (near.key.shape[2] - key.shape[2], 0))
+        heads = backend().all_attention(query, near, kept, tokens, self.window, far_bias)  # [B, G, R, T, d]
+        if far_bias is not None:
+            # A call no longer than the window reads no far key: keep the router in the graph, as DDP needs.
+            heads = heads + 0.0 * far_bias.sum()
+        heads = heads.permute(0, 3, 1, 2, 4).flatten(3)  # [B, T, G, R * d]
+        return torch.einsum("btgh,gnh->btn", heads, self.o_proj)
+
+
+def _permute(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Reorder the tokens of `states` [B, T, ...] by `order` [B, T]."""
+    return states[torch.arange(len(order), device=order.device)[:, None], order]

@@ -1,0 +1,372 @@
+"""The native MoSA model: Llama's classes with the attention replaced (DESIGN section 6)."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..cache import num_cached_tokens, upgrade_cache
+from ..routing import RoutingState, select_by_expert_choice, valid_tokens
+from .configuration_mosa import MosaConfig
+from .heads import MosaHeads, MosaRouter
+
+
+def mosa_attention_forward(module: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    """
+    `attn_implementation="mosa"`: the dense heads of a MoSA layer through PyTorch's fused attention. The MoSA heads run
+    on their own backend whatever the implementation is called.
+
+    Raises:
+        ValueError: on a model without MoSA heads. An attention function receives projected queries and keys and
+            cannot select tokens before the projection.
+    """
+    if not hasattr(module, "mosa"):
+        raise ValueError(
+            f"attn_implementation='mosa' needs a MoSA model, but {type(module).__name__} has no MoSA heads. Convert the "
+            "model first: `mosa_hf.convert_model(model, ConversionConfig(...), calibration)` or the command "
+            "`mosa-convert`."
+        )
+    return sdpa_attention_forward(module, *args, **kwargs)
+
+
+class MosaAttention(LlamaAttention):
+    """Dense heads (Llama's attention, fewer heads) and MoSA heads of one layer, summed. Either kind may be absent."""
+
+    def __init__(self, config: MosaConfig, layer_idx: int):
+        layer_config = config.per_layer_config[layer_idx]
+        if layer_config.num_attention_heads:
+            super().__init__(layer_config, layer_idx)
+        else:
+            nn.Module.__init__(self)
+            self.layer_idx = layer_idx
+            self.head_dim = layer_config.head_dim
+        self.has_dense_heads = layer_config.num_attention_heads > 0
+        self.config = config  # the model's own: `set_attn_implementation` changes that one
+        self.sliding_window = layer_config.sliding_window
+        self.mosa = MosaHeads(layer_config, layer_idx) if layer_config.num_mosa_heads else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        routing_state: RoutingState,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `[B, T, D]`.
+            position_embeddings: cos and sin `[B or 1, T, rotary_dim]`.
+            routing_state: what the layers of this model call share.
+            attention_mask: of the dense heads, as the attention implementation wants it.
+            past_key_values: an upgraded cache.
+
+        Returns:
+            output `[B, T, D]` and the dense heads' attention weights, where the implementation gives them.
+        """
+        attn_weights = None
+        if self.has_dense_heads:
+            attn_output, attn_weights = super().forward(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                sliding_window=self.sliding_window,  # flash attention takes the window as a number
+                **kwargs,
+            )
+        elif past_key_values is not None:
+            # No dense heads, but the cache layer still counts tokens.
+            nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
+            past_key_values.update(nothing, nothing, self.layer_idx)
+        if self.mosa is not None:
+            cache = None if past_key_values is None else past_key_values.layers[self.layer_idx].sparse
+            mosa_output = self.mosa(hidden_states, position_embeddings, routing_state, cache)
+            attn_output = attn_output + mosa_output if self.has_dense_heads else mosa_output
+        return attn_output, attn_weights
+
+
+class MosaDecoderLayer(LlamaDecoderLayer):
+    def __init__(self, config: MosaConfig, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = MosaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class MosaPreTrainedModel(LlamaPreTrainedModel):
+    config: MosaConfig
+    config_class = MosaConfig
+    _no_split_modules = ["MosaDecoderLayer"]
+    _can_record_outputs = {
+        "hidden_states": MosaDecoderLayer,
+        "attentions": MosaAttention,
+        "router_logits": OutputRecorder(MosaRouter, index=0),
+    }
+    # Selection compares logits with thresholds: half precision would make ties of them.
+    _keep_in_fp32_modules_strict = ["router"]
+    # Selecting tokens has data-dependent shapes.
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MosaHeads):
+            for parameter in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
+                init.normal_(parameter, mean=0.0, std=std)
+            for parameter in (module.q_bias, module.k_bias, module.v_bias, module.o_bias):
+                if parameter is not None:
+                    init.zeros_(parameter)
+        elif isinstance(module, MosaRouter):
+            # Fresh logits of a normalised input are about N(0, D std²): start at their (1 - 1/ρ) quantile.
+            quantile = torch.special.ndtri(torch.tensor(1 - 1 / module.sparsity, dtype=torch.float64)).item()
+            quantile = max(quantile, -4.0)  # ρ = 1 selects everything
+            init.constant_(module.threshold, quantile * std * module.in_features**0.5)
+
+
+class MosaModel(MosaPreTrainedModel):
+    """Decoder of `MosaConfig.num_hidden_layers` layers; outputs hidden states."""
+
+    def __init__(self, config: MosaConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([MosaDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast:
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        may_be_packed = attention_mask is None and past_key_values is None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+            may_be_packed = False
+        if past_key_values is not None:
+            self.upgrade_cache(past_key_values)
+        if position_ids is None:
+            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
+            position_ids = position_ids.unsqueeze(0)
+
+        causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        routing_state = RoutingState.build(
+            inputs_embeds, attention_mask, position_ids, num_cached_tokens(past_key_values), may_be_packed
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states,
+                attention_mask=causal_masks.get(decoder_layer.self_attn.sliding_window),
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                routing_state=routing_state,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def upgrade_cache(self, past_key_values: Cache) -> None:
+        """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
+        heads = (layer.self_attn.mosa for layer in self.layers)
+        upgrade_cache(past_key_values, {mosa.layer_idx: mosa.window for mosa in heads if mosa is not None})
+
+    def _dense_masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> dict[int | None, torch.Tensor | None]:
+        """Upstream's masks, one for each sliding window (None: global) that some layer's dense heads have."""
+        masks = {}
+        for layer in self.layers:
+            window, layer_idx = layer.self_attn.sliding_window, layer.self_attn.layer_idx
+            if window in masks or not layer.self_attn.has_dense_heads:
+                continue
+            create_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
+            masks[window] = create_mask(
+                config=self.config.per_layer_config[layer_idx],
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                layer_idx=layer_idx,
+            )
+        return masks
+
+
+class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
+    """`MosaModel` with a language-modeling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MosaConfig):
+        super().__init__(config)
+        self.model = MosaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        As `LlamaForCausalLM.forward`, and:
+
+        Args:
+            output_router_logits: also return `router_logits`, one `[B, T, G]` float32 tensor for each layer that has
+                MoSA heads. They are computed anyway when `config.mosa_router_aux_loss_coef` is not 0 and labels are
+                given; the auxiliary loss is then part of `loss`.
+        """
+        coefficient = self.config.mosa_router_aux_loss_coef if labels is not None else 0.0
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=bool(output_router_logits or coefficient),
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if coefficient:
+            segment = None
+            if attention_mask is None and outputs.past_key_values is None and position_ids is not None:
+                segment = find_packed_sequence_indices(position_ids.expand(len(logits), -1))
+            aux_loss = self._router_aux_loss(outputs.router_logits, attention_mask, segment)
+            loss = loss + coefficient * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+    def _router_aux_loss(
+        self,
+        router_logits: tuple[torch.Tensor, ...],
+        attention_mask: torch.Tensor | None,
+        segment: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Binary cross-entropy between sigmoid(z) and "among the K highest of its sequence", averaged over tokens, groups
+        and layers (DESIGN section 3: the auxiliary loss of Mixture-of-Depths).
+        """
+        losses = []
+        for layer in self.model.layers:
+            if layer.self_attn.mosa is None:
+                continue
+            logits, router = router_logits[len(losses)], layer.self_attn.mosa.router
+            if torch.is_grad_enabled() and router.weight.requires_grad and not logits.requires_grad:
+                raise ValueError(
+                    "`mosa_router_aux_loss_coef` has no effect under reentrant gradient checkpointing: use "
+                    "`use_reentrant=False`, or set it to 0."
+                )
+            valid = valid_tokens(attention_mask, logits.shape[1])
+            valid = None if valid is None else valid.to(logits.device)
+            target, _ = select_by_expert_choice(
+                logits.detach(), router.sparsity, router.min_tokens, valid, segment=segment
+            )
+            weight = torch.ones_like(logits) if valid is None else valid[..., None].expand_as(logits).to(logits.dtype)
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                logits, target.to(logits.dtype), weight, reduction="sum"
+            )
+            losses.append((loss / weight.sum()).to(self.device))
+        return torch.stack(losses).mean()
+
+    def generate(self, *args, **kwargs):
+        """
+        As `GenerationMixin.generate`.
+
+        Raises:
+            ValueError: if the model would route by expert choice, which cannot be computed token by token.
+        """
+        for layer in self.model.layers:
+            if layer.self_attn.mosa is not None and layer.self_attn.mosa.router.routing == "expert_choice":
+                field = "mosa_routing" if self.training else "mosa_inference_routing"
+                raise ValueError(
+                    f"`generate` needs threshold routing, but `{field}='expert_choice'` is in force: which tokens it selects "
+                    "depends on tokens that are not generated yet. Call `model.eval()` and load the model with "
+                    "`mosa_inference_routing='threshold'` (thresholds: `mosa_hf.calibrate_thresholds`)."
+                )
+        return super().generate(*args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        # Before assisted generation asks the cache to record what it may have to roll back.
+        if model_kwargs.get("past_key_values") is not None:
+            self.model.upgrade_cache(model_kwargs["past_key_values"])
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+
+
+class MosaForSequenceClassification(GenericForSequenceClassification, MosaPreTrainedModel):
+    """`MosaModel` with a classification head on the last token."""
+
+
+__all__ = ["MosaPreTrainedModel", "MosaModel", "MosaForCausalLM", "MosaForSequenceClassification"]

@@ -1,0 +1,82 @@
+"""Thresholds from text: sets every group's θ so that it selects one token in ρ (DESIGN section 3)."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+from .heads import MosaRouter
+
+
+@torch.no_grad()
+def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
+    """
+    Set the `threshold` of every group of `model`, in place, to the (1 - 1/ρ) quantile of its logits on some text.
+
+    The model routes by expert choice meanwhile, so that each layer sees inputs made at the right selection rate whatever
+    the thresholds were before.
+
+    Args:
+        model: any MoSA model.
+        batches: token ids `[B, T]`, or mappings with `input_ids` and perhaps `attention_mask`. One pass is made.
+
+    Raises:
+        ValueError: if the model has no MoSA heads, or the batches hold no tokens.
+    """
+    routers = mosa_routers(model)
+    logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
+    valid = None
+
+    def record(router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        # The first token is selected in any case: its logit has no part in the rate.
+        skip = int(router.include_first)
+        seen = output[0] if valid is None else output[0][valid]
+        logits[router].append((seen[:, skip:] if valid is None else seen).flatten(0, -2).cpu())
+
+    was_training, routing = model.training, [router.inference_routing for router in routers]
+    hooks = [router.register_forward_hook(record) for router in routers]
+    try:
+        model.eval()
+        for router in routers:
+            router.inference_routing = "expert_choice"
+        for batch in batches:
+            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+            inputs = {
+                name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask") if name in inputs
+            }
+            valid = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
+            model.base_model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for router, rule in zip(routers, routing):
+            router.inference_routing = rule
+        model.train(was_training)
+
+    for router in routers:
+        seen = torch.cat(logits[router]) if logits[router] else torch.empty(0, router.out_features)
+        if len(seen) == 0:
+            raise ValueError(
+                "`batches` holds no tokens to calibrate on: pass at least one batch of two or more tokens."
+            )
+        router.threshold.copy_(highest_share(seen, router.sparsity))
+
+
+def highest_share(logits: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """`[G]`: the value that one in `sparsity` of `logits` [N, G] reaches, group by group."""
+    rank = max(round(len(logits) / sparsity), 1)
+    return logits.sort(dim=0, descending=True).values[rank - 1]
+
+
+def mosa_routers(model: nn.Module) -> list[MosaRouter]:
+    """
+    The routers of a model, in layer order.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    routers = [module for module in model.modules() if isinstance(module, MosaRouter)]
+    if not routers:
+        raise ValueError(f"{type(model).__name__} has no MoSA heads. Convert it first: `mosa_hf.convert_model`.")
+    return routers

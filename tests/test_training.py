@@ -1,0 +1,113 @@
+"""Pretraining a small model with Trainer on real text: it learns, its thresholds hold, it resumes."""
+
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from mosa_hf import MosaForCausalLM, calibrate_thresholds, trace_routing
+
+from .conftest import tiny_config
+
+
+LENGTH = 128
+
+
+def windows_of_bytes() -> torch.Tensor:
+    """The standard library's language reference as bytes, windows in random order: `[N, LENGTH]`."""
+    text = "\n\n".join(topics[key] for key in sorted(topics)).encode()
+    windows = torch.tensor(list(text[: len(text) // LENGTH * LENGTH])).view(-1, LENGTH)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+
+
+def small_model(**fields) -> MosaForCausalLM:
+    set_seed(0)
+    return MosaForCausalLM(
+        tiny_config(
+            vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, head_dim=16, num_mosa_heads=6, num_mosa_key_value_heads=6, initializer_range=0.02,
+            mosa_threshold_momentum=0.9, **fields,
+        )
+    )  # fmt: skip
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def train(model, output_dir, resume: bool = False, stop_at: int | None = None, **arguments) -> Trainer:
+    torch.manual_seed(0)
+    arguments = TrainingArguments(
+        output_dir=output_dir, max_steps=80, per_device_train_batch_size=8, learning_rate=5e-3, lr_scheduler_type="cosine",
+        logging_steps=5, save_steps=40, report_to=[], use_cpu=True, seed=0, disable_tqdm=True, **arguments,
+    )  # fmt: skip
+    dataset = TensorDataset(windows_of_bytes()[:1000])
+
+    def collate(rows):
+        input_ids = torch.stack([row[0] for row in rows])
+        return {"input_ids": input_ids, "labels": input_ids}
+
+    callbacks = [StopAt(stop_at)] if stop_at else []
+    trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@torch.no_grad()
+def selection_rates(model, input_ids: torch.Tensor) -> torch.Tensor:
+    """Per layer and group, the share of tokens selected."""
+    with trace_routing(model.eval()) as selected:
+        model(input_ids, use_cache=False)
+    return torch.stack([calls[0].float().mean((0, 1)) for calls in selected.values()])
+
+
+@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
+def test_trainer(form, routing, tmp_path):
+    model = small_model(**form, mosa_routing=routing)
+    trainer = train(model, tmp_path / "run")
+    history = losses(trainer)
+    assert history[-1] < history[0] - 1.5
+
+    held_out = windows_of_bytes()[-64:]
+    rates = selection_rates(model, held_out)
+    assert (rates.mean() * 4 - 1).abs() < 0.2, rates
+    logits = model(held_out).logits
+    trainer.save_model(tmp_path / "saved")
+    assert torch.equal(MosaForCausalLM.from_pretrained(tmp_path / "saved")(held_out).logits, logits)
+
+    # Interrupted at step 40 and resumed, training ends at the same model.
+    resumed = small_model(**form, mosa_routing=routing)
+    train(resumed, tmp_path / "other", stop_at=40)
+    resumed = small_model(**form, mosa_routing=routing)
+    train(resumed, tmp_path / "other", resume=True)
+    assert torch.equal(resumed.eval()(held_out).logits, logits)
+
+
+def test_calibration_sets_the_selection_rate(form):
+    """Wrong thresholds, on purpose; one pass over text puts every group's rate right."""
+    model = small_model(**form, mosa_routing="threshold")
+    text = torch.randint(256, (128, LENGTH), generator=torch.Generator().manual_seed(0))
+    for layer in model.model.layers:
+        layer.self_attn.mosa.router.threshold.fill_(3.0)
+    assert selection_rates(model, text[-64:]).max() < 0.05
+    calibrate_thresholds(model, text[:64].split(16))
+    assert not model.training
+    assert (selection_rates(model, text[-64:]) * 4 - 1).abs().max() < 0.2
+    mask = torch.ones_like(text[:16])
+    mask[:, 100:] = 0
+    calibrate_thresholds(model.train(), [{"input_ids": text[:16], "attention_mask": mask}])
+    assert model.training
+    with pytest.raises(ValueError, match="holds no tokens"):
+        calibrate_thresholds(model, [])
+    with pytest.raises(ValueError, match="has no MoSA heads"):
+        calibrate_thresholds(torch.nn.Linear(2, 2), [])
