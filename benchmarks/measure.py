@@ -52,7 +52,7 @@ def formula_bytes(cache: DynamicCache, model: MosaForCausalLM) -> int:
     """DESIGN section 4: 2 · dtype · (T · KV_dense · d + Σ groups (n_selected + window) · d), for a batch of one."""
     head_dim, size = model.config.head_dim, model.dtype.itemsize
     entries = 0
-    for layer, cached in zip(model.model.layers, cache.layers):
+    for layer, cached in zip(model.model.layers, cache.layers, strict=True):
         config = model.config.per_layer_config[layer.self_attn.layer_idx]
         entries += cached.get_seq_length() * config.num_key_value_heads
         if layer.self_attn.mosa is not None:
@@ -79,3 +79,11 @@ def first_token_and_window(model: MosaForCausalLM, window: int) -> MosaForCausal
             module.window = window
             module.router.threshold.fill_(torch.inf)
     return rival
+
+
+def window_of_equal_bytes(model: MosaForCausalLM, input_ids: torch.Tensor) -> int:
+    """The window with which `first_token_and_window` keeps as many entries as `model` after `input_ids` [1, T]."""
+    caches = [layer.sparse for layer in filled_cache(model, input_ids).layers if hasattr(layer, "sparse")]
+    kept = sum(int(cache.kept.count.sum()) for cache in caches)
+    groups = sum(cache.kept.count.numel() for cache in caches)
+    return round(kept / groups) - 1 + caches[0].window

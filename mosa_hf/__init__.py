@@ -8,7 +8,6 @@ from .modeling.thresholds import calibrate_thresholds
 from .modeling.tracing import trace_routing
 from .registration import register
 
-
 register()
 
 __version__ = "0.1.0"

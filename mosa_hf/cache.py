@@ -232,7 +232,7 @@ class SparseKeyValues:
     def _removed(self, num_removed: int) -> torch.Tensor:
         """How many real tokens [B] are among the last `num_removed`."""
         removed = torch.zeros_like(self.num_tokens)
-        for mask, length in zip(reversed(self.masks), reversed(self.lengths)):
+        for mask, length in zip(reversed(self.masks), reversed(self.lengths), strict=True):
             cut = min(num_removed, length)
             removed = removed + (cut if mask is None else mask[:, length - cut :].sum(1))
             num_removed -= cut
@@ -269,7 +269,7 @@ class SparseKeyValues:
 
 
 class SparseLayer(CacheLayerMixin):
-    """Mixed into a cache layer class by `upgrade_cache`: the layer's own states are the dense heads', `sparse` is ours."""
+    """Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense heads', `sparse` is ours."""
 
     _layer_type = None  # not a layer type of its own: the class it is mixed with keeps its registration
     sparse: SparseKeyValues

@@ -41,8 +41,8 @@ def select_by_expert_choice(
     segment: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Expert choice (paper, section 2): each group takes the K highest logits of each sequence, ties to the earlier token,
-    with K = max(floor(valid tokens / sparsity), min_tokens), at most the valid tokens there are. Not causal.
+    Expert choice (paper, section 2): each group takes the K highest logits of each sequence, ties to the earlier
+    token, with K = max(floor(valid tokens / sparsity), min_tokens), at most the valid tokens there are. Not causal.
 
     Args:
         logits: `[B, T, G]` float32.
@@ -53,8 +53,8 @@ def select_by_expert_choice(
         segment: `[B, T]` int64, ascending: which packed sequence of its row a token belongs to.
 
     Returns:
-        selected `[B, T, G]` bool, and `[G]` float32: the logit that as many tokens of the batch reach as were selected,
-        which for one sequence is its K-th highest (NaN if only forced tokens were selected).
+        selected `[B, T, G]` bool, and `[G]` float32: the logit that as many tokens of the batch reach as were
+        selected, which for one sequence is its K-th highest (NaN if only forced tokens were selected).
     """
     batch_size, num_tokens, _ = logits.shape
     sequence = torch.zeros(batch_size, num_tokens, dtype=torch.int64, device=logits.device)
@@ -171,7 +171,8 @@ def valid_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.
             attention_mask = attention_mask == 0
     if attention_mask.ndim != 2:
         raise ValueError(
-            f"`attention_mask` must be 2-D [batch, length] or 4-D [batch, 1, queries, keys], got {tuple(attention_mask.shape)}."
+            "`attention_mask` must be 2-D [batch, length] or 4-D [batch, 1, queries, keys], "
+            f"got {tuple(attention_mask.shape)}."
         )
     if attention_mask.shape[1] < num_tokens:
         raise ValueError(

@@ -5,7 +5,6 @@ import torch
 
 from mosa_hf import MosaConfig, MosaForCausalLM
 
-
 TINY = {
     "vocab_size": 97,
     "hidden_size": 48,

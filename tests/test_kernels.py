@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from mosa_hf.kernels import backend, portable, reference, use_backend
 from mosa_hf.kernels.layout import HeadWeights, KeyValues, Tokens
 
-
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 shapes = st.fixed_dictionaries(
     {
@@ -71,7 +70,7 @@ def gradients(output: torch.Tensor, weight: torch.Tensor, inputs: list[torch.Ten
     if not output.requires_grad:  # nothing was read
         return [torch.zeros_like(x) for x in inputs]
     grads = torch.autograd.grad((output * weight).sum(), inputs, allow_unused=True)
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads)]
+    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
 @FAST
@@ -102,7 +101,9 @@ def test_selected_heads(shape):
     inputs = [hidden_states, tokens.gate, *(w for w in weights if w is not None)]
     inputs += [past.key, past.value] if past is not None else []
     upstream = torch.randn_like(expected)
-    for i, pair in enumerate(zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs))):
+    for i, pair in enumerate(
+        zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs), strict=True)
+    ):
         close(*pair, f"gradient {i}")
 
 
@@ -143,7 +144,9 @@ def test_all_attention(shape, window, biased, small_blocks):
     inputs = [query, near.key, near.value, *([bias] if biased else [])]
     inputs += [kept.key, kept.value] if kept is not None else []
     upstream = torch.randn_like(expected) * real
-    for i, pair in enumerate(zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs))):
+    for i, pair in enumerate(
+        zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs), strict=True)
+    ):
         close(*pair, f"gradient {i}")
 
 

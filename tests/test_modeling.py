@@ -10,7 +10,6 @@ from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, 
 
 from .conftest import MIXED_LAYERS, TINY, tiny_config, tiny_model
 
-
 ROUTINGS = ["expert_choice", "threshold"]
 LAYERS = {
     "uniform": {},
@@ -246,7 +245,7 @@ def test_router_logits_and_selections(form):
         in_chunks(model, batch, [6, 1])
     assert [tuple(z.shape) for z in output.router_logits] == [(2, 20, 3)] * 2
     assert list(selected) == [1, 2]
-    for logits, layer in zip(output.router_logits, (1, 2)):
+    for logits, layer in zip(output.router_logits, (1, 2), strict=True):
         threshold = model.model.layers[layer].self_attn.mosa.router.threshold
         expected = logits >= threshold
         expected[:, 0] = True
@@ -333,7 +332,7 @@ def test_gradient_checkpointing_and_inputs_embeds(form):
             use_cache=False,
         ).loss.backward()
         gradients.append([p.grad for p in twin.model.layers.parameters()])
-    for plain, checkpointed in zip(*gradients):
+    for plain, checkpointed in zip(*gradients, strict=True):
         assert torch.allclose(plain, checkpointed, atol=1e-6)
 
 
@@ -342,7 +341,10 @@ def test_sequence_classification(form):
     model = MosaForSequenceClassification(tiny_config(**form, num_labels=3)).eval()
     batch = padded_batch("right", (15, 6))
     together = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    alone = [model(ids[mask.bool()][None]).logits[0] for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+    alone = [
+        model(ids[mask.bool()][None]).logits[0]
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
     assert torch.allclose(together, torch.stack(alone), atol=1e-4)
     model.train()(
         batch["input_ids"], attention_mask=batch["attention_mask"], labels=torch.tensor([0, 2])

@@ -78,11 +78,7 @@ def test_lora(form, targets, tmp_path):
     trained = peft_model(input_ids).logits
     assert not torch.allclose(trained, before, atol=1e-2)
     peft_model.save_pretrained(tmp_path)
-    fresh = tiny_model(**form)
-    fresh.load_state_dict({k: v for k, v in fresh.state_dict().items() if "threshold" not in k}, strict=False)
-    for own, theirs in zip(fresh.modules(), model.modules()):
-        if hasattr(own, "threshold"):
-            own.threshold.copy_(theirs.threshold)
+    fresh = tiny_model(**form)  # frozen routers kept their thresholds: an adapter does not hold buffers
     reloaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
     assert torch.allclose(reloaded(input_ids).logits, trained, atol=1e-4)
     assert torch.allclose(reloaded.merge_and_unload()(input_ids).logits, trained, atol=1e-3)

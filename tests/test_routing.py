@@ -78,7 +78,7 @@ def test_expert_choice_equals_a_plain_loop(call, sparsity, min_tokens):
                 free_logits[group] += [logits[row, token, group].item() for token in free]
                 num_free[group] += len(chosen) - len(forced)
     assert torch.equal(selected, expected)
-    reached = [sorted(seen)[-count] if count else math.nan for seen, count in zip(free_logits, num_free)]
+    reached = [sorted(seen)[-count] if count else math.nan for seen, count in zip(free_logits, num_free, strict=True)]
     torch.testing.assert_close(last, torch.tensor(reached), equal_nan=True)
 
 

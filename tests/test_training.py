@@ -11,7 +11,6 @@ from mosa_hf import MosaForCausalLM, calibrate_thresholds, trace_routing
 
 from .conftest import tiny_config
 
-
 LENGTH = 128
 
 
@@ -44,8 +43,9 @@ class StopAt(TrainerCallback):
 def train(model, output_dir, resume: bool = False, stop_at: int | None = None, **arguments) -> Trainer:
     torch.manual_seed(0)
     arguments = TrainingArguments(
-        output_dir=output_dir, max_steps=80, per_device_train_batch_size=8, learning_rate=5e-3, lr_scheduler_type="cosine",
-        logging_steps=5, save_steps=40, report_to=[], use_cpu=True, seed=0, disable_tqdm=True, **arguments,
+        output_dir=output_dir, max_steps=80, per_device_train_batch_size=8, learning_rate=5e-3,
+        lr_scheduler_type="cosine", logging_steps=5, save_steps=40, report_to=[], use_cpu=True, seed=0,
+        disable_tqdm=True, **arguments,
     )  # fmt: skip
     dataset = TensorDataset(windows_of_bytes()[:1000])
 

@@ -1,6 +1,5 @@
 """Conversion of a checkpoint on disk: a directory or a GGUF file in, a directory that loads with `AutoModel` out."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -9,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 
+from ..safetensors_files import tensor_shapes
 from .configuration import ConversionConfig
 from .convert import check_family, convert_model
 
@@ -40,7 +39,7 @@ def convert_checkpoint(
     Raises:
         FileExistsError: if `destination` exists.
         FileNotFoundError: if the source, or a file that it lists, does not exist.
-        ValueError: for damaged weights, weights that disagree with the config, an unsupported family, or too short a text.
+        ValueError: for damaged weights, weights that disagree with the config, an unsupported family, a short text.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
@@ -83,8 +82,8 @@ def calibration_windows(
     available = len(input_ids) // window_length
     if available == 0:
         raise ValueError(
-            f"The calibration text has {len(input_ids)} tokens, fewer than one window of {window_length}: give more text, "
-            "or set a smaller `window_length`."
+            f"The calibration text has {len(input_ids)} tokens, fewer than one window of {window_length}: give more "
+            "text, or set a smaller `window_length`."
         )
     windows = input_ids[: available * window_length].view(available, window_length)
     chosen = torch.linspace(0, available - 1, min(num_windows, available)).round().long()
@@ -99,21 +98,9 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> None:
         FileNotFoundError: for a missing weight file.
         ValueError: for a truncated file; for tensors that are missing, or whose shapes disagree with the config.
     """
-    index = directory / SAFE_WEIGHTS_INDEX_NAME
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [SAFE_WEIGHTS_NAME]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} lacks the weight file {name}: download the checkpoint again.")
-        try:
-            with safe_open(directory / name, framework="pt") as file:
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{directory / name} is damaged or truncated ({error}): download it again.") from error
-
+    shapes = tensor_shapes(directory)
+    if not shapes:
+        raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
     with torch.device("meta"):
         expected = AutoModelForCausalLM.from_config(config)
     tied = set(getattr(expected, "all_tied_weights_keys", None) or {})

@@ -12,7 +12,6 @@ from ..modeling.thresholds import calibrate_thresholds
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 
-
 # Families whose decoder is Llama's own: model_type of the source → class it converts to.
 CONVERTIBLE = {"llama": MosaForCausalLM}
 
@@ -156,8 +155,8 @@ def converted_state_dict(
     converted: list[tuple[int, int]],
     fits: list[RouterFit] | None,
 ) -> dict[str, torch.Tensor]:
-    """The weights of the converted model, by name. Tensors that do not change are shared with `model`."""
-    state_dict = dict(model.state_dict())
+    """The weights of the converted model, by name; copies, so that training one model leaves the other as it is."""
+    state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     num_groups = model.config.num_key_value_heads
     for layer in range(model.config.num_hidden_layers):
         mosa = [group for group in range(num_groups) if (layer, group) in converted]

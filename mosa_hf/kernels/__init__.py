@@ -1,11 +1,10 @@
-"""Backends of the MoSA heads. They know tensors only; `reference` is the specification, the others are compared with it."""
+"""Backends of the MoSA heads. They know tensors only; `reference` is the specification that tests compare with."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
 from . import portable, reference
-
 
 _BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": portable}
 _active = "torch"

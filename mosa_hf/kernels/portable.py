@@ -91,10 +91,10 @@ def all_attention(
     reach = [int(reach[end - 1 + offset - window]) if end - 1 + offset >= window else 0 for end in block_ends]
 
     outputs = []
-    for start, end, num_far in zip(range(0, num_queries, QUERY_BLOCK), block_ends, reach):
+    for start, end, num_far in zip(range(0, num_queries, QUERY_BLOCK), block_ends, reach, strict=True):
         queries = slice(start, end)
         local = slice(max(0, offset + start - window + 1), offset + end) if window else slice(0, 0)
-        keys, values, masks, biases = [], [], [], []
+        keys, values, masks = [], [], []
         if kept is not None:
             keys.append(kept.key)
             values.append(kept.value)
@@ -125,7 +125,9 @@ def all_attention(
 
         shape = (batch_size, num_groups, end - start)
         true = torch.ones((), dtype=torch.bool, device=device)
-        mask = torch.cat([(true if m is None else m).expand(*shape, n) for m, n in zip(masks, lengths)], dim=-1)
+        mask = torch.cat(
+            [(true if m is None else m).expand(*shape, n) for m, n in zip(masks, lengths, strict=True)], dim=-1
+        )
         if bias is not None and num_far:
             before, after = (lengths[0] if kept is not None else 0), (lengths[-1] if window else 0)
             added = F.pad(bias[:, :, :num_far], (before, after))[:, :, None]
@@ -143,7 +145,7 @@ def selected_positions(selected: torch.Tensor, limit: int | None = None) -> tupl
         limit: only tokens before this one.
 
     Returns:
-        index `[B, G, K]` int64 with K the largest count, and filled `[B, G, K]` bool; empty slots come last and hold 0.
+        index `[B, G, K]` int64, K the largest count, and filled `[B, G, K]` bool; empty slots come last and hold 0.
     """
     selected = selected.transpose(1, 2)  # [B, G, T]
     if limit is not None:
@@ -175,8 +177,8 @@ def _attention(
     is_causal: bool = False,
 ) -> torch.Tensor:
     """
-    `query` [B, G, R, T, d] against its group's `key`, `value` [B, G, S, d] under `mask` [B, G, T, S] (bool, or added to
-    the scores). The R heads of a group become rows of one query matrix, so that its keys are read once.
+    `query` [B, G, R, T, d] against its group's `key`, `value` [B, G, S, d] under `mask` [B, G, T, S] (bool, or added
+    to the scores). The R heads of a group become rows of one query matrix, so that its keys are read once.
     """
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
     if is_causal:

@@ -111,6 +111,6 @@ def join(past: KeyValues | None, new: KeyValues) -> KeyValues:
         torch.cat([part.key for part in parts], dim=2),
         torch.cat([part.value for part in parts], dim=2),
         torch.cat([part.position for part in parts], dim=2),
-        torch.cat([t if part.valid is None else part.valid for part, t in zip(parts, true)], dim=2),
-        torch.cat([t if part.selected is None else part.selected for part, t in zip(parts, true)], dim=2),
+        torch.cat([t if part.valid is None else part.valid for part, t in zip(parts, true, strict=True)], dim=2),
+        torch.cat([t if part.selected is None else part.selected for part, t in zip(parts, true, strict=True)], dim=2),
     )

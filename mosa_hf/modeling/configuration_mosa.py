@@ -23,9 +23,9 @@ class MosaConfig(LlamaConfig):
         mosa_sparsity (`float`, defaults to 16):
             ρ ≥ 1: a group selects one token in ρ.
         mosa_query_tokens (`str`, defaults to `"selected"`):
-            Which tokens a MoSA head produces an output for. `"selected"`: the selected tokens attend to each other (the
-            paper's head, for models trained from scratch). `"all"`: every token queries the selected tokens and the
-            last `mosa_window` tokens (what pretrained heads convert to).
+            Which tokens a MoSA head produces an output for. `"selected"`: the selected tokens attend to each other
+            (the paper's head, for models trained from scratch). `"all"`: every token queries the selected tokens and
+            the last `mosa_window` tokens (what pretrained heads convert to).
         mosa_window (`int`, defaults to 0):
             Form `"all"` only: a query also reads the keys at most `mosa_window - 1` tokens behind it, selected or not.
         mosa_include_first (`bool`, defaults to `True`):

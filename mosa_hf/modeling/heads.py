@@ -15,8 +15,8 @@ class MosaRouter(nn.Linear):
     """
     The routers of a layer's groups: logits, and which tokens they select (DESIGN section 3).
 
-    Computes in float32 (float64 for a float64 model), whatever the model's dtype or autocast. The buffer `threshold` [G] follows the groups'
-    K-th highest logit while the module trains.
+    Computes in float32 (float64 for a float64 model), whatever the model's dtype or autocast. The buffer `threshold`
+    [G] follows the groups' K-th highest logit while the weights train.
     """
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int):
@@ -67,7 +67,7 @@ class MosaRouter(nn.Linear):
                 logits.detach(), self.sparsity, self.min_tokens, valid, first, segment
             )
         threshold = self.threshold
-        if self.training:
+        if self.training and self.weight.requires_grad:  # a frozen router keeps its threshold
             threshold = self._follow(last, state)
         if self.routing == "threshold":
             selected = select_by_threshold(logits.detach(), threshold, valid, first)

@@ -1,5 +1,8 @@
 """The native MoSA model: Llama's classes with the attention replaced (DESIGN section 6)."""
 
+import os
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -29,8 +32,10 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..cache import num_cached_tokens, upgrade_cache
 from ..routing import RoutingState, select_by_expert_choice, valid_tokens
+from ..safetensors_files import tensor_shapes
 from .configuration_mosa import MosaConfig
 from .heads import MosaHeads, MosaRouter
+from .thresholds import mosa_routers
 
 
 def mosa_attention_forward(module: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, None]:
@@ -44,8 +49,8 @@ def mosa_attention_forward(module: nn.Module, *args, **kwargs) -> tuple[torch.Te
     """
     if not hasattr(module, "mosa"):
         raise ValueError(
-            f"attn_implementation='mosa' needs a MoSA model, but {type(module).__name__} has no MoSA heads. Convert the "
-            "model first: `mosa_hf.convert_model(model, ConversionConfig(...), calibration)` or the command "
+            f"attn_implementation='mosa' needs a MoSA model, but {type(module).__name__} has no MoSA heads. Convert "
+            "the model first: `mosa_hf.convert_model(model, ConversionConfig(...), calibration)` or the command "
             "`mosa-convert`."
         )
     return sdpa_attention_forward(module, *args, **kwargs)
@@ -66,6 +71,8 @@ class MosaAttention(LlamaAttention):
         self.config = config  # the model's own: `set_attn_implementation` changes that one
         self.sliding_window = layer_config.sliding_window
         self.mosa = MosaHeads(layer_config, layer_idx) if layer_config.num_mosa_heads else None
+        # Read here, not from `mosa`, which PEFT may wrap. None: no MoSA heads.
+        self.mosa_window = layer_config.mosa_window if layer_config.num_mosa_heads else None
 
     def forward(
         self,
@@ -131,6 +138,18 @@ class MosaPreTrainedModel(LlamaPreTrainedModel):
     _keep_in_fp32_modules_strict = ["router"]
     # Selecting tokens has data-dependent shapes.
     _can_compile_fullgraph = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: for a local checkpoint with a missing or a truncated weight file, by name.
+        """
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            tensor_shapes(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -212,8 +231,9 @@ class MosaModel(MosaPreTrainedModel):
 
     def upgrade_cache(self, past_key_values: Cache) -> None:
         """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
-        heads = (layer.self_attn.mosa for layer in self.layers)
-        upgrade_cache(past_key_values, {mosa.layer_idx: mosa.window for mosa in heads if mosa is not None})
+        attentions = (layer.self_attn for layer in self.layers)
+        windows = {attn.layer_idx: attn.mosa_window for attn in attentions if attn.mosa_window is not None}
+        upgrade_cache(past_key_values, windows)
 
     def _dense_masks(
         self,
@@ -318,10 +338,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         and layers (DESIGN section 3: the auxiliary loss of Mixture-of-Depths).
         """
         losses = []
-        for layer in self.model.layers:
-            if layer.self_attn.mosa is None:
-                continue
-            logits, router = router_logits[len(losses)], layer.self_attn.mosa.router
+        for logits, router in zip(router_logits, mosa_routers(self), strict=True):
             if torch.is_grad_enabled() and router.weight.requires_grad and not logits.requires_grad:
                 raise ValueError(
                     "`mosa_router_aux_loss_coef` has no effect under reentrant gradient checkpointing: use "
@@ -346,13 +363,13 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the model would route by expert choice, which cannot be computed token by token.
         """
-        for layer in self.model.layers:
-            if layer.self_attn.mosa is not None and layer.self_attn.mosa.router.routing == "expert_choice":
+        for router in self.modules():
+            if isinstance(router, MosaRouter) and router.routing == "expert_choice":
                 field = "mosa_routing" if self.training else "mosa_inference_routing"
                 raise ValueError(
-                    f"`generate` needs threshold routing, but `{field}='expert_choice'` is in force: which tokens it selects "
-                    "depends on tokens that are not generated yet. Call `model.eval()` and load the model with "
-                    "`mosa_inference_routing='threshold'` (thresholds: `mosa_hf.calibrate_thresholds`)."
+                    f"`generate` needs threshold routing, but `{field}='expert_choice'` is in force: which tokens it "
+                    "selects depends on tokens that are not generated yet. Call `model.eval()` and load the model "
+                    "with `mosa_inference_routing='threshold'` (thresholds: `mosa_hf.calibrate_thresholds`)."
                 )
         return super().generate(*args, **kwargs)
 

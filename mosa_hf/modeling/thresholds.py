@@ -14,8 +14,8 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
     """
     Set the `threshold` of every group of `model`, in place, to the (1 - 1/ρ) quantile of its logits on some text.
 
-    The model routes by expert choice meanwhile, so that each layer sees inputs made at the right selection rate whatever
-    the thresholds were before.
+    The model routes by expert choice meanwhile, so that each layer sees inputs made at the right selection rate,
+    whatever the thresholds were before.
 
     Args:
         model: any MoSA model.
@@ -50,7 +50,7 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
     finally:
         for hook in hooks:
             hook.remove()
-        for router, rule in zip(routers, routing):
+        for router, rule in zip(routers, routing, strict=True):
             router.inference_routing = rule
         model.train(was_training)
 

@@ -1,0 +1,137 @@
+"""The main job on the real model: SmolLM2-135M converted, loaded, generating from its sparse cache."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks import measure, sources
+from mosa_hf import ConversionConfig, MosaForCausalLM, cache_bytes, convert_checkpoint, convert_model, trace_routing
+from mosa_hf.conversion import calibration_windows
+
+from .test_modeling import in_chunks, max_difference
+
+pytestmark = pytest.mark.real
+PROMPTS = ["The capital of France is", "def fibonacci(n):", "A file system keeps track of the blocks that"]
+
+
+def fetched(fetch, *arguments):
+    try:
+        return fetch(*arguments)
+    except sources.SourceUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(fetched(sources.smollm2_directory))
+
+
+@pytest.fixture(scope="module")
+def original():
+    return AutoModelForCausalLM.from_pretrained(fetched(sources.smollm2_directory))
+
+
+@pytest.fixture(scope="module")
+def converted_directory(tmp_path_factory):
+    """60 of 90 groups, from the GGUF file, calibrated on texts that pip and the standard library bring."""
+    destination = tmp_path_factory.mktemp("smollm2") / "converted"
+    # As much of the one as of the other: windows are spread evenly over the text.
+    literature = fetched(sources.text, "shakespeare")
+    topics = sources.text("python_topics")
+    text = topics + "\n\n" + literature[: len(topics)]
+    convert_checkpoint(fetched(sources.smollm2_gguf), destination, ConversionConfig(num_groups=60), text)
+    return destination
+
+
+@pytest.fixture(scope="module")
+def converted(converted_directory) -> MosaForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(converted_directory)
+
+
+SCRIPT = """
+import sys, torch, mosa_hf
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
+path = sys.argv[1]
+input_ids = torch.arange(1000, 1150)[None]
+logits, texts = [], []
+for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):
+    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    logits.append(model(input_ids).logits)
+    hidden = AutoModel.from_pretrained(path, **kwargs)(input_ids).last_hidden_state
+    assert (model.lm_head(hidden) - logits[0]).abs().max() < 1e-4, kwargs
+    assert (logits[-1] - logits[0]).abs().max() < 1e-4, kwargs
+    generator = pipeline("text-generation", model=path, model_kwargs=kwargs)
+    texts.append(generator("The capital of France is", max_new_tokens=5, do_sample=False)[0]["generated_text"])
+assert len(set(texts)) == 1 and "Paris" in texts[0], texts
+"""
+
+
+def test_loads_everywhere_in_a_fresh_process(converted_directory):
+    subprocess.run([sys.executable, "-c", SCRIPT, converted_directory], check=True)
+
+
+@pytest.mark.parametrize("form", [{"window": 64}, {"query_tokens": "selected", "window": 0}], ids=["all", "selected"])
+@torch.no_grad()
+def test_lossless_without_sparsity(form, original, tokenizer):
+    model = convert_model(original, ConversionConfig(sparsity=1, **form))
+    for prompt in PROMPTS:
+        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        tokens = original.generate(input_ids, max_new_tokens=64, do_sample=False)
+        assert torch.equal(model.generate(input_ids, max_new_tokens=64, do_sample=False), tokens)
+        assert (model(tokens).logits - original(tokens).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_decode_parity(converted, tokenizer):
+    """Full forward == prefill and single tokens == chunks, rows of a left-padded batch == the rows alone."""
+    text = calibration_windows(tokenizer, sources.text("python_topics"), 2, 300)
+    mask = torch.ones_like(text)
+    mask[1, :110] = 0
+    batch = {"input_ids": text, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    full = converted(**batch, use_cache=False).logits
+    with trace_routing(converted) as selected:
+        for sizes in ([260, *[1] * 40], [64], [7, 100, 1]):
+            assert max_difference(full, in_chunks(converted, batch, sizes), batch) < 1e-4, sizes
+        converted(**batch, use_cache=False)
+    assert 0.05 < torch.stack([calls[-1].float().mean() for calls in selected.values()]).mean() < 0.2
+    for row, real in enumerate(mask.bool()):
+        alone = converted(text[row : row + 1, real], use_cache=False).logits[0]
+        assert (full[row, real] - alone).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_no_leak(converted, tokenizer):
+    """Under threshold routing no later token moves an earlier logit; expert choice, for contrast, lets them."""
+    text = calibration_windows(tokenizer, sources.text("python_topics"), 1, 200)
+    other = torch.cat((text[:, :150], text[:, :50]), dim=1)
+    model = AutoModelForCausalLM.from_pretrained(converted.name_or_path).double()
+    leaks = {}
+    for routing in ("threshold", "expert_choice"):
+        for module in model.modules():
+            if hasattr(module, "inference_routing"):
+                module.inference_routing = routing
+        logits = [model(ids, use_cache=False).logits[:, :150] for ids in (text, other)]
+        leaks[routing] = (logits[0] - logits[1]).abs().max().item()
+    assert leaks["threshold"] <= 1e-6
+    assert leaks["expert_choice"] > 1e-2
+
+
+def test_quality(converted, original, tokenizer):
+    """At most 6 % more perplexity than the original on prose that calibration never saw (DESIGN section 2)."""
+    windows = calibration_windows(tokenizer, fetched(sources.text, "debian_handbook"), 8, 1024)
+    before, after = measure.perplexity(original, windows), measure.perplexity(converted, windows)
+    print(f"perplexity {before:.2f} -> {after:.2f}")
+    assert after <= 1.06 * before
+
+
+@pytest.mark.parametrize("length", [512, 2048, 4096])
+def test_cache_bytes_follow_the_formula(length, converted, original, tokenizer):
+    prompt = calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, length)
+    cache = measure.filled_cache(converted, prompt)
+    held = sum(cache_bytes(cache).values())
+    assert held == measure.kv_bytes(converted, prompt)
+    assert abs(held / measure.formula_bytes(cache, converted) - 1) < 0.05
+    assert held < 0.65 * measure.kv_bytes(original, prompt)
