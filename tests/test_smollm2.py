@@ -1,5 +1,6 @@
 """The main job on the real model: SmolLM2-135M converted, loaded, generating from its sparse cache."""
 
+import copy
 import subprocess
 import sys
 
@@ -84,22 +85,31 @@ def test_lossless_without_sparsity(form, original, tokenizer):
         assert (model(tokens).logits - original(tokens).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["float32", "float64"])
 @torch.no_grad()
-def test_decode_parity(converted, tokenizer):
-    """Full forward == prefill and single tokens == chunks, rows of a left-padded batch == the rows alone."""
-    text = calibration_windows(tokenizer, sources.text("python_topics"), 2, 300)
+def test_decode_parity(dtype, bound, converted, original, tokenizer):
+    """
+    Full forward == prefill and single tokens == chunks, rows of a left-padded batch == the rows alone.
+
+    In float32 the dense original's own chunks differ from its own full forward by 5e-5 to 8e-5 here, so the bound
+    leaves room for a machine that rounds worse; float64 shows that nothing but rounding differs.
+    """
+    model, dense = (copy.deepcopy(each).to(dtype) for each in (converted, original))
+    text = calibration_windows(tokenizer, sources.text("python_topics"), 2, 200)
     mask = torch.ones_like(text)
-    mask[1, :110] = 0
+    mask[1, :70] = 0
     batch = {"input_ids": text, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-    full = converted(**batch, use_cache=False).logits
-    with trace_routing(converted) as selected:
-        for sizes in ([260, *[1] * 40], [64], [7, 100, 1]):
-            assert max_difference(full, in_chunks(converted, batch, sizes), batch) < 1e-4, sizes
-        converted(**batch, use_cache=False)
+    full, dense_full = (each(**batch, use_cache=False).logits for each in (model, dense))
+    with trace_routing(model) as selected:
+        for sizes in ([175, *[1] * 25], [64], [7, 100, 1]):
+            rounding = max_difference(dense_full, in_chunks(dense, batch, sizes), batch)
+            difference = max_difference(full, in_chunks(model, batch, sizes), batch)
+            assert difference <= max(bound, 1.5 * rounding), sizes
+        model(**batch, use_cache=False)
     assert 0.05 < torch.stack([calls[-1].float().mean() for calls in selected.values()]).mean() < 0.2
     for row, real in enumerate(mask.bool()):
-        alone = converted(text[row : row + 1, real], use_cache=False).logits[0]
-        assert (full[row, real] - alone).abs().max() < 1e-4
+        alone = model(text[row : row + 1, real], use_cache=False).logits[0]
+        assert (full[row, real] - alone).abs().max() <= max(bound, 1.5 * rounding)
 
 
 @torch.no_grad()
