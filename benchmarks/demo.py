@@ -70,11 +70,15 @@ def held_out_text(name: str) -> str | None:
 
 
 def table(
-    original: PreTrainedModel, model: MosaForCausalLM, tokenizer: PreTrainedTokenizerBase, held_out: dict[str, str]
+    original: PreTrainedModel,
+    model: MosaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: dict[str, str],
+    num_windows: int = 8,
 ) -> list[list[str]]:
     """Rows of a Markdown table; the rival's window makes its cache as large as the MoSA model's at 1024 tokens."""
-    windows = {name: calibration_windows(tokenizer, text, 8, 1024) for name, text in held_out.items()}
-    prompt = calibration_windows(tokenizer, sources.text("shakespeare"), 1, 4096)
+    windows = {name: calibration_windows(tokenizer, text, num_windows, 1024) for name, text in held_out.items()}
+    prompt = calibration_windows(tokenizer, held_out[HELD_OUT[0]], 1, 4096)
     rival = measure.first_token_and_window(model, measure.window_of_equal_bytes(model, prompt[:, :1024]))
     head = ["", *(f"perplexity, {name}" for name in windows), "KV bytes, 1 k", "KV bytes, 4 k", "tokens/s after 1 k"]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]

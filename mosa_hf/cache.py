@@ -367,6 +367,11 @@ def upgrade_cache(cache: Cache, windows: dict[int, int]) -> None:
         layer.__class__ = _sparse_class(type(layer))
 
 
+def is_upgraded(cache: Cache) -> bool:
+    """Whether `upgrade_cache` has seen this cache."""
+    return any(isinstance(layer, SparseLayer) for layer in cache.layers)
+
+
 def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
     """`[B]`: the real (not padding) tokens that an upgraded cache has seen; None if none."""
     for layer in [] if cache is None else cache.layers:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import measure, sources
+from benchmarks import demo, measure, sources
 from mosa_hf import ConversionConfig, MosaForCausalLM, cache_bytes, convert_checkpoint, convert_model, trace_routing
 from mosa_hf.conversion import calibration_windows
 
@@ -145,3 +145,14 @@ def test_cache_bytes_follow_the_formula(length, converted, original, tokenizer):
     assert held == measure.kv_bytes(converted, prompt)
     assert abs(held / measure.formula_bytes(cache, converted) - 1) < 0.05
     assert held < 0.65 * measure.kv_bytes(original, prompt)
+
+
+def test_the_table_of_the_demo(converted, original, tokenizer):
+    """Every figure is there, and the rival really has as many bytes at 1024 tokens."""
+    text = fetched(sources.text, "encyclopaedia")
+    head, _, *rows = demo.table(original, converted, tokenizer, {"encyclopaedia": text}, num_windows=1)
+    assert [row[0] for row in rows] == ["original", "MoSA", "first token + window, same groups"]
+    assert all(len(row) == len(head) for row in rows)
+    dense, mosa, rival = (int(row[head.index("KV bytes, 1 k")].replace(",", "")) for row in rows)
+    assert abs(rival / mosa - 1) < 0.05
+    assert mosa < 0.5 * dense

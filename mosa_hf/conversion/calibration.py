@@ -155,7 +155,7 @@ def fit_routers(
     sparsity: float,
     window: int,
     include_first: bool = True,
-    ridge: float = 1e-2,
+    ridge: float = 0.1,
 ) -> list[RouterFit]:
     """Fit a router to every key/value group of a pretrained causal LM (DESIGN sections 2 and 6).
 

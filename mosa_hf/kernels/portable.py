@@ -81,14 +81,17 @@ def all_attention(
     device = query.device
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
 
-    index, filled = selected_positions(selected.transpose(1, 2), limit=num_near - window)  # [B, G, K]
-    far_key, far_value = (_gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
-    bias = None if far_bias is None else far_bias.gather(2, index)
-    last_far = offset - window + torch.arange(num_queries, device=device)  # [T], the last near slot that is far
-    # How many of the K far slots the block that ends with a query can reach, for the group that reaches most.
     block_ends = [min(start + QUERY_BLOCK, num_queries) for start in range(0, num_queries, QUERY_BLOCK)]
-    reach = selected.cumsum(-1).amax((0, 1))  # [S]
-    reach = [int(reach[end - 1 + offset - window]) if end - 1 + offset >= window else 0 for end in block_ends]
+    reach = [0] * len(block_ends)
+    bias = None
+    if num_near > window:  # some near slot is far from some query
+        index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
+        far_key, far_value = (_gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
+        bias = None if far_bias is None else far_bias.gather(2, index)
+        # How many of the K far slots a block can reach, for the group that reaches most.
+        count = selected.cumsum(-1).amax((0, 1)).tolist()
+        reach = [count[last] if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
+    query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
 
     outputs = []
     for start, end, num_far in zip(range(0, num_queries, QUERY_BLOCK), block_ends, reach, strict=True):
@@ -103,7 +106,7 @@ def all_attention(
             keys.append(far_key[:, :, :num_far])
             values.append(far_value[:, :, :num_far])
             far = index[:, :, None, :num_far]
-            mask = filled[:, :, None, :num_far] & (far <= last_far[queries, None])
+            mask = filled[:, :, None, :num_far] & (far <= query_slot[queries, None] - window)
             if tokens.segment is not None:  # packed sequences come without a cache: queries and near slots coincide
                 row = torch.arange(batch_size, device=device)[:, None, None, None]
                 mask = mask & (tokens.segment[row, far] == tokens.segment[:, None, queries, None])
@@ -111,23 +114,28 @@ def all_attention(
         if window:
             keys.append(near.key[:, :, local])
             values.append(near.value[:, :, local])
-            distance = (last_far[queries, None] + window) - torch.arange(num_near, device=device)[local]
-            mask = ((distance >= 0) & (distance < window))[None, None]
+            mask = None
+            if end - start > 1:
+                distance = query_slot[queries, None] - torch.arange(num_near, device=device)[local]
+                mask = ((distance >= 0) & (distance < window))[None, None]
             if near.valid is not None:
-                mask = mask & near.valid[:, :, None, local]
+                valid = near.valid[:, :, None, local]
+                mask = valid if mask is None else mask & valid
             if tokens.segment is not None:
-                mask = mask & (tokens.segment[:, None, queries, None] == tokens.segment[:, None, None, local])
+                same = tokens.segment[:, None, queries, None] == tokens.segment[:, None, None, local]
+                mask = same if mask is None else mask & same
             masks.append(mask)
         if not keys:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
             keys, values = [near.key[:, :, :1]], [near.value[:, :, :1]]
             masks = [torch.zeros(1, dtype=torch.bool, device=device)]
         lengths = [key.shape[2] for key in keys]
 
-        shape = (batch_size, num_groups, end - start)
-        true = torch.ones((), dtype=torch.bool, device=device)
-        mask = torch.cat(
-            [(true if m is None else m).expand(*shape, n) for m, n in zip(masks, lengths, strict=True)], dim=-1
-        )
+        mask = None
+        if any(part is not None for part in masks):
+            shape = (batch_size, num_groups, end - start)
+            true = torch.ones((), dtype=torch.bool, device=device)
+            parts = [(true if part is None else part, length) for part, length in zip(masks, lengths, strict=True)]
+            mask = torch.cat([part.expand(*shape, length) for part, length in parts], dim=-1)
         if bias is not None and num_far:
             before, after = (lengths[0] if kept is not None else 0), (lengths[-1] if window else 0)
             added = F.pad(bias[:, :, :num_far], (before, after))[:, :, None]
@@ -136,23 +144,19 @@ def all_attention(
     return torch.cat(outputs, dim=3)
 
 
-def selected_positions(selected: torch.Tensor, limit: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def selected_positions(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Selected tokens of each group in ascending order.
 
     Args:
         selected: `[B, T, G]` bool.
-        limit: only tokens before this one.
 
     Returns:
         index `[B, G, K]` int64, K the largest count, and filled `[B, G, K]` bool; empty slots come last and hold 0.
     """
     selected = selected.transpose(1, 2)  # [B, G, T]
-    if limit is not None:
-        selected = selected[:, :, : max(limit, 0)]
     count = selected.sum(-1)  # [B, G]
-    num_slots = int(count.max()) if count.numel() and selected.shape[-1] else 0
-    filled = torch.arange(num_slots, device=selected.device) < count[..., None]
+    filled = torch.arange(int(count.max()), device=selected.device) < count[..., None]
     index = torch.zeros(filled.shape, dtype=torch.int64, device=selected.device)
     index[filled] = selected.nonzero()[:, 2]  # row by row, group by group, ascending: the order of the filled slots
     return index, filled

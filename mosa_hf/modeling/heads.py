@@ -241,8 +241,12 @@ class MosaHeads(nn.Module):
         if far_bias is not None:
             # A call no longer than the window reads no far key: keep the router in the graph, as DDP needs.
             heads = heads + 0.0 * far_bias.sum()
-        heads = heads.permute(0, 3, 1, 2, 4).flatten(3)  # [B, T, G, R * d]
-        return torch.einsum("btgh,gnh->btn", heads, self.o_proj)
+        heads = heads.permute(1, 0, 3, 2, 4).flatten(3)  # [G, B, T, R * d]
+        if heads[0, ..., 0].numel() < heads.shape[-1]:
+            # A few tokens, as in decoding: einsum would copy W_O to bring the groups together, which costs more than
+            # to add the groups' outputs up.
+            return torch.matmul(heads.flatten(1, 2), self.o_proj.transpose(1, 2)).sum(0).view_as(hidden_states)
+        return torch.einsum("gbth,gnh->btn", heads, self.o_proj)
 
 
 def _permute(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..cache import num_cached_tokens, upgrade_cache
+from ..cache import is_upgraded, num_cached_tokens, upgrade_cache
 from ..routing import RoutingState, select_by_expert_choice, valid_tokens
 from ..safetensors_files import tensor_shapes
 from .configuration_mosa import MosaConfig
@@ -71,8 +71,6 @@ class MosaAttention(LlamaAttention):
         self.config = config  # the model's own: `set_attn_implementation` changes that one
         self.sliding_window = layer_config.sliding_window
         self.mosa = MosaHeads(layer_config, layer_idx) if layer_config.num_mosa_heads else None
-        # Read here, not from `mosa`, which PEFT may wrap. None: no MoSA heads.
-        self.mosa_window = layer_config.mosa_window if layer_config.num_mosa_heads else None
 
     def forward(
         self,
@@ -231,9 +229,9 @@ class MosaModel(MosaPreTrainedModel):
 
     def upgrade_cache(self, past_key_values: Cache) -> None:
         """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
-        attentions = (layer.self_attn for layer in self.layers)
-        windows = {attn.layer_idx: attn.mosa_window for attn in attentions if attn.mosa_window is not None}
-        upgrade_cache(past_key_values, windows)
+        if not is_upgraded(past_key_values):
+            heads = [module for module in self.modules() if isinstance(module, MosaHeads)]
+            upgrade_cache(past_key_values, {module.layer_idx: module.window for module in heads})
 
     def _dense_masks(
         self,
