@@ -343,11 +343,16 @@ def upgrade_cache(cache: Cache, windows: dict[int, int]) -> None:
         windows: layer index → window of its MoSA heads (0 for form "selected").
 
     Raises:
-        ValueError: for a cache that holds tokens of another model, or whose layers have a fixed size.
+        ValueError: for a cache that holds tokens of another model, has too few layers, or layers of a fixed size.
     """
     for layer_idx, window in windows.items():
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
+        if layer_idx >= len(cache.layers):
+            raise ValueError(
+                f"`past_key_values` has {len(cache.layers)} layers, but layer {layer_idx} of this model needs one: "
+                "make it with `DynamicCache(config=model.config)`."
+            )
         layer = cache.layers[layer_idx]
         if isinstance(layer, SparseLayer):
             continue

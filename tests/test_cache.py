@@ -16,7 +16,7 @@ from mosa_hf.cache import SparseLayer, upgrade_cache
 from mosa_hf.kernels.layout import KeyValues
 from mosa_hf.modeling.tracing import trace_routing
 
-from .conftest import FORMS, MIXED_LAYERS, TINY, tiny_model
+from .conftest import FORMS, MIXED_LAYERS, TINY, tiny_config, tiny_model
 
 NUM_GROUPS = 2
 CHUNKS = st.tuples(st.just("append"), st.integers(1, 4), st.integers(0, 2**16))
@@ -291,6 +291,12 @@ def test_a_static_cache_is_refused():
     cache = StaticCache(config=model.config, max_cache_len=32)
     with pytest.raises(ValueError, match="StaticLayer.*`DynamicCache`"):
         model(tokens_of(), past_key_values=cache)
+
+
+def test_a_cache_with_too_few_layers_is_refused():
+    shallow = DynamicCache(config=tiny_config(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"has 1 layers, but layer 1 .*DynamicCache\(config=model.config\)"):
+        tiny_model()(torch.ones(1, 4, dtype=torch.long), past_key_values=shallow)
 
 
 def test_the_cache_of_another_model_is_refused():

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from transformers import StaticCache, set_seed
+from transformers import set_seed
 
 from .conftest import tiny_model
-
 
 NEW_TOKENS = 12
 MODES = {
@@ -51,9 +50,7 @@ def test_continuing_from_a_returned_cache(form):
     assert torch.equal(continued, model.generate(second, max_new_tokens=5, do_sample=False, use_cache=False))
 
 
-def test_static_caches_are_refused(form):
+def test_static_cache_implementation_is_refused(form):
     model, input_ids = tiny_model(**form), torch.randint(1, 97, (1, 9))
     with pytest.raises(ValueError, match="StaticLayer: use a `DynamicCache`"):
         model.generate(input_ids, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ValueError, match="StaticLayer: use a `DynamicCache`"):
-        model(input_ids, past_key_values=StaticCache(config=model.config, max_cache_len=20))

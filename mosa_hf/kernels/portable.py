@@ -169,7 +169,7 @@ def _gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def _per_group(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`rows` [G, N, in] through each group's `weight` [G, out, in]."""
-    product = torch.bmm(rows, weight.transpose(1, 2).to(rows.dtype))
+    product = torch.bmm(rows, weight.transpose(1, 2))
     return product if bias is None else product + bias[:, None]
 
 

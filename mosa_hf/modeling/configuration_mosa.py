@@ -13,7 +13,8 @@ class MosaConfig(LlamaConfig):
     Configuration of a Llama-shaped decoder whose layers mix ordinary (dense) attention heads with MoSA heads.
 
     Every `LlamaConfig` field keeps its name and meaning; `num_attention_heads`, `num_key_value_heads` and
-    `sliding_window` describe the dense heads only. `head_dim` is shared by both kinds of heads.
+    `sliding_window` describe the dense heads only, and `attention_dropout` acts on them only. `head_dim` is shared by
+    both kinds of heads.
 
     Args:
         num_mosa_heads (`int`, defaults to 28):
