@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from .kernels.layout import KeyValues
+from .kernels.layout import KeyValues, RaggedKeyValues
 
 
 class SelectedKeyValues:
@@ -47,23 +47,15 @@ class SelectedKeyValues:
         self.count = owners.bincount(minlength=self.count.numel()).view_as(self.count)
 
     def read(self, groups: torch.Tensor | None = None) -> KeyValues | None:
-        """The entries of `groups` (all by default) as padded `[B, G, S, d]`; None if there are none."""
-        if self.count is None:
+        """The entries of `groups` (all by default) with empty slots at the end of each; None if there are none."""
+        entries = self.entries()
+        return None if entries is None else entries.pad(groups)
+
+    def entries(self) -> RaggedKeyValues | None:
+        """All entries, as they are held; None if there are none. Later calls do not change what was returned."""
+        if self.key is None or len(self.key) == 0:
             return None
-        count, start = self.count, self.count.flatten().cumsum(0).view_as(self.count) - self.count
-        if groups is not None:
-            count, start = count[:, groups], start[:, groups]
-        num_slots = int(count.max()) if count.numel() else 0
-        if num_slots == 0:
-            return None
-        slot = torch.arange(num_slots, device=count.device)
-        if count.numel() == 1:
-            entries = slice(int(start), int(start) + num_slots)
-            key, value, position = (x[entries][None, None] for x in (self.key, self.value, self.position))
-            return KeyValues(key, value, position.long(), None, None)
-        filled = slot < count[..., None]  # [B, G, S]
-        entries = (start[..., None] + slot).clamp(max=self.key.shape[0] - 1)
-        return KeyValues(self.key[entries], self.value[entries], self.position[entries].long(), filled, None)
+        return RaggedKeyValues(self.key, self.value, self.position, self.count)
 
     def crop(self, num_tokens: torch.Tensor) -> None:
         """Drop the entries whose position is not below `num_tokens` [B]."""
@@ -132,7 +124,7 @@ class SparseKeyValues:
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, selected: torch.Tensor, valid: torch.Tensor | None
-    ) -> tuple[KeyValues, KeyValues | None]:
+    ) -> tuple[KeyValues, RaggedKeyValues | None]:
         """
         Form "all": take in a call's tokens, which `advance` has counted.
 
@@ -144,7 +136,7 @@ class SparseKeyValues:
         Returns:
             (near, kept) as `all_attention` reads them.
         """
-        kept = self.kept.read()
+        kept = self.kept.entries()
         if self.recent_key is not None:
             num_recent = self.recent_key.shape[2]
             key = torch.cat((self.recent_key, key), dim=2)

@@ -100,7 +100,7 @@ class Pair:
         key, value = states_of(tokens, 1), states_of(tokens, -1)
         if self.form == "all":
             near, kept = self.sparse.update(key, value, selected, valid)
-            self.check_readable(near, kept, is_real)
+            self.check_readable(near, None if kept is None else kept.pad(), is_real)
         else:
             groups = None if self.sparse.kept.count is None else selected.any(2).any(0).nonzero()[:, 0]
             chosen = slice(None) if groups is None else groups

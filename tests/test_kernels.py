@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mosa_hf.kernels import backend, portable, reference, use_backend
-from mosa_hf.kernels.layout import HeadWeights, KeyValues, Tokens
+from mosa_hf.kernels.layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 shapes = st.fixed_dictionaries(
@@ -66,6 +66,14 @@ def random_kept(shape: dict, num_before: int) -> KeyValues | None:
     return KeyValues(key, value, position, filled, None)
 
 
+def ragged(kept: KeyValues | None) -> RaggedKeyValues | None:
+    """The same entries as a cache holds them."""
+    if kept is None or not kept.valid.any():
+        return None
+    key, value = (states[kept.valid].detach().requires_grad_() for states in (kept.key, kept.value))
+    return RaggedKeyValues(key, value, kept.position[kept.valid].to(torch.int32), kept.valid.sum(-1))
+
+
 def gradients(output: torch.Tensor, weight: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     if not output.requires_grad:  # nothing was read
         return [torch.zeros_like(x) for x in inputs]
@@ -110,6 +118,21 @@ def test_selected_heads(shape):
 @FAST
 @given(shapes, st.integers(0, 9), st.booleans(), st.booleans())
 def test_all_attention(shape, window, biased, small_blocks):
+    check_all_attention(shape, window, biased, small_blocks)
+
+
+@FAST
+@given(shapes, st.integers(1, 16), st.sampled_from([0, 1, 64]))
+def test_all_attention_of_a_single_token(shape, window, decode_loop):
+    """With the loop over cached entries, and without."""
+    limit, portable.DECODE_LOOP = portable.DECODE_LOOP, decode_loop
+    try:
+        check_all_attention({**shape, "num_tokens": 1, "num_past": 13}, window, biased=False, small_blocks=False)
+    finally:
+        portable.DECODE_LOOP = limit
+
+
+def check_all_attention(shape, window, biased, small_blocks):
     torch.manual_seed(shape["seed"])
     num_recent = min(shape["num_past"], max(window - 1, 0)) if not shape["padded"] else 0
     num_kept = shape["num_past"] - num_recent
@@ -126,7 +149,7 @@ def test_all_attention(shape, window, biased, small_blocks):
         None if tokens.valid is None else tokens.valid[:, None].expand(-1, groups, -1),
         torch.cat((recent, tokens.selected), dim=1).transpose(1, 2),
     )
-    kept = random_kept(shape, num_kept)
+    kept = ragged(random_kept(shape, num_kept))
     query = torch.randn(batch_size, groups, shape["heads_per_group"], num_tokens, head_dim, requires_grad=True)
     bias = -torch.rand(batch_size, groups, num_near) if biased else None
     bias = None if bias is None else bias.requires_grad_()

@@ -1,6 +1,7 @@
 """Conversion of a pretrained model in memory: whole key/value groups become MoSA groups (DESIGN section 6)."""
 
 import copy
+from collections import Counter
 from dataclasses import asdict
 
 import torch
@@ -45,10 +46,13 @@ def convert_model(
         raise ValueError(f"{type(model).__name__} has no language-modeling head: load it with `AutoModelForCausalLM`.")
     config = model.config
     num_layers, num_groups = config.num_hidden_layers, config.num_key_value_heads
-    if conversion.num_groups is not None and conversion.num_groups > num_layers * num_groups:
+    pairs = [(layer, group) for layer in range(num_layers) for group in range(num_groups)]
+    if conversion.num_groups is not None and conversion.num_groups > len(pairs):
         raise ValueError(
             f"`num_groups={conversion.num_groups}`: the model has {num_layers} x {num_groups} key/value groups."
         )
+    if unknown := sorted(set(conversion.groups or ()) - set(pairs)):
+        raise ValueError(f"`groups` names {unknown}, but the model has layers < {num_layers}, groups < {num_groups}.")
     fits = None
     if calibration is not None:
         fits = fit_routers(
@@ -60,7 +64,7 @@ def convert_model(
         )
     elif conversion.sparsity != 1:
         raise ValueError("`calibration` is needed to fit routers: pass token ids [windows, tokens] of some text.")
-    converted = choose_groups(conversion, num_layers, num_groups, fits)
+    converted = choose_groups(conversion, pairs, fits)
 
     mosa_config = converted_config(config, conversion, converted)
     mosa_config.mosa_conversion = {
@@ -99,52 +103,46 @@ def check_family(model_type: str) -> None:
 
 
 def choose_groups(
-    conversion: ConversionConfig, num_layers: int, num_groups: int, fits: list[RouterFit] | None
+    conversion: ConversionConfig, pairs: list[tuple[int, int]], fits: list[RouterFit] | None
 ) -> list[tuple[int, int]]:
-    """The `(layer, group)` pairs to convert, sorted: the given ones, or those that keep most of their attention."""
-    pairs = [(layer, group) for layer in range(num_layers) for group in range(num_groups)]
+    """Those of all `(layer, group)` pairs to convert: the ones named, or those that keep most of their attention."""
     if conversion.groups is not None:
-        unknown = sorted(set(conversion.groups) - set(pairs))
-        if unknown:
-            raise ValueError(
-                f"`groups` names {unknown}, but the model has layers < {num_layers}, groups < {num_groups}."
-            )
         return sorted(conversion.groups)
     if conversion.num_groups in (None, len(pairs)):
         return pairs
     if fits is None:
         raise ValueError("`calibration` is needed to rank groups: pass it, or name the `groups`.")
-    pairs.sort(key=lambda pair: -float(fits[pair[0]].kept_mass[pair[1]]))
-    return sorted(pairs[: conversion.num_groups])
+    ranked = sorted(pairs, key=lambda pair: -float(fits[pair[0]].kept_mass[pair[1]]))
+    return sorted(ranked[: conversion.num_groups])
 
 
 def converted_config(config, conversion: ConversionConfig, converted: list[tuple[int, int]]) -> MosaConfig:
-    """The configuration of the converted model; layers differ in how many of their groups are converted."""
+    """The configuration of the converted model; layers may differ in how many of their groups are converted."""
     fields = config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "quantization_config"):
         fields.pop(name, None)
     heads_per_group = config.num_attention_heads // config.num_key_value_heads
-    per_layer_config = {}
+    num_mosa = Counter(layer for layer, _ in converted)
+    heads = {}
     for layer in range(config.num_hidden_layers):
-        num_mosa = sum(pair[0] == layer for pair in converted)
-        num_dense = config.num_key_value_heads - num_mosa
-        per_layer_config[layer] = {
+        num_dense = config.num_key_value_heads - num_mosa[layer]
+        heads[layer] = {
             "num_attention_heads": num_dense * heads_per_group,
             "num_key_value_heads": num_dense,
-            "num_mosa_heads": num_mosa * heads_per_group,
-            "num_mosa_key_value_heads": num_mosa,
+            "num_mosa_heads": num_mosa[layer] * heads_per_group,
+            "num_mosa_key_value_heads": num_mosa[layer],
         }
+    usual = max(heads.values(), key=list(heads.values()).count)
     fields.update(
+        **usual,
         head_dim=config.head_dim,
-        num_mosa_heads=0,
-        num_mosa_key_value_heads=0,
         mosa_sparsity=conversion.sparsity,
         mosa_query_tokens=conversion.query_tokens,
         mosa_window=conversion.window,
         mosa_include_first=conversion.include_first,
         mosa_routing="threshold",
         mosa_router_bias=conversion.query_tokens == "selected",
-        per_layer_config=per_layer_config,
+        per_layer_config={layer: own for layer, own in heads.items() if own != usual} or None,
     )
     return MosaConfig(**fields)
 

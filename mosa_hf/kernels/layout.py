@@ -49,6 +49,28 @@ class KeyValues(NamedTuple):
     selected: torch.Tensor | None  # [B, G, S] bool; None: every filled slot holds a selected token
 
 
+class RaggedKeyValues(NamedTuple):
+    """Keys (rotated) and values of selected tokens, as a cache holds them: by row, by group, no empty slots."""
+
+    key: torch.Tensor  # [N, d]
+    value: torch.Tensor  # [N, d]
+    position: torch.Tensor  # [N] int32, ascending within a row and group
+    count: torch.Tensor  # [B, G] int64, entries of each row and group; N is their sum
+
+    def pad(self, groups: torch.Tensor | None = None) -> KeyValues | None:
+        """The entries of `groups` (all by default) with empty slots at the end; None if there are none."""
+        count, start = self.count, self.count.flatten().cumsum(0).view_as(self.count) - self.count
+        if groups is not None:
+            count, start = count[:, groups], start[:, groups]
+        num_slots = int(count.max()) if count.numel() else 0
+        if num_slots == 0:
+            return None
+        slot = torch.arange(num_slots, device=count.device)
+        filled = slot < count[..., None]  # [B, G, S]
+        entries = (start[..., None] + slot).clamp(max=len(self.key) - 1)
+        return KeyValues(self.key[entries], self.value[entries], self.position[entries].long(), filled, None)
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of the first `cos.shape[-1]` channels of `states` [..., d]; the others pass through."""
     rotary_dim = cos.shape[-1]

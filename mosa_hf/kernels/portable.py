@@ -6,8 +6,9 @@ Selections are sorted by position, so that a query reads a prefix of the slots (
 import torch
 import torch.nn.functional as F
 
-from .layout import HeadWeights, KeyValues, Tokens, rotate
+from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, rotate
 
+DECODE_LOOP = 16  # up to so many rows x groups, a decode step visits them one by one
 QUERY_BLOCK = 128  # queries of "all" form attention scored at once: large enough for the matmuls, small against T
 
 
@@ -20,8 +21,13 @@ def selected_heads(
     index, filled = selected_positions(tokens.selected)  # [B, G, K]
     num_slots = index.shape[-1]
     row = torch.arange(batch_size, device=index.device)[:, None, None]
+    token = (row * num_tokens + index).flatten()  # [B * G * K], into the tokens of all rows
 
-    slots = hidden_states[row, index].transpose(0, 1).reshape(num_groups, batch_size * num_slots, hidden_size)
+    def gather(states: torch.Tensor) -> torch.Tensor:  # [B, T, ...] -> [B, G, K, ...]
+        # Not by indexing: the gradient of that adds rows up in an order that changes from run to run.
+        return states.flatten(0, 1).index_select(0, token).unflatten(0, index.shape)
+
+    slots = gather(hidden_states).transpose(0, 1).flatten(1, 2)  # [G, B * K, D]
     query, key, value = (
         _per_group(slots, weight, bias).unflatten(1, (batch_size, num_slots)).transpose(0, 1)  # [B, G, K, out]
         for weight, bias in (
@@ -31,9 +37,9 @@ def selected_heads(
         )
     )
     query = query.unflatten(-1, (-1, head_dim)).transpose(2, 3)  # [B, G, R, K, d]
-    cos, sin = tokens.cos[row, index], tokens.sin[row, index]  # [B, G, K, rotary_dim]
+    cos, sin = gather(tokens.cos), gather(tokens.sin)  # [B, G, K, rotary_dim]
     query, key = rotate(query, cos[:, :, None], sin[:, :, None]), rotate(key, cos, sin)
-    new = KeyValues(key, value, tokens.position[row, index], filled, None)
+    new = KeyValues(key, value, gather(tokens.position), filled, None)
 
     # Empty slots come last: a causal read of the slots never meets them before a filled slot's own turn.
     if past is None and tokens.segment is None:
@@ -42,7 +48,7 @@ def selected_heads(
         mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=index.device).tril()  # [K, K]
         mask = mask.expand(batch_size, num_groups, num_slots, num_slots)
         if tokens.segment is not None:
-            segment = tokens.segment[row, index]
+            segment = gather(tokens.segment)
             mask = mask & (segment[..., :, None] == segment[..., None, :])
         if past is not None:
             past_mask = torch.ones_like(past.position, dtype=torch.bool) if past.valid is None else past.valid
@@ -59,14 +65,14 @@ def selected_heads(
     output = update.new_zeros(
         batch_size * num_tokens, hidden_size, dtype=torch.promote_types(update.dtype, torch.float32)
     )
-    output = output.index_add(0, (row * num_tokens + index).flatten(), update.flatten(0, 2).to(output.dtype))
+    output = output.index_add(0, token, update.flatten(0, 2).to(output.dtype))
     return output.to(hidden_states.dtype).view(batch_size, num_tokens, hidden_size), new
 
 
 def all_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: KeyValues | None,
+    kept: RaggedKeyValues | None,
     tokens: Tokens,
     window: int,
     far_bias: torch.Tensor | None = None,
@@ -79,6 +85,9 @@ def all_attention(
     num_near = near.key.shape[2]
     offset = num_near - num_queries  # query i stands at near slot offset + i
     device = query.device
+    if num_queries == 1 and kept is not None and num_near <= window and kept.count.numel() <= DECODE_LOOP:
+        return _decode(query, near, kept)
+    kept = None if kept is None else kept.pad()
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
 
     block_ends = [min(start + QUERY_BLOCK, num_queries) for start in range(0, num_queries, QUERY_BLOCK)]
@@ -142,6 +151,28 @@ def all_attention(
             mask = added.to(query.dtype).expand(mask.shape).masked_fill(~mask, -torch.inf)
         outputs.append(_attention(query[:, :, :, queries], torch.cat(keys, dim=2), torch.cat(values, dim=2), mask))
     return torch.cat(outputs, dim=3)
+
+
+def _decode(query: torch.Tensor, near: KeyValues, kept: RaggedKeyValues) -> torch.Tensor:
+    """
+    `all_attention` of a single token, all of whose `near` keys are in its window: reads the cached entries where they
+    are, which at long contexts is cheaper than to bring them into one padded tensor.
+    """
+    batch_size, num_groups, num_heads, _, head_dim = query.shape
+    lengths = kept.count.flatten().tolist()
+    outputs = []
+    segments = zip(kept.key.split(lengths), kept.value.split(lengths), strict=True)
+    for i, (key, value) in enumerate(segments):
+        row, group = divmod(i, num_groups)
+        queries = query[row, group, :, 0] * head_dim**-0.5  # [R, d]
+        near_scores = queries @ near.key[row, group].T  # [R, S]
+        if near.valid is not None:
+            # Not -inf: a row whose token is padding may have nothing to read, and must stay finite.
+            near_scores = near_scores.masked_fill(~near.valid[row, group], torch.finfo(near_scores.dtype).min)
+        scores = torch.cat((queries @ key.T, near_scores), dim=-1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+        outputs.append(weights[:, : len(key)] @ value + weights[:, len(key) :] @ near.value[row, group])
+    return torch.stack(outputs).view(batch_size, num_groups, num_heads, 1, head_dim)
 
 
 def selected_positions(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

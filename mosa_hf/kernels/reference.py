@@ -2,7 +2,7 @@
 
 import torch
 
-from .layout import HeadWeights, KeyValues, Tokens, rotate
+from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, rotate
 
 
 def selected_heads(
@@ -36,7 +36,7 @@ def selected_heads(
 def all_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: KeyValues | None,
+    kept: RaggedKeyValues | None,
     tokens: Tokens,
     window: int,
     far_bias: torch.Tensor | None = None,
@@ -55,7 +55,7 @@ def all_attention(
     Returns:
         `[B, G, R, T, d]`; zero where a query has nothing to read.
     """
-    keys = join(kept, near)
+    keys = join(None if kept is None else kept.pad(), near)
     distance = tokens.position[:, None, :, None] - keys.position[:, :, None]  # [B, G, T, S]
     recent = distance < window
     mask = keys.valid[:, :, None] & (distance >= 0) & (keys.selected[:, :, None] | recent)
