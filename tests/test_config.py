@@ -104,6 +104,13 @@ def test_wrong_types_are_refused(field, value, in_one_layer):
         MosaConfig(**fields)
 
 
+@pytest.mark.parametrize("fields", [{"hidden_size": 64}, {"head_dim": 64}, {"intermediate_size": 8}], ids=str)
+def test_fields_that_layers_share_cannot_differ(fields):
+    (field,) = fields
+    with pytest.raises(StrictDataclassError, match=rf"`per_layer_config` sets \['{field}'\], which all layers share"):
+        MosaConfig(num_hidden_layers=3, per_layer_config={1: fields})
+
+
 def test_head_dim_cannot_be_derived_without_dense_heads():
     with pytest.raises(ValueError, match="`head_dim` must be given when `num_attention_heads` is 0"):
         MosaConfig(num_attention_heads=0, head_dim=None)

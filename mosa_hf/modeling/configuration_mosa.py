@@ -6,6 +6,22 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+# What `per_layer_config` may set: the rest is the whole model's.
+PER_LAYER_FIELDS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "sliding_window",
+    "num_mosa_heads",
+    "num_mosa_key_value_heads",
+    "mosa_sparsity",
+    "mosa_query_tokens",
+    "mosa_window",
+    "mosa_include_first",
+    "mosa_min_tokens",
+    "mosa_threshold_momentum",
+    "mosa_router_bias",
+)
+
 
 @strict
 class MosaConfig(LlamaConfig):
@@ -102,6 +118,11 @@ class MosaConfig(LlamaConfig):
                     layer_config.validate_architecture()
                 except ValueError as error:
                     raise ValueError(f"`per_layer_config`, layer {layer_idx}: {error}") from error
+            if shared := sorted(self.per_layer_attributes.difference(PER_LAYER_FIELDS)):
+                raise ValueError(
+                    f"`per_layer_config` sets {shared}, which all layers share. Set it for the whole model; only "
+                    f"{', '.join(PER_LAYER_FIELDS)} may differ by layer."
+                )
             return
 
         _validate_groups(self, "num_attention_heads", "num_key_value_heads")
