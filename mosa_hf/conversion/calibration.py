@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..modeling.thresholds import highest_share
+
 # Smallest regression target before the logarithm, in units of uniform attention. A key below it is as good as never
 # read; without the floor its logarithm, arbitrarily far down, would dominate the squared error.
 FLOOR = 1e-6
@@ -226,9 +228,7 @@ def fit_routers(
 
     fits = []
     for weight, layer, z in zip(weights, statistics, logits, strict=True):
-        tokens = input_ids.numel()
-        # kthvalue counts from the lowest; torch.quantile would refuse more than 16 M values.
-        threshold = z.flatten(0, 1).kthvalue(tokens - max(round(tokens / sparsity), 1) + 1, dim=0).values
+        threshold = highest_share(z.flatten(0, 1), sparsity)
         hidden = (z < threshold).transpose(1, 2)[:, :, : -window or None]
         hidden[:, :, 0] &= not include_first
         lost = (layer.far * hidden).sum(2).mean(0)

@@ -66,7 +66,8 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
 def highest_share(logits: torch.Tensor, sparsity: float) -> torch.Tensor:
     """`[G]`: the value that one in `sparsity` of `logits` [N, G] reaches, group by group."""
     rank = max(round(len(logits) / sparsity), 1)
-    return logits.sort(dim=0, descending=True).values[rank - 1]
+    # kthvalue counts from the lowest; torch.quantile would refuse more than 16 M values.
+    return logits.kthvalue(len(logits) - rank + 1, dim=0).values
 
 
 def mosa_routers(model: nn.Module) -> list[MosaRouter]:
