@@ -71,6 +71,24 @@ class RaggedKeyValues(NamedTuple):
         return KeyValues(self.key[entries], self.value[entries], self.position[entries].long(), filled, None)
 
 
+class FixedKeyValues(NamedTuple):
+    """
+    A cache of fixed size, updated in place: up to C selected tokens of each row and group in no particular order, and
+    a ring of the last W tokens (W = `window` of form "all"; 0 where there is no window), token p in slot p % W.
+    """
+
+    key: torch.Tensor  # [B, G, C, d]
+    value: torch.Tensor  # [B, G, C, d]
+    position: torch.Tensor  # [B, G, C] int32
+    score: torch.Tensor  # [B, G, C] float32, router logits; inf for tokens that are never evicted
+    count: torch.Tensor  # [B, G] int32: slots 0 .. count - 1 are filled
+    num_evicted: torch.Tensor  # [B, G] int32, selected tokens given up so far because there were too many
+    ring_key: torch.Tensor  # [B, G, W, d]
+    ring_value: torch.Tensor  # [B, G, W, d]
+    ring_score: torch.Tensor  # [B, G, W] float32; -inf where the slot is empty or its token not (or no longer) selected
+    num_tokens: torch.Tensor  # [B] int64, real tokens seen
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of the first `cos.shape[-1]` channels of `states` [..., d]; the others pass through."""
     rotary_dim = cos.shape[-1]
