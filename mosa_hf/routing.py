@@ -153,9 +153,9 @@ def evicted_at(
         higher = higher & is_selected[..., None, :]
         if segment is not None:
             higher = higher & (segment[..., None, :] == segment[..., block, None])
-        full = higher.cumsum(-1, dtype=torch.int32) >= budget  # [B, G, J, K]
-        first = position.gather(-1, full.to(torch.int8).argmax(-1))
-        until.append(torch.where(full[..., -1], first.maximum(position[..., block]), NEVER))
+        num_before = (higher.cumsum(-1, dtype=torch.int32) < budget).sum(-1)  # [B, G, J]
+        first = position.gather(-1, num_before.clamp(max=num_slots - 1))
+        until.append(torch.where(num_before < num_slots, first.maximum(position[..., block]), NEVER))
     return order.new_full(selected.shape, NEVER).scatter(-1, order, torch.cat(until, dim=-1))
 
 
