@@ -88,7 +88,7 @@ def select_by_expert_choice(
     # the rate over all of them. A forced token has no logit to learn from.
     free = score.flatten(0, 1).masked_fill((score == torch.inf).flatten(0, 1), -torch.inf)
     num_free = chosen[..., 0].sum() - (0 if first is None else first.sum())
-    last = free.sort(dim=0, descending=True).values[(num_free - 1).clamp(min=0)]
+    last = free.sort(dim=0, descending=True).values.index_select(0, (num_free - 1).clamp(min=0).view(1))[0]
     return selected, torch.where(num_free > 0, last, torch.nan)
 
 

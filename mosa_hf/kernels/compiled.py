@@ -172,19 +172,16 @@ def _gradients(
     function: Callable[..., torch.Tensor], grad: torch.Tensor, inputs: tuple, learn: tuple[int, ...]
 ) -> list[torch.Tensor]:
     """Gradients of the inputs `learn`; an empty tensor for an input that is None."""
-    inputs = list(inputs)
-    for i in learn:
-        if inputs[i] is not None:
-            inputs[i] = inputs[i].detach().requires_grad_()
-    with torch.enable_grad():
-        output = function(*inputs)
-    given = [inputs[i] for i in learn if inputs[i] is not None]
-    grads = iter(
-        torch.autograd.grad(output, given, grad, allow_unused=True, materialize_grads=True)
-        if output.requires_grad
-        else [torch.zeros_like(x) for x in given]
-    )
-    return [grad.new_empty(0) if inputs[i] is None else next(grads).contiguous() for i in learn]
+    given = [i for i in learn if inputs[i] is not None]
+
+    def output_of(*states: torch.Tensor) -> torch.Tensor:
+        changed = dict(zip(given, states, strict=True))
+        return function(*(changed.get(i, x) for i, x in enumerate(inputs)))
+
+    # Not by autograd: an op runs below it.
+    _, pull_back = torch.func.vjp(output_of, *(inputs[i] for i in given))
+    grads = dict(zip(given, pull_back(grad), strict=True))
+    return [grads[i].contiguous() if i in grads else grad.new_empty(0) for i in learn]
 
 
 def _register(op, backward_op, learn: tuple[int, ...]) -> None:
