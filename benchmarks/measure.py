@@ -5,7 +5,7 @@ import time
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import MosaForCausalLM, cache_bytes
 from mosa_hf.conversion import calibration_windows
@@ -35,9 +35,11 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def filled_cache(model: PreTrainedModel, input_ids: torch.Tensor, chunk: int = 1024) -> DynamicCache:
-    """The cache after reading `input_ids` [1, T]."""
-    cache = DynamicCache(config=model.config)
+def filled_cache(
+    model: PreTrainedModel, input_ids: torch.Tensor, chunk: int = 1024, cache: Cache | None = None
+) -> Cache:
+    """The cache (a dynamic one by default) after reading `input_ids` [1, T]."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
     for part in input_ids.split(chunk, dim=1):
         model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
