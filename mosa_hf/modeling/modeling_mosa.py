@@ -262,6 +262,9 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
     """`MosaModel` with a language-modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MosaConfig):
         super().__init__(config)
