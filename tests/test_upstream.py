@@ -1,9 +1,9 @@
 """
 Transformers' own test suites, on the MoSA models in both forms and, with the same harness, on Llama.
 
-What holds: the MoSA models fail nothing that Llama passes, but for the tests marked `xfail` here, with the reason. On a
-CPU, 128 tests run for each model and about 60 skip themselves: they need a GPU, flash attention, DeepSpeed, torchao or
-a model of another kind. The suites of modeling, configuration, training, tensor parallelism and FSDP are those that
+What holds: the MoSA models fail nothing that Llama passes, but for the tests marked `xfail` here, with the reason. On
+a CPU, 128 tests run for each model and about 60 skip themselves: they need a GPU, flash attention, DeepSpeed, torchao
+or a model of another kind. The suites of modeling, configuration, training, tensor parallelism and FSDP are those that
 apply. The suites of exporters and generation are not distributed; `test_generation_behaviours.py` is for the latter.
 """
 
@@ -39,14 +39,10 @@ class ModelTester:
 
     batch_size = 3
     seq_length = 7
-    is_training = True
-    vocab_size = 99
     hidden_size = 32
-    intermediate_size = 37
     num_hidden_layers = 2
     num_attention_heads = 2
-    num_key_value_heads = 2
-    pad_token_id = 0
+    is_training = True
 
     def __init__(self, config_class, base_model_class, causal_lm_class, sequence_classification_class, **fields):
         self.config_class = config_class
@@ -56,17 +52,22 @@ class ModelTester:
         self.fields = fields
 
     def get_config(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         return self.config_class(
-            **{name: getattr(self, name) for name in (*sizes, "num_key_value_heads", "pad_token_id")},
+            vocab_size=99,
+            hidden_size=self.hidden_size,
+            intermediate_size=37,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=2,
             head_dim=16,
             max_position_embeddings=512,
+            pad_token_id=0,
             initializer_range=0.2,  # large, so that what heads do shows in the outputs
             **self.fields,
         )
 
     def prepare_config_and_inputs_for_common(self):
-        input_ids = ids_tensor([self.batch_size, self.seq_length], self.vocab_size)
+        input_ids = ids_tensor([self.batch_size, self.seq_length], vocab_size=99)
         attention_mask = torch.ones_like(input_ids).tril()  # rows of different lengths, padded on the right
         return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
 
@@ -93,8 +94,8 @@ MOSA = (MosaConfig, MosaModel, MosaForCausalLM, MosaForSequenceClassification)
 HEADS = {"num_mosa_heads": 4, "num_mosa_key_value_heads": 2, "mosa_sparsity": 2}
 AVERAGED = pytest.mark.xfail(
     strict=True,
-    reason="a threshold in training follows the mean of the ranks' K-th logits, which is not the K-th logit of the ranks' "
-    "tokens together: `threshold` routing selects some other tokens than on one device",
+    reason="a threshold in training follows the mean of the ranks' K-th logits, which is not the K-th logit of all "
+    "their tokens together: `threshold` routing selects some other tokens than on one device",
 )
 
 
