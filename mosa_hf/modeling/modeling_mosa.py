@@ -213,7 +213,7 @@ class MosaModel(MosaPreTrainedModel):
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for decoder_layer in self.layers:
+        for decoder_layer in self._active_layers():
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=causal_masks.get(decoder_layer.self_attn.sliding_window),
@@ -230,8 +230,12 @@ class MosaModel(MosaPreTrainedModel):
     def upgrade_cache(self, past_key_values: Cache) -> None:
         """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
         if not is_upgraded(past_key_values):
-            heads = [module for module in self.modules() if isinstance(module, MosaHeads)]
+            heads = [layer.self_attn.mosa for layer in self._active_layers() if layer.self_attn.mosa is not None]
             upgrade_cache(past_key_values, {module.layer_idx: module.window for module in heads})
+
+    def _active_layers(self) -> nn.ModuleList:
+        """The layers that run: all, except while `generate(assistant_early_exit=...)` drafts and lowers the number."""
+        return self.layers[: self.config.num_hidden_layers]
 
     def _dense_masks(
         self,
@@ -242,7 +246,7 @@ class MosaModel(MosaPreTrainedModel):
     ) -> dict[int | None, torch.Tensor | None]:
         """Upstream's masks, one for each sliding window (None: global) that some layer's dense heads have."""
         masks = {}
-        for layer in self.layers:
+        for layer in self._active_layers():
             window, layer_idx = layer.self_attn.sliding_window, layer.self_attn.layer_idx
             if window in masks or not layer.self_attn.has_dense_heads:
                 continue
