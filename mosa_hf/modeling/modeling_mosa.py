@@ -230,7 +230,7 @@ class MosaModel(MosaPreTrainedModel):
     def upgrade_cache(self, past_key_values: Cache) -> None:
         """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
         if not is_upgraded(past_key_values):
-            heads = [layer.self_attn.mosa for layer in self._active_layers() if layer.self_attn.mosa is not None]
+            heads = [module for module in self._active_layers().modules() if isinstance(module, MosaHeads)]
             upgrade_cache(past_key_values, {module.layer_idx: module.window for module in heads})
 
     def _active_layers(self) -> nn.ModuleList:
