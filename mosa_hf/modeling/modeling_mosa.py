@@ -378,6 +378,20 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
                 )
         return super().generate(*args, **kwargs)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """
+        Refused: Transformers packs the requests into one row and keeps their keys and values in pages, which hold no
+        selections. Without this, MoSA heads would take the other requests for padding.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not support continuous batching (`generate_batch`, "
+            "`cache_implementation='paged'`, `transformers serve`): its pages cannot hold the sparse cache of MoSA "
+            "heads. Call `generate` with a padded batch."
+        )
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         # Before assisted generation asks the cache to record what it may have to roll back.
