@@ -344,3 +344,24 @@ def test_assisted_sampling_runs(form):
     model = tiny_model(**form)
     generated = model.generate(prompt(1), max_new_tokens=15, do_sample=True, assistant_model=tiny_model(1, **form))
     assert generated.shape == (1, PROMPT_LENGTH + 15)
+
+
+def test_quantised_cache_leaves_the_sparse_part_alone(form):
+    """Only the dense heads' keys and values are rounded: a model whose dense heads say nothing loses nothing."""
+    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    model = tiny_model(**form)
+    outputs = greedy(model, prompt(), return_dict_in_generate=True, output_logits=True, **quantised)
+    assert all(logits.isfinite().all() for logits in outputs.logits)
+    exact = greedy(model, prompt(), return_dict_in_generate=True, output_logits=True)
+    assert not torch.equal(outputs.logits[-1], exact.logits[-1])  # it does round
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    assert torch.equal(greedy(model, prompt(), **quantised), greedy(model, prompt()))
+
+
+def test_continuous_batching_is_refused(form):
+    model = tiny_model(**form)
+    with pytest.raises(NotImplementedError, match="does not support continuous batching"):
+        model.generate_batch(prompt().tolist())
+    with pytest.raises(NotImplementedError, match="does not support continuous batching"):
+        model.generate(prompt(), cache_implementation="paged")
