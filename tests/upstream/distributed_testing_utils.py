@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from unittest import SkipTest
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,8 @@ def _run_rank(rank: int, function: Callable, args: tuple, world_size: int, port:
 
 
 def _start_rank_processes(function: Callable, args: tuple, nprocs: int) -> None:
+    if torch.accelerator.is_available():
+        raise SkipTest("these processes share a CPU; models would go to the accelerator")
     # Forks of a process that has only imported things: as safe as spawning, without 5 s of imports each time.
     imports = ["mosa_hf", f"{__package__}.test_fsdp_mixin"]
     torch.multiprocessing.get_context("forkserver").set_forkserver_preload(imports)
