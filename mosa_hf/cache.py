@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import BaseQuantizedLayer, Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from .kernels.layout import NEVER, FixedKeyValues, KeyValues, RaggedKeyValues, Tokens, join
 from .routing import evicted_at, within_budget
@@ -648,6 +648,7 @@ class SparseSpec(NamedTuple):
     sparsity: float
     num_groups: int
     head_dim: int
+    has_dense_heads: bool = True
 
 
 def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int | None = None) -> None:
@@ -695,7 +696,9 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             sparse = SparseKeyValues(spec.window, spec.budget)
             sparse.record_past = layer.__dict__.pop("record_past", False)
         layer.sparse = sparse
-        layer.__class__ = _sparse_class(type(layer))
+        # Without dense heads a layer only counts tokens, and there is nothing to quantise.
+        counts_only = isinstance(layer, BaseQuantizedLayer) and not spec.has_dense_heads
+        layer.__class__ = _sparse_class(DynamicLayer if counts_only else type(layer))
 
 
 def is_upgraded(cache: Cache) -> bool:
@@ -731,11 +734,23 @@ def cache_bytes(past_key_values: Cache) -> dict[str, int]:
     """
     held = {"dense": [], "selected": [], "window": []}
     for layer in past_key_values.layers:
-        held["dense"] += [x for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None]
+        for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
+            held["dense"] += _tensors_in(getattr(layer, name, None))
         if isinstance(layer, SparseLayer):
             for kind, tensors in layer.sparse.tensors().items():
                 held[kind] += tensors
     return {kind: sum(_storage_bytes(tensor) for tensor in tensors) for kind, tensors in held.items()}
+
+
+def _tensors_in(states) -> list[torch.Tensor]:
+    """The plain tensors that a cache layer's states are made of, quantised ones with their scales."""
+    if isinstance(states, torch.Tensor):
+        if not hasattr(states, "__tensor_flatten__"):
+            return [states]
+        states = [getattr(states, name) for name in states.__tensor_flatten__()[0]]
+    if isinstance(states, dict):
+        states = list(states.values())
+    return [x for part in states for x in _tensors_in(part)] if isinstance(states, list | tuple) else []
 
 
 def _storage_bytes(tensor: torch.Tensor) -> int:

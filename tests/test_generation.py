@@ -1,4 +1,4 @@
-"""Every decoding mode of `generate` on the sparse cache gives what it gives without any cache."""
+"""Every decoding mode of `generate` on sparse caches, growing or static, gives what it gives without any cache."""
 
 import pytest
 import torch
@@ -16,14 +16,20 @@ MODES = {
     "chunked_prefill": {"do_sample": False, "prefill_chunk_size": 3},
     "prompt_lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
     "assisted": {"do_sample": False, "assistant_model": None},
+    "static": {"do_sample": False, "cache_implementation": "static"},
+    "static_sampling": {"do_sample": True, "num_return_sequences": 2, "cache_implementation": "static"},
+    "static_beams": {"do_sample": False, "num_beams": 3, "cache_implementation": "static"},
+    "static_chunked_prefill": {"do_sample": False, "prefill_chunk_size": 3, "cache_implementation": "static"},
 }
-CACHE_ONLY = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")  # how, not what, is generated
+# How, not what, is generated.
+CACHE_ONLY = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "cache_implementation")
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_cached_generation_equals_uncached(form, mode):
-    for seed in range(4):
-        model = tiny_model(seed, **form)
+    for seed in range(10):
+        budget = {"mosa_cache_budget": 3 if seed % 2 else None}
+        model = tiny_model(seed, **form, **budget)
         input_ids = torch.randint(1, 97, (2, 11), generator=torch.Generator().manual_seed(seed))
         mask = torch.ones_like(input_ids)
         mask[0, :4] = 0
@@ -31,7 +37,7 @@ def test_cached_generation_equals_uncached(form, mode):
             input_ids, mask = input_ids[1:], mask[1:]
         options = dict(MODES[mode])
         if "assistant_model" in options:
-            options["assistant_model"] = tiny_model(seed + 100, **form)
+            options["assistant_model"] = tiny_model(seed + 100, **form, **budget)
         plain = {name: value for name, value in options.items() if name not in CACHE_ONLY}
         set_seed(seed)
         cached = model.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, **options)

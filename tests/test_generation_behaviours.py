@@ -15,6 +15,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from mosa_hf import cache_bytes
+
 from .conftest import MIXED_LAYERS, TINY, tiny_model
 
 NEW_TOKENS = 6
@@ -357,6 +359,19 @@ def test_quantised_cache_leaves_the_sparse_part_alone(form):
     for layer in model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     assert torch.equal(greedy(model, prompt(), **quantised), greedy(model, prompt()))
+
+
+def test_quantised_cache_of_layers_without_dense_heads(form):
+    """There is nothing to quantise, beams included; what the others hold is counted as it is held."""
+    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    model = tiny_model(**form, num_attention_heads=0, num_key_value_heads=0)
+    assert torch.equal(greedy(model, prompt(), num_beams=2, **quantised), greedy(model, prompt(), num_beams=2))
+    model = tiny_model(**form, **MIXED_LAYERS)
+    cache = greedy(model, prompt(), return_dict_in_generate=True, **quantised).past_key_values
+    exact = greedy(model, prompt(), return_dict_in_generate=True).past_key_values
+    ours, plain = cache_bytes(cache), cache_bytes(exact)
+    assert ours["dense"] == plain["dense"] / 4 + 2 * 2 * 4  # a byte a number, and a scale for keys and values
+    assert (ours["selected"], ours["window"]) == (plain["selected"], plain["window"])
 
 
 def test_continuous_batching_is_refused(form):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks import demo, measure, sources
@@ -17,6 +17,7 @@ from mosa_hf.conversion import calibration_windows
 from .test_modeling import in_chunks, max_difference
 
 pytestmark = pytest.mark.real
+NEW_TOKENS = 16
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "A file system keeps track of the blocks that"]
 
 
@@ -111,13 +112,91 @@ def test_decode_parity(dtype, bound, converted, original, tokenizer, monkeypatch
     with trace_routing(model) as selected:
         for sizes in ([175, *[1] * 25], [64], [7, 100, 1]):
             rounding = max_difference(dense_full, in_chunks(dense, batch, sizes), batch)
-            difference = max_difference(full, in_chunks(model, batch, sizes), batch)
-            assert difference <= max(bound, 1.5 * rounding), sizes
+            for cache in (None, StaticCache(config=model.config, max_cache_len=text.shape[1])):
+                difference = max_difference(full, in_chunks(model, batch, sizes, cache), batch)
+                assert difference <= max(bound, 1.5 * rounding), (sizes, cache)
         model(**batch, use_cache=False)
     assert 0.05 < torch.stack([calls[-1].float().mean() for calls in selected.values()]).mean() < 0.2
     for row, real in enumerate(mask.bool()):
         alone = model(text[row : row + 1, real], use_cache=False).logits[0]
         assert (full[row, real] - alone).abs().max() <= max(bound, 1.5 * rounding)
+
+
+@pytest.fixture(scope="module")
+def converted_selected(original, tokenizer) -> MosaForCausalLM:
+    """The paper's form, few groups: hardly a language model any more, but one whose decoding has to be exact."""
+    calibration = calibration_windows(tokenizer, sources.text("python_topics"), 4, 512)
+    config = ConversionConfig(num_groups=30, query_tokens="selected", window=0)
+    return convert_model(original, config, calibration)
+
+
+MODES = {
+    "static": {"cache_implementation": "static"},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 2},
+    "chunked_prefill": {"prefill_chunk_size": 4},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "assisted": {"assistant_model": None},
+}
+
+
+@pytest.mark.parametrize("form", ["all", "selected"])
+def test_every_mode_gives_the_tokens_of_a_plain_loop(form, converted, converted_selected, tokenizer):
+    """Greedy modes equal a loop that feeds everything anew; the others equal themselves without a cache."""
+    model = converted if form == "all" else converted_selected
+    for prompt in PROMPTS:
+        input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        loop = input_ids
+        with torch.no_grad():
+            for _ in range(NEW_TOKENS):
+                token = model(loop, use_cache=False, logits_to_keep=1).logits[:, -1:].argmax(-1)
+                loop = torch.cat((loop, token), dim=1)
+        for mode, options in {"greedy": {}, **MODES}.items():
+            options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, **options}
+            if "assistant_model" in options:
+                options["assistant_model"] = converted_selected if form == "all" else converted
+            expected = loop
+            if options["do_sample"] or "num_beams" in options:
+                set_seed(0)
+                expected = model.generate(input_ids, **options, use_cache=False)
+            set_seed(0)
+            assert torch.equal(model.generate(input_ids, **options), expected), mode
+
+
+PEAK = """
+import resource, sys, torch, mosa_hf
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+input_ids = torch.load(sys.argv[2])
+output = model.generate(
+    input_ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=512, return_dict_in_generate=True
+)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(peak, sum(mosa_hf.cache_bytes(output.past_key_values).values()))
+"""
+
+
+def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_path):
+    """
+    Of two processes that generate after 4096 tokens, the converted model's peaks lower by what its cache saved. The
+    prompt is read in chunks, as long prompts are: in one piece, the malloc's fragmentation hides the cache.
+    """
+    torch.save(calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, 4096), tmp_path / "prompt.pt")
+    (dense, dense_cache), (mosa, mosa_cache) = (
+        map(
+            int,
+            subprocess.run(
+                [sys.executable, "-c", PEAK, directory, tmp_path / "prompt.pt"],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.split(),
+        )
+        for directory in (fetched(sources.smollm2_directory), converted_directory)
+    )
+    print(f"peak {dense / 1e6:.0f} -> {mosa / 1e6:.0f} MB, cache {dense_cache / 1e6:.0f} -> {mosa_cache / 1e6:.0f} MB")
+    assert dense - mosa >= 0.8 * (dense_cache - mosa_cache) > 50e6
 
 
 @torch.no_grad()

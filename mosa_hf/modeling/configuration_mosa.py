@@ -64,7 +64,8 @@ class MosaConfig(LlamaConfig):
             Weight of a binary cross-entropy that pushes the score of selected tokens above 0.5 and of others below.
         mosa_cache_budget (`int`, *optional*):
             Hard cap on the selected tokens that each row and group remembers, those in the window included: beyond
-            it, the lowest router logit is forgotten first (the first token never is, under `mosa_include_first`).
+            it, the lowest router logit (to bfloat16's precision, ties to the earlier token) is forgotten first; the
+            first token never is, under `mosa_include_first`.
             It is part of the function that the model computes, with a cache or without, in training too.
         sliding_window (`int`, *optional*):
             Window of the dense heads; `None` means global attention. May differ by layer through `per_layer_config`.

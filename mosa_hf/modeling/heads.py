@@ -108,6 +108,7 @@ class MosaHeads(nn.Module):
         self.budget = config.mosa_cache_budget
         self.num_groups = config.num_mosa_key_value_heads
         self.head_dim = config.head_dim
+        self.has_dense_heads = config.num_attention_heads > 0  # beside these
         query_dim = config.num_mosa_heads // self.num_groups * self.head_dim  # R * d
 
         self.router = MosaRouter(config, layer_idx)
@@ -120,7 +121,7 @@ class MosaHeads(nn.Module):
                 name, nn.Parameter(torch.empty(self.num_groups, size)) if config.attention_bias else None
             )
         # The layer's output bias belongs to the dense heads' `o_proj`, where there are any.
-        needs_output_bias = config.attention_bias and config.num_attention_heads == 0
+        needs_output_bias = config.attention_bias and not self.has_dense_heads
         self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if needs_output_bias else None
 
     def forward(
@@ -197,7 +198,9 @@ class MosaHeads(nn.Module):
         cos, sin = (x.to(device).expand(batch_size, -1, -1) for x in position_embeddings)
         score = None
         if needs_score:
-            score = logits.detach().float()
+            # Rounded: a repeated token has the same logit, and float32's last bits, which differ between a prefill and
+            # a single step, must not decide which of the two is evicted.
+            score = logits.detach().bfloat16().float()
             if self.router.include_first:
                 score = score.masked_fill(state.first.to(device)[..., None], torch.inf)
         return Tokens(position, valid, segment, cos, sin, selected, gate, score)
@@ -335,7 +338,8 @@ class MosaHeads(nn.Module):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
-        return SparseSpec(self.window, self.budget, self.router.sparsity, self.num_groups, self.head_dim)
+        sparsity, has_dense_heads = self.router.sparsity, self.has_dense_heads
+        return SparseSpec(self.window, self.budget, sparsity, self.num_groups, self.head_dim, has_dense_heads)
 
 
 def _permute(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
