@@ -1,0 +1,547 @@
+"""
+Projections of the selected tokens alone: rotated queries and keys, and values, straight from the hidden states.
+
+The rows of selected tokens are gathered inside the matmul, where they are read as the next tile of its left factor; a
+tensor of gathered rows [B, G, K, D] never exists. One kernel serves query, key and value. The rotation mixes pairs of
+channels, so a tile holds the first channels and the second channels of its pairs apart, and rotates before it stores.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .builds import KernelBuild
+from .slots import BLOCK_SLOTS, group_slots, sum_by_token
+
+BLOCK_HIDDEN = 64  # channels of hidden states read, or of their gradient written, at a time
+
+
+def half_block(head_dim: int) -> int:
+    """Pairs of channels in a tile: a power of two, and no fewer than a tensor core instruction takes."""
+    return max(16, triton.next_power_of_2(head_dim // 2))
+
+
+def num_warps(head_dim: int) -> int:
+    """Enough that the accumulators of both channels of the pairs stay in registers."""
+    return 4 if head_dim <= 128 else 8
+
+
+@triton.jit
+def channel_pairs(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """
+    First and second channels of the pairs that the rotation mixes, each [BLOCK_HALF]. The channels that it leaves
+    alone form pairs behind the others, and a head that is not rotated (ROTARY_DIM = 0) is cut in the middle.
+    """
+    pair = tl.arange(0, BLOCK_HALF)
+    first = pair
+    second = pair + HEAD_DIM // 2
+    if ROTARY_DIM > 0 and ROTARY_DIM < HEAD_DIM:
+        first = tl.where(pair < ROTARY_DIM // 2, pair, pair + ROTARY_DIM // 2)
+        second = tl.where(pair < ROTARY_DIM // 2, pair + ROTARY_DIM // 2, pair + HEAD_DIM // 2)
+    return first, second, pair < HEAD_DIM // 2
+
+
+@triton.jit
+def pair_angles(angle_ptr, token, filled, neutral, ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
+    """`cos` or `sin` of the tokens for the first and the second channels of the pairs, each [BLOCK, BLOCK_HALF]."""
+    pair = tl.arange(0, BLOCK_HALF)
+    place = token[:, None] * ROTARY_DIM + pair[None, :]
+    rotated = filled[:, None] & (pair < ROTARY_DIM // 2)[None, :]
+    first = tl.load(angle_ptr + place, mask=rotated, other=neutral).to(tl.float32)
+    second = tl.load(angle_ptr + place + ROTARY_DIM // 2, mask=rotated, other=neutral).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _gather_project(
+    hidden_ptr,  # [B, T, D]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    weight_ptr,  # [G, H * d, D], H heads: R of the query, one of key and value
+    bias_ptr,  # [G, H * d] or None
+    cos_ptr,  # [B, T, ROTARY_DIM]
+    sin_ptr,  # [B, T, ROTARY_DIM]
+    output_ptr,  # [B, G, H, K, d]
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
+    output_1 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
+    output_2 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
+
+    if tl.max(filled.to(tl.int32), 0) > 0:
+        for start in range(0, hidden_size, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = column < hidden_size
+            states = tl.load(
+                hidden_ptr + token[:, None] * hidden_size + column[None, :],
+                mask=filled[:, None] & inside[None, :],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_D]
+            weight = weight_ptr + weight_row * hidden_size + column[:, None]
+            mask = inside[:, None] & in_head[None, :]
+            weight_1 = tl.load(weight + first[None, :] * hidden_size, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_HALF]
+            weight_2 = tl.load(weight + second[None, :] * hidden_size, mask=mask, other=0.0)
+            output_1 = tl.dot(states, weight_1, output_1, input_precision="ieee")
+            output_2 = tl.dot(states, weight_2, output_2, input_precision="ieee")
+        if bias_ptr is not None:
+            output_1 += tl.load(bias_ptr + weight_row + first, mask=in_head, other=0.0).to(tl.float32)[None, :]
+            output_2 += tl.load(bias_ptr + weight_row + second, mask=in_head, other=0.0).to(tl.float32)[None, :]
+        if ROTARY_DIM > 0:
+            cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
+            sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
+            output_1, output_2 = output_1 * cos_1 - output_2 * sin_1, output_2 * cos_2 + output_1 * sin_2
+        output_1 = tl.where(filled[:, None], output_1, 0.0)  # the bias
+        output_2 = tl.where(filled[:, None], output_2, 0.0)
+
+    output = output_ptr + (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
+    mask = (row < batch_size)[:, None] & in_head[None, :]
+    dtype = output_ptr.dtype.element_ty
+    tl.store(output + first[None, :], output_1.to(dtype), mask=mask)
+    tl.store(output + second[None, :], output_2.to(dtype), mask=mask)
+
+
+@triton.jit
+def _projected_gradient(
+    grad_ptr,  # [B, G, H, K, d]
+    head,
+    num_heads,
+    group,
+    num_groups,
+    row,
+    slot,
+    num_slots,
+    filled,
+    cos_1,
+    cos_2,
+    sin_1,
+    sin_2,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    """Gradient of one head before its rotation, first and second channels [BLOCK_K, BLOCK_HALF]; 0 in empty slots."""
+    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    grad = grad_ptr + (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
+    mask = filled[:, None] & in_head[None, :]
+    grad_1 = tl.load(grad + first[None, :], mask=mask, other=0.0)
+    grad_2 = tl.load(grad + second[None, :], mask=mask, other=0.0)
+    if ROTARY_DIM > 0:
+        dtype = grad_1.dtype
+        grad_1, grad_2 = (
+            (grad_1 * cos_1 + grad_2 * sin_2).to(dtype),
+            (grad_2 * cos_2 - grad_1 * sin_1).to(dtype),
+        )
+    return grad_1, grad_2
+
+
+@triton.jit
+def _add_through_weight(
+    total,  # [BLOCK_K, BLOCK_D]
+    grad_1,  # [BLOCK_K, BLOCK_HALF]
+    grad_2,
+    weight_ptr,  # [G, H * d, D]
+    weight_row,
+    column,
+    hidden_size,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    weight = weight_ptr + weight_row * hidden_size + column[None, :]
+    mask = in_head[:, None] & (column < hidden_size)[None, :]
+    weight_1 = tl.load(weight + first[:, None] * hidden_size, mask=mask, other=0.0)  # [BLOCK_HALF, BLOCK_D]
+    weight_2 = tl.load(weight + second[:, None] * hidden_size, mask=mask, other=0.0)
+    total = tl.dot(grad_1, weight_1, total, input_precision="ieee")
+    return tl.dot(grad_2, weight_2, total, input_precision="ieee")
+
+
+@triton.jit
+def _hidden_gradient(
+    query_grad_ptr,  # [B, G, R, K, d]
+    key_grad_ptr,  # [B, G, K, d]
+    value_grad_ptr,  # [B, G, K, d]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    query_weight_ptr,  # [G, R * d, D]
+    key_weight_ptr,  # [G, d, D]
+    value_weight_ptr,  # [G, d, D]
+    cos_ptr,  # [B, T, ROTARY_DIM]
+    sin_ptr,  # [B, T, ROTARY_DIM]
+    output_ptr,  # ATOMIC: [B, T, D] float32, added to; else [B, G, K, D] float32, filled slots are written
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    num_heads,  # R
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(2)
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    if tl.max(filled.to(tl.int32), 0) == 0:
+        return
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
+    sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    key_row = group.to(tl.int64) * HEAD_DIM
+    for head in range(num_heads):
+        grad_1, grad_2 = _projected_gradient(
+            query_grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled,
+            cos_1, cos_2, sin_1, sin_2, HEAD_DIM, ROTARY_DIM, BLOCK_HALF,
+        )  # fmt: skip
+        query_row = key_row * num_heads + head * HEAD_DIM
+        total = _add_through_weight(
+            total, grad_1, grad_2, query_weight_ptr, query_row, column, hidden_size, HEAD_DIM, ROTARY_DIM, BLOCK_HALF
+        )
+    grad_1, grad_2 = _projected_gradient(
+        key_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled,
+        cos_1, cos_2, sin_1, sin_2, HEAD_DIM, ROTARY_DIM, BLOCK_HALF,
+    )  # fmt: skip
+    total = _add_through_weight(
+        total, grad_1, grad_2, key_weight_ptr, key_row, column, hidden_size, HEAD_DIM, ROTARY_DIM, BLOCK_HALF
+    )
+    grad_1, grad_2 = _projected_gradient(
+        value_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled,
+        cos_1, cos_2, sin_1, sin_2, HEAD_DIM, 0, BLOCK_HALF,
+    )  # fmt: skip
+    total = _add_through_weight(
+        total, grad_1, grad_2, value_weight_ptr, key_row, column, hidden_size, HEAD_DIM, 0, BLOCK_HALF
+    )
+
+    mask = filled[:, None] & (column < hidden_size)[None, :]
+    if ATOMIC:
+        tl.atomic_add(output_ptr + token[:, None] * hidden_size + column[None, :], total, mask=mask, sem="relaxed")
+    else:
+        place = (row * num_groups + group) * num_slots + slot
+        tl.store(output_ptr + place[:, None] * hidden_size + column[None, :], total, mask=mask)
+
+
+@triton.jit
+def _weight_gradient(
+    hidden_ptr,  # [B, T, D]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    grad_ptr,  # [B, G, H, K, d]
+    cos_ptr,  # [B, T, ROTARY_DIM]
+    sin_ptr,  # [B, T, ROTARY_DIM]
+    weight_grad_ptr,  # [G, H * d, D]
+    bias_grad_ptr,  # [G, H * d]
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < hidden_size
+    total_1 = tl.zeros([BLOCK_HALF, BLOCK_D], tl.float32)
+    total_2 = tl.zeros([BLOCK_HALF, BLOCK_D], tl.float32)
+    bias_1 = tl.zeros([BLOCK_HALF], tl.float32)
+    bias_2 = tl.zeros([BLOCK_HALF], tl.float32)
+    for block in range(tl.cdiv(batch_size * num_slots, BLOCK_K)):
+        row, slot, token, filled = group_slots(
+            block, group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+        )
+        if tl.max(filled.to(tl.int32), 0) > 0:
+            cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
+            sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
+            grad_1, grad_2 = _projected_gradient(
+                grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled,
+                cos_1, cos_2, sin_1, sin_2, HEAD_DIM, ROTARY_DIM, BLOCK_HALF,
+            )  # fmt: skip
+            states = tl.load(
+                hidden_ptr + token[:, None] * hidden_size + column[None, :],
+                mask=filled[:, None] & inside[None, :],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_D]
+            total_1 = tl.dot(tl.trans(grad_1), states, total_1, input_precision="ieee")
+            total_2 = tl.dot(tl.trans(grad_2), states, total_2, input_precision="ieee")
+            bias_1 += tl.sum(grad_1.to(tl.float32), 0)
+            bias_2 += tl.sum(grad_2.to(tl.float32), 0)
+
+    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
+    weight_grad = weight_grad_ptr + weight_row * hidden_size + column[None, :]
+    mask = in_head[:, None] & inside[None, :]
+    dtype = weight_grad_ptr.dtype.element_ty
+    tl.store(weight_grad + first[:, None] * hidden_size, total_1.to(dtype), mask=mask)
+    tl.store(weight_grad + second[:, None] * hidden_size, total_2.to(dtype), mask=mask)
+    if tl.program_id(0) == 0:  # every block of columns has the same sums
+        tl.store(bias_grad_ptr + weight_row + first, bias_1.to(dtype), mask=in_head)
+        tl.store(bias_grad_ptr + weight_row + second, bias_2.to(dtype), mask=in_head)
+
+
+@torch.library.custom_op("mosa::gather_project", mutates_args=())
+def gather_project(
+    hidden_states: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    query_bias: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
+    value_bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Queries, keys and values of the tokens in the slots.
+
+    Args:
+        hidden_states: `[B, T, D]`.
+        index: `[B, G, K]` int32, the token of each slot.
+        count: `[B, G]` int32, filled slots.
+        query_weight: `[G, R * d, D]`, of the hidden states' dtype, as all weights and biases; d, rotary_dim even.
+        key_weight, value_weight: `[G, d, D]`.
+        query_bias: `[G, R * d]` or None.
+        key_bias, value_bias: `[G, d]` or None.
+        cos, sin: `[B, T, rotary_dim]`; not differentiated.
+
+    Returns:
+        rotated query `[B, G, R, K, d]`, rotated key and value `[B, G, K, d]`; zero in empty slots.
+    """
+    batch_size, num_tokens, hidden_size = hidden_states.shape
+    num_groups, head_dim, _ = key_weight.shape
+    num_slots = index.shape[2]
+    hidden_states, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
+    outputs = []
+    for weight, bias, rotary_dim in (
+        (query_weight, query_bias, cos.shape[-1]),
+        (key_weight, key_bias, cos.shape[-1]),
+        (value_weight, value_bias, 0),
+    ):
+        num_heads = weight.shape[1] // head_dim
+        output = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
+        grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), num_heads, num_groups)
+        with torch.cuda.device_of(hidden_states):
+            _gather_project[grid](
+                hidden_states,
+                index,
+                count,
+                weight.contiguous(),
+                None if bias is None else bias.contiguous(),
+                cos,
+                sin,
+                output,
+                batch_size,
+                num_tokens,
+                num_groups,
+                num_slots,
+                hidden_size,
+                HEAD_DIM=head_dim,
+                ROTARY_DIM=rotary_dim,
+                BLOCK_K=BLOCK_SLOTS,
+                BLOCK_HALF=half_block(head_dim),
+                BLOCK_D=BLOCK_HIDDEN,
+                num_warps=num_warps(head_dim),
+                num_stages=3,
+            )
+        outputs.append(output)
+    query, key, value = outputs
+    return query, key.squeeze(2), value.squeeze(2)
+
+
+@gather_project.register_fake
+def _(
+    hidden_states, index, count, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias, cos, sin
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch_size, num_groups, num_slots = index.shape
+    head_dim = key_weight.shape[1]
+    num_heads = query_weight.shape[1] // head_dim
+    return (
+        hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim),
+        hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim),
+        hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim),
+    )
+
+
+@torch.library.custom_op("mosa::gather_project_hidden_gradient", mutates_args=())
+def hidden_gradient(
+    query_grad: torch.Tensor,
+    key_grad: torch.Tensor,
+    value_grad: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Gradient `[B, T, D]` of `gather_project` for the hidden states. A token collects from all groups that selected it:
+    with atomic additions in float32, or, under `torch.use_deterministic_algorithms`, in a fixed order.
+    """
+    batch_size, num_groups, num_slots, head_dim = key_grad.shape
+    num_tokens, hidden_size = cos.shape[1], key_weight.shape[2]
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    if atomic:
+        output = key_grad.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
+    else:
+        output = key_grad.new_empty(batch_size, num_groups, num_slots, hidden_size, dtype=torch.float32)
+    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), triton.cdiv(hidden_size, BLOCK_HIDDEN), num_groups)
+    with torch.cuda.device_of(key_grad):
+        _hidden_gradient[grid](
+            query_grad.contiguous(),
+            key_grad.contiguous(),
+            value_grad.contiguous(),
+            index,
+            count,
+            query_weight.contiguous(),
+            key_weight.contiguous(),
+            value_weight.contiguous(),
+            cos.contiguous(),
+            sin.contiguous(),
+            output,
+            batch_size,
+            num_tokens,
+            num_groups,
+            num_slots,
+            hidden_size,
+            query_grad.shape[2],
+            HEAD_DIM=head_dim,
+            ROTARY_DIM=cos.shape[-1],
+            ATOMIC=atomic,
+            BLOCK_K=BLOCK_SLOTS,
+            BLOCK_HALF=half_block(head_dim),
+            BLOCK_D=BLOCK_HIDDEN,
+            num_warps=num_warps(head_dim),
+            num_stages=2,
+        )
+        if not atomic:
+            output = sum_by_token(output, index, count, num_tokens)
+    return output.to(key_grad.dtype)
+
+
+@hidden_gradient.register_fake
+def _(query_grad, key_grad, value_grad, index, count, query_weight, key_weight, value_weight, cos, sin):
+    return key_grad.new_empty(key_grad.shape[0], cos.shape[1], key_weight.shape[2])
+
+
+@torch.library.custom_op("mosa::gather_project_weight_gradient", mutates_args=())
+def weight_gradient(
+    hidden_states: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+    grad: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    rotated: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients `[G, H * d, D]` and `[G, H * d]` of one projection's weight and bias, from `grad` [B, G, H, K, d]."""
+    batch_size, num_tokens, hidden_size = hidden_states.shape
+    _, num_groups, num_heads, num_slots, head_dim = grad.shape
+    weight_grad = grad.new_empty(num_groups, num_heads * head_dim, hidden_size)
+    bias_grad = grad.new_empty(num_groups, num_heads * head_dim)
+    grid = (triton.cdiv(hidden_size, BLOCK_HIDDEN), num_heads, num_groups)
+    with torch.cuda.device_of(grad):
+        _weight_gradient[grid](
+            hidden_states.contiguous(),
+            index,
+            count,
+            grad.contiguous(),
+            cos.contiguous(),
+            sin.contiguous(),
+            weight_grad,
+            bias_grad,
+            batch_size,
+            num_tokens,
+            num_groups,
+            num_slots,
+            hidden_size,
+            HEAD_DIM=head_dim,
+            ROTARY_DIM=cos.shape[-1] if rotated else 0,
+            BLOCK_K=BLOCK_SLOTS,
+            BLOCK_HALF=half_block(head_dim),
+            BLOCK_D=BLOCK_HIDDEN,
+            num_warps=num_warps(head_dim),
+            num_stages=2,
+        )
+    return weight_grad, bias_grad
+
+
+@weight_gradient.register_fake
+def _(hidden_states, index, count, grad, cos, sin, rotated):
+    _, num_groups, num_heads, _, head_dim = grad.shape
+    return (
+        grad.new_empty(num_groups, num_heads * head_dim, hidden_states.shape[2]),
+        grad.new_empty(num_groups, num_heads * head_dim),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden_states, index, count, query_weight, key_weight, value_weight, *_, cos, sin = inputs
+    ctx.save_for_backward(hidden_states, index, count, query_weight, key_weight, value_weight, cos, sin)
+
+
+def _backward(ctx, query_grad, key_grad, value_grad):
+    hidden_states, index, count, *weights, cos, sin = ctx.saved_tensors
+    hidden_grad = None
+    if ctx.needs_input_grad[0]:
+        hidden_grad = hidden_gradient(query_grad, key_grad, value_grad, index, count, *weights, cos, sin)
+    weight_grads, bias_grads = [], []
+    for i, grad in enumerate((query_grad, key_grad.unsqueeze(2), value_grad.unsqueeze(2))):
+        needs_weight, needs_bias = ctx.needs_input_grad[3 + i], ctx.needs_input_grad[6 + i]
+        weight_grad = bias_grad = None
+        if needs_weight or needs_bias:  # frozen projections cost nothing
+            weight_grad, bias_grad = weight_gradient(hidden_states, index, count, grad, cos, sin, rotated=i < 2)
+        weight_grads.append(weight_grad if needs_weight else None)
+        bias_grads.append(bias_grad if needs_bias else None)
+    return hidden_grad, None, None, *weight_grads, *bias_grads, None, None
+
+
+gather_project.register_autograd(_backward, setup_context=_save)
+
+
+def production_builds() -> list[KernelBuild]:
+    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots", "hidden_size")
+    slots = {"index_ptr": "*i32", "count_ptr": "*i32", **{name: "i32" for name in sizes}}
+
+    def tensors(*names: str) -> dict[str, str]:
+        return {f"{name}_ptr": "*bf16" for name in names}
+
+    builds = []
+    for head_dim in (64, 128):
+        blocks = {"HEAD_DIM": head_dim, "ROTARY_DIM": head_dim, "BLOCK_HALF": half_block(head_dim)}
+        blocks |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
+        forward = tensors("hidden", "weight", "cos", "sin", "output") | slots
+        hidden = tensors("query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
+        hidden |= tensors("cos", "sin") | slots | {"output_ptr": "*fp32", "num_heads": "i32"}
+        weight = tensors("hidden", "grad", "cos", "sin", "weight_grad", "bias_grad") | slots
+        name, warps = f"gather_project d={head_dim}", num_warps(head_dim)
+        builds += [
+            KernelBuild(name, _gather_project, forward, {**blocks, "bias_ptr": None}, warps, 3),
+            KernelBuild(f"{name} hidden gradient", _hidden_gradient, hidden, {**blocks, "ATOMIC": True}, warps, 2),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, blocks, warps, 2),
+        ]
+    return builds

@@ -1,0 +1,94 @@
+"""How kernels walk the selected tokens, and how they add rows back to tokens in a fixed order.
+
+A *slot* is a place for one selected token: slot k of row b and group g holds token `index[b, g, k]` if
+k < `count[b, g]`, else it is empty. A group's slots of all rows of the batch are visited one row after another, as one
+list of B * K: with a high sparsity a single row has too few of them to fill a block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .builds import KernelBuild
+
+BLOCK_SLOTS = 64  # rows of a matmul tile: fills tensor cores, and groups with few tokens waste little of it
+
+
+@triton.jit
+def group_slots(
+    block,
+    group,
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    BLOCK: tl.constexpr,
+):
+    """
+    Block `block` of a group's slots.
+
+    Returns, each [BLOCK]: the row, the slot in it, the token (counted over all rows), and whether the slot is filled.
+    """
+    place = block * BLOCK + tl.arange(0, BLOCK)
+    row = (place // num_slots).to(tl.int64)
+    slot = place % num_slots
+    count = tl.load(count_ptr + row * num_groups + group, mask=row < batch_size, other=0)
+    filled = slot < count
+    token = tl.load(index_ptr + (row * num_groups + group) * num_slots + slot, mask=filled, other=0)
+    return row, slot, row * num_tokens + token, filled
+
+
+@triton.jit
+def _sum_by_token(
+    rows_ptr,  # [B * G * K, D]
+    order_ptr,  # [B * G * K]
+    start_ptr,  # [B * T + 1]
+    output_ptr,  # [B, T, D]
+    hidden_size,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < hidden_size
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for i in range(tl.load(start_ptr + token), tl.load(start_ptr + token + 1)):
+        row = tl.load(order_ptr + i).to(tl.int64)
+        total += tl.load(rows_ptr + row * hidden_size + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(output_ptr + token * hidden_size + column, total, mask=inside)
+
+
+def sum_by_token(rows: torch.Tensor, index: torch.Tensor, count: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    Add up the rows of the slots that hold the same token, always in the order of the groups: unlike atomic additions,
+    bit for bit the same in every run.
+
+    Args:
+        rows: `[B, G, K, D]`; rows of empty slots are not read.
+        index: `[B, G, K]` int32.
+        count: `[B, G]` int32.
+        num_tokens: T.
+
+    Returns:
+        `[B, T, D]` float32.
+    """
+    batch_size, num_groups, num_slots, hidden_size = rows.shape
+    device = rows.device
+    first_token = torch.arange(batch_size, device=device)[:, None, None] * num_tokens
+    filled = torch.arange(num_slots, device=device) < count[..., None]
+    token = torch.where(filled, first_token + index, batch_size * num_tokens).flatten()  # empty slots go last
+    token, order = token.sort(stable=True)
+    start = torch.searchsorted(token, torch.arange(batch_size * num_tokens + 1, device=device))
+    output = rows.new_empty(batch_size, num_tokens, hidden_size, dtype=torch.float32)
+    block = min(1024, triton.next_power_of_2(hidden_size))
+    grid = (batch_size * num_tokens, triton.cdiv(hidden_size, block))
+    _sum_by_token[grid](rows, order, start, output, hidden_size, BLOCK_D=block)
+    return output
+
+
+def production_builds() -> list[KernelBuild]:
+    signature = {"rows_ptr": "*fp32", "order_ptr": "*i64", "start_ptr": "*i64", "output_ptr": "*fp32"}
+    return [
+        KernelBuild("sum_by_token D=1024", _sum_by_token, {**signature, "hidden_size": "i32"}, {"BLOCK_D": 1024}, 4, 3)
+    ]
