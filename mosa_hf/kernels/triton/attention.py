@@ -53,7 +53,8 @@ def prefix_attention(
     One softmax over what each query reads of `far` and of `near`, scores scaled by d ** -0.5.
 
     Any ranges give right results. They are fast where neighbouring queries read neighbouring slots: a tile of queries
-    visits every slot between the first and the last that one of them reads.
+    visits every slot between the first and the last that one of them reads. Slots after the last that any query reads
+    may hold anything.
 
     Args:
         query: `[B, G, R, T, d]`, d <= 256, float32, float16 or bfloat16, as keys and values.
@@ -370,11 +371,11 @@ def prefix_key_gradient(
     group = tl.program_id(1).to(tl.int64)
     group_queries, offset = group * num_queries, group * num_slots
     slot = block + tl.arange(0, BLOCK_SLOTS)
-    present_slot = slot < num_slots
 
     # The rows that read this block lie in the tiles from the first to the last whose hull meets it.
     lowest = tl.full([SCAN], 0, tl.int32) + num_tiles
-    highest = tl.full([SCAN], 0, tl.int32)
+    highest = tl.zeros([SCAN], tl.int32)
+    last_slot = tl.zeros([SCAN], tl.int32)
     for tiles in range(0, num_tiles, SCAN):
         tile = tiles + tl.arange(0, SCAN)
         begin = tl.load(hull + group * num_tiles + tile, mask=tile < num_tiles, other=num_slots)
@@ -382,12 +383,14 @@ def prefix_key_gradient(
         meets = (begin < block + BLOCK_SLOTS) & (stop > block)
         lowest = tl.minimum(lowest, tl.where(meets, tile, num_tiles))
         highest = tl.maximum(highest, tl.where(meets, tile + 1, 0))
+        last_slot = tl.maximum(last_slot, tl.where(meets, stop, 0))
     num_rows = num_queries * HEADS
     first_row = tl.min(lowest, 0) * TILE_ROWS
     last_row = tl.minimum(tl.max(highest, 0) * TILE_ROWS, num_rows)
 
-    k = _load_rows(key + offset * HEAD_DIM, slot, present_slot, HEAD_DIM, BLOCK_DIM)  # [N, d]
-    v = _load_rows(value + offset * HEAD_DIM, slot, present_slot, HEAD_DIM, BLOCK_DIM)
+    is_read = slot < tl.max(last_slot, 0)
+    k = _load_rows(key + offset * HEAD_DIM, slot, is_read, HEAD_DIM, BLOCK_DIM)  # [N, d]
+    v = _load_rows(value + offset * HEAD_DIM, slot, is_read, HEAD_DIM, BLOCK_DIM)
     k_grad = tl.zeros([BLOCK_SLOTS, BLOCK_DIM], tl.float32)
     v_grad = tl.zeros([BLOCK_SLOTS, BLOCK_DIM], tl.float32)
     b_grad = tl.zeros([BLOCK_SLOTS], tl.float32)
@@ -414,6 +417,7 @@ def prefix_key_gradient(
         k_grad = tl.dot(scores_grad.to(q.dtype), q, k_grad, input_precision="ieee")
         if bias_grad is not None:
             b_grad += tl.sum(scores_grad, 1)
+    present_slot = slot < num_slots
     _store_rows(key_grad + offset * HEAD_DIM, slot, present_slot, k_grad * SCALE, HEAD_DIM, BLOCK_DIM)
     _store_rows(value_grad + offset * HEAD_DIM, slot, present_slot, v_grad, HEAD_DIM, BLOCK_DIM)
     if bias_grad is not None:
