@@ -30,12 +30,12 @@ def half_block(head_dim: int) -> int:
 
 
 @triton.jit
-def channel_pairs(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
+def channel_pairs(pair, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
     """
-    First and second channels of the pairs that the rotation mixes, each [BLOCK_HALF]. The channels that it leaves
-    alone form pairs behind the others, and a head that is not rotated (ROTARY_DIM = 0) is cut in the middle.
+    First and second channels of the pairs that the rotation mixes, for `pair` [N] from 0 to d / 2, and whether they
+    are in the head. The channels that the rotation leaves alone form pairs behind the others; a head that is not
+    rotated (ROTARY_DIM = 0) is cut in the middle.
     """
-    pair = tl.arange(0, BLOCK_HALF)
     first = pair
     second = pair + HEAD_DIM // 2
     if ROTARY_DIM > 0 and ROTARY_DIM < HEAD_DIM:
@@ -80,7 +80,7 @@ def _gather_project(
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
-    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    first, second, in_head = channel_pairs(tl.arange(0, BLOCK_HALF), HEAD_DIM, ROTARY_DIM)
     weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
     output_1 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
     output_2 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
@@ -138,7 +138,7 @@ def _unrotate(
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
-    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    first, second, in_head = channel_pairs(tl.arange(0, BLOCK_HALF), HEAD_DIM, ROTARY_DIM)
     place = (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
     mask = filled[:, None] & in_head[None, :]
     grad_1 = tl.load(grad_ptr + place + first[None, :], mask=mask, other=0.0).to(tl.float32)
