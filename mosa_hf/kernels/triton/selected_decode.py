@@ -200,6 +200,7 @@ def _insert_and_attend(
         result = tl.sum(output * rescale[:, None], 0) / tl.sum(total * rescale, 0)
         tl.store(heads_ptr + (place * HEADS + head) * HEAD_DIM + channel, result, mask=in_head)
 
+    tl.debug_barrier()  # no warp reads the state from here on
     if new_slot < budget:
         tl.store(key_ptr + new_slot * HEAD_DIM + channel, new_key, mask=in_head)
         tl.store(value_ptr + new_slot * HEAD_DIM + channel, new_value, mask=in_head)
@@ -454,17 +455,16 @@ def production_builds() -> list[KernelBuild]:
     attend |= {"valid_ptr": "*i1", "num_groups": "i32", "capacity": "i32", "budget": "i32"}
     output = {"heads_ptr": "*fp32", "weight_ptr": "*bf16", "gate_ptr": "*fp32", "output_ptr": "*fp32"} | call
     total = {"group_output_ptr": "*fp32", "output_ptr": "*bf16"} | call
-    builds = []
-    for head_dim in (64, 128):
-        name, head = f"decode_selected d={head_dim}", {"HEADS": 4, "HEAD_DIM": head_dim}
-        projecting = {**head, "ROTARY_DIM": head_dim, "BLOCK_HALF": BLOCK_PAIRS, "BLOCK_D": BLOCK_INPUT, **biases}
-        attending = {**head, "SCALE": head_dim**-0.5, "BLOCK_HEAD": head_dim, "BLOCK_C": BLOCK_ENTRIES}
-        builds += [
-            KernelBuild(f"{name} project", _project, project, projecting, 4, 3),
-            KernelBuild(f"{name} insert and attend", _insert_and_attend, attend, attending, 8, 3),
-        ]
-    blocks = {"QUERY_DIM": 512, "BLOCK_Q": 128, "BLOCK_D": BLOCK_OUTPUT}
-    return builds + [
-        KernelBuild("decode_selected output", _project_group_output, output, blocks, 4, 3),
-        KernelBuild("decode_selected sum", _sum_active_groups, total, {"BLOCK_G": BLOCK_SUM, "BLOCK_D": 128}, 4, 3),
+    head_dim = 128
+    head = {"HEADS": 4, "HEAD_DIM": head_dim}
+    projecting = {**head, "ROTARY_DIM": head_dim, "BLOCK_HALF": BLOCK_PAIRS, "BLOCK_D": BLOCK_INPUT, **biases}
+    attending = {**head, "SCALE": head_dim**-0.5, "BLOCK_HEAD": head_dim, "BLOCK_C": BLOCK_ENTRIES}
+    projecting_back = {"QUERY_DIM": 4 * head_dim, "BLOCK_Q": 128, "BLOCK_D": BLOCK_OUTPUT}
+    summing = {"BLOCK_G": BLOCK_SUM, "BLOCK_D": 128}
+    name = f"decode_selected d={head_dim}"
+    return [
+        KernelBuild(f"{name} project", _project, project, projecting, 4, 3),
+        KernelBuild(f"{name} insert and attend", _insert_and_attend, attend, attending, 8, 3),
+        KernelBuild(f"{name} output", _project_group_output, output, projecting_back, 4, 3),
+        KernelBuild("decode_selected sum", _sum_active_groups, total, summing, 4, 3),
     ]
