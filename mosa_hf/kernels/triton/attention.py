@@ -53,7 +53,8 @@ def prefix_attention(
     One softmax over what each query reads of `far` and of `near`, scores scaled by d ** -0.5.
 
     Any ranges give right results. They are fast where neighbouring queries read neighbouring slots: a tile of queries
-    visits every slot between the first and the last that one of them reads.
+    visits every slot between the first and the last that one of them reads. Slots after the last that any query reads
+    may hold anything.
 
     Args:
         query: `[B, G, R, T, d]`, d <= 256, float32, float16 or bfloat16, as keys and values.
@@ -120,11 +121,14 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By the padded head size. PLACEHOLDER
-FORWARD = {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)}
-QUERY_GRADIENT = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
-KEY_GRADIENT = {64: Tile(64, 64, 4, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)}
-# "ieee" products run outside the tensor cores, with both operands in registers.
+# By the padded head size: the largest tiles found that spill no registers on sm_80, sm_90a and gfx942 alike. Sums of
+# rows x d and scores of rows x slots live in registers, so slots shrink first as d grows, then rows. Four warps: on
+# gfx942 a thread of a larger program has half the registers.
+FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)}
+QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)}
+# Here sums are slots x d, and there are two of them.
+KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
+# Exact float32 products run outside the tensor cores, with both factors in registers.
 FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
 
 
@@ -157,13 +161,13 @@ def _store_rows(states, row, present, values, HEAD_DIM: tl.constexpr, BLOCK_DIM:
 
 
 @triton.jit
-def _load_range(start, end, query, present):
-    """What queries [M] read: first and end slot; (0, 0) where not `present`."""
-    last = tl.load(end + query, mask=present, other=0)
+def _load_ranges(start, end, offset, query, present):
+    """First and end slot that queries [M] read, from [T] numbers at `offset`; (0, 0) where not `present`."""
+    last = tl.load(end + offset + query, mask=present, other=0)
     if start is None:
         first = tl.zeros_like(last)
     else:
-        first = tl.load(start + query, mask=present, other=0)
+        first = tl.load(start + offset + query, mask=present, other=0)
     return first, last
 
 
@@ -175,38 +179,41 @@ def _hull(first, last, num_slots):
 
 
 @triton.jit
-def _scores(products, slot, num_slots, first, last, bias, until, position, SCALE: tl.constexpr):
+def _scores(products, slot, num_slots, offset, bias, until, first, last, position, SCALE: tl.constexpr):
     """
     Scores in base 2 of `products` q · k, -inf where a query does not read the slot. `slot` runs along one axis, the
     queries' `first`, `last` and `position` along the other: [1, N] and [M, 1], or [N, 1] and [1, M].
     """
     scores = products * (SCALE * LOG2_E)
     if bias is not None:
-        scores += tl.load(bias + slot, mask=slot < num_slots, other=0.0) * LOG2_E
+        scores += tl.load(bias + offset + slot, mask=slot < num_slots, other=0.0) * LOG2_E
     reads = (slot >= first) & (slot < last)
     if until is not None:
-        reads = reads & (position < tl.load(until + slot, mask=slot < num_slots, other=0))
+        reads = reads & (position < tl.load(until + offset + slot, mask=slot < num_slots, other=0))
     return tl.where(reads, scores, float("-inf"))
 
 
 @triton.jit
-def _read_keys(
-    q, row_max, row_sum, weighted, key, value, first, last, bias, until, position, num_slots,
+def _read(
+    q, row_max, row_sum, weighted,  # the rows and what they have read before: [M, d], [M], [M], [M, d]
+    key, value, bias, until, num_slots, group, first, last, position,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of the rows `q` [M, d] over one source of keys, on top of what they have read before."""
+    """Online softmax over one source of keys."""
+    offset = group * num_slots
     begin, stop = _hull(first, last, num_slots)
     for block in range(begin, stop, BLOCK_SLOTS):
         slot = block + tl.arange(0, BLOCK_SLOTS)
-        k = _load_rows(key, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k = _load_rows(key + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
         scores = _scores(
-            products, slot[None, :], num_slots, first[:, None], last[:, None], bias, until, position[:, None], SCALE
-        )  # [M, N]
+            products, slot[None, :], num_slots, offset, bias, until,
+            first[:, None], last[:, None], position[:, None], SCALE,
+        )  # fmt: skip
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         rescale = tl.exp2(row_max - new_max)
         weights = tl.exp2(scores - new_max[:, None])
-        v = _load_rows(value, slot, slot < stop, HEAD_DIM, BLOCK_DIM)
+        v = _load_rows(value + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         weighted = tl.dot(weights.to(v.dtype), v, weighted * rescale[:, None], input_precision="ieee")
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
@@ -229,63 +236,56 @@ def prefix_forward(
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries read most: start with them
-    group = tl.program_id(1).to(tl.int64)  # of all rows of the batch
+    group = tl.program_id(1).to(tl.int64)  # among those of all rows of the batch
+    group_queries = group * num_queries
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < num_queries * HEADS
     i = row // HEADS
     row = row % HEADS * num_queries + i  # in [R, T]
-    q = _load_rows(query + group * HEADS * num_queries * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
+    i_position = i if position is None else tl.load(position + group_queries + i, mask=present, other=0)
+    q = _load_rows(query + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
 
     row_max = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_ROWS], tl.float32)
     weighted = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    i_position = i if position is None else tl.load(position + group * num_queries + i, mask=present, other=0)
-    first, last = _load_range(
-        None if far_start is None else far_start + group * num_queries, far_end + group * num_queries, i, present
-    )
-    row_max, row_sum, weighted = _read_keys(
-        q, row_max, row_sum, weighted,
-        far_key + group * num_far * HEAD_DIM, far_value + group * num_far * HEAD_DIM, first, last,
-        None if far_bias is None else far_bias + group * num_far,
-        None if far_until is None else far_until + group * num_far,
-        i_position, num_far, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
+    first, last = _load_ranges(far_start, far_end, group_queries, i, present)
+    row_max, row_sum, weighted = _read(
+        q, row_max, row_sum, weighted, far_key, far_value, far_bias, far_until, num_far, group, first, last,
+        i_position, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
     )  # fmt: skip
     if near_key is not None:
-        first, last = _load_range(
-            None if near_start is None else near_start + group * num_queries,
-            near_end + group * num_queries,
-            i,
-            present,
-        )
-        row_max, row_sum, weighted = _read_keys(
-            q, row_max, row_sum, weighted,
-            near_key + group * num_near * HEAD_DIM, near_value + group * num_near * HEAD_DIM, first, last,
-            None, None, i_position, num_near, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
+        first, last = _load_ranges(near_start, near_end, group_queries, i, present)
+        row_max, row_sum, weighted = _read(
+            q, row_max, row_sum, weighted, near_key, near_value, None, None, num_near, group, first, last,
+            i_position, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
         )  # fmt: skip
 
-    read = row_sum > 0
-    weighted = weighted / tl.where(read, row_sum, 1.0)[:, None]
-    _store_rows(output + group * HEADS * num_queries * HEAD_DIM, row, present, weighted, HEAD_DIM, BLOCK_DIM)
-    total = tl.where(read, row_max + tl.log2(tl.where(read, row_sum, 1.0)), float("inf"))
-    tl.store(lse + group * HEADS * num_queries + row, total, mask=present)
+    reads = row_sum > 0
+    row_sum = tl.where(reads, row_sum, 1.0)
+    weighted = weighted / row_sum[:, None]
+    _store_rows(output + group_queries * HEADS * HEAD_DIM, row, present, weighted, HEAD_DIM, BLOCK_DIM)
+    row_lse = tl.where(reads, row_max + tl.log2(row_sum), float("inf"))
+    tl.store(lse + group_queries * HEADS + row, row_lse, mask=present)
 
 
 @triton.jit
-def _query_gradient(
-    q, output_grad, lse, delta, q_grad, key, value, first, last, bias, until, position, num_slots,
-    begin, stop,
+def _read_gradient(
+    q, output_grad, lse, delta, q_grad,  # of the rows: [M, d], [M, d], [M], [M], [M, d]
+    key, value, bias, until, num_slots, begin, stop, group, first, last, position,
     SCALE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Adds to `q_grad` [M, d] what the rows' gradient gets from one source of keys (still without SCALE)."""
+    """`q_grad` plus what the rows' gradient gets from one source of keys, still without SCALE."""
+    offset = group * num_slots
     for block in range(begin, stop, BLOCK_SLOTS):
         slot = block + tl.arange(0, BLOCK_SLOTS)
-        k = _load_rows(key, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
-        v = _load_rows(value, slot, slot < stop, HEAD_DIM, BLOCK_DIM)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        k = _load_rows(key + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
         scores = _scores(
-            products, slot[None, :], num_slots, first[:, None], last[:, None], bias, until, position[:, None], SCALE
-        )  # [M, N]
+            products, slot[None, :], num_slots, offset, bias, until,
+            first[:, None], last[:, None], position[:, None], SCALE,
+        )  # fmt: skip
         weights = tl.exp2(scores - lse[:, None])
+        v = _load_rows(value + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         weights_grad = tl.dot(output_grad, tl.trans(v), input_precision="ieee")
         scores_grad = weights * (weights_grad - delta[:, None])
         q_grad = tl.dot(scores_grad.to(k.dtype), k, q_grad, input_precision="ieee")
@@ -304,7 +304,7 @@ def prefix_query_gradient(
     output, output_grad,  # [B, G, R, T, d]
     lse,  # [B, G, R, T]
     query_grad,  # [B, G, R, T, d]
-    delta,  # [B, G, R, T], output · output_grad: left for the keys' gradient, as are the hulls
+    delta,  # [B, G, R, T], output · output_grad: left for `prefix_key_gradient`, as the hulls are
     far_hull, near_hull,  # [2, B, G, tiles], first and end slot that a tile reads
     num_queries, num_far, num_near,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -314,49 +314,39 @@ def prefix_query_gradient(
     num_groups = tl.num_programs(1)
     tile = num_tiles - 1 - tl.program_id(0)
     group = tl.program_id(1).to(tl.int64)
+    group_queries = group * num_queries
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < num_queries * HEADS
     i = row // HEADS
-    row = row % HEADS * num_queries + i
-    group_rows = group * HEADS * num_queries
-    q = _load_rows(query + group_rows * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
-    do = _load_rows(output_grad + group_rows * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
-    o = _load_rows(output + group_rows * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
+    row = row % HEADS * num_queries + i  # in [R, T]
+    i_position = i if position is None else tl.load(position + group_queries + i, mask=present, other=0)
+    do = _load_rows(output_grad + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
+    o = _load_rows(output + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + group_rows + row, row_delta, mask=present)
-    row_lse = tl.load(lse + group_rows + row, mask=present, other=float("inf"))
+    tl.store(delta + group_queries * HEADS + row, row_delta, mask=present)
+    row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=float("inf"))
+    q = _load_rows(query + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
 
     q_grad = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
-    i_position = i if position is None else tl.load(position + group * num_queries + i, mask=present, other=0)
-    first, last = _load_range(
-        None if far_start is None else far_start + group * num_queries, far_end + group * num_queries, i, present
-    )
+    first, last = _load_ranges(far_start, far_end, group_queries, i, present)
     begin, stop = _hull(first, last, num_far)
     tl.store(far_hull + group * num_tiles + tile, begin)
     tl.store(far_hull + (num_groups + group) * num_tiles + tile, stop)
-    q_grad = _query_gradient(
-        q, do, row_lse, row_delta, q_grad,
-        far_key + group * num_far * HEAD_DIM, far_value + group * num_far * HEAD_DIM, first, last,
-        None if far_bias is None else far_bias + group * num_far,
-        None if far_until is None else far_until + group * num_far,
-        i_position, num_far, begin, stop, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
+    q_grad = _read_gradient(
+        q, do, row_lse, row_delta, q_grad, far_key, far_value, far_bias, far_until, num_far, begin, stop, group,
+        first, last, i_position, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
     )  # fmt: skip
     if near_key is not None:
-        first, last = _load_range(
-            None if near_start is None else near_start + group * num_queries,
-            near_end + group * num_queries,
-            i,
-            present,
-        )
+        first, last = _load_ranges(near_start, near_end, group_queries, i, present)
         begin, stop = _hull(first, last, num_near)
         tl.store(near_hull + group * num_tiles + tile, begin)
         tl.store(near_hull + (num_groups + group) * num_tiles + tile, stop)
-        q_grad = _query_gradient(
-            q, do, row_lse, row_delta, q_grad,
-            near_key + group * num_near * HEAD_DIM, near_value + group * num_near * HEAD_DIM, first, last,
-            None, None, i_position, num_near, begin, stop, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
+        q_grad = _read_gradient(
+            q, do, row_lse, row_delta, q_grad, near_key, near_value, None, None, num_near, begin, stop, group,
+            first, last, i_position, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
         )  # fmt: skip
-    _store_rows(query_grad + group_rows * HEAD_DIM, row, present, q_grad * SCALE, HEAD_DIM, BLOCK_DIM)
+    q_grad = q_grad * SCALE
+    _store_rows(query_grad + group_queries * HEADS * HEAD_DIM, row, present, q_grad, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit
@@ -377,29 +367,30 @@ def prefix_key_gradient(
 ):  # fmt: skip
     """A block of keys sums up over the rows that read it, in their order: no atomics, the same sum in every run."""
     block = tl.program_id(0) * BLOCK_SLOTS  # early slots are read by most queries: start with them
-    group = tl.program_id(1).to(tl.int64)
     num_groups = tl.num_programs(1)
+    group = tl.program_id(1).to(tl.int64)
+    group_queries, offset = group * num_queries, group * num_slots
     slot = block + tl.arange(0, BLOCK_SLOTS)
-    in_slots = slot < num_slots
 
-    # The tiles that read this block, from the first to the last.
+    # The rows that read this block lie in the tiles from the first to the last whose hull meets it.
     lowest = tl.full([SCAN], 0, tl.int32) + num_tiles
-    highest = tl.full([SCAN], 0, tl.int32)
+    highest = tl.zeros([SCAN], tl.int32)
+    last_slot = tl.zeros([SCAN], tl.int32)
     for tiles in range(0, num_tiles, SCAN):
         tile = tiles + tl.arange(0, SCAN)
         begin = tl.load(hull + group * num_tiles + tile, mask=tile < num_tiles, other=num_slots)
         stop = tl.load(hull + (num_groups + group) * num_tiles + tile, mask=tile < num_tiles, other=0)
-        reads = (begin < block + BLOCK_SLOTS) & (stop > block)
-        lowest = tl.minimum(lowest, tl.where(reads, tile, num_tiles))
-        highest = tl.maximum(highest, tl.where(reads, tile + 1, 0))
+        meets = (begin < block + BLOCK_SLOTS) & (stop > block)
+        lowest = tl.minimum(lowest, tl.where(meets, tile, num_tiles))
+        highest = tl.maximum(highest, tl.where(meets, tile + 1, 0))
+        last_slot = tl.maximum(last_slot, tl.where(meets, stop, 0))
     num_rows = num_queries * HEADS
     first_row = tl.min(lowest, 0) * TILE_ROWS
     last_row = tl.minimum(tl.max(highest, 0) * TILE_ROWS, num_rows)
 
-    group_rows = group * HEADS * num_queries
-    group_slots = group * num_slots
-    k = _load_rows(key + group_slots * HEAD_DIM, slot, in_slots, HEAD_DIM, BLOCK_DIM)  # [N, d]
-    v = _load_rows(value + group_slots * HEAD_DIM, slot, in_slots, HEAD_DIM, BLOCK_DIM)
+    is_read = slot < tl.max(last_slot, 0)
+    k = _load_rows(key + offset * HEAD_DIM, slot, is_read, HEAD_DIM, BLOCK_DIM)  # [N, d]
+    v = _load_rows(value + offset * HEAD_DIM, slot, is_read, HEAD_DIM, BLOCK_DIM)
     k_grad = tl.zeros([BLOCK_SLOTS, BLOCK_DIM], tl.float32)
     v_grad = tl.zeros([BLOCK_SLOTS, BLOCK_DIM], tl.float32)
     b_grad = tl.zeros([BLOCK_SLOTS], tl.float32)
@@ -407,32 +398,30 @@ def prefix_key_gradient(
         row = rows + tl.arange(0, BLOCK_ROWS)
         present = row < num_rows
         i = row // HEADS
-        row = row % HEADS * num_queries + i
-        first, last = _load_range(
-            None if start is None else start + group * num_queries, end + group * num_queries, i, present
-        )
-        i_position = i if position is None else tl.load(position + group * num_queries + i, mask=present, other=0)
-        q = _load_rows(query + group_rows * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)  # [M, d]
-        products = tl.dot(k, tl.trans(q), input_precision="ieee")
+        row = row % HEADS * num_queries + i  # in [R, T]
+        first, last = _load_ranges(start, end, group_queries, i, present)
+        i_position = i if position is None else tl.load(position + group_queries + i, mask=present, other=0)
+        q = _load_rows(query + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)  # [M, d]
+        products = tl.dot(k, tl.trans(q), input_precision="ieee")  # [N, M]
         scores = _scores(
-            products, slot[:, None], num_slots, first[None, :], last[None, :],
-            None if bias is None else bias + group_slots, None if until is None else until + group_slots,
-            i_position[None, :], SCALE,
-        )  # [N, M]  # fmt: skip
-        row_lse = tl.load(lse + group_rows + row, mask=present, other=float("inf"))
+            products, slot[:, None], num_slots, offset, bias, until,
+            first[None, :], last[None, :], i_position[None, :], SCALE,
+        )  # fmt: skip
+        row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=float("inf"))
         weights = tl.exp2(scores - row_lse[None, :])
-        do = _load_rows(output_grad + group_rows * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
+        do = _load_rows(output_grad + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
         v_grad = tl.dot(weights.to(do.dtype), do, v_grad, input_precision="ieee")
         weights_grad = tl.dot(v, tl.trans(do), input_precision="ieee")
-        row_delta = tl.load(delta + group_rows + row, mask=present, other=0.0)
+        row_delta = tl.load(delta + group_queries * HEADS + row, mask=present, other=0.0)
         scores_grad = weights * (weights_grad - row_delta[None, :])
         k_grad = tl.dot(scores_grad.to(q.dtype), q, k_grad, input_precision="ieee")
         if bias_grad is not None:
             b_grad += tl.sum(scores_grad, 1)
-    _store_rows(key_grad + group_slots * HEAD_DIM, slot, in_slots, k_grad * SCALE, HEAD_DIM, BLOCK_DIM)
-    _store_rows(value_grad + group_slots * HEAD_DIM, slot, in_slots, v_grad, HEAD_DIM, BLOCK_DIM)
+    present_slot = slot < num_slots
+    _store_rows(key_grad + offset * HEAD_DIM, slot, present_slot, k_grad * SCALE, HEAD_DIM, BLOCK_DIM)
+    _store_rows(value_grad + offset * HEAD_DIM, slot, present_slot, v_grad, HEAD_DIM, BLOCK_DIM)
     if bias_grad is not None:
-        tl.store(bias_grad + group_slots + slot, b_grad, mask=in_slots)
+        tl.store(bias_grad + offset + slot, b_grad, mask=present_slot)
 
 
 @torch.library.custom_op("mosa::prefix_attention", mutates_args=())
@@ -457,13 +446,15 @@ def _forward(
     if query.numel() == 0:
         return output, lse
     tile = _tile(FORWARD, query)
-    prefix_forward[(triton.cdiv(num_heads * num_queries, tile.rows), batch_size * num_groups)](
-        query, far_key, far_value, far_start, far_end, far_bias, far_until, near_key, near_value, near_start, near_end,
-        position, output, lse, num_queries, far_key.shape[2], 0 if near_key is None else near_key.shape[2],
-        SCALE=head_dim**-0.5, HEADS=num_heads, HEAD_DIM=head_dim,
-        BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, BLOCK_DIM=_padded_dim(head_dim),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
+    num_far, num_near = far_key.shape[2], 0 if near_key is None else near_key.shape[2]
+    with torch.cuda.device_of(query):
+        prefix_forward[(triton.cdiv(num_heads * num_queries, tile.rows), batch_size * num_groups)](
+            query, far_key, far_value, far_start, far_end, far_bias, far_until,
+            near_key, near_value, near_start, near_end, position, output, lse, num_queries, num_far, num_near,
+            SCALE=head_dim**-0.5, HEADS=num_heads, HEAD_DIM=head_dim,
+            BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, BLOCK_DIM=_padded_dim(head_dim),
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return output, lse
 
 
@@ -495,38 +486,41 @@ def _backward(
     grads = _gradients_like(query, far_key, far_value, far_bias, near_key, near_value)
     if query.numel() == 0:
         return [grad.zero_() for grad in grads]
-    query_grad, far_grads, near_grads = grads[0], grads[1:3], grads[3 + (far_bias is not None) :]
-    constants = {
+    query_grad, far_grads, near_grads = grads[0], grads[1:3], grads[-2:]
+    far_bias_grad = None if far_bias is None else grads[3]
+    sizes = {
         "SCALE": head_dim**-0.5, "HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": _padded_dim(head_dim)
     }  # fmt: skip
-
     tile = _tile(QUERY_GRADIENT, query)
     num_tiles = triton.cdiv(num_heads * num_queries, tile.rows)
     delta = torch.empty_like(lse)
     far_hull, near_hull = query.new_empty(2, 2, batch_size, num_groups, num_tiles, dtype=torch.int32)
     num_far, num_near = far_key.shape[2], 0 if near_key is None else near_key.shape[2]
-    prefix_query_gradient[(num_tiles, batch_size * num_groups)](
-        query, far_key, far_value, far_start, far_end, far_bias, far_until, near_key, near_value, near_start, near_end,
-        position, output, output_grad, lse, query_grad, delta, far_hull, near_hull, num_queries, num_far, num_near,
-        **constants, BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
 
-    constants["TILE_ROWS"] = tile.rows
-    tile = _tile(KEY_GRADIENT, query)
-    far_bias_grad = None if far_bias is None else grads[3]
-    for keys, hull, num_slots, key_grads in (
-        ((far_key, far_value, far_start, far_end, far_bias, far_until, position), far_hull, num_far,
-         (*far_grads, far_bias_grad)),
-        ((near_key, near_value, near_start, near_end, None, None, None), near_hull, num_near, (*near_grads, None)),
-    ):  # fmt: skip
+    def key_gradient(key, value, start, end, bias, until, position, hull, key_grads, bias_grad):
+        num_slots = key.shape[2]
         if num_slots == 0:
-            continue
-        prefix_key_gradient[(triton.cdiv(num_slots, tile.slots), batch_size * num_groups)](
-            query, *keys, output_grad, lse, delta, hull, *key_grads, num_queries, num_slots, num_tiles,
-            **constants, BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            return
+        key_tile = _tile(KEY_GRADIENT, query)
+        prefix_key_gradient[(triton.cdiv(num_slots, key_tile.slots), batch_size * num_groups)](
+            query, key, value, start, end, bias, until, position, output_grad, lse, delta, hull,
+            *key_grads, bias_grad, num_queries, num_slots, num_tiles, **sizes,
+            TILE_ROWS=tile.rows, BLOCK_ROWS=key_tile.rows, BLOCK_SLOTS=key_tile.slots,
+            num_warps=key_tile.num_warps, num_stages=key_tile.num_stages,
         )  # fmt: skip
+
+    with torch.cuda.device_of(query):
+        prefix_query_gradient[(num_tiles, batch_size * num_groups)](
+            query, far_key, far_value, far_start, far_end, far_bias, far_until,
+            near_key, near_value, near_start, near_end, position, output, output_grad, lse,
+            query_grad, delta, far_hull, near_hull, num_queries, num_far, num_near, **sizes,
+            BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        key_gradient(
+            far_key, far_value, far_start, far_end, far_bias, far_until, position, far_hull, far_grads, far_bias_grad
+        )
+        if near_key is not None:
+            key_gradient(near_key, near_value, near_start, near_end, None, None, None, near_hull, near_grads, None)
     return grads
 
 
@@ -558,32 +552,44 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def production_builds() -> list[KernelBuild]:
-    """bfloat16, four query heads a group, every optional argument present: the largest build of each kernel."""
-    pointers = {
-        "*bf16": "query far_key far_value near_key near_value key value output output_grad query_grad key_grad value_grad",
+    """
+    bfloat16: form "all" with every optional argument and four query heads a group, the largest build of each kernel;
+    and form "selected" as the paper has it, one source of keys and one query head.
+    """
+    types = {
+        "*bf16": "query far_key far_value near_key near_value key value "
+        "output output_grad query_grad key_grad value_grad",
         "*i32": "far_start far_end far_until near_start near_end start end until position far_hull near_hull hull",
         "*fp32": "far_bias bias lse delta bias_grad",
         "i32": "num_queries num_far num_near num_slots num_tiles",
     }
-    types = {name: kind for kind, names in pointers.items() for name in names.split()}
+    types = {name: kind for kind, names in types.items() for name in names.split()}
+    absent = "far_start far_bias far_until near_key near_value near_start near_end near_hull start bias until position"
+    forms = (("all", 4, ()), ("selected", 1, (*absent.split(), "bias_grad")))
+    kernels = (
+        (prefix_forward, FORWARD),
+        (prefix_query_gradient, QUERY_GRADIENT),
+        (prefix_key_gradient, KEY_GRADIENT),
+    )
     builds = []
     for head_dim in (64, 128, 256):
-        for function, table in (
-            (prefix_forward, FORWARD), (prefix_query_gradient, QUERY_GRADIENT), (prefix_key_gradient, KEY_GRADIENT)
-        ):  # fmt: skip
-            tile = table[head_dim]
-            constants = {
-                "SCALE": head_dim**-0.5, "HEADS": 4, "HEAD_DIM": head_dim, "TILE_ROWS": QUERY_GRADIENT[head_dim].rows,
-                "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "BLOCK_DIM": head_dim,
-            }  # fmt: skip
-            builds.append(
-                KernelBuild(
-                    f"{function.__name__} d={head_dim} R=4",
-                    function,
-                    {name: types[name] for name in function.arg_names if name in types},
-                    {name: value for name, value in constants.items() if name in function.arg_names},
-                    tile.num_warps,
-                    tile.num_stages,
+        for form, num_heads, nones in forms:
+            for function, table in kernels:
+                tile = table[head_dim]
+                constants = {
+                    **dict.fromkeys(nones),
+                    "SCALE": head_dim**-0.5, "HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": head_dim,
+                    "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "TILE_ROWS": QUERY_GRADIENT[head_dim].rows,
+                }  # fmt: skip
+                constants = {name: value for name, value in constants.items() if name in function.arg_names}
+                builds.append(
+                    KernelBuild(
+                        f"{function.__name__} {form} d={head_dim} R={num_heads}",
+                        function,
+                        {name: types[name] for name in function.arg_names if name not in constants},
+                        constants,
+                        tile.num_warps,
+                        tile.num_stages,
+                    )
                 )
-            )
     return builds
