@@ -9,6 +9,8 @@ from mosa_hf.kernels import reference  # noqa: E402
 from mosa_hf.kernels.layout import HeadWeights, KeyValues, Tokens  # noqa: E402
 from mosa_hf.kernels.triton import selected_heads  # noqa: E402
 
+from .test_kernels import random_until  # noqa: E402
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # inductor takes half a minute on a CPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}  # of the largest value
@@ -25,6 +27,7 @@ PLAIN = {
     "padded": False,
     "packed": False,
     "num_past": 0,
+    "evicts": False,
 }
 CASES = {
     "plain": {},
@@ -40,6 +43,9 @@ CASES = {
     "a single token": {"num_tokens": 1, "rate": 1.0},
     "past": {"num_past": 13, "heads_per_group": 2},
     "past, padded": {"num_past": 30, "padded": True, "bias": True},
+    "a budget evicts": {"evicts": True, "num_tokens": 60, "rate": 0.6},
+    "a budget evicts, packed": {"evicts": True, "packed": True},
+    "a budget evicts, past, padded": {"evicts": True, "num_past": 20, "padded": True, "heads_per_group": 2},
     "past, a single token": {"num_past": 5, "num_tokens": 1, "rate": 0.6},
 }
 
@@ -86,13 +92,19 @@ def random_call(case: dict, dtype: torch.dtype, seed: int) -> tuple:
         past_position = torch.arange(num_past).expand(batch_size, num_groups, -1)
         key, value = (torch.randn(batch_size, num_groups, num_past, head_dim) for _ in range(2))
         past = KeyValues(key, value, past_position, filled, None)
+        if case["evicts"]:
+            past = past._replace(until=random_until(past_position), score=torch.randn(past_position.shape))
 
     def place(tensors):
         """On the device, floating point tensors in `dtype` but for the gate, and with a gradient but for angles."""
         placed = (None if x is None else x.to(DEVICE) for x in tensors)
         return [x if x is None or not x.is_floating_point() else x.to(dtype).requires_grad_() for x in placed]
 
-    tokens = Tokens(position + num_past, valid, segment, angle.cos().to(dtype), angle.sin().to(dtype), selected, gate)
+    position = position + num_past
+    tokens = Tokens(position, valid, segment, angle.cos().to(dtype), angle.sin().to(dtype), selected, gate)
+    if case["evicts"]:
+        until = random_until(position[..., None].expand_as(selected))
+        tokens = tokens._replace(until=until, score=torch.randn(selected.shape))
     tokens = Tokens(*(None if x is None else x.to(DEVICE) for x in tokens))
     tokens.gate.requires_grad_()
     (hidden_states,) = place([hidden_states])
@@ -110,9 +122,14 @@ def check(function, arguments: tuple) -> None:
     actual, actual_new = function(*arguments)
     close(actual, expected, "output")
     assert torch.equal(actual_new.valid.sum(-1), expected_new.valid.sum(-1))
-    for name in ("key", "value", "position"):  # what a cache would append, in its order
-        pair = (getattr(new, name)[new.valid] for new in (actual_new, expected_new))
-        close(*(x.to(hidden_states.dtype) for x in pair), name)
+    for name in ("key", "value", "position", "until", "score"):  # what a cache would append, in its order
+        states, expected_states = (getattr(new, name) for new in (actual_new, expected_new))
+        if expected_states is None:
+            assert states is None
+        elif name in ("key", "value"):
+            close(states[actual_new.valid], expected_states[expected_new.valid], name)
+        else:
+            assert torch.equal(states[actual_new.valid], expected_states[expected_new.valid])
 
     inputs = [hidden_states, *(weight for weight in weights if weight is not None), tokens.gate]
     inputs += [] if past is None else [past.key, past.value]
