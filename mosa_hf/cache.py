@@ -4,26 +4,35 @@ A layer of whatever dynamic cache the user brings is upgraded in place to hold b
 that no group selected, and that have left the window, are in no tensor.
 """
 
+import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from .kernels.layout import KeyValues, RaggedKeyValues
+from .kernels.layout import NEVER, FixedKeyValues, KeyValues, RaggedKeyValues, Tokens, join
+from .routing import evicted_at, within_budget
+
+RECENT = ("recent_key", "recent_value", "recent_selected", "recent_score")
+ROOM = 32  # one free entry for so many held: a little memory against a copy of all entries for each new one
 
 
 class SelectedKeyValues:
     """
-    Keys and values of the selected tokens of every row and group, without padding between them: row by row, group by
-    group, in ascending position.
+    Keys and values of the selected tokens of every row and group: a run of entries for each, in ascending position,
+    and a little room behind it, so that most new entries need no copy of the old ones.
     """
 
     def __init__(self):
         self.key: torch.Tensor | None = None  # [N, d]
         self.value: torch.Tensor | None = None  # [N, d]
         self.position: torch.Tensor | None = None  # [N] int32
-        self.count: torch.Tensor | None = None  # [B, G] int64, entries of each row and group; N is their sum
+        self.score: torch.Tensor | None = None  # [N], only for a cache with a budget
+        self.start: torch.Tensor | None = None  # [B, G] int64, first entry of each run
+        self.count: torch.Tensor | None = None  # [B, G] int64, entries of each run
+        self.capacity: torch.Tensor | None = None  # [B, G] int64, entries that each run has room for
 
     def append(self, new: KeyValues, groups: torch.Tensor | None = None) -> None:
         """Keep the filled slots of `new`; its G axis lists `groups` of this store (all of them by default)."""
@@ -34,17 +43,24 @@ class SelectedKeyValues:
                 raise ValueError("the first tokens must come for every group")
             self.key, self.value = (states.new_zeros(0, states.shape[-1]) for states in (new.key, new.value))
             self.position = new.position.new_zeros(0, dtype=torch.int32)
-            self.count = new.position.new_zeros(batch_size, num_groups)
-        if not bool(filled.any()):
+            self.score = None if new.score is None else new.score.new_zeros(0)
+            self.start = self.count = self.capacity = new.position.new_zeros(batch_size, num_groups)
+        where = filled.nonzero(as_tuple=True)  # row, group of `new`, slot
+        if len(where[0]) == 0:
             return
-        owner = torch.arange(self.count.numel(), device=filled.device).view_as(self.count)  # [B, G]
-        new_owner = (owner if groups is None else owner[:, groups])[..., None].expand_as(filled)[filled]
-        owners = torch.cat((owner.flatten().repeat_interleave(self.count.flatten()), new_owner))
-        order = owners.argsort(stable=True)
-        self.key = torch.cat((self.key, new.key[filled]))[order]
-        self.value = torch.cat((self.value, new.value[filled]))[order]
-        self.position = torch.cat((self.position, new.position[filled].to(torch.int32)))[order]
-        self.count = owners.bincount(minlength=self.count.numel()).view_as(self.count)
+        added = filled.sum(-1)
+        count = self.count + added if groups is None else self.count.index_add(1, groups, added)
+        # Autograd may have saved the entries of earlier calls: they must not change under it.
+        if self.key.requires_grad or new.key.requires_grad or bool((count > self.capacity).any()):
+            self._lay_out(*self._entries().slots(), count)
+        free = self.start + self.count
+        free = free if groups is None else free[:, groups]
+        entries = (free[..., None] + filled.cumsum(-1) - 1)[where]
+        self.key[entries], self.value[entries] = new.key[where], new.value[where]
+        self.position[entries] = new.position[where].to(torch.int32)
+        if self.score is not None:
+            self.score[entries] = new.score[where]
+        self.count = count
 
     def read(self, groups: torch.Tensor | None = None) -> KeyValues | None:
         """The entries of `groups` (all by default) with empty slots at the end of each; None if there are none."""
@@ -52,34 +68,48 @@ class SelectedKeyValues:
         return None if entries is None else entries.pad(groups)
 
     def entries(self) -> RaggedKeyValues | None:
-        """All entries, as they are held; None if there are none. Later calls do not change what was returned."""
-        if self.key is None or len(self.key) == 0:
-            return None
-        return RaggedKeyValues(self.key, self.value, self.position, self.count)
+        """All entries, as they are held, until the next call that changes them; None before the first."""
+        return None if self.count is None else self._entries()
+
+    def _entries(self) -> RaggedKeyValues:
+        return RaggedKeyValues(self.key, self.value, self.position, self.start, self.count, None, self.score)
+
+    def _lay_out(self, entries: torch.Tensor, filled: torch.Tensor, count: torch.Tensor | None = None) -> None:
+        """Hold these entries [B, G, S] where filled [B, G, S], and no others, with room for `count` [B, G] in all."""
+        self.count = filled.sum(-1)
+        count = self.count if count is None else count
+        self.capacity = count + count // ROOM + 1
+        self.start = self.capacity.flatten().cumsum(0).view_as(count) - self.capacity
+        size = int(self.capacity.sum())
+        source = entries[filled]
+        target = (self.start[..., None] + filled.cumsum(-1) - 1)[filled]
+        for name in ("key", "value", "position", "score"):
+            if (states := getattr(self, name)) is not None:
+                setattr(self, name, states.new_zeros(size, *states.shape[1:]).index_copy(0, target, states[source]))
 
     def crop(self, num_tokens: torch.Tensor) -> None:
         """Drop the entries whose position is not below `num_tokens` [B]."""
         if self.count is None:
             return
-        limit = num_tokens[:, None].expand_as(self.count).flatten().repeat_interleave(self.count.flatten())
-        keep = self.position < limit
-        owner = torch.arange(self.count.numel(), device=keep.device).repeat_interleave(self.count.flatten())[keep]
-        self.key, self.value, self.position = self.key[keep], self.value[keep], self.position[keep]
-        self.count = owner.bincount(minlength=self.count.numel()).view_as(self.count)
+        entries, filled = self._entries().slots()
+        if filled.shape[-1]:
+            self.count = (filled & (self.position[entries] < num_tokens[:, None, None])).sum(-1)
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Drop the entries where `kept` [B, G, S] is False, S the padded slots of `read`."""
+        entries, filled = self._entries().slots()
+        self._lay_out(entries, filled & kept)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
         if self.count is None:
             return
-        start = self.count.flatten().cumsum(0).view_as(self.count) - self.count
-        count, start = self.count[rows], start[rows]
-        shift = start.flatten() - (count.flatten().cumsum(0) - count.flatten())  # old minus new place of each run
-        entries = torch.arange(int(count.sum()), device=count.device) + shift.repeat_interleave(count.flatten())
-        self.key, self.value, self.position = self.key[entries], self.value[entries], self.position[entries]
-        self.count = count
+        entries, filled = self._entries().slots()
+        self._lay_out(entries[rows], filled[rows])
 
     def tensors(self) -> list[torch.Tensor]:
-        return [] if self.count is None else [self.key, self.value, self.position, self.count]
+        states = (self.key, self.value, self.position, self.score, self.start, self.count, self.capacity)
+        return [x for x in states if x is not None]
 
 
 class SparseKeyValues:
@@ -89,11 +119,14 @@ class SparseKeyValues:
 
     Args:
         window: `mosa_window`; 0 where there is no window (form "selected").
+        budget: `mosa_cache_budget`: how many selected tokens a row and group remembers, those in the window included;
+            None: all of them.
     """
 
-    def __init__(self, window: int = 0):
+    def __init__(self, window: int = 0, budget: int | None = None):
         self.window = window
-        self.record_past = False  # keep what leaves the window until `crop` says that it is final
+        self.budget = budget
+        self.record_past = False  # keep what leaves the window, or the budget, until `crop` says that it is final
         self.reset()
 
     def reset(self) -> None:
@@ -102,15 +135,22 @@ class SparseKeyValues:
         self.recent_key: torch.Tensor | None = None
         self.recent_value: torch.Tensor | None = None
         self.recent_selected: torch.Tensor | None = None
+        self.recent_score: torch.Tensor | None = None  # only with a budget
         self.num_tokens: torch.Tensor | None = None  # [B] int64, real tokens seen
+        self.num_final: torch.Tensor | None = None  # [B] int64, only with a budget: `crop` can't go back before these
         # Padding of the calls so far, [B, T] bool or None, and their lengths; only of use to `crop`.
         self.masks: list[torch.Tensor | None] = []
         self.lengths: list[int] = []
 
-    def advance(self, valid: torch.Tensor | None, batch_size: int, length: int, device: torch.device) -> None:
-        """Count the tokens of a call; `valid` [B, length] is False on padding, None without."""
+    def has_tokens(self) -> bool:
+        return self.num_tokens is not None
+
+    def advance(self, valid: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
+        """Count the tokens of a call [B, T, D]; `valid` [B, T] is False on padding, None without."""
+        batch_size, length = hidden_states.shape[:2]
         if self.num_tokens is None:
-            self.num_tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.num_tokens = torch.zeros(batch_size, dtype=torch.int64, device=hidden_states.device)
+            self.num_final = torch.zeros_like(self.num_tokens)
         self.num_tokens = self.num_tokens + (length if valid is None else valid.sum(1))
         if valid is None and self.masks and self.masks[-1] is None:
             self.lengths[-1] += length
@@ -118,43 +158,99 @@ class SparseKeyValues:
             self.masks.append(valid)
             self.lengths.append(length)
 
-    def append_selected(self, new: KeyValues, groups: torch.Tensor | None = None) -> None:
+    def read_selected(self, tokens: Tokens, groups: torch.Tensor | None) -> tuple[KeyValues | None, Tokens]:
+        """
+        Form "selected": what `groups` (all by default) remember, and the call's `tokens`, which are of these groups,
+        with `until` filled in where there is a budget.
+        """
+        past = self.kept.read(groups)
+        return (past, tokens) if self.budget is None else _with_until(past, tokens, self.budget)
+
+    def append_selected(self, new: KeyValues, groups: torch.Tensor | None) -> None:
         """Form "selected": keep the filled slots of `new`, whose G axis lists `groups` (all by default)."""
         self.kept.append(new, groups)
+        if not self.record_past:
+            self._evict()
 
     def update(
-        self, key: torch.Tensor, value: torch.Tensor, selected: torch.Tensor, valid: torch.Tensor | None
+        self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens
     ) -> tuple[KeyValues, RaggedKeyValues | None]:
         """
         Form "all": take in a call's tokens, which `advance` has counted.
 
         Args:
             key, value: `[B, G, T, d]`, padding on the left.
-            selected: `[B, G, T]` bool.
-            valid: `[B, T]` bool, or None without padding.
+            tokens: of the call.
 
         Returns:
             (near, kept) as `all_attention` reads them.
         """
+        num_new = key.shape[2]
+        selected = tokens.selected.transpose(1, 2)  # [B, G, T]
+        score = None if self.budget is None else tokens.score.transpose(1, 2)
         kept = self.kept.entries()
         if self.recent_key is not None:
             num_recent = self.recent_key.shape[2]
             key = torch.cat((self.recent_key, key), dim=2)
             value = torch.cat((self.recent_value, value), dim=2)
             selected = torch.cat((self.recent_selected, selected), dim=2)
-            if valid is not None:
+            score = None if score is None else torch.cat((self.recent_score, score), dim=2)
+            if tokens.valid is not None:
                 # Bring the recent tokens up to the call's own, over the padding between them.
-                real = F.pad(valid, (num_recent, 0), value=True).to(torch.int8)
+                real = F.pad(tokens.valid, (num_recent, 0), value=True).to(torch.int8)
                 order = real.argsort(dim=1, stable=True)[:, None].expand_as(selected)
                 key, value = (states.gather(2, order[..., None].expand_as(states)) for states in (key, value))
                 selected = selected.gather(2, order)
-        self.recent_key, self.recent_value, self.recent_selected = key, value, selected
+                score = None if score is None else score.gather(2, order)
+        self.recent_key, self.recent_value, self.recent_selected, self.recent_score = key, value, selected, score
         position = self._recent_positions()
         filled = None if all(mask is None for mask in self.masks) else position >= 0
-        near = KeyValues(key, value, position, filled, selected)
+        near = KeyValues(key, value, position, filled, selected, None, score)
+        if self.budget is not None:
+            near, kept = self._with_until(near, kept, num_new)
         if not self.record_past:
+            self._evict()
             self._leave_window()
         return near, kept
+
+    def _with_until(
+        self, near: KeyValues, kept: RaggedKeyValues | None, num_new: int
+    ) -> tuple[KeyValues, RaggedKeyValues | None]:
+        """Say of each token when the budget evicts it."""
+        past, selected = None if kept is None else kept.pad(), near.selected & (near.position >= 0)
+        until = _until(*_budgeted(past, near._replace(valid=selected)), self.budget, num_new)
+        if until is None:
+            return near, kept
+        num_past = until.shape[-1] - near.position.shape[-1]
+        if num_past:
+            entries, filled = kept.slots()
+            flat = torch.full((len(kept.key),), NEVER, dtype=torch.int64, device=until.device)
+            kept = kept._replace(until=flat.index_put((entries[filled],), until[..., :num_past][filled]))
+        return near._replace(until=until[..., num_past:]), kept
+
+    def _evict(self) -> None:
+        """Forget the selected tokens beyond the budget: the lowest scores of kept and recent ones."""
+        if self.budget is None:
+            return
+        past, recent = self.kept.read(), None
+        if self.recent_key is not None:
+            position = self._recent_positions()
+            selected = self.recent_selected & (position >= 0)
+            recent = KeyValues(self.recent_key, self.recent_value, position, selected, None, None, self.recent_score)
+        if past is None and recent is None:
+            return
+        score, position, selected = _budgeted(past, recent)
+        if not bool((selected.sum(-1) > self.budget).any()):
+            return
+        alive = within_budget(score, position, selected, self.budget)
+        evicts = (selected & ~alive).any(-1).any(-1)  # [B]
+        self.num_final = torch.where(evicts, self.num_tokens, self.num_final)
+        if past is not None:
+            num_past = past.position.shape[-1]
+            self.kept.keep(alive[..., :num_past])
+            alive = alive[..., num_past:]
+        if recent is not None:
+            self.recent_selected = self.recent_selected & alive
 
     def _recent_positions(self) -> torch.Tensor:
         """`[B, G, S]`: positions of the recent slots, negative on empty ones."""
@@ -170,11 +266,12 @@ class SparseKeyValues:
         position = self._recent_positions()[:, :, :num_left]
         leaving = self.recent_selected[:, :, :num_left] & (position >= 0)
         left = (states[:, :, :num_left] for states in (self.recent_key, self.recent_value))
-        self.kept.append(KeyValues(*left, position, leaving, None))
+        score = None if self.recent_score is None else self.recent_score[:, :, :num_left]
+        self.kept.append(KeyValues(*left, position, leaving, None, None, score))
         # Copies, not views: a view would hold the whole call's keys in memory.
-        self.recent_key = self.recent_key[:, :, num_left:].clone()
-        self.recent_value = self.recent_value[:, :, num_left:].clone()
-        self.recent_selected = self.recent_selected[:, :, num_left:].clone()
+        for name in RECENT:
+            if (states := getattr(self, name)) is not None:
+                setattr(self, name, states[:, :, num_left:].clone())
 
     def crop(self, num_removed: int) -> None:
         """
@@ -205,14 +302,24 @@ class SparseKeyValues:
                     for states in (self.recent_key, self.recent_value)
                 )
                 self.recent_selected = self.recent_selected.gather(2, index) & (source >= 0)
+                if self.recent_score is not None:
+                    self.recent_score = self.recent_score.gather(2, index)
         if self.record_past:
+            self._evict()
             self._leave_window()
 
     def check_crop(self, num_removed: int) -> None:
         """Raise what `crop` would, changing nothing."""
-        if self.num_tokens is None or self.recent_key is None:
+        if self.num_tokens is None:
             return
         removed = self._removed(num_removed)
+        if bool(((self.num_tokens - removed < self.num_final) & (removed > 0)).any()):
+            raise RuntimeError(
+                "`crop` cannot bring back tokens that `mosa_cache_budget` has evicted. Call "
+                "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
+            )
+        if self.recent_key is None:
+            return
         remaining = (self.recent_key.shape[2] - removed).clamp(min=0)
         needed = (self.num_tokens - removed).clamp(max=max(self.window - 1, 0))
         if bool(((remaining < needed) & (removed > 0)).any()):
@@ -247,24 +354,231 @@ class SparseKeyValues:
         if self.num_tokens is None:
             return
         rows = rows.to(self.num_tokens.device)
-        self.num_tokens = self.num_tokens[rows]
+        self.num_tokens, self.num_final = self.num_tokens[rows], self.num_final[rows]
         self.masks = [None if mask is None else mask[rows] for mask in self.masks]
         self.kept.select_rows(rows)
-        if self.recent_key is not None:
-            self.recent_key, self.recent_value = self.recent_key[rows], self.recent_value[rows]
-            self.recent_selected = self.recent_selected[rows]
+        for name in RECENT:
+            if (states := getattr(self, name)) is not None:
+                setattr(self, name, states[rows])
 
     def tensors(self) -> dict[str, list[torch.Tensor]]:
         """What is held in memory, by kind."""
-        recent = [] if self.recent_key is None else [self.recent_key, self.recent_value, self.recent_selected]
+        recent = [states for name in RECENT if (states := getattr(self, name)) is not None]
         return {"selected": self.kept.tensors(), "window": recent}
+
+
+class FixedSparseKeyValues:
+    """
+    The same in tensors of fixed size, changed in place, for static caches: what a compiled decoding step needs. More
+    selected tokens than fit are given up lowest score first, as by a budget of `capacity`.
+
+    Args:
+        window: `mosa_window`.
+        budget: `mosa_cache_budget`.
+        capacity: selected tokens that a row and group has room for, see `static_capacity`.
+        num_groups, head_dim: of the MoSA heads.
+    """
+
+    record_past = False
+
+    def __init__(self, window: int, budget: int | None, capacity: int, num_groups: int, head_dim: int):
+        self.window = window
+        self.overflows = budget is None  # what does not fit was not meant to be given up
+        self.capacity = capacity if budget is None else min(capacity, budget)
+        self.budget = self.capacity if budget is None else budget
+        self.num_groups, self.head_dim = num_groups, head_dim
+        self.state: FixedKeyValues | None = None
+        self.valid: torch.Tensor | None = None  # [B, T] bool, of the call that goes on
+
+    @property
+    def num_tokens(self) -> torch.Tensor | None:
+        """`[B]` int64, real tokens seen; changes in place."""
+        return None if self.state is None else self.state.num_tokens
+
+    def initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (batch_size, self.num_groups)
+        kept, ring = (*shape, self.capacity), (*shape, self.window)
+        self.state = FixedKeyValues(
+            key=torch.zeros(*kept, self.head_dim, dtype=dtype, device=device),
+            value=torch.zeros(*kept, self.head_dim, dtype=dtype, device=device),
+            position=torch.zeros(kept, dtype=torch.int32, device=device),
+            score=torch.zeros(kept, dtype=torch.float32, device=device),
+            count=torch.zeros(shape, dtype=torch.int32, device=device),
+            num_evicted=torch.zeros(shape, dtype=torch.int32, device=device),
+            ring_key=torch.zeros(*ring, self.head_dim, dtype=dtype, device=device),
+            ring_value=torch.zeros(*ring, self.head_dim, dtype=dtype, device=device),
+            ring_score=torch.full(ring, -torch.inf, dtype=torch.float32, device=device),
+            num_tokens=torch.zeros(batch_size, dtype=torch.int64, device=device),
+        )
+        if not torch.compiler.is_compiling():
+            for tensor in self.state:  # as upstream's static layers do: else no CUDA graphs
+                torch._dynamo.mark_static_address(tensor)
+
+    def reset(self) -> None:
+        for name, tensor in ({} if self.state is None else self.state._asdict()).items():
+            tensor.fill_(-torch.inf if name == "ring_score" else 0)
+
+    def has_tokens(self) -> bool:
+        return self.state is not None and bool(self.num_tokens.any())
+
+    def advance(self, valid: torch.Tensor | None, hidden_states: torch.Tensor) -> None:
+        """Prepare for a call's tokens [B, T, D]; `valid` [B, T] is False on padding, None without."""
+        if self.state is None:
+            self.initialize(len(hidden_states), hidden_states.dtype, hidden_states.device)
+        self.valid = valid
+
+    # Several tokens, as in a prefill. For one token, the kernels change `state` themselves.
+
+    def read_selected(self, tokens: Tokens) -> tuple[KeyValues | None, Tokens]:
+        """Form "selected": as `SparseKeyValues.read_selected`, for all groups."""
+        return _with_until(self._past(), tokens, self.budget)
+
+    def append_selected(self, past: KeyValues | None, new: KeyValues, num_new: int) -> None:
+        """Form "selected": keep the filled slots of `new`, of a call of `num_new` tokens; `past` is what was read."""
+        entries = join(past, new)
+        alive = within_budget(entries.score, entries.position, entries.valid, self.budget)
+        self.state.num_evicted.add_((entries.valid & ~alive).sum(-1))
+        self._hold(entries._replace(valid=alive))
+        self._count(num_new)
+
+    def update(self, key: torch.Tensor, value: torch.Tensor, tokens: Tokens) -> tuple[KeyValues, KeyValues | None]:
+        """Form "all": as `SparseKeyValues.update`."""
+        state, num_new, window = self.state, key.shape[2], self.window
+        past = self._past()
+        score = tokens.score.masked_fill(~tokens.selected, -torch.inf).transpose(1, 2)  # [B, G, T]
+        if window:
+            # The ring by position, oldest first.
+            slots = (state.num_tokens[:, None] + torch.arange(window, device=key.device)) % window  # [B, W]
+            key = torch.cat((_gather_slots(state.ring_key, slots), key), dim=2)
+            value = torch.cat((_gather_slots(state.ring_value, slots), value), dim=2)
+            score = torch.cat((_gather_slots(state.ring_score, slots), score), dim=2)
+            if tokens.valid is not None:
+                # Bring the ring's tokens up to the call's own, over the padding between them.
+                real = F.pad(tokens.valid, (window, 0), value=True).to(torch.int8)
+                order = real.argsort(dim=1, stable=True)
+                key, value, score = (_gather_slots(states, order) for states in (key, value, score))
+        self._count(num_new)
+        length = key.shape[2]
+        position = state.num_tokens[:, None] - length + torch.arange(length, device=key.device)  # [B, S]
+        position = position[:, None].expand_as(score)  # negative on empty slots
+        selected = score > -torch.inf
+        near = KeyValues(key, value, position, position >= 0, selected, None, score)
+        held = near._replace(valid=selected)
+        scores, positions, selected = _budgeted(past, held)
+        num_past = scores.shape[-1] - length
+        alive = within_budget(scores, positions, selected, self.budget)
+        until = _until(scores, positions, selected, self.budget, num_new)
+        if until is not None:
+            near = near._replace(until=until[..., num_past:])
+            past = None if past is None else past._replace(until=until[..., :num_past])
+
+        state.num_evicted.add_((selected & ~alive).sum(-1))
+        has_left = torch.arange(length, device=key.device) < length - window
+        self._hold(join(past, held)._replace(valid=alive & F.pad(has_left, (num_past, 0), value=True)))
+        if window:
+            newest = state.num_tokens[:, None] - 1
+            source = length - 1 - (newest - torch.arange(window, device=key.device)) % window  # [B, W]
+            state.ring_key.copy_(_gather_slots(key, source))
+            state.ring_value.copy_(_gather_slots(value, source))
+            score = score.masked_fill(~alive[..., num_past:], -torch.inf)
+            state.ring_score.copy_(_gather_slots(score, source))
+        return near, past
+
+    def _past(self) -> KeyValues | None:
+        """A copy of the kept entries: attention reads them after they have changed."""
+        state, num_slots = self.state, self.capacity
+        if not torch.compiler.is_compiling():
+            num_slots = int(state.count.max())
+            if num_slots == 0:
+                return None
+        filled = torch.arange(num_slots, device=state.count.device) < state.count[..., None]
+        key, value, position, score = (
+            states[:, :, :num_slots].clone() for states in (state.key, state.value, state.position, state.score)
+        )
+        return KeyValues(key, value, position.long(), filled, None, None, score)
+
+    def _hold(self, entries: KeyValues) -> None:
+        """Hold the valid ones of `entries`, of which there are no more than fit, and no others."""
+        order = (~entries.valid).to(torch.int8).argsort(dim=-1, stable=True)[..., : self.capacity]
+        for name in ("key", "value", "position", "score"):
+            states = getattr(entries, name)
+            index = order if states.ndim == order.ndim else order[..., None].expand(*order.shape, states.shape[-1])
+            getattr(self.state, name)[:, :, : order.shape[-1]] = states.gather(2, index).detach()
+        self.state.count.copy_(entries.valid.sum(-1))
+
+    def _count(self, num_new: int) -> None:
+        self.state.num_tokens.add_(num_new if self.valid is None else self.valid.sum(1))
+
+    def check_crop(self, num_removed: int) -> None:
+        raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        if self.state is not None:
+            self.state = FixedKeyValues(*(states[rows.to(states.device)] for states in self.state))
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What is held in memory, by kind."""
+        if self.state is None:
+            return {"selected": [], "window": []}
+        window = [self.state.ring_key, self.state.ring_value, self.state.ring_score]
+        return {"selected": [x for x in self.state if all(x is not y for y in window)], "window": window}
+
+
+def static_capacity(max_cache_len: int, sparsity: float) -> int:
+    """
+    Selected tokens that a static cache has room for in each row and group: twice the share that `mosa_sparsity` asks
+    for and 64 more, since a threshold selects more of some texts than of others; at most all tokens.
+    """
+    return min(max_cache_len, math.ceil(2 * max_cache_len / sparsity) + 64)
+
+
+def _gather_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """`states` [B, G, S, ...] at `slots` [B, S'] of each row."""
+    index = slots[:, None].expand(-1, states.shape[1], -1)
+    return states.gather(2, index if states.ndim == 3 else index[..., None].expand(-1, -1, -1, states.shape[-1]))
+
+
+def _budgeted(*parts: KeyValues | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score, position and "is a selected token" of all slots [B, G, S]."""
+    parts = [part for part in parts if part is not None]
+    return (
+        torch.cat([part.score for part in parts], dim=-1),
+        torch.cat([part.position for part in parts], dim=-1),
+        torch.cat([part.valid for part in parts], dim=-1),
+    )
+
+
+def _with_until(past: KeyValues | None, tokens: Tokens, budget: int) -> tuple[KeyValues | None, Tokens]:
+    """Form "selected": say of past and new tokens when the budget evicts them."""
+    selected, score = tokens.selected.transpose(1, 2), tokens.score.transpose(1, 2)  # [B, G, T]
+    new = KeyValues(None, None, tokens.position[:, None].expand_as(selected), selected, None, None, score)
+    until = _until(*_budgeted(past, new), budget, selected.shape[-1])
+    if until is None:
+        return past, tokens
+    num_past = until.shape[-1] - selected.shape[-1]
+    past = None if past is None else past._replace(until=until[..., :num_past])
+    return past, tokens._replace(until=until[..., num_past:].transpose(1, 2))
+
+
+def _until(
+    score: torch.Tensor, position: torch.Tensor, selected: torch.Tensor, budget: int, num_new: int
+) -> torch.Tensor | None:
+    """`evicted_at` for a call whose last `num_new` tokens are new; the others were within the budget, or long out."""
+    if num_new > 1:
+        return evicted_at(score, position, selected, budget)
+    if score.shape[-1] <= budget:
+        return None
+    if not torch.compiler.is_compiling() and not bool((selected.sum(-1) > budget).any()):
+        return None
+    return torch.where(within_budget(score, position, selected, budget), NEVER, position[..., -1:])
 
 
 class SparseLayer(CacheLayerMixin):
     """Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense heads', `sparse` is ours."""
 
     _layer_type = None  # not a layer type of its own: the class it is mixed with keeps its registration
-    sparse: SparseKeyValues
+    sparse: SparseKeyValues | FixedSparseKeyValues
 
     @property
     def record_past(self) -> bool:
@@ -280,7 +594,7 @@ class SparseLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         length = super().get_seq_length()
         # A layer without dense heads caches keys of shape [B, 0, T, d], which upstream takes for empty.
-        if self.is_initialized and self.keys.ndim == 4 and self.keys.shape[1] == 0:
+        if isinstance(self, DynamicLayer) and self.is_initialized and self.keys.ndim == 4 and self.keys.shape[1] == 0:
             length = max(length, self.keys.shape[-2])
         return length
 
@@ -326,18 +640,29 @@ def _restore(layer_class: type[CacheLayerMixin], state: dict) -> CacheLayerMixin
     return layer
 
 
-def upgrade_cache(cache: Cache, windows: dict[int, int]) -> None:
+class SparseSpec(NamedTuple):
+    """What a cache has to know of a layer's MoSA heads."""
+
+    window: int
+    budget: int | None
+    sparsity: float
+    num_groups: int
+    head_dim: int
+
+
+def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int | None = None) -> None:
     """
     Give the layers that have MoSA heads their sparse part. Layers that have it already are left alone.
 
     Args:
-        cache: any cache of dynamic layers, as `generate` or the user made it.
-        windows: layer index → window of its MoSA heads (0 for form "selected").
+        cache: any cache of dynamic or static layers, as `generate` or the user made it.
+        specs: layer index → its MoSA heads.
+        max_cache_len: tokens that a static cache will see, which it does not know if all its layers have a window.
 
     Raises:
-        ValueError: for a cache that holds tokens of another model, has too few layers, or layers of a fixed size.
+        ValueError: for a cache that holds tokens of another model, has too few layers, or layers of another kind.
     """
-    for layer_idx, window in windows.items():
+    for layer_idx, spec in specs.items():
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
         if layer_idx >= len(cache.layers):
@@ -348,18 +673,27 @@ def upgrade_cache(cache: Cache, windows: dict[int, int]) -> None:
         layer = cache.layers[layer_idx]
         if isinstance(layer, SparseLayer):
             continue
-        if not isinstance(layer, DynamicLayer):
+        if not isinstance(layer, DynamicLayer | StaticLayer):
             raise ValueError(
-                f"MoSA heads cannot extend a cache layer of class {type(layer).__name__}: use a `DynamicCache` "
-                "(`cache_implementation=None` or 'dynamic')."
+                f"MoSA heads cannot extend a cache layer of class {type(layer).__name__}: use a `DynamicCache` or a "
+                "`StaticCache`."
             )
         if layer.get_seq_length():
             raise ValueError(
-                f"`past_key_values` holds {layer.get_seq_length()} tokens that this model's MoSA heads have not seen. "
-                "Pass an empty cache, or one that this model filled."
+                f"`past_key_values` holds {int(layer.get_seq_length())} tokens that this model's MoSA heads have not "
+                "seen. Pass an empty cache, or one that this model filled."
             )
-        sparse = SparseKeyValues(window)
-        sparse.record_past = layer.__dict__.pop("record_past", False)
+        if isinstance(layer, StaticLayer):
+            length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
+            if length is None:
+                raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
+            capacity = static_capacity(length, spec.sparsity)
+            sparse = FixedSparseKeyValues(spec.window, spec.budget, capacity, spec.num_groups, spec.head_dim)
+            if layer.is_initialized:
+                sparse.initialize(layer.batch_size, layer.dtype, layer.device)
+        else:
+            sparse = SparseKeyValues(spec.window, spec.budget)
+            sparse.record_past = layer.__dict__.pop("record_past", False)
         layer.sparse = sparse
         layer.__class__ = _sparse_class(type(layer))
 

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
+from .kernels.layout import NEVER
+
+EVICTION_BLOCK = 128  # tokens compared with all others at once
+
 
 def select_by_threshold(
     logits: torch.Tensor, threshold: torch.Tensor, valid: torch.Tensor | None = None, first: torch.Tensor | None = None
@@ -88,6 +92,73 @@ def select_by_expert_choice(
     return selected, torch.where(num_free > 0, last, torch.nan)
 
 
+def within_budget(score: torch.Tensor, position: torch.Tensor, selected: torch.Tensor, budget: int) -> torch.Tensor:
+    """
+    Streaming top-k (DESIGN section 3): which of the selected tokens are among the `budget` highest scores, ties to the
+    earlier token.
+
+    Args:
+        score: `[B, G, S]`.
+        position: `[B, G, S]` int64, in any order.
+        selected: `[B, G, S]` bool.
+        budget: `mosa_cache_budget`.
+
+    Returns:
+        `[B, G, S]` bool.
+    """
+    if score.shape[-1] <= budget:
+        return selected
+    order = position.argsort(dim=-1, stable=True)
+    ranked = score.masked_fill(~selected, -torch.inf).gather(-1, order)
+    order = order.gather(-1, ranked.argsort(dim=-1, descending=True, stable=True))
+    return torch.zeros_like(selected).scatter(-1, order[..., :budget], True) & selected
+
+
+def evicted_at(
+    score: torch.Tensor,
+    position: torch.Tensor,
+    selected: torch.Tensor,
+    budget: int,
+    segment: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """
+    When a cache budget evicts each token (DESIGN section 3): the first position t at which `budget` of the selected
+    tokens up to t score higher, ties to the earlier token. So token j is read by the queries `j <= t < evicted_at[j]`.
+
+    Args:
+        score, position, selected, budget: as in `within_budget`.
+        segment: `[B, 1, S]` int64, packed sequences, each with a budget of its own.
+
+    Returns:
+        `[B, G, S]` int64, `NEVER` where a token stays; None if nothing can be evicted.
+    """
+    num_slots = score.shape[-1]
+    if num_slots <= budget or not score.numel():
+        return None
+    if not torch.compiler.is_compiling():
+        num_slots = int(selected.sum(-1).max())
+        if num_slots <= budget:
+            return None
+    # The selected tokens alone, in ascending position.
+    order = position.masked_fill(~selected, NEVER).argsort(dim=-1, stable=True)[..., :num_slots]  # [B, G, K]
+    score, position, is_selected = (states.gather(-1, order) for states in (score, position, selected))
+    if segment is not None:
+        segment = segment.expand_as(selected).gather(-1, order)
+    slot = torch.arange(num_slots, device=score.device)
+    until = []
+    for start in range(0, num_slots, EVICTION_BLOCK):
+        block = slice(start, start + EVICTION_BLOCK)
+        own, other = score[..., block, None], score[..., None, :]  # [B, G, J, 1], [B, G, 1, K]
+        higher = (other > own) | ((other == own) & (slot < slot[block, None]))
+        higher = higher & is_selected[..., None, :]
+        if segment is not None:
+            higher = higher & (segment[..., None, :] == segment[..., block, None])
+        full = higher.cumsum(-1, dtype=torch.int32) >= budget  # [B, G, J, K]
+        first = position.gather(-1, full.to(torch.int8).argmax(-1))
+        until.append(torch.where(full[..., -1], first.maximum(position[..., block]), NEVER))
+    return order.new_full(selected.shape, NEVER).scatter(-1, order, torch.cat(until, dim=-1))
+
+
 @dataclass
 class RoutingState:
     """
@@ -121,6 +192,7 @@ class RoutingState:
         position_ids: torch.Tensor,
         num_cached_tokens: torch.Tensor | None,
         may_be_packed: bool,
+        past_length: torch.Tensor | int | None = None,
     ) -> "RoutingState":
         """
         Args:
@@ -129,19 +201,21 @@ class RoutingState:
             position_ids: `[B or 1, T]`; a restart marks a packed sequence if `may_be_packed`.
             num_cached_tokens: `[B]` int64, real tokens that the cache has seen; None for no cache or an empty one.
             may_be_packed: Transformers' rule: neither a mask nor a cache was given.
+            past_length: where this call's tokens begin in a mask over a static cache; None: they are its last ones.
         """
         batch_size, num_tokens = inputs_embeds.shape[:2]
-        valid = valid_tokens(attention_mask, num_tokens)
+        is_static = past_length is not None or torch.compiler.is_compiling()  # nothing may depend on data
+        valid = valid_tokens(attention_mask, num_tokens, past_length)
         if valid is not None:
             valid = valid.to(inputs_embeds.device).expand(batch_size, -1)  # a 4-D mask may have one row for all
         order = inverse = None
-        if valid is not None and not torch.compiler.is_compiling() and bool(valid.all()):
+        if valid is not None and not is_static and bool(valid.all()):
             valid = None
         if valid is None:
             position = torch.arange(num_tokens, device=inputs_embeds.device).expand(batch_size, -1)
         else:
             position = (valid.cumsum(1) - 1).clamp(min=0)
-            if torch.compiler.is_compiling() or bool((valid[:, :-1] & ~valid[:, 1:]).any()):
+            if num_tokens > 1 and (is_static or bool((valid[:, :-1] & ~valid[:, 1:]).any())):
                 order = valid.to(torch.int8).argsort(dim=1, stable=True)
                 inverse = order.argsort(dim=1)
 
@@ -152,7 +226,7 @@ class RoutingState:
             first = torch.ones_like(segment, dtype=torch.bool)
             first[:, 1:] = segment[:, 1:] != segment[:, :-1]
         if num_cached_tokens is not None:
-            num_cached_tokens = num_cached_tokens.to(inputs_embeds.device)[:, None]
+            num_cached_tokens = num_cached_tokens.to(inputs_embeds.device, copy=True)[:, None]  # a cache counts on
             position = position + num_cached_tokens
             first = first & (num_cached_tokens == 0)
         if valid is not None:
@@ -160,8 +234,16 @@ class RoutingState:
         return cls(position, valid, segment, first, order, inverse)
 
 
-def valid_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-    """`[B, num_tokens]` bool: which of the last `num_tokens` tokens are not padding; None if the mask cannot tell."""
+def valid_tokens(
+    attention_mask: torch.Tensor | None, num_tokens: int, past_length: torch.Tensor | int | None = None
+) -> torch.Tensor | None:
+    """
+    `[B, num_tokens]` bool: which of a call's tokens are not padding; None if the mask cannot tell.
+
+    Args:
+        attention_mask: 2-D or 4-D, as the user gave it.
+        past_length: where the call's tokens begin in the mask; None: they are its last ones.
+    """
     if attention_mask is None:
         return None
     if attention_mask.ndim == 4:
@@ -178,4 +260,7 @@ def valid_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.
         raise ValueError(
             f"`attention_mask` covers {attention_mask.shape[1]} tokens, fewer than the {num_tokens} that are passed."
         )
-    return attention_mask[:, -num_tokens:].bool()
+    if past_length is None:
+        return attention_mask[:, -num_tokens:].bool()
+    columns = past_length + torch.arange(num_tokens, device=attention_mask.device)
+    return attention_mask.index_select(1, columns).bool()

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, DynamicSlidingWindowLayer
 
 from mosa_hf import cache_bytes
-from mosa_hf.cache import SparseLayer, upgrade_cache
-from mosa_hf.kernels.layout import KeyValues
+from mosa_hf.cache import SparseLayer, SparseSpec, upgrade_cache
+from mosa_hf.kernels.layout import NEVER, KeyValues, Tokens
 from mosa_hf.modeling.tracing import trace_routing
 
 from .conftest import FORMS, MIXED_LAYERS, TINY, tiny_config, tiny_model
@@ -37,11 +37,21 @@ class Row:
 
     columns: list[int | None] = field(default_factory=list)  # a token, or None for padding
     selected: dict[int, list[bool]] = field(default_factory=dict)  # token → for each group
+    score: dict[int, list[float]] = field(default_factory=dict)  # token → for each group
     num_left: int = 0  # real tokens that have left the window
+    forgotten: set[tuple[int, int]] = field(default_factory=set)  # (token, group) beyond the budget
+    num_final: int = 0  # real tokens that `crop` cannot go back before, because something was forgotten after them
 
     @property
     def tokens(self) -> list[int]:
         return [token for token in self.columns if token is not None]
+
+    def is_alive(self, token: int, group: int, time: int, budget: int | None) -> bool:
+        """DESIGN section 3: fewer than `budget` selected tokens up to `time` score higher, ties to the earlier."""
+        if not self.selected[token][group]:
+            return False
+        rank = [(-self.score[other][group], other) for other in self.tokens[: time + 1] if self.selected[other][group]]
+        return budget is None or sum(other < (-self.score[token][group], token) for other in rank) < budget
 
 
 def states_of(tokens: torch.Tensor, factor: int) -> torch.Tensor:
@@ -52,23 +62,28 @@ def states_of(tokens: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def exposed(entries: KeyValues | None, row: int, group: int) -> list[tuple]:
-    """The filled slots in order: (position, key, value, selected)."""
+    """The filled slots in order: (position, key, value, selected, until)."""
     if entries is None:
         return []
     position, key, value = (x[row, group].tolist() for x in (entries.position, entries.key, entries.value))
-    filled, selected = (
-        [True] * len(position) if x is None else x[row, group].tolist() for x in (entries.valid, entries.selected)
+    filled, selected, until = (
+        [default] * len(position) if x is None else x[row, group].tolist()
+        for x, default in ((entries.valid, True), (entries.selected, True), (entries.until, NEVER))
     )
-    return [slot[:4] for slot in zip(position, key, value, selected, filled, strict=True) if slot[4]]
+    return [slot[:5] for slot in zip(position, key, value, selected, until, filled, strict=True) if slot[5]]
+
+
+def spec(window: int, budget: int | None = None) -> SparseSpec:
+    return SparseSpec(window, budget, sparsity=4, num_groups=NUM_GROUPS, head_dim=2)
 
 
 class Pair:
     """A cache of one layer, and the rows that it should hold."""
 
-    def __init__(self, batch_size: int, window: int, form: str):
-        self.window, self.form = window, form
+    def __init__(self, batch_size: int, window: int, form: str, budget: int | None):
+        self.window, self.form, self.budget = window, form, budget
         self.cache = DynamicCache()
-        upgrade_cache(self.cache, {0: window})
+        upgrade_cache(self.cache, {0: spec(window, budget)})
         self.rows = [Row() for _ in range(batch_size)]
         self.record_past = False
         self.num_tokens_ever = 0
@@ -91,59 +106,101 @@ class Pair:
         selected = (torch.rand(batch_size, NUM_GROUPS, length, generator=random) < 0.4) & is_real[:, None]
         position = torch.tensor([len(row.tokens) for row in self.rows])[:, None] + (is_real.cumsum(1) - 1).clamp(min=0)
 
+        score = torch.randint(-3, 4, selected.shape, generator=random).float()  # with ties
+
         dense = tokens[:, None, :, None].float()
         self.cache.update(dense, dense, 0)
-        self.sparse.advance(valid, batch_size, length, tokens.device)
-        for row, row_tokens, row_selected in zip(self.rows, tokens.tolist(), selected, strict=True):
+        self.sparse.advance(valid, torch.empty(batch_size, length, 0))
+        for i, (row, row_tokens) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
             row.columns += [None if token < 0 else token for token in row_tokens]
-            row.selected |= {token: row_selected[:, i].tolist() for i, token in enumerate(row_tokens)}
+            row.selected |= {token: selected[i, :, t].tolist() for t, token in enumerate(row_tokens)}
+            row.score |= {token: score[i, :, t].tolist() for t, token in enumerate(row_tokens)}
         key, value = states_of(tokens, 1), states_of(tokens, -1)
+        call = Tokens(
+            position,
+            valid,
+            None,
+            None,
+            None,
+            selected.transpose(1, 2),
+            None,
+            None if self.budget is None else score.transpose(1, 2),
+        )
         if self.form == "all":
-            near, kept = self.sparse.update(key, value, selected, valid)
+            near, kept = self.sparse.update(key, value, call)
             self.check_readable(near, None if kept is None else kept.pad(), is_real)
         else:
             groups = None if self.sparse.kept.count is None else selected.any(2).any(0).nonzero()[:, 0]
             chosen = slice(None) if groups is None else groups
-            position = position[:, None].expand_as(selected)
-            new = KeyValues(key[:, chosen], value[:, chosen], position[:, chosen], selected[:, chosen], None)
+            call = call._replace(
+                selected=call.selected[..., chosen], score=None if call.score is None else call.score[..., chosen]
+            )
+            past, call = self.sparse.read_selected(call, groups)
+            new = KeyValues(
+                key[:, chosen],
+                value[:, chosen],
+                position[:, None].expand_as(selected)[:, chosen],
+                selected[:, chosen],
+                None,
+                *(None if x is None else x.transpose(1, 2) for x in (call.until, call.score)),
+            )
+            if groups is None:
+                self.check_readable(new._replace(selected=new.valid), past, is_real)
             self.sparse.append_selected(new, groups)
         if not self.record_past:
-            self.leave_window()
+            self.forget()
 
-    def leave_window(self) -> None:
+    def forget(self) -> None:
+        """What nobody can ask for any more: tokens that have left the window, or the budget."""
         for row in self.rows:
             row.num_left = max(row.num_left, len(row.tokens) - max(self.window - 1, 0))
+            for group in range(NUM_GROUPS):
+                dead = {
+                    (token, group)
+                    for token in row.tokens
+                    if row.selected[token][group] and not row.is_alive(token, group, len(row.tokens) - 1, self.budget)
+                }
+                if dead - row.forgotten:
+                    row.num_final = len(row.tokens)
+                row.forgotten |= dead
 
     def check_readable(self, near: KeyValues, kept: KeyValues | None, is_real: torch.Tensor) -> None:
-        """Query t reads { j <= t : j selected or t - j < window }, each key once."""
+        """Query t reads { j <= t : j selected and within the budget, or t - j < window }, each key once."""
         for b, row in enumerate(self.rows):
             num_new = int(is_real[b].sum())
             for group in range(NUM_GROUPS):
                 past, recent = exposed(kept, b, group), exposed(near, b, group)
                 for t in range(len(row.tokens) - num_new, len(row.tokens)):
-                    read = [slot for slot in recent if slot[0] <= t and (slot[3] or t - slot[0] < self.window)]
-                    expected = [
-                        (j, [token, group], [-token, -group], row.selected[token][group])
-                        for j, token in enumerate(row.tokens[: t + 1])
-                        if row.selected[token][group] or t - j < self.window
+                    read = [
+                        slot[:3]
+                        for slot in past + recent
+                        if slot[0] <= t and (slot[3] and t < slot[4] or t - slot[0] < self.window)
                     ]
-                    assert past + read == expected
+                    expected = [
+                        (j, [token, group], [-token, -group])
+                        for j, token in enumerate(row.tokens[: t + 1])
+                        if row.is_alive(token, group, t, self.budget) or t - j < self.window
+                    ]
+                    assert read == expected
 
     def crop(self, num_removed: int, seed: int) -> None:
         num_columns = len(self.rows[0].columns)
         num_removed = min(num_removed, num_columns)
-        cropped = [Row(row.columns[: num_columns - num_removed], row.selected, row.num_left) for row in self.rows]
+        cropped = copy.deepcopy(self.rows)
         for row in cropped:
+            num_before = len(row.tokens)
+            row.columns = row.columns[: num_columns - num_removed]
             num_tokens = len(row.tokens)
             row.num_left = min(row.num_left, num_tokens)
-            if self.form == "all" and max(num_tokens - max(self.window - 1, 0), 0) < row.num_left:
+            too_far = self.form == "all" and max(num_tokens - max(self.window - 1, 0), 0) < row.num_left
+            if too_far or num_tokens < min(row.num_final, num_before):
                 with pytest.raises(RuntimeError, match="activate_past_recording"):
                     self.cache.crop(-num_removed)
                 return  # and nothing has changed
         self.cache.crop(-num_removed)
         self.rows = cropped
         if self.record_past:
-            self.leave_window()
+            self.forget()
 
     def record(self, _: int, seed: int) -> None:
         self.cache.activate_past_recording()
@@ -182,9 +239,9 @@ class Pair:
                 for slot, group in enumerate(range(NUM_GROUPS) if groups is None else groups.tolist()):
                     num_left = row.num_left if self.form == "all" else len(row.tokens)
                     expected = [
-                        (position, [token, group], [-token, -group], True)
+                        (position, [token, group], [-token, -group], True, NEVER)
                         for position, token in enumerate(row.tokens[:num_left])
-                        if row.selected[token][group]
+                        if row.selected[token][group] and (token, group) not in row.forgotten
                     ]
                     assert exposed(kept, b, slot) == expected
                     if self.sparse.kept.count is not None:
@@ -197,11 +254,12 @@ class Pair:
 @given(
     form=st.sampled_from(["all", "all", "selected"]),
     window=st.integers(0, 6),
+    budget=st.sampled_from([None, None, 1, 2, 4]),
     batch_size=st.integers(1, 3),
     operations=OPERATIONS,
 )
-def test_random_operations_equal_a_plain_list(form, window, batch_size, operations):
-    pair = Pair(batch_size, window if form == "all" else 0, form)
+def test_random_operations_equal_a_plain_list(form, window, budget, batch_size, operations):
+    pair = Pair(batch_size, window if form == "all" else 0, form, budget)
     for name, size, seed in operations:
         if pair.rows[0].columns or name in ("append", "record"):
             getattr(pair, name)(size, seed)
@@ -282,15 +340,8 @@ def test_upgrade_extends_the_layers_a_cache_has(with_config):
 def test_past_recording_survives_the_upgrade():
     cache = DynamicCache(config=LlamaConfig(num_hidden_layers=2, sliding_window=3))
     cache.activate_past_recording()
-    upgrade_cache(cache, {0: 4})
+    upgrade_cache(cache, {0: spec(4)})
     assert cache.is_recording_past(0) and cache.is_recording_past(1)
-
-
-def test_a_static_cache_is_refused():
-    model = tiny_model()
-    cache = StaticCache(config=model.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="StaticLayer.*`DynamicCache`"):
-        model(tokens_of(), past_key_values=cache)
 
 
 def test_a_cache_with_too_few_layers_is_refused():
@@ -376,7 +427,7 @@ def test_upstream_layer_types_stay_upstreams():
     for kind in (DynamicLayer(), DynamicSlidingWindowLayer(sliding_window=4)):
         cache = DynamicCache()
         cache.layers.append(kind)
-        upgrade_cache(cache, {0: 3})
+        upgrade_cache(cache, {0: spec(3)})
         assert isinstance(cache.layers[0], SparseLayer)
     assert before == DYNAMIC_LAYER_TYPE_MAPPING
     assert not any(issubclass(layer_class, SparseLayer) for layer_class in DYNAMIC_LAYER_TYPE_MAPPING.values())

@@ -48,9 +48,3 @@ def test_continuing_from_a_returned_cache(form):
     second = torch.cat((turn.sequences, torch.randint(1, 97, (2, 7))), dim=1)
     continued = model.generate(second, past_key_values=turn.past_key_values, max_new_tokens=5, do_sample=False)
     assert torch.equal(continued, model.generate(second, max_new_tokens=5, do_sample=False, use_cache=False))
-
-
-def test_static_cache_implementation_is_refused(form):
-    model, input_ids = tiny_model(**form), torch.randint(1, 97, (1, 9))
-    with pytest.raises(ValueError, match="StaticLayer: use a `DynamicCache`"):
-        model.generate(input_ids, max_new_tokens=2, cache_implementation="static")

@@ -1,4 +1,4 @@
-"""The MoSA module as a whole, backend against backend: outputs and all gradients, on random shapes."""
+"""The MoSA module as a whole, backend against backend, in float64: outputs and all gradients, on random shapes."""
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ HIDDEN_SIZE = 16
     sparsity=st.integers(1, 9),
     window=st.integers(0, 9),
     rotary_dim=st.sampled_from([4, 8]),
+    budget=st.sampled_from([None, 1, 3, 8]),
     seed=st.integers(0, 2**16),
 )
 def test_backends_agree(
@@ -41,6 +42,7 @@ def test_backends_agree(
     sparsity,
     window,
     rotary_dim,
+    budget,
     seed,
 ):
     torch.manual_seed(seed)
@@ -51,12 +53,13 @@ def test_backends_agree(
         mosa_sparsity=sparsity,
         mosa_query_tokens=form,
         mosa_window=window if form == "all" else 0,
+        mosa_cache_budget=budget,
         mosa_routing=routing,
         mosa_inference_routing=routing,
         mosa_include_first=bool(seed % 2),
         attention_bias=bool(seed % 3),
     )
-    heads = MosaHeads(config, layer_idx=0).train(training)
+    heads = MosaHeads(config, layer_idx=0).double().train(training)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     mask = None
@@ -65,9 +68,9 @@ def test_backends_agree(
         mask = (
             torch.arange(num_tokens) < lengths if side == "right" else torch.arange(num_tokens) >= num_tokens - lengths
         )
-    hidden_states = torch.randn(batch_size, num_tokens, HIDDEN_SIZE, requires_grad=True)
-    angle = torch.rand(batch_size, num_tokens, rotary_dim)
-    upstream = torch.randn(batch_size, num_tokens, HIDDEN_SIZE)
+    hidden_states = torch.randn(batch_size, num_tokens, HIDDEN_SIZE, dtype=torch.float64, requires_grad=True)
+    angle = torch.rand(batch_size, num_tokens, rotary_dim, dtype=torch.float64)
+    upstream = torch.randn(batch_size, num_tokens, HIDDEN_SIZE, dtype=torch.float64)
     inputs = [hidden_states, *heads.parameters()]
     results = {}
     for name in ("reference", "torch"):
@@ -82,4 +85,4 @@ def test_backends_agree(
         heads.router.threshold.zero_()  # training moved it
     for expected, actual in zip(results["reference"], results["torch"], strict=True):
         scale = max(1.0, expected.abs().max().item())
-        assert (actual - expected).abs().max() < 1e-5 * scale
+        assert (actual - expected).abs().max() < 1e-10 * scale

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mosa_hf.kernels import backend, portable, reference, use_backend
-from mosa_hf.kernels.layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens
+from mosa_hf.kernels.layout import NEVER, HeadWeights, KeyValues, RaggedKeyValues, Tokens
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 shapes = st.fixed_dictionaries(
@@ -22,6 +22,7 @@ shapes = st.fixed_dictionaries(
         "padded": st.booleans(),
         "packed": st.booleans(),
         "num_past": st.sampled_from([0, 0, 1, 13]),
+        "evicts": st.booleans(),
         "seed": st.integers(0, 2**16),
     }
 )
@@ -52,7 +53,16 @@ def random_call(shape: dict, num_keys_before: int) -> Tokens:
     if valid is not None:
         selected = selected & valid[..., None]
     gate = torch.rand(batch_size, num_tokens, num_groups, requires_grad=True)
-    return Tokens(position + num_keys_before, valid, segment, angle.cos(), angle.sin(), selected, gate)
+    position = position + num_keys_before
+    until = random_until(position[..., None].expand_as(selected)) if shape["evicts"] else None
+    score = torch.randn(selected.shape) if shape["evicts"] else None
+    return Tokens(position, valid, segment, angle.cos(), angle.sin(), selected, gate, score, until)
+
+
+def random_until(position: torch.Tensor) -> torch.Tensor:
+    """When a budget evicts the tokens of these positions: never, or any time from the token's own on."""
+    until = position + (torch.rand(position.shape) * 20).long()
+    return until.masked_fill(torch.rand(position.shape) < 0.3, NEVER)
 
 
 def random_kept(shape: dict, num_before: int) -> KeyValues | None:
@@ -63,15 +73,28 @@ def random_kept(shape: dict, num_before: int) -> KeyValues | None:
     filled = torch.arange(num_before) < torch.randint(0, num_before + 1, (*size[:2], 1))
     position = torch.arange(num_before).expand(size)
     key, value = (torch.randn(*size, shape["head_dim"], requires_grad=True) for _ in range(2))
-    return KeyValues(key, value, position, filled, None)
+    until = random_until(position) if shape["evicts"] else None
+    return KeyValues(key, value, position, filled, None, until)
 
 
 def ragged(kept: KeyValues | None) -> RaggedKeyValues | None:
-    """The same entries as a cache holds them."""
+    """The same entries as a cache holds them: runs with room between them."""
     if kept is None or not kept.valid.any():
         return None
-    key, value = (states[kept.valid].detach().requires_grad_() for states in (kept.key, kept.value))
-    return RaggedKeyValues(key, value, kept.position[kept.valid].to(torch.int32), kept.valid.sum(-1))
+    count = kept.valid.sum(-1)
+    room = count + torch.randint(0, 4, count.shape)
+    start = room.flatten().cumsum(0).view_as(room) - room
+    where = (start[..., None] + kept.valid.cumsum(-1) - 1)[kept.valid]
+    size = int(room.sum())
+    key, value = (
+        states.new_zeros(size, states.shape[-1]).index_copy(0, where, states[kept.valid].detach())
+        for states in (kept.key, kept.value)
+    )
+    position = torch.zeros(size, dtype=torch.int32).index_copy(0, where, kept.position[kept.valid].to(torch.int32))
+    until = None
+    if kept.until is not None:
+        until = torch.full((size,), NEVER).index_copy(0, where, kept.until[kept.valid])
+    return RaggedKeyValues(key.requires_grad_(), value.requires_grad_(), position, start, count, until)
 
 
 def gradients(output: torch.Tensor, weight: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -98,7 +121,8 @@ def test_selected_heads(shape):
     expected, expected_new = reference.selected_heads(hidden_states, weights, tokens, past)
     actual, actual_new = portable.selected_heads(hidden_states, weights, tokens, past)
     close(actual, expected, "output")
-    for name in ("key", "value", "position"):  # what a cache would append, in its order
+    stored = ("key", "value", "position", "until", "score") if shape["evicts"] else ("key", "value", "position")
+    for name in stored:  # what a cache would append, in its order
         close(
             getattr(actual_new, name)[actual_new.valid].double(),
             getattr(expected_new, name)[expected_new.valid].double(),
@@ -136,7 +160,8 @@ def check_all_attention(shape, window, biased, small_blocks):
     torch.manual_seed(shape["seed"])
     num_recent = min(shape["num_past"], max(window - 1, 0)) if not shape["padded"] else 0
     num_kept = shape["num_past"] - num_recent
-    tokens = random_call(shape, shape["num_past"])
+    # Kept tokens have left the window of every query, if only behind recent ones.
+    tokens = random_call(shape, shape["num_past"] + (window if shape["padded"] else 0))
     batch_size, num_tokens, groups, head_dim = (
         shape[name] for name in ("batch_size", "num_tokens", "num_groups", "head_dim")
     )
@@ -149,6 +174,8 @@ def check_all_attention(shape, window, biased, small_blocks):
         None if tokens.valid is None else tokens.valid[:, None].expand(-1, groups, -1),
         torch.cat((recent, tokens.selected), dim=1).transpose(1, 2),
     )
+    if shape["evicts"]:
+        near = near._replace(until=random_until(near.position))
     kept = ragged(random_kept(shape, num_kept))
     query = torch.randn(batch_size, groups, shape["heads_per_group"], num_tokens, head_dim, requires_grad=True)
     bias = -torch.rand(batch_size, groups, num_near) if biased else None

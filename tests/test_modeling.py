@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, set_seed
 
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel, trace_routing, use_backend
 
@@ -58,17 +58,23 @@ def max_difference(a: torch.Tensor, b: torch.Tensor, batch: dict[str, torch.Tens
 
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("budget", [None, 3])
 @torch.no_grad()
-def test_decode_parity(form, layers, side):
-    """Full forward == prefill and one token at a time == any chunking == each row alone (threshold routing)."""
-    for seed in range(3):
-        model = tiny_model(seed, **form, **LAYERS[layers])
+def test_decode_parity(form, layers, side, budget):
+    """
+    Full forward == prefill and one token at a time == any chunking == each row alone, on growing and on static caches
+    (threshold routing).
+    """
+    for seed in range(2):
+        model = tiny_model(seed, **form, **LAYERS[layers], mosa_cache_budget=budget)
         batch = padded_batch(side, seed=seed)
         full = model(**batch, use_cache=False).logits
         with use_backend("reference"):
             assert max_difference(full, model(**batch, use_cache=False).logits, batch) < 1e-4
         for sizes in ([20, 1, 1, 1, 1, 1], [1], [7], [5, 1, 11]):
             assert max_difference(full, in_chunks(model, batch, sizes), batch) < 1e-4, sizes
+            static = StaticCache(config=model.config, max_cache_len=37)
+            assert max_difference(full, in_chunks(model, batch, sizes, static), batch) < 1e-4, sizes
         for row, mask in enumerate(batch["attention_mask"].bool()):
             alone = model(batch["input_ids"][row : row + 1, mask], use_cache=False).logits[0]
             assert (full[row, mask] - alone).abs().max() < 1e-4
@@ -102,9 +108,10 @@ def test_continuing_a_right_padded_batch(form):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("budget", [None, 2])
 @torch.no_grad()
-def test_packed_sequences_equal_the_sequences_alone(form, routing):
-    model = tiny_model(**form, mosa_inference_routing=routing, sliding_window=6)
+def test_packed_sequences_equal_the_sequences_alone(form, routing, budget):
+    model = tiny_model(**form, mosa_inference_routing=routing, sliding_window=6, mosa_cache_budget=budget)
     lengths = [9, 1, 20, 4]
     input_ids = torch.randint(1, 97, (1, sum(lengths)))
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
@@ -122,7 +129,8 @@ def test_future_tokens_do_not_leak_through_threshold_selection(form, routing):
     """
     leaks = []
     for seed in range(3):
-        model = tiny_model(seed, **form, mosa_inference_routing=routing).double()
+        budget = (None, 3, 1)[seed]
+        model = tiny_model(seed, **form, mosa_inference_routing=routing, mosa_cache_budget=budget).double()
         input_ids = torch.randint(1, 97, (1, 40), generator=torch.Generator().manual_seed(seed))
         logits = model(input_ids, use_cache=False).logits
         for changed in (5, 21, 39):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+NEVER = torch.iinfo(torch.int64).max  # an `until` that no position reaches
+
 
 class HeadWeights(NamedTuple):
     """Projections of one layer's MoSA heads, group by group."""
@@ -34,9 +36,10 @@ class Tokens(NamedTuple):
     cos: torch.Tensor  # [B, T, rotary_dim], rotary_dim <= d
     sin: torch.Tensor  # [B, T, rotary_dim]
     selected: torch.Tensor  # [B, T, G] bool, False on padding
-    gate: (
-        torch.Tensor | None
-    )  # [B, T, G]: factor on outputs ("selected") or log-bias on far keys ("all"); None: neutral
+    # [B, T, G]: factor on outputs ("selected") or log-bias on far keys ("all"); None: neutral
+    gate: torch.Tensor | None
+    score: torch.Tensor | None = None  # [B, T, G], what a cache budget compares: logits, inf if never to be evicted
+    until: torch.Tensor | None = None  # [B, T, G] int64, see `KeyValues`; only form "selected" reads it here
 
 
 class KeyValues(NamedTuple):
@@ -47,28 +50,42 @@ class KeyValues(NamedTuple):
     position: torch.Tensor  # [B, G, S] int64
     valid: torch.Tensor | None  # [B, G, S] bool, False on empty slots; None: every slot is filled
     selected: torch.Tensor | None  # [B, G, S] bool; None: every filled slot holds a selected token
+    # [B, G, S] int64: the first position whose query no longer reads this selected token, because a cache budget has
+    # evicted it (its window still reads it); None: no budget
+    until: torch.Tensor | None = None
+    score: torch.Tensor | None = None  # [B, G, S], see `Tokens`; None: no budget
 
 
 class RaggedKeyValues(NamedTuple):
-    """Keys (rotated) and values of selected tokens, as a cache holds them: by row, by group, no empty slots."""
+    """
+    Keys (rotated) and values of selected tokens, as a growing cache holds them: a run of entries for each row and
+    group, with room to grow between the runs.
+    """
 
     key: torch.Tensor  # [N, d]
     value: torch.Tensor  # [N, d]
-    position: torch.Tensor  # [N] int32, ascending within a row and group
-    count: torch.Tensor  # [B, G] int64, entries of each row and group; N is their sum
+    position: torch.Tensor  # [N] int32, ascending within a run
+    start: torch.Tensor  # [B, G] int64, the first entry of each run
+    count: torch.Tensor  # [B, G] int64, entries of each run
+    until: torch.Tensor | None = None  # [N] int64, see `KeyValues`
+    score: torch.Tensor | None = None  # [N], see `Tokens`; None: no budget
+
+    def slots(self, groups: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The runs of `groups` (all by default), padded: entries `[B, G, S]` int64 and which of them are filled."""
+        count, start = (x if groups is None else x[:, groups] for x in (self.count, self.start))
+        slot = torch.arange(int(count.max()) if count.numel() else 0, device=count.device)
+        filled = slot < count[..., None]  # [B, G, S]
+        return torch.where(filled, start[..., None] + slot, 0), filled
 
     def pad(self, groups: torch.Tensor | None = None) -> KeyValues | None:
         """The entries of `groups` (all by default) with empty slots at the end; None if there are none."""
-        count, start = self.count, self.count.flatten().cumsum(0).view_as(self.count) - self.count
-        if groups is not None:
-            count, start = count[:, groups], start[:, groups]
-        num_slots = int(count.max()) if count.numel() else 0
-        if num_slots == 0:
+        entries, filled = self.slots(groups)
+        if filled.shape[-1] == 0:
             return None
-        slot = torch.arange(num_slots, device=count.device)
-        filled = slot < count[..., None]  # [B, G, S]
-        entries = (start[..., None] + slot).clamp(max=len(self.key) - 1)
-        return KeyValues(self.key[entries], self.value[entries], self.position[entries].long(), filled, None)
+        until, score = (None if states is None else states[entries] for states in (self.until, self.score))
+        return KeyValues(
+            self.key[entries], self.value[entries], self.position[entries].long(), filled, None, until, score
+        )
 
 
 class FixedKeyValues(NamedTuple):
@@ -85,8 +102,31 @@ class FixedKeyValues(NamedTuple):
     num_evicted: torch.Tensor  # [B, G] int32, selected tokens given up so far because there were too many
     ring_key: torch.Tensor  # [B, G, W, d]
     ring_value: torch.Tensor  # [B, G, W, d]
-    ring_score: torch.Tensor  # [B, G, W] float32; -inf where the slot is empty or its token not (or no longer) selected
+    ring_score: (
+        torch.Tensor
+    )  # [B, G, W] float32; -inf where the slot is empty or its token not (or no longer) selected
     num_tokens: torch.Tensor  # [B] int64, real tokens seen
+
+
+def join(*parts: KeyValues | None) -> KeyValues:
+    """All of these keys in one, masks spelled out, `until` where any part has one, and scores where all have them."""
+    parts = [part for part in parts if part is not None]
+    true = [torch.ones_like(part.position, dtype=torch.bool) for part in parts]
+    until = score = None
+    if any(part.until is not None for part in parts):
+        until = [torch.full_like(part.position, NEVER) if part.until is None else part.until for part in parts]
+        until = torch.cat(until, dim=2)
+    if all(part.score is not None for part in parts):
+        score = torch.cat([part.score for part in parts], dim=2)
+    return KeyValues(
+        torch.cat([part.key for part in parts], dim=2),
+        torch.cat([part.value for part in parts], dim=2),
+        torch.cat([part.position for part in parts], dim=2),
+        torch.cat([t if part.valid is None else part.valid for part, t in zip(parts, true, strict=True)], dim=2),
+        torch.cat([t if part.selected is None else part.selected for part, t in zip(parts, true, strict=True)], dim=2),
+        until,
+        score,
+    )
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,10 @@ Selections are sorted by position, so that a query reads a prefix of the slots (
 import torch
 import torch.nn.functional as F
 
+from .decode import decode_all, decode_selected
 from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, rotate
+
+__all__ = ["all_attention", "decode_all", "decode_selected", "selected_heads", "selected_positions"]
 
 DECODE_LOOP = 16  # up to so many rows x groups, a decode step visits them one by one
 QUERY_BLOCK = 128  # queries of "all" form attention scored at once: large enough for the matmuls, small against T
@@ -39,10 +42,14 @@ def selected_heads(
     query = query.unflatten(-1, (-1, head_dim)).transpose(2, 3)  # [B, G, R, K, d]
     cos, sin = gather(tokens.cos), gather(tokens.sin)  # [B, G, K, rotary_dim]
     query, key = rotate(query, cos[:, :, None], sin[:, :, None]), rotate(key, cos, sin)
-    new = KeyValues(key, value, gather(tokens.position), filled, None)
+    position = gather(tokens.position)  # [B, G, K]
+    until, score = (
+        None if states is None else states.transpose(1, 2).gather(2, index) for states in (tokens.until, tokens.score)
+    )
+    new = KeyValues(key, value, position, filled, None, until, score)
 
     # Empty slots come last: a causal read of the slots never meets them before a filled slot's own turn.
-    if past is None and tokens.segment is None:
+    if past is None and tokens.segment is None and until is None:
         heads = _attention(query, key, value, is_causal=True)
     else:
         mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=index.device).tril()  # [K, K]
@@ -50,9 +57,14 @@ def selected_heads(
         if tokens.segment is not None:
             segment = gather(tokens.segment)
             mask = mask & (segment[..., :, None] == segment[..., None, :])
+        if until is not None:
+            mask = mask & (position[..., :, None] < until[..., None, :])
         if past is not None:
             past_mask = torch.ones_like(past.position, dtype=torch.bool) if past.valid is None else past.valid
-            mask = torch.cat((past_mask[:, :, None].expand(-1, -1, num_slots, -1), mask), dim=-1)
+            past_mask = past_mask[:, :, None].expand(-1, -1, num_slots, -1)
+            if past.until is not None:
+                past_mask = past_mask & (position[..., :, None] < past.until[..., None, :])
+            mask = torch.cat((past_mask, mask), dim=-1)
             key, value = torch.cat((past.key, key), dim=2), torch.cat((past.value, value), dim=2)
         heads = _attention(query, key, value, mask)
 
@@ -72,7 +84,7 @@ def selected_heads(
 def all_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: RaggedKeyValues | None,
+    kept: KeyValues | RaggedKeyValues | None,
     tokens: Tokens,
     window: int,
     far_bias: torch.Tensor | None = None,
@@ -85,9 +97,10 @@ def all_attention(
     num_near = near.key.shape[2]
     offset = num_near - num_queries  # query i stands at near slot offset + i
     device = query.device
-    if num_queries == 1 and kept is not None and num_near <= window and kept.count.numel() <= DECODE_LOOP:
-        return _decode(query, near, kept)
-    kept = None if kept is None else kept.pad()
+    if isinstance(kept, RaggedKeyValues):
+        if num_queries == 1 and num_near <= window and kept.count.numel() <= DECODE_LOOP:
+            return _decode(query, near, kept, tokens.position)
+        kept = kept.pad()
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
 
     block_ends = [min(start + QUERY_BLOCK, num_queries) for start in range(0, num_queries, QUERY_BLOCK)]
@@ -97,6 +110,7 @@ def all_attention(
         index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
         far_key, far_value = (_gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
         bias = None if far_bias is None else far_bias.gather(2, index)
+        far_until = None if near.until is None else near.until.gather(2, index)
         # How many of the K far slots a block can reach, for the group that reaches most.
         count = selected.cumsum(-1).amax((0, 1)).tolist()
         reach = [count[last] if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
@@ -107,15 +121,22 @@ def all_attention(
         queries = slice(start, end)
         local = slice(max(0, offset + start - window + 1), offset + end) if window else slice(0, 0)
         keys, values, masks = [], [], []
+        positions = tokens.position[:, None, queries, None]  # [B, 1, T', 1]
         if kept is not None:
             keys.append(kept.key)
             values.append(kept.value)
-            masks.append(None if kept.valid is None else kept.valid[:, :, None])
+            mask = None if kept.valid is None else kept.valid[:, :, None]
+            if kept.until is not None:
+                alive = positions < kept.until[:, :, None]
+                mask = alive if mask is None else mask & alive
+            masks.append(mask)
         if num_far:
             keys.append(far_key[:, :, :num_far])
             values.append(far_value[:, :, :num_far])
             far = index[:, :, None, :num_far]
             mask = filled[:, :, None, :num_far] & (far <= query_slot[queries, None] - window)
+            if near.until is not None:
+                mask = mask & (positions < far_until[:, :, None, :num_far])
             if tokens.segment is not None:  # packed sequences come without a cache: queries and near slots coincide
                 row = torch.arange(batch_size, device=device)[:, None, None, None]
                 mask = mask & (tokens.segment[row, far] == tokens.segment[:, None, queries, None])
@@ -153,25 +174,28 @@ def all_attention(
     return torch.cat(outputs, dim=3)
 
 
-def _decode(query: torch.Tensor, near: KeyValues, kept: RaggedKeyValues) -> torch.Tensor:
+def _decode(query: torch.Tensor, near: KeyValues, kept: RaggedKeyValues, position: torch.Tensor) -> torch.Tensor:
     """
     `all_attention` of a single token, all of whose `near` keys are in its window: reads the cached entries where they
     are, which at long contexts is cheaper than to bring them into one padded tensor.
     """
     batch_size, num_groups, num_heads, _, head_dim = query.shape
-    lengths = kept.count.flatten().tolist()
     outputs = []
-    segments = zip(kept.key.split(lengths), kept.value.split(lengths), strict=True)
-    for i, (key, value) in enumerate(segments):
+    runs = zip(kept.start.flatten().tolist(), kept.count.flatten().tolist(), strict=True)
+    for i, (start, count) in enumerate(runs):
         row, group = divmod(i, num_groups)
+        run = slice(start, start + count)
         queries = query[row, group, :, 0] * head_dim**-0.5  # [R, d]
-        near_scores = queries @ near.key[row, group].T  # [R, S]
+        far_scores, near_scores = queries @ kept.key[run].T, queries @ near.key[row, group].T  # [R, S]
+        # Not -inf: a row whose token is padding may have nothing to read, and must stay finite.
+        lowest = torch.finfo(near_scores.dtype).min
         if near.valid is not None:
-            # Not -inf: a row whose token is padding may have nothing to read, and must stay finite.
-            near_scores = near_scores.masked_fill(~near.valid[row, group], torch.finfo(near_scores.dtype).min)
-        scores = torch.cat((queries @ key.T, near_scores), dim=-1)
-        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-        outputs.append(weights[:, : len(key)] @ value + weights[:, len(key) :] @ near.value[row, group])
+            near_scores = near_scores.masked_fill(~near.valid[row, group], lowest)
+        if kept.until is not None:
+            far_scores = far_scores.masked_fill(position[row] >= kept.until[run], lowest)
+        scores = torch.cat((far_scores, near_scores), dim=-1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        outputs.append(weights[:, :count] @ kept.value[run] + weights[:, count:] @ near.value[row, group])
     return torch.stack(outputs).view(batch_size, num_groups, num_heads, 1, head_dim)
 
 

@@ -2,14 +2,18 @@
 
 import torch
 
-from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, rotate
+from .decode import decode_all, decode_selected
+from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, join, rotate
+
+__all__ = ["all_attention", "decode_all", "decode_selected", "selected_heads"]
 
 
 def selected_heads(
     hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: KeyValues | None = None
 ) -> tuple[torch.Tensor, KeyValues]:
     """
-    Form "selected": selected tokens attend to the selected tokens up to themselves; nothing else gets an output.
+    Form "selected": selected tokens attend to the selected tokens up to themselves that a cache budget has not evicted
+    by then; nothing else gets an output.
 
     Args:
         hidden_states: `[B, T, D]`.
@@ -22,10 +26,13 @@ def selected_heads(
     """
     query, key, value = project(hidden_states, weights, tokens)
     selected = tokens.selected.transpose(1, 2)  # [B, G, T]
-    new = KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None)
+    until, score = (None if x is None else x.transpose(1, 2) for x in (tokens.until, tokens.score))
+    new = KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None, until, score)
     keys = join(past, new)
 
     mask = keys.valid[:, :, None] & (keys.position[:, :, None] <= tokens.position[:, None, :, None])  # [B, G, T, S]
+    if keys.until is not None:
+        mask = mask & (tokens.position[:, None, :, None] < keys.until[:, :, None])
     if tokens.segment is not None:
         mask = mask & (tokens.segment[:, None, :, None] == tokens.segment[:, None, None, :])
     heads = attend(query, keys, mask)  # [B, G, R, T, d]
@@ -36,13 +43,13 @@ def selected_heads(
 def all_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: RaggedKeyValues | None,
+    kept: KeyValues | RaggedKeyValues | None,
     tokens: Tokens,
     window: int,
     far_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Form "all": query t reads { j <= t : j selected or t - j < window }.
+    Form "all": query t reads { j <= t : (j selected and t < until_j) or t - j < window }.
 
     Args:
         query: `[B, G, R, T, d]`, rotated.
@@ -55,10 +62,13 @@ def all_attention(
     Returns:
         `[B, G, R, T, d]`; zero where a query has nothing to read.
     """
-    keys = join(None if kept is None else kept.pad(), near)
+    keys = join(kept.pad() if isinstance(kept, RaggedKeyValues) else kept, near)
     distance = tokens.position[:, None, :, None] - keys.position[:, :, None]  # [B, G, T, S]
     recent = distance < window
-    mask = keys.valid[:, :, None] & (distance >= 0) & (keys.selected[:, :, None] | recent)
+    kept_on = keys.selected[:, :, None]
+    if keys.until is not None:
+        kept_on = kept_on & (tokens.position[:, None, :, None] < keys.until[:, :, None])
+    mask = keys.valid[:, :, None] & (distance >= 0) & (kept_on | recent)
     if tokens.segment is not None:
         mask = mask & (tokens.segment[:, None, :, None] == tokens.segment[:, None, None, :])
     bias = None
@@ -101,16 +111,3 @@ def project_output(heads: torch.Tensor, weights: HeadWeights) -> torch.Tensor:
     """Sum over groups and heads of `heads` [B, G, R, T, d] times W_O: `[B, T, D]`."""
     output = weights.output.unflatten(-1, (heads.shape[2], -1))  # [G, D, R, d]
     return torch.einsum("bgrtd,gnrd->btn", heads, output)
-
-
-def join(past: KeyValues | None, new: KeyValues) -> KeyValues:
-    """Both sets of keys in one, every mask spelled out."""
-    parts = [part for part in (past, new) if part is not None]
-    true = [torch.ones_like(part.position, dtype=torch.bool) for part in parts]
-    return KeyValues(
-        torch.cat([part.key for part in parts], dim=2),
-        torch.cat([part.value for part in parts], dim=2),
-        torch.cat([part.position for part in parts], dim=2),
-        torch.cat([t if part.valid is None else part.valid for part, t in zip(parts, true, strict=True)], dim=2),
-        torch.cat([t if part.selected is None else part.selected for part, t in zip(parts, true, strict=True)], dim=2),
-    )

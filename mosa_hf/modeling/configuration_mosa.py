@@ -19,6 +19,7 @@ PER_LAYER_FIELDS = (
     "mosa_include_first",
     "mosa_min_tokens",
     "mosa_threshold_momentum",
+    "mosa_cache_budget",
     "mosa_router_bias",
 )
 
@@ -62,7 +63,9 @@ class MosaConfig(LlamaConfig):
         mosa_router_aux_loss_coef (`float`, defaults to 0.0):
             Weight of a binary cross-entropy that pushes the score of selected tokens above 0.5 and of others below.
         mosa_cache_budget (`int`, *optional*):
-            Reserved for a hard cap on cached entries per group; only `None` is accepted by this version.
+            Hard cap on the selected tokens that each row and group remembers, those in the window included: beyond
+            it, the lowest router logit is forgotten first (the first token never is, under `mosa_include_first`).
+            It is part of the function that the model computes, with a cache or without, in training too.
         sliding_window (`int`, *optional*):
             Window of the dense heads; `None` means global attention. May differ by layer through `per_layer_config`.
         mosa_conversion (`dict`, *optional*):
@@ -158,10 +161,10 @@ class MosaConfig(LlamaConfig):
             raise ValueError(
                 f"`mosa_router_aux_loss_coef` must be finite and not negative, got {self.mosa_router_aux_loss_coef}."
             )
-        if self.mosa_cache_budget is not None:
+        if self.mosa_cache_budget is not None and self.mosa_cache_budget < 1:
             raise ValueError(
-                f"`mosa_cache_budget={self.mosa_cache_budget}`: this version keeps every selected token. "
-                "Leave it None and raise `mosa_sparsity` for a smaller cache."
+                f"`mosa_cache_budget` must be at least 1, or None to keep every selected token, got "
+                f"{self.mosa_cache_budget}."
             )
 
 

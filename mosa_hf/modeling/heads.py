@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..cache import SparseKeyValues
-from ..kernels import backend
+from ..cache import FixedSparseKeyValues, SparseKeyValues, SparseSpec
+from ..kernels import backend, reference
 from ..kernels.layout import HeadWeights, KeyValues, Tokens, rotate
-from ..routing import RoutingState, select_by_expert_choice, select_by_threshold
+from ..routing import RoutingState, evicted_at, select_by_expert_choice, select_by_threshold
 
 
 class MosaRouter(nn.Linear):
@@ -103,6 +103,7 @@ class MosaHeads(nn.Module):
         self.layer_idx = layer_idx
         self.query_tokens = config.mosa_query_tokens
         self.window = config.mosa_window
+        self.budget = config.mosa_cache_budget
         self.num_groups = config.num_mosa_key_value_heads
         self.head_dim = config.head_dim
         query_dim = config.num_mosa_heads // self.num_groups * self.head_dim  # R * d
@@ -125,7 +126,7 @@ class MosaHeads(nn.Module):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         state: RoutingState,
-        cache: SparseKeyValues | None = None,
+        cache: SparseKeyValues | FixedSparseKeyValues | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -140,22 +141,26 @@ class MosaHeads(nn.Module):
         Raises:
             ValueError: for expert-choice routing on top of cached tokens.
         """
-        if cache is not None and cache.num_tokens is not None and self.router.routing == "expert_choice":
+        if self.router.routing == "expert_choice" and cache is not None and cache.has_tokens():
             raise ValueError(
                 "'expert_choice' routing selects from a whole sequence at once and cannot continue from a cache. Use "
                 "`model.eval()` with `mosa_inference_routing='threshold'`, or pass `use_cache=False`."
             )
         logits, selected = self.router(hidden_states, state)
-        tokens = self._tokens(logits, selected, position_embeddings, state, hidden_states)
+        is_fixed = isinstance(cache, FixedSparseKeyValues)
+        tokens = self._tokens(
+            logits, selected, position_embeddings, state, hidden_states, self.budget is not None or is_fixed
+        )
         order, inverse = (None if x is None else x.to(hidden_states.device) for x in (state.order, state.inverse))
         if order is not None:
             hidden_states = _permute(hidden_states, order)
             tokens = Tokens(*(None if x is None else _permute(x, order) for x in tokens))
         if cache is not None:
-            batch_size, num_tokens = hidden_states.shape[:2]
             # The mask as it came: `crop` removes tokens from the end of what the caller passed.
             valid = None if state.valid is None else state.valid.to(hidden_states.device)
-            cache.advance(valid, batch_size, num_tokens, hidden_states.device)
+            cache.advance(valid, hidden_states)
+        elif tokens.score is not None:
+            tokens = tokens._replace(until=self._evictions(tokens))
         attend = self._selected if self.query_tokens == "selected" else self._all
         output = attend(hidden_states, tokens, cache)
         if self.o_bias is not None:
@@ -171,6 +176,7 @@ class MosaHeads(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         state: RoutingState,
         hidden_states: torch.Tensor,
+        needs_score: bool,
     ) -> Tokens:
         device, batch_size = hidden_states.device, hidden_states.shape[0]
         if self.query_tokens == "selected":
@@ -187,15 +193,33 @@ class MosaHeads(nn.Module):
             None if x is None else x.to(device) for x in (state.position, state.valid, state.segment)
         )
         cos, sin = (x.to(device).expand(batch_size, -1, -1) for x in position_embeddings)
-        return Tokens(position, valid, segment, cos, sin, selected, gate)
+        score = None
+        if needs_score:
+            score = logits.detach().float()
+            if self.router.include_first:
+                score = score.masked_fill(state.first.to(device)[..., None], torch.inf)
+        return Tokens(position, valid, segment, cos, sin, selected, gate, score)
 
-    def _selected(self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseKeyValues | None) -> torch.Tensor:
+    def _evictions(self, tokens: Tokens) -> torch.Tensor | None:
+        """`[B, T, G]`: when the budget evicts the tokens of a call without a cache."""
+        selected, score = tokens.selected.transpose(1, 2), tokens.score.transpose(1, 2)
+        segment = None if tokens.segment is None else tokens.segment[:, None]
+        until = evicted_at(score, tokens.position[:, None].expand_as(selected), selected, self.budget, segment)
+        return None if until is None else until.transpose(1, 2)
+
+    def _selected(
+        self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseKeyValues | FixedSparseKeyValues | None
+    ) -> torch.Tensor:
         """Form "selected": outputs for the selected tokens alone."""
         weights = HeadWeights(
             self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.q_bias, self.k_bias, self.v_bias
         )
-        groups = past = None
-        if cache is not None and cache.kept.count is not None:
+        if cache is None:
+            return backend().selected_heads(hidden_states, weights, tokens)[0]
+        if isinstance(cache, FixedSparseKeyValues):
+            return self._selected_fixed(hidden_states, weights, tokens, cache)
+        groups = None
+        if cache.kept.count is not None:
             # Groups that select nothing cost nothing: neither their weights nor their cache are read.
             groups = tokens.selected.any(dim=1).any(dim=0).nonzero()[:, 0]
             if len(groups) == 0:
@@ -204,14 +228,43 @@ class MosaHeads(nn.Module):
                 groups = None
             else:
                 weights = HeadWeights(*(None if weight is None else weight[groups] for weight in weights))
-                tokens = tokens._replace(selected=tokens.selected[..., groups], gate=tokens.gate[..., groups])
-            past = cache.kept.read(groups)
+                score = None if tokens.score is None else tokens.score[..., groups]
+                tokens = tokens._replace(
+                    selected=tokens.selected[..., groups], gate=tokens.gate[..., groups], score=score
+                )
+        past, tokens = cache.read_selected(tokens, groups)
         output, new = backend().selected_heads(hidden_states, weights, tokens, past)
-        if cache is not None:
-            cache.append_selected(new, groups)
+        cache.append_selected(new, groups)
         return output
 
-    def _all(self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseKeyValues | None) -> torch.Tensor:
+    def _selected_fixed(
+        self, hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, cache: FixedSparseKeyValues
+    ) -> torch.Tensor:
+        """Form "selected" on a static cache."""
+        if hidden_states.shape[1] == 1:
+            score = tokens.score.masked_fill(~tokens.selected, -torch.inf)
+            output = backend().decode_selected(
+                hidden_states[:, 0],
+                weights,
+                tokens.cos[:, 0],
+                tokens.sin[:, 0],
+                score[:, 0],
+                tokens.gate[:, 0],
+                cache.valid if cache.valid is None else cache.valid[:, 0],
+                cache.state,
+                cache.budget,
+            )
+            return output[:, None]
+        past, tokens = cache.read_selected(tokens)
+        # Compiled, every shape has to be known: the specification's are.
+        kernels = reference if torch.compiler.is_compiling() else backend()
+        output, new = kernels.selected_heads(hidden_states, weights, tokens, past)
+        cache.append_selected(past, new, hidden_states.shape[1])
+        return output
+
+    def _all(
+        self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseKeyValues | FixedSparseKeyValues | None
+    ) -> torch.Tensor:
         """Form "all": every token queries."""
         query, key, value = (
             F.linear(hidden_states, weight.flatten(0, 1), None if bias is None else bias.flatten())
@@ -226,27 +279,59 @@ class MosaHeads(nn.Module):
         cos, sin = tokens.cos[:, None], tokens.sin[:, None]
         query = rotate(query, cos, sin).unflatten(1, (self.num_groups, -1))  # [B, G, R, T, d]
         key = rotate(key, cos, sin)  # [B, G, T, d]
-        selected = tokens.selected.transpose(1, 2)  # [B, G, T]
-        if cache is not None:
-            near, kept = cache.update(key, value, selected, tokens.valid)
+        if isinstance(cache, FixedSparseKeyValues) and key.shape[2] == 1:
+            score = tokens.score.masked_fill(~tokens.selected, -torch.inf)
+            heads = backend().decode_all(
+                query[:, :, :, 0],
+                key[:, :, 0],
+                value[:, :, 0],
+                score[:, 0],
+                cache.valid if cache.valid is None else cache.valid[:, 0],
+                cache.state,
+                cache.budget,
+            )[:, :, :, None]  # [B, G, R, T, d]
         else:
-            position = tokens.position[:, None].expand_as(selected)
-            valid = None if tokens.valid is None else tokens.valid[:, None].expand_as(selected)
-            near, kept = KeyValues(key, value, position, valid, selected), None
-        far_bias = None
-        if tokens.gate is not None:
-            # Keys cached by earlier calls are read without a bias: no gradient could reach their routers.
-            far_bias = F.pad(tokens.gate.transpose(1, 2), (near.key.shape[2] - key.shape[2], 0))
-        heads = backend().all_attention(query, near, kept, tokens, self.window, far_bias)  # [B, G, R, T, d]
-        if far_bias is not None:
-            # A call no longer than the window reads no far key: keep the router in the graph, as DDP needs.
-            heads = heads + 0.0 * far_bias.sum()
+            heads = self._attend(query, key, value, tokens, cache)
         heads = heads.permute(1, 0, 3, 2, 4).flatten(3)  # [G, B, T, R * d]
         if heads[0, ..., 0].numel() < heads.shape[-1]:
             # A few tokens, as in decoding: einsum would copy W_O to bring the groups together, which costs more than
             # to add the groups' outputs up.
             return torch.matmul(heads.flatten(1, 2), self.o_proj.transpose(1, 2)).sum(0).view_as(hidden_states)
         return torch.einsum("gbth,gnh->btn", heads, self.o_proj)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        tokens: Tokens,
+        cache: SparseKeyValues | FixedSparseKeyValues | None,
+    ) -> torch.Tensor:
+        """Form "all": attention of `query` [B, G, R, T, d] to the cache and the call's `key`, `value` [B, G, T, d]."""
+        if cache is not None:
+            near, kept = cache.update(key, value, tokens)
+        else:
+            selected = tokens.selected.transpose(1, 2)  # [B, G, T]
+            position = tokens.position[:, None].expand_as(selected)
+            valid = None if tokens.valid is None else tokens.valid[:, None].expand_as(selected)
+            until = None if tokens.until is None else tokens.until.transpose(1, 2)
+            near, kept = KeyValues(key, value, position, valid, selected, until), None
+        far_bias = None
+        if tokens.gate is not None:
+            # Keys cached by earlier calls are read without a bias: no gradient could reach their routers.
+            far_bias = F.pad(tokens.gate.transpose(1, 2), (near.key.shape[2] - key.shape[2], 0))
+        is_fixed = isinstance(cache, FixedSparseKeyValues)
+        # Compiled, every shape has to be known: the specification's are.
+        kernels = reference if is_fixed and torch.compiler.is_compiling() else backend()
+        heads = kernels.all_attention(query, near, kept, tokens, self.window, far_bias)  # [B, G, R, T, d]
+        if far_bias is not None:
+            # A call no longer than the window reads no far key: keep the router in the graph, as DDP needs.
+            heads = heads + 0.0 * far_bias.sum()
+        return heads
+
+    def cache_spec(self) -> SparseSpec:
+        """What a cache has to know of these heads."""
+        return SparseSpec(self.window, self.budget, self.router.sparsity, self.num_groups, self.head_dim)
 
 
 def _permute(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -134,8 +134,7 @@ class MosaPreTrainedModel(LlamaPreTrainedModel):
     }
     # Selection compares logits with thresholds: half precision would make ties of them.
     _keep_in_fp32_modules_strict = ["router"]
-    # Selecting tokens has data-dependent shapes.
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
@@ -202,14 +201,23 @@ class MosaModel(MosaPreTrainedModel):
             may_be_packed = False
         if past_key_values is not None:
             self.upgrade_cache(past_key_values)
+        # A static cache counts in place, and its masks cover all of it.
+        is_static = past_key_values is not None and past_key_values.is_compileable
+        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if isinstance(past_seen_tokens, torch.Tensor):
+            past_seen_tokens = past_seen_tokens.clone()
         if position_ids is None:
-            past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
 
         causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         routing_state = RoutingState.build(
-            inputs_embeds, attention_mask, position_ids, num_cached_tokens(past_key_values), may_be_packed
+            inputs_embeds,
+            attention_mask,
+            position_ids,
+            num_cached_tokens(past_key_values),
+            may_be_packed,
+            past_seen_tokens if is_static else None,
         )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -227,11 +235,12 @@ class MosaModel(MosaPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-    def upgrade_cache(self, past_key_values: Cache) -> None:
+    def upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None = None) -> None:
         """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
         if not is_upgraded(past_key_values):
             heads = [module for module in self.modules() if isinstance(module, MosaHeads)]
-            upgrade_cache(past_key_values, {module.layer_idx: module.window for module in heads})
+            specs = {module.layer_idx: module.cache_spec() for module in heads}
+            upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
 
     def _dense_masks(
         self,
@@ -371,13 +380,41 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
                 )
         return super().generate(*args, **kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
+        if cache.is_compileable and 0 <= cache.get_max_length() < max_cache_length and not all(cache.is_sliding):
+            raise ValueError(
+                f"The static cache has room for {cache.get_max_length()} tokens, but this call may need "
+                f"{max_cache_length}: raise `max_cache_len`, or lower `max_new_tokens`."
+            )
         # Before assisted generation asks the cache to record what it may have to roll back.
-        if model_kwargs.get("past_key_values") is not None:
-            self.model.upgrade_cache(model_kwargs["past_key_values"])
-            if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+        self.model.upgrade_cache(cache, max_cache_length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: MosaConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor | None:
+        """
+        For static caches: the 2-D mask, as long as the cache. The 4-D masks that upstream would make here differ by
+        layer, and do not say which tokens are padding once a layer has a window.
+        """
+        if attention_mask is None or past_key_values is None:
+            return attention_mask
+        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
 
 
 class MosaForSequenceClassification(GenericForSequenceClassification, MosaPreTrainedModel):

@@ -12,7 +12,7 @@ class KernelBuild(NamedTuple):
 
     name: str  # as the table shows it: the kernel and what distinguishes this setting, "prefix_forward d=128 R=4"
     function: JITFunction
-    signature: dict[str, str]  # run-time argument → Triton type ("*bf16", "*i32", "fp32", "i32"), in any order
+    signature: dict[str, str]  # run-time argument → Triton type: "*bf16", "fp32", "i32", or "i32:16", a multiple of 16
     constants: dict[str, Any]  # constexpr argument → value; arguments that are None belong here as well
     num_warps: int
     num_stages: int

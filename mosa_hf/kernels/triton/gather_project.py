@@ -11,28 +11,31 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import BLOCK_SLOTS, group_slots, sum_by_token
-
-BLOCK_HIDDEN = 64  # channels of hidden states read, or of their gradient written, at a time
+from .slots import (
+    BLOCK_HIDDEN,
+    BLOCK_SLOTS,
+    SCATTER_WARPS,
+    add_to_tokens,
+    group_slots,
+    head_block,
+    load_head,
+    num_warps,
+    sum_by_token,
+)
 
 
 def half_block(head_dim: int) -> int:
-    """Pairs of channels in a tile: a power of two, and no fewer than a tensor core instruction takes."""
+    """Pairs of channels in a tile."""
     return max(16, triton.next_power_of_2(head_dim // 2))
 
 
-def num_warps(head_dim: int) -> int:
-    """Enough that the accumulators of both channels of the pairs stay in registers."""
-    return 4 if head_dim <= 128 else 8
-
-
 @triton.jit
-def channel_pairs(HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
+def channel_pairs(pair, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
     """
-    First and second channels of the pairs that the rotation mixes, each [BLOCK_HALF]. The channels that it leaves
-    alone form pairs behind the others, and a head that is not rotated (ROTARY_DIM = 0) is cut in the middle.
+    First and second channels of the pairs that the rotation mixes, for `pair` [N] from 0 to d / 2, and whether they
+    are in the head. The channels that the rotation leaves alone form pairs behind the others; a head that is not
+    rotated (ROTARY_DIM = 0) is cut in the middle.
     """
-    pair = tl.arange(0, BLOCK_HALF)
     first = pair
     second = pair + HEAD_DIM // 2
     if ROTARY_DIM > 0 and ROTARY_DIM < HEAD_DIM:
@@ -77,7 +80,7 @@ def _gather_project(
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
-    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    first, second, in_head = channel_pairs(tl.arange(0, BLOCK_HALF), HEAD_DIM, ROTARY_DIM)
     weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
     output_1 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
     output_2 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
@@ -115,64 +118,57 @@ def _gather_project(
 
 
 @triton.jit
-def _projected_gradient(
+def _unrotate(
     grad_ptr,  # [B, G, H, K, d]
-    head,
-    num_heads,
-    group,
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    cos_ptr,  # [B, T, ROTARY_DIM]
+    sin_ptr,  # [B, T, ROTARY_DIM]
+    output_ptr,  # [B, G, H, K, d]
+    batch_size,
+    num_tokens,
     num_groups,
-    row,
-    slot,
     num_slots,
-    filled,
-    cos_1,
-    cos_2,
-    sin_1,
-    sin_2,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ):
-    """Gradient of one head before its rotation, first and second channels [BLOCK_K, BLOCK_HALF]; 0 in empty slots."""
-    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
-    grad = grad_ptr + (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
+    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    first, second, in_head = channel_pairs(tl.arange(0, BLOCK_HALF), HEAD_DIM, ROTARY_DIM)
+    place = (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
     mask = filled[:, None] & in_head[None, :]
-    grad_1 = tl.load(grad + first[None, :], mask=mask, other=0.0)
-    grad_2 = tl.load(grad + second[None, :], mask=mask, other=0.0)
-    if ROTARY_DIM > 0:
-        dtype = grad_1.dtype
-        grad_1, grad_2 = (
-            (grad_1 * cos_1 + grad_2 * sin_2).to(dtype),
-            (grad_2 * cos_2 - grad_1 * sin_1).to(dtype),
-        )
-    return grad_1, grad_2
+    grad_1 = tl.load(grad_ptr + place + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    grad_2 = tl.load(grad_ptr + place + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
+    sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
+    dtype = output_ptr.dtype.element_ty
+    tl.store(output_ptr + place + first[None, :], (grad_1 * cos_1 + grad_2 * sin_2).to(dtype), mask=mask)
+    tl.store(output_ptr + place + second[None, :], (grad_2 * cos_2 - grad_1 * sin_1).to(dtype), mask=mask)
 
 
 @triton.jit
-def _add_through_weight(
-    total,  # [BLOCK_K, BLOCK_D]
-    grad_1,  # [BLOCK_K, BLOCK_HALF]
-    grad_2,
+def _load_weight(
     weight_ptr,  # [G, H * d, D]
     weight_row,
     column,
     hidden_size,
     HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
 ):
-    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
-    weight = weight_ptr + weight_row * hidden_size + column[None, :]
-    mask = in_head[:, None] & (column < hidden_size)[None, :]
-    weight_1 = tl.load(weight + first[:, None] * hidden_size, mask=mask, other=0.0)  # [BLOCK_HALF, BLOCK_D]
-    weight_2 = tl.load(weight + second[:, None] * hidden_size, mask=mask, other=0.0)
-    total = tl.dot(grad_1, weight_1, total, input_precision="ieee")
-    return tl.dot(grad_2, weight_2, total, input_precision="ieee")
+    """One head's weight for a block of hidden channels, [BLOCK_HEAD, BLOCK_D]."""
+    channel = tl.arange(0, BLOCK_HEAD)
+    mask = (channel < HEAD_DIM)[:, None] & (column < hidden_size)[None, :]
+    weight_ptr += weight_row * hidden_size
+    return tl.load(weight_ptr + channel[:, None] * hidden_size + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _hidden_gradient(
-    query_grad_ptr,  # [B, G, R, K, d]
+    query_grad_ptr,  # [B, G, R, K, d], before the rotation, as all gradients here
     key_grad_ptr,  # [B, G, K, d]
     value_grad_ptr,  # [B, G, K, d]
     index_ptr,  # [B, G, K]
@@ -180,9 +176,7 @@ def _hidden_gradient(
     query_weight_ptr,  # [G, R * d, D]
     key_weight_ptr,  # [G, d, D]
     value_weight_ptr,  # [G, d, D]
-    cos_ptr,  # [B, T, ROTARY_DIM]
-    sin_ptr,  # [B, T, ROTARY_DIM]
-    output_ptr,  # ATOMIC: [B, T, D] float32, added to; else [B, G, K, D] float32, filled slots are written
+    output_ptr,  # see `add_to_tokens`
     batch_size,
     num_tokens,
     num_groups,
@@ -190,10 +184,9 @@ def _hidden_gradient(
     hidden_size,
     num_heads,  # R
     HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
     ATOMIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     group = tl.program_id(2)
@@ -203,40 +196,24 @@ def _hidden_gradient(
     if tl.max(filled.to(tl.int32), 0) == 0:
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
-    sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
+    group_row = group.to(tl.int64) * HEAD_DIM
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    key_row = group.to(tl.int64) * HEAD_DIM
     for head in range(num_heads):
-        grad_1, grad_2 = _projected_gradient(
-            query_grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled,
-            cos_1, cos_2, sin_1, sin_2, HEAD_DIM, ROTARY_DIM, BLOCK_HALF,
-        )  # fmt: skip
-        query_row = key_row * num_heads + head * HEAD_DIM
-        total = _add_through_weight(
-            total, grad_1, grad_2, query_weight_ptr, query_row, column, hidden_size, HEAD_DIM, ROTARY_DIM, BLOCK_HALF
+        grad = load_head(
+            query_grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
         )
-    grad_1, grad_2 = _projected_gradient(
-        key_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled,
-        cos_1, cos_2, sin_1, sin_2, HEAD_DIM, ROTARY_DIM, BLOCK_HALF,
-    )  # fmt: skip
-    total = _add_through_weight(
-        total, grad_1, grad_2, key_weight_ptr, key_row, column, hidden_size, HEAD_DIM, ROTARY_DIM, BLOCK_HALF
+        query_row = group_row * num_heads + head * HEAD_DIM
+        weight = _load_weight(query_weight_ptr, query_row, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+        total = tl.dot(grad, weight, total, input_precision="ieee")
+    grad = load_head(key_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD)
+    weight = _load_weight(key_weight_ptr, group_row, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+    total = tl.dot(grad, weight, total, input_precision="ieee")
+    grad = load_head(value_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD)
+    weight = _load_weight(value_weight_ptr, group_row, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+    total = tl.dot(grad, weight, total, input_precision="ieee")
+    add_to_tokens(
+        output_ptr, total, column, hidden_size, group, num_groups, row, slot, num_slots, token, filled, ATOMIC
     )
-    grad_1, grad_2 = _projected_gradient(
-        value_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled,
-        cos_1, cos_2, sin_1, sin_2, HEAD_DIM, 0, BLOCK_HALF,
-    )  # fmt: skip
-    total = _add_through_weight(
-        total, grad_1, grad_2, value_weight_ptr, key_row, column, hidden_size, HEAD_DIM, 0, BLOCK_HALF
-    )
-
-    mask = filled[:, None] & (column < hidden_size)[None, :]
-    if ATOMIC:
-        tl.atomic_add(output_ptr + token[:, None] * hidden_size + column[None, :], total, mask=mask, sem="relaxed")
-    else:
-        place = (row * num_groups + group) * num_slots + slot
-        tl.store(output_ptr + place[:, None] * hidden_size + column[None, :], total, mask=mask)
 
 
 @triton.jit
@@ -244,9 +221,7 @@ def _weight_gradient(
     hidden_ptr,  # [B, T, D]
     index_ptr,  # [B, G, K]
     count_ptr,  # [B, G]
-    grad_ptr,  # [B, G, H, K, d]
-    cos_ptr,  # [B, T, ROTARY_DIM]
-    sin_ptr,  # [B, T, ROTARY_DIM]
+    grad_ptr,  # [B, G, H, K, d], before the rotation
     weight_grad_ptr,  # [G, H * d, D]
     bias_grad_ptr,  # [G, H * d]
     batch_size,
@@ -255,49 +230,40 @@ def _weight_gradient(
     num_slots,
     hidden_size,
     HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size
-    total_1 = tl.zeros([BLOCK_HALF, BLOCK_D], tl.float32)
-    total_2 = tl.zeros([BLOCK_HALF, BLOCK_D], tl.float32)
-    bias_1 = tl.zeros([BLOCK_HALF], tl.float32)
-    bias_2 = tl.zeros([BLOCK_HALF], tl.float32)
+    total = tl.zeros([BLOCK_HEAD, BLOCK_D], tl.float32)
+    bias = tl.zeros([BLOCK_HEAD], tl.float32)
     for block in range(tl.cdiv(batch_size * num_slots, BLOCK_K)):
         row, slot, token, filled = group_slots(
             block, group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
         )
         if tl.max(filled.to(tl.int32), 0) > 0:
-            cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
-            sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
-            grad_1, grad_2 = _projected_gradient(
-                grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled,
-                cos_1, cos_2, sin_1, sin_2, HEAD_DIM, ROTARY_DIM, BLOCK_HALF,
-            )  # fmt: skip
+            grad = load_head(
+                grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            )
             states = tl.load(
                 hidden_ptr + token[:, None] * hidden_size + column[None, :],
                 mask=filled[:, None] & inside[None, :],
                 other=0.0,
             )  # [BLOCK_K, BLOCK_D]
-            total_1 = tl.dot(tl.trans(grad_1), states, total_1, input_precision="ieee")
-            total_2 = tl.dot(tl.trans(grad_2), states, total_2, input_precision="ieee")
-            bias_1 += tl.sum(grad_1.to(tl.float32), 0)
-            bias_2 += tl.sum(grad_2.to(tl.float32), 0)
+            total = tl.dot(tl.trans(grad), states, total, input_precision="ieee")
+            bias += tl.sum(grad.to(tl.float32), 0)
 
-    first, second, in_head = channel_pairs(HEAD_DIM, ROTARY_DIM, BLOCK_HALF)
+    channel = tl.arange(0, BLOCK_HEAD)
+    in_head = channel < HEAD_DIM
     weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
-    weight_grad = weight_grad_ptr + weight_row * hidden_size + column[None, :]
-    mask = in_head[:, None] & inside[None, :]
     dtype = weight_grad_ptr.dtype.element_ty
-    tl.store(weight_grad + first[:, None] * hidden_size, total_1.to(dtype), mask=mask)
-    tl.store(weight_grad + second[:, None] * hidden_size, total_2.to(dtype), mask=mask)
+    weight_grad_ptr += weight_row * hidden_size
+    mask = in_head[:, None] & inside[None, :]
+    tl.store(weight_grad_ptr + channel[:, None] * hidden_size + column[None, :], total.to(dtype), mask=mask)
     if tl.program_id(0) == 0:  # every block of columns has the same sums
-        tl.store(bias_grad_ptr + weight_row + first, bias_1.to(dtype), mask=in_head)
-        tl.store(bias_grad_ptr + weight_row + second, bias_2.to(dtype), mask=in_head)
+        tl.store(bias_grad_ptr + weight_row + channel, bias.to(dtype), mask=in_head)
 
 
 @torch.library.custom_op("mosa::gather_project", mutates_args=())
@@ -385,6 +351,45 @@ def _(
     )
 
 
+@torch.library.custom_op("mosa::unrotate", mutates_args=())
+def unrotate(
+    grad: torch.Tensor, index: torch.Tensor, count: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """
+    Gradient of what was rotated, from `grad` [B, G, H, K, d] of its rotation; empty slots are left as they are.
+
+    An extra pass over few tokens, which keeps the angles out of the matmuls of the backward: there they would take the
+    registers that tiles need.
+    """
+    batch_size, num_groups, num_heads, num_slots, head_dim = grad.shape
+    output = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), num_heads, num_groups)
+    with torch.cuda.device_of(grad):
+        _unrotate[grid](
+            grad.contiguous(),
+            index,
+            count,
+            cos.contiguous(),
+            sin.contiguous(),
+            output,
+            batch_size,
+            cos.shape[1],
+            num_groups,
+            num_slots,
+            HEAD_DIM=head_dim,
+            ROTARY_DIM=cos.shape[-1],
+            BLOCK_K=BLOCK_SLOTS,
+            BLOCK_HALF=half_block(head_dim),
+            num_warps=8,
+        )
+    return output
+
+
+@unrotate.register_fake
+def _(grad, index, count, cos, sin):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("mosa::gather_project_hidden_gradient", mutates_args=())
 def hidden_gradient(
     query_grad: torch.Tensor,
@@ -395,15 +400,15 @@ def hidden_gradient(
     query_weight: torch.Tensor,
     key_weight: torch.Tensor,
     value_weight: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    num_tokens: int,
 ) -> torch.Tensor:
     """
-    Gradient `[B, T, D]` of `gather_project` for the hidden states. A token collects from all groups that selected it:
-    with atomic additions in float32, or, under `torch.use_deterministic_algorithms`, in a fixed order.
+    Gradient `[B, T, D]` for the hidden states, from gradients before the rotation: `query_grad` [B, G, R, K, d],
+    `key_grad` and `value_grad` [B, G, 1, K, d]. A token collects from all groups that selected it: with atomic
+    additions in float32, or, under `torch.use_deterministic_algorithms`, in a fixed order.
     """
-    batch_size, num_groups, num_slots, head_dim = key_grad.shape
-    num_tokens, hidden_size = cos.shape[1], key_weight.shape[2]
+    batch_size, num_groups, num_heads, num_slots, head_dim = query_grad.shape
+    hidden_size = key_weight.shape[2]
     atomic = not torch.are_deterministic_algorithms_enabled()
     if atomic:
         output = key_grad.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
@@ -420,22 +425,19 @@ def hidden_gradient(
             query_weight.contiguous(),
             key_weight.contiguous(),
             value_weight.contiguous(),
-            cos.contiguous(),
-            sin.contiguous(),
             output,
             batch_size,
             num_tokens,
             num_groups,
             num_slots,
             hidden_size,
-            query_grad.shape[2],
+            num_heads,
             HEAD_DIM=head_dim,
-            ROTARY_DIM=cos.shape[-1],
             ATOMIC=atomic,
             BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HALF=half_block(head_dim),
+            BLOCK_HEAD=head_block(head_dim),
             BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
+            num_warps=SCATTER_WARPS,
             num_stages=2,
         )
         if not atomic:
@@ -444,21 +446,18 @@ def hidden_gradient(
 
 
 @hidden_gradient.register_fake
-def _(query_grad, key_grad, value_grad, index, count, query_weight, key_weight, value_weight, cos, sin):
-    return key_grad.new_empty(key_grad.shape[0], cos.shape[1], key_weight.shape[2])
+def _(query_grad, key_grad, value_grad, index, count, query_weight, key_weight, value_weight, num_tokens):
+    return key_grad.new_empty(key_grad.shape[0], num_tokens, key_weight.shape[2])
 
 
 @torch.library.custom_op("mosa::gather_project_weight_gradient", mutates_args=())
 def weight_gradient(
-    hidden_states: torch.Tensor,
-    index: torch.Tensor,
-    count: torch.Tensor,
-    grad: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    rotated: bool,
+    hidden_states: torch.Tensor, index: torch.Tensor, count: torch.Tensor, grad: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients `[G, H * d, D]` and `[G, H * d]` of one projection's weight and bias, from `grad` [B, G, H, K, d]."""
+    """
+    Gradients `[G, H * d, D]` and `[G, H * d]` of one projection's weight and bias, from `grad` [B, G, H, K, d] before
+    the rotation.
+    """
     batch_size, num_tokens, hidden_size = hidden_states.shape
     _, num_groups, num_heads, num_slots, head_dim = grad.shape
     weight_grad = grad.new_empty(num_groups, num_heads * head_dim, hidden_size)
@@ -470,8 +469,6 @@ def weight_gradient(
             index,
             count,
             grad.contiguous(),
-            cos.contiguous(),
-            sin.contiguous(),
             weight_grad,
             bias_grad,
             batch_size,
@@ -480,9 +477,8 @@ def weight_gradient(
             num_slots,
             hidden_size,
             HEAD_DIM=head_dim,
-            ROTARY_DIM=cos.shape[-1] if rotated else 0,
             BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HALF=half_block(head_dim),
+            BLOCK_HEAD=head_block(head_dim),
             BLOCK_D=BLOCK_HIDDEN,
             num_warps=num_warps(head_dim),
             num_stages=2,
@@ -491,7 +487,7 @@ def weight_gradient(
 
 
 @weight_gradient.register_fake
-def _(hidden_states, index, count, grad, cos, sin, rotated):
+def _(hidden_states, index, count, grad):
     _, num_groups, num_heads, _, head_dim = grad.shape
     return (
         grad.new_empty(num_groups, num_heads * head_dim, hidden_states.shape[2]),
@@ -506,15 +502,21 @@ def _save(ctx, inputs, output) -> None:
 
 def _backward(ctx, query_grad, key_grad, value_grad):
     hidden_states, index, count, *weights, cos, sin = ctx.saved_tensors
+    slots = (index, count)
+    grads = (
+        unrotate(query_grad, *slots, cos, sin),
+        unrotate(key_grad.unsqueeze(2), *slots, cos, sin),
+        value_grad.unsqueeze(2),
+    )
     hidden_grad = None
     if ctx.needs_input_grad[0]:
-        hidden_grad = hidden_gradient(query_grad, key_grad, value_grad, index, count, *weights, cos, sin)
+        hidden_grad = hidden_gradient(*grads, *slots, *weights, hidden_states.shape[1])
     weight_grads, bias_grads = [], []
-    for i, grad in enumerate((query_grad, key_grad.unsqueeze(2), value_grad.unsqueeze(2))):
+    for i, grad in enumerate(grads):
         needs_weight, needs_bias = ctx.needs_input_grad[3 + i], ctx.needs_input_grad[6 + i]
         weight_grad = bias_grad = None
         if needs_weight or needs_bias:  # frozen projections cost nothing
-            weight_grad, bias_grad = weight_gradient(hidden_states, index, count, grad, cos, sin, rotated=i < 2)
+            weight_grad, bias_grad = weight_gradient(hidden_states, *slots, grad)
         weight_grads.append(weight_grad if needs_weight else None)
         bias_grads.append(bias_grad if needs_bias else None)
     return hidden_grad, None, None, *weight_grads, *bias_grads, None, None
@@ -524,24 +526,32 @@ gather_project.register_autograd(_backward, setup_context=_save)
 
 
 def production_builds() -> list[KernelBuild]:
-    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots", "hidden_size")
+    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
     slots = {"index_ptr": "*i32", "count_ptr": "*i32", **{name: "i32" for name in sizes}}
+    hidden_size = {"hidden_size": "i32:16"}
 
     def tensors(*names: str) -> dict[str, str]:
         return {f"{name}_ptr": "*bf16" for name in names}
 
     builds = []
     for head_dim in (64, 128):
-        blocks = {"HEAD_DIM": head_dim, "ROTARY_DIM": head_dim, "BLOCK_HALF": half_block(head_dim)}
-        blocks |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
-        forward = tensors("hidden", "weight", "cos", "sin", "output") | slots
+        rotation = {"HEAD_DIM": head_dim, "ROTARY_DIM": head_dim, "BLOCK_HALF": half_block(head_dim)}
+        rotation["BLOCK_K"] = BLOCK_SLOTS
+        tiles = {"HEAD_DIM": head_dim, "BLOCK_HEAD": head_block(head_dim)}
+        tiles |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
+        forward = tensors("hidden", "weight", "cos", "sin", "output") | slots | hidden_size
+        unrotated = tensors("grad", "cos", "sin", "output") | slots
         hidden = tensors("query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
-        hidden |= tensors("cos", "sin") | slots | {"output_ptr": "*fp32", "num_heads": "i32"}
-        weight = tensors("hidden", "grad", "cos", "sin", "weight_grad", "bias_grad") | slots
+        hidden |= slots | hidden_size | {"output_ptr": "*fp32", "num_heads": "i32"}
+        weight = tensors("hidden", "grad", "weight_grad", "bias_grad") | slots | hidden_size
+        projection = {**rotation, "BLOCK_D": BLOCK_HIDDEN, "bias_ptr": None}
         name, warps = f"gather_project d={head_dim}", num_warps(head_dim)
         builds += [
-            KernelBuild(name, _gather_project, forward, {**blocks, "bias_ptr": None}, warps, 3),
-            KernelBuild(f"{name} hidden gradient", _hidden_gradient, hidden, {**blocks, "ATOMIC": True}, warps, 2),
-            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, blocks, warps, 2),
+            KernelBuild(name, _gather_project, forward, projection, warps, 3),
+            KernelBuild(f"{name} unrotate", _unrotate, unrotated, rotation, 8, 3),
+            KernelBuild(
+                f"{name} hidden gradient", _hidden_gradient, hidden, {**tiles, "ATOMIC": True}, SCATTER_WARPS, 2
+            ),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, tiles, warps, 2),
         ]
     return builds

@@ -10,40 +10,17 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import BLOCK_SLOTS, group_slots, sum_by_token
-
-BLOCK_HIDDEN = 64  # channels of the output written, or of its gradient read, at a time
-
-
-def head_block(head_dim: int) -> int:
-    """Channels of a head in a tile: a power of two, and no fewer than a tensor core instruction takes."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def num_warps(head_dim: int) -> int:
-    """Enough that a tile as wide as a head stays in registers."""
-    return 4 if head_dim <= 128 else 8
-
-
-@triton.jit
-def _load_head(
-    heads_ptr,  # [B, G, R, K, d]
-    head,
-    num_heads,
-    group,
-    num_groups,
-    row,
-    slot,
-    num_slots,
-    filled,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-):
-    """One head's rows of a block of slots, [BLOCK_K, BLOCK_HEAD]; 0 in empty slots."""
-    channel = tl.arange(0, BLOCK_HEAD)
-    place = ((row * num_groups + group) * num_heads + head) * num_slots + slot
-    mask = filled[:, None] & (channel < HEAD_DIM)[None, :]
-    return tl.load(heads_ptr + place[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+from .slots import (
+    BLOCK_HIDDEN,
+    BLOCK_SLOTS,
+    SCATTER_WARPS,
+    add_to_tokens,
+    group_slots,
+    head_block,
+    load_head,
+    num_warps,
+    sum_by_token,
+)
 
 
 @triton.jit
@@ -75,14 +52,14 @@ def _project_scatter(
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size
     channel = tl.arange(0, BLOCK_HEAD)
-    weight_row = (group.to(tl.int64) * hidden_size + column)[None, :] * (num_heads * HEAD_DIM)
+    weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for head in range(num_heads):
-        heads = _load_head(
+        heads = load_head(
             heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
         )
         weight = tl.load(
-            weight_ptr + weight_row + head * HEAD_DIM + channel[:, None],
+            weight_ptr + column[None, :] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[:, None],
             mask=(channel < HEAD_DIM)[:, None] & inside[None, :],
             other=0.0,
         )  # [BLOCK_HEAD, BLOCK_D]
@@ -90,11 +67,9 @@ def _project_scatter(
 
     place = (row * num_groups + group) * num_slots + slot
     total *= tl.load(gate_ptr + place, mask=filled, other=0.0)[:, None]
-    mask = filled[:, None] & inside[None, :]
-    if ATOMIC:
-        tl.atomic_add(output_ptr + token[:, None] * hidden_size + column[None, :], total, mask=mask, sem="relaxed")
-    else:
-        tl.store(output_ptr + place[:, None] * hidden_size + column[None, :], total, mask=mask)
+    add_to_tokens(
+        output_ptr, total, column, hidden_size, group, num_groups, row, slot, num_slots, token, filled, ATOMIC
+    )
 
 
 @triton.jit
@@ -128,6 +103,7 @@ def _heads_gradient(
     place = (row * num_groups + group) * num_slots + slot
     gate = tl.load(gate_ptr + place, mask=filled, other=0.0)
     gate_grad = tl.zeros([BLOCK_K], tl.float32)
+    weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
     for head in range(num_heads):
         total = tl.zeros([BLOCK_K, BLOCK_HEAD], tl.float32)
         if has_any:
@@ -139,14 +115,13 @@ def _heads_gradient(
                     mask=filled[:, None] & inside[None, :],
                     other=0.0,
                 )  # [BLOCK_K, BLOCK_D]
-                weight_row = (group.to(tl.int64) * hidden_size + column)[:, None] * (num_heads * HEAD_DIM)
                 weight = tl.load(
-                    weight_ptr + weight_row + head * HEAD_DIM + channel[None, :],
+                    weight_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
                     mask=inside[:, None] & in_head[None, :],
                     other=0.0,
                 )  # [BLOCK_D, BLOCK_HEAD]
                 total = tl.dot(grad, weight, total, input_precision="ieee")
-            heads = _load_head(
+            heads = load_head(
                 heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
             gate_grad += tl.sum(total * heads.to(tl.float32), 1)
@@ -192,7 +167,7 @@ def _weight_gradient(
                 mask=filled[:, None] & inside[None, :],
                 other=0.0,
             )  # [BLOCK_K, BLOCK_D]
-            heads = _load_head(
+            heads = load_head(
                 heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
             gate = tl.load(gate_ptr + (row * num_groups + group) * num_slots + slot, mask=filled, other=0.0)
@@ -200,9 +175,9 @@ def _weight_gradient(
             total = tl.dot(tl.trans(grad), gated, total, input_precision="ieee")
 
     channel = tl.arange(0, BLOCK_HEAD)
-    weight_row = (group.to(tl.int64) * hidden_size + column)[:, None] * (num_heads * HEAD_DIM)
+    weight_grad_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
     tl.store(
-        weight_grad_ptr + weight_row + head * HEAD_DIM + channel[None, :],
+        weight_grad_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
         total.to(weight_grad_ptr.dtype.element_ty),
         mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
     )
@@ -258,7 +233,7 @@ def project_scatter(
             BLOCK_K=BLOCK_SLOTS,
             BLOCK_HEAD=head_block(head_dim),
             BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
+            num_warps=SCATTER_WARPS,
             num_stages=2,
         )
         if not atomic:
@@ -374,8 +349,9 @@ project_scatter.register_autograd(_backward, setup_context=_save)
 
 
 def production_builds() -> list[KernelBuild]:
-    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots", "hidden_size")
+    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
     slots = {"index_ptr": "*i32", "count_ptr": "*i32", "gate_ptr": "*fp32", **{name: "i32" for name in sizes}}
+    slots["hidden_size"] = "i32:16"
 
     def tensors(*names: str) -> dict[str, str]:
         return {f"{name}_ptr": "*bf16" for name in names}
@@ -390,7 +366,7 @@ def production_builds() -> list[KernelBuild]:
         weight = tensors("grad", "heads", "weight_grad") | slots
         name, warps = f"project_scatter d={head_dim}", num_warps(head_dim)
         builds += [
-            KernelBuild(name, _project_scatter, forward, {**blocks, "ATOMIC": True}, warps, 2),
+            KernelBuild(name, _project_scatter, forward, {**blocks, "ATOMIC": True}, SCATTER_WARPS, 2),
             KernelBuild(f"{name} heads gradient", _heads_gradient, backward, blocks, warps, 3),
             KernelBuild(f"{name} weight gradient", _weight_gradient, weight, blocks, warps, 2),
         ]

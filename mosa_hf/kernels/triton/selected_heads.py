@@ -2,11 +2,13 @@
 
 import torch
 
-from ..layout import HeadWeights, KeyValues, Tokens
-from .attention import FarKeys, NearKeys, prefix_attention
+from ..layout import HeadWeights, KeyValues, Tokens, join
+from .attention import FarKeys, prefix_attention
 from .gather_project import gather_project
 from .project_scatter import project_scatter
 from .select import selected_positions
+
+INT32_MAX = torch.iinfo(torch.int32).max  # an `until` that no position reaches
 
 
 def selected_heads(
@@ -39,26 +41,37 @@ def selected_heads(
         tokens.sin,
     )  # [B, G, R, K, d], [B, G, K, d], [B, G, K, d]
 
-    def gather(states: torch.Tensor) -> torch.Tensor:  # [B, T] -> [B, G, K]
-        return states[:, None].expand(-1, index.shape[1], -1).gather(2, index.long())
+    slots = index.long()
+
+    def gather(states: torch.Tensor | None) -> torch.Tensor | None:  # [B, T] or [B, T, G] -> [B, G, K]
+        if states is None:
+            return None
+        states = states[:, None].expand(-1, slots.shape[1], -1) if states.ndim == 2 else states.transpose(1, 2)
+        return states.gather(2, slots)
 
     slot = torch.arange(num_slots, device=index.device)
     filled = slot < count[..., None]  # [B, G, K]
-    end = torch.where(filled, slot + 1, 0)  # a slot reads the slots up to itself
-    start = None
+    position = gather(tokens.position)  # [B, G, K]
+    new = KeyValues(key, value, position, filled, None, gather(tokens.until), gather(tokens.score))
+    start, end = None, torch.where(filled, slot + 1, 0)  # a slot reads the slots up to itself
     if tokens.segment is not None:  # ... of its packed sequence: from the first slot that is not of an earlier one
         segment = gather(tokens.segment).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
         start = torch.searchsorted(segment, segment)
     if past is None:
-        heads = prefix_attention(query, FarKeys(key, value, start, end))
-    else:
-        num_past = past.key.shape[2]
-        past_end = num_past if past.valid is None else past.valid.sum(-1, keepdim=True)  # filled slots come first
-        past_end = torch.where(filled, past_end, 0)
-        heads = prefix_attention(
-            query, FarKeys(past.key, past.value, None, past_end), NearKeys(key, value, start, end)
-        )
+        far = FarKeys(key, value, start, end, until=_until(new))
+    else:  # packed sequences come without a past
+        keys = join(past, new)
+        if keys.until is None:  # needed all the same: rows and groups have different numbers of empty slots in between
+            keys = keys._replace(until=torch.full_like(keys.position, INT32_MAX))
+        far = FarKeys(keys.key, keys.value, start, torch.where(filled, past.key.shape[2] + end, 0), until=_until(keys))
+    heads = prefix_attention(query, far, position=None if far.until is None else position)  # [B, G, R, K, d]
 
-    gate = tokens.gate.transpose(1, 2).gather(2, index.long()).float()  # [B, G, K]
-    output = project_scatter(heads, gate, weights.output, index, count, num_tokens)
-    return output, KeyValues(key, value, gather(tokens.position), filled, None)
+    output = project_scatter(heads, gather(tokens.gate).float(), weights.output, index, count, num_tokens)
+    return output, new
+
+
+def _until(keys: KeyValues) -> torch.Tensor | None:
+    """`keys.until` as `prefix_attention` takes it: int32, and empty slots end before any position."""
+    if keys.until is None:
+        return None
+    return torch.where(keys.valid, keys.until.clamp(max=INT32_MAX), 0).int()

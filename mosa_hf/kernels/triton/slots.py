@@ -12,6 +12,19 @@ import triton.language as tl
 from .builds import KernelBuild
 
 BLOCK_SLOTS = 64  # rows of a matmul tile: fills tensor cores, and groups with few tokens waste little of it
+BLOCK_HIDDEN = 64  # channels of hidden states, or of their gradient, at a time
+
+SCATTER_WARPS = 8  # the addresses of atomic additions take many registers: fewer of them in each thread
+
+
+def head_block(head_dim: int) -> int:
+    """Channels of a head in a tile: a power of two, and no fewer than a tensor core instruction takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def num_warps(head_dim: int) -> int:
+    """Enough that tiles as wide as a head stay in registers."""
+    return 4 if head_dim <= 64 else 8
 
 
 @triton.jit
@@ -38,6 +51,51 @@ def group_slots(
     filled = slot < count
     token = tl.load(index_ptr + (row * num_groups + group) * num_slots + slot, mask=filled, other=0)
     return row, slot, row * num_tokens + token, filled
+
+
+@triton.jit
+def load_head(
+    heads_ptr,  # [B, G, H, K, d]
+    head,
+    num_heads,
+    group,
+    num_groups,
+    row,
+    slot,
+    num_slots,
+    filled,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+):
+    """One head's rows of a block of slots, [BLOCK, BLOCK_HEAD]; 0 in empty slots."""
+    channel = tl.arange(0, BLOCK_HEAD)
+    place = ((row * num_groups + group) * num_heads + head) * num_slots + slot
+    mask = filled[:, None] & (channel < HEAD_DIM)[None, :]
+    return tl.load(heads_ptr + place[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def add_to_tokens(
+    output_ptr,  # ATOMIC: [B, T, D] float32, added to; else [B, G, K, D] float32, filled slots are written
+    rows,  # [BLOCK, BLOCK_D] float32
+    column,
+    hidden_size,
+    group,
+    num_groups,
+    row,
+    slot,
+    num_slots,
+    token,
+    filled,
+    ATOMIC: tl.constexpr,
+):
+    """Add a block of slots' rows to their tokens, or, if not ATOMIC, leave them in the slots for `sum_by_token`."""
+    mask = filled[:, None] & (column < hidden_size)[None, :]
+    if ATOMIC:
+        tl.atomic_add(output_ptr + token[:, None] * hidden_size + column[None, :], rows, mask=mask, sem="relaxed")
+    else:
+        place = (row * num_groups + group) * num_slots + slot
+        tl.store(output_ptr + place[:, None] * hidden_size + column[None, :], rows, mask=mask)
 
 
 @triton.jit
