@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .builds import KernelBuild
 
+INT32_MAX = torch.iinfo(torch.int32).max
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(
     -1e30
@@ -102,7 +103,7 @@ def prefix_attention(
         per_query(far.start),
         per_query(far.end),
         None if far.bias is None else far.bias.float().contiguous(),
-        None if far.until is None else far.until.to(torch.int32).contiguous(),
+        None if far.until is None else far.until.clamp(max=INT32_MAX).to(torch.int32).contiguous(),
         None if near_key is None else near_key.contiguous(),
         None if near_value is None else near_value.contiguous(),
         per_query(near_start),
