@@ -130,7 +130,7 @@ QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32,
 # Here sums are slots x d, and there are two of them.
 KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
 # Exact float32 products run outside the tensor cores, with both factors in registers.
-FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
+FLOAT32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2)}
 
 
 def _tile(table: dict[int, Tile], query: torch.Tensor) -> Tile:

@@ -334,7 +334,7 @@ def _(query, *others):
 
 
 def production_builds() -> list[KernelBuild]:
-    """bfloat16, 2048 entries and a window of 64, four query heads a group, padding present."""
+    """bfloat16, four query heads a group, padding present, with a window and without."""
     names = {
         "*bf16": "query key value kept_key kept_value ring_key ring_value",
         "*fp32": "score kept_score ring_score lse split_output split_lse",
@@ -345,9 +345,9 @@ def production_builds() -> list[KernelBuild]:
     }
     types = {name: kind for kind, group in names.items() for name in group.split()}
     builds = []
-    for head_dim in (64, 128, 256):
+    for head_dim, window in ((64, 64), (128, 64), (256, 64), (64, 0)):
         constants = {
-            "SCALE": head_dim**-0.5, "WINDOW": 64, "HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_DIM": head_dim,
+            "SCALE": head_dim**-0.5, "WINDOW": window, "HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_DIM": head_dim,
             "NUM_SPLITS": 32, "BLOCK_SPLITS": 32, "BLOCK_ROWS": 16, "BLOCK_SLOTS": BLOCK_SLOTS,
             "BLOCK_SCORES": BLOCK_SCORES,
         }  # fmt: skip
@@ -359,7 +359,7 @@ def production_builds() -> list[KernelBuild]:
             signature = {**types, "output": output}
             builds.append(
                 KernelBuild(
-                    f"{function.__name__} d={head_dim} R=4",
+                    f"{function.__name__} d={head_dim} R=4 window={window}",
                     function,
                     {name: signature[name] for name in function.arg_names if name in signature},
                     {name: value for name, value in constants.items() if name in function.arg_names},
