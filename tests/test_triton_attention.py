@@ -145,15 +145,29 @@ def test_nothing_to_read():
     assert not key_grad[:, :, 5:].any() and not value_grad[:, :, 5:].any() and value_grad[:, :, :5].all()
 
 
-def test_only_key_blocks_that_some_query_reads_are_visited():
-    query, key, value = torch.randn(1, 1, 1, 200, 16), torch.randn(1, 1, 200, 16), torch.randn(1, 1, 200, 16)
-    key[:, :, 100], value[:, :, 100] = torch.nan, torch.nan  # would spoil every query whose tile visits it
-    end = torch.arange(1, 201).expand(1, 1, -1)
+def test_only_blocks_that_read_or_are_read_are_visited():
+    """A NaN spoils what visits it, and nothing else: work grows with the window, not with the length."""
+    tile, window, length = attention._tile(attention.FORWARD, torch.empty(1, 1, 1, 200, 16)), 5, 200
+    query, key, value = (torch.randn(*size, length, 16, requires_grad=True) for size in ((1, 1, 1), (1, 1), (1, 1)))
+    end = torch.arange(1, length + 1).expand(1, 1, -1)
     far = FarKeys(key[:, :, :0], value[:, :, :0], None, torch.zeros_like(end))
-    output = prefix_attention(query, far, NearKeys(key, value, (end - 5).clamp(min=0), end))
-    spoilt = output.isnan().any(-1).flatten().nonzero().flatten()
-    rows = attention.FLOAT32[64].rows
-    assert len(spoilt) and spoilt.min() >= 100 // rows * rows and spoilt.max() < 104 // rows * rows + rows
+
+    def spoilt(states: torch.Tensor) -> list[int]:
+        return states.isnan().any(-1).flatten().nonzero().flatten().tolist()
+
+    def read(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return prefix_attention(query, far, NearKeys(key, value, (end - window).clamp(min=0), end))
+
+    output = read(query, key.index_fill(2, torch.tensor([100]), torch.nan))
+    first, last = 100 // tile.rows * tile.rows, (100 + window - 1) // tile.rows * tile.rows + tile.rows
+    assert 100 in spoilt(output) and set(spoilt(output)) <= set(range(first, last))
+
+    output = read(query.index_fill(3, torch.tensor([100]), torch.nan), key)
+    key_grad, value_grad = torch.autograd.grad(output.nan_to_num().sum(), [key, value])
+    first = 100 // tile.rows * tile.rows
+    first, last = (slot // tile.slots * tile.slots for slot in (first - window + 1, first + tile.rows - 1))
+    for grad in (key_grad, value_grad):
+        assert 100 in spoilt(grad) and set(spoilt(grad)) <= set(range(first, last + tile.slots))
 
 
 def test_what_does_not_fit_is_refused():
@@ -201,7 +215,7 @@ def test_prefix_attention_compiles_into_one_graph():
         close(*pair, "gradient")
 
 
-SHAPE = {"batch_size": 2, "num_tokens": 70, "num_groups": 2, "heads_per_group": 2, "sparsity": 4, "head_dim": 16}
+SHAPE = {"batch_size": 2, "num_tokens": 40, "num_groups": 2, "heads_per_group": 2, "sparsity": 4, "head_dim": 16}
 SHAPE |= {"rotary_share": 1.0, "padded": False, "packed": False, "num_past": 0, "evicts": False}
 
 
@@ -240,7 +254,7 @@ def all_form_call(shape: dict, window: int, biased: bool, fixed: bool = False):
 @pytest.mark.parametrize(
     "change, fixed",
     [
-        ({"evicts": True}, False),
+        ({"num_tokens": 70, "evicts": True}, False),
         ({"padded": True, "heads_per_group": 1}, False),
         ({"packed": True, "heads_per_group": 3}, False),
         ({"num_past": 13, "num_tokens": 30, "evicts": True}, False),

@@ -231,7 +231,7 @@ def prefix_forward(
     near_start, near_end,  # [B, G, T]
     position,  # [B, G, T]
     output,  # [B, G, R, T, d]
-    lse,  # [B, G, R, T]: log2 of the sum of 2 ** score; inf where nothing is read, so that 2 ** (score - lse) is 0
+    lse,  # [B, G, R, T]: log2 of the sum of 2 ** score, LOWEST where nothing is read
     num_queries, num_far, num_near,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
@@ -261,12 +261,10 @@ def prefix_forward(
             i_position, SCALE, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
         )  # fmt: skip
 
-    reads = row_sum > 0
-    row_sum = tl.where(reads, row_sum, 1.0)
+    row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # nothing read: zeros
     weighted = weighted / row_sum[:, None]
     _store_rows(output + group_queries * HEADS * HEAD_DIM, row, present, weighted, HEAD_DIM, BLOCK_DIM)
-    row_lse = tl.where(reads, row_max + tl.log2(row_sum), float("inf"))
-    tl.store(lse + group_queries * HEADS + row, row_lse, mask=present)
+    tl.store(lse + group_queries * HEADS + row, row_max + tl.log2(row_sum), mask=present)
 
 
 @triton.jit
@@ -325,7 +323,7 @@ def prefix_query_gradient(
     o = _load_rows(output + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
     row_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     tl.store(delta + group_queries * HEADS + row, row_delta, mask=present)
-    row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=float("inf"))
+    row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=0.0)
     q = _load_rows(query + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
 
     q_grad = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
@@ -408,7 +406,7 @@ def prefix_key_gradient(
             products, slot[:, None], num_slots, offset, bias, until,
             first[None, :], last[None, :], i_position[None, :], SCALE,
         )  # fmt: skip
-        row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=float("inf"))
+        row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=0.0)
         weights = tl.exp2(scores - row_lse[None, :])
         do = _load_rows(output_grad + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
         v_grad = tl.dot(weights.to(do.dtype), do, v_grad, input_precision="ieee")
