@@ -17,8 +17,11 @@ from .slots import (
     add_to_tokens,
     group_slots,
     head_block,
-    load_head,
+    load_piece,
+    num_pieces,
+    num_stages,
     num_warps,
+    piece_of_head,
     sum_by_token,
 )
 
@@ -37,6 +40,7 @@ def _project_scatter(
     num_slots,
     hidden_size,
     num_heads,  # R
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ATOMIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,16 +55,16 @@ def _project_scatter(
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size
-    channel = tl.arange(0, BLOCK_HEAD)
     weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for head in range(num_heads):
-        heads = load_head(
-            heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+    for piece in range(num_heads * NUM_PIECES):
+        heads = load_piece(
+            heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
         )
+        head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
         weight = tl.load(
             weight_ptr + column[None, :] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[:, None],
-            mask=(channel < HEAD_DIM)[:, None] & inside[None, :],
+            mask=in_head[:, None] & inside[None, :],
             other=0.0,
         )  # [BLOCK_HEAD, BLOCK_D]
         total = tl.dot(heads, weight, total, input_precision="ieee")
@@ -88,6 +92,7 @@ def _heads_gradient(
     num_slots,
     hidden_size,
     num_heads,  # R
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
@@ -98,13 +103,12 @@ def _heads_gradient(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
     has_any = tl.max(filled.to(tl.int32), 0) > 0
-    channel = tl.arange(0, BLOCK_HEAD)
-    in_head = channel < HEAD_DIM
     place = (row * num_groups + group) * num_slots + slot
     gate = tl.load(gate_ptr + place, mask=filled, other=0.0)
     gate_grad = tl.zeros([BLOCK_K], tl.float32)
     weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
-    for head in range(num_heads):
+    for piece in range(num_heads * NUM_PIECES):
+        head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
         total = tl.zeros([BLOCK_K, BLOCK_HEAD], tl.float32)
         if has_any:
             for start in range(0, hidden_size, BLOCK_D):
@@ -121,8 +125,8 @@ def _heads_gradient(
                     other=0.0,
                 )  # [BLOCK_D, BLOCK_HEAD]
                 total = tl.dot(grad, weight, total, input_precision="ieee")
-            heads = load_head(
-                heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            heads = load_piece(
+                heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
             gate_grad += tl.sum(total * heads.to(tl.float32), 1)
             total *= gate[:, None]
@@ -148,12 +152,14 @@ def _weight_gradient(
     num_groups,
     num_slots,
     hidden_size,
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    piece, group = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PIECES
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size
     total = tl.zeros([BLOCK_D, BLOCK_HEAD], tl.float32)
@@ -167,19 +173,19 @@ def _weight_gradient(
                 mask=filled[:, None] & inside[None, :],
                 other=0.0,
             )  # [BLOCK_K, BLOCK_D]
-            heads = load_head(
-                heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            heads = load_piece(
+                heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
             gate = tl.load(gate_ptr + (row * num_groups + group) * num_slots + slot, mask=filled, other=0.0)
             gated = (heads.to(tl.float32) * gate[:, None]).to(heads.dtype)
             total = tl.dot(tl.trans(grad), gated, total, input_precision="ieee")
 
-    channel = tl.arange(0, BLOCK_HEAD)
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
     weight_grad_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
     tl.store(
         weight_grad_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
         total.to(weight_grad_ptr.dtype.element_ty),
-        mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
+        mask=inside[:, None] & in_head[None, :],
     )
 
 
@@ -228,6 +234,7 @@ def project_scatter(
             num_slots,
             hidden_size,
             num_heads,
+            NUM_PIECES=num_pieces(head_dim),
             HEAD_DIM=head_dim,
             ATOMIC=atomic,
             BLOCK_K=BLOCK_SLOTS,
@@ -277,12 +284,13 @@ def heads_gradient(
             num_slots,
             hidden_size,
             num_heads,
+            NUM_PIECES=num_pieces(head_dim),
             HEAD_DIM=head_dim,
             BLOCK_K=BLOCK_SLOTS,
             BLOCK_HEAD=head_block(head_dim),
             BLOCK_D=BLOCK_HIDDEN,
             num_warps=num_warps(head_dim),
-            num_stages=3,
+            num_stages=num_stages(heads.dtype),
         )
     return heads_grad, gate_grad
 
@@ -300,7 +308,7 @@ def weight_gradient(
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
     _, num_tokens, hidden_size = grad.shape
     weight_grad = heads.new_empty(num_groups, hidden_size, num_heads * head_dim)
-    grid = (triton.cdiv(hidden_size, BLOCK_HIDDEN), num_heads, num_groups)
+    grid = (triton.cdiv(hidden_size, BLOCK_HIDDEN), num_heads * num_pieces(head_dim), num_groups)
     with torch.cuda.device_of(heads):
         _weight_gradient[grid](
             grad.contiguous(),
@@ -314,6 +322,7 @@ def weight_gradient(
             num_groups,
             num_slots,
             hidden_size,
+            NUM_PIECES=num_pieces(head_dim),
             HEAD_DIM=head_dim,
             BLOCK_K=BLOCK_SLOTS,
             BLOCK_HEAD=head_block(head_dim),
@@ -358,7 +367,7 @@ def production_builds() -> list[KernelBuild]:
 
     builds = []
     for head_dim in (64, 128):
-        blocks = {"HEAD_DIM": head_dim, "BLOCK_HEAD": head_block(head_dim)}
+        blocks = {"HEAD_DIM": head_dim, "BLOCK_HEAD": head_block(head_dim), "NUM_PIECES": num_pieces(head_dim)}
         blocks |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
         heads = {"num_heads": "i32"} | slots
         forward = tensors("heads", "weight") | {"output_ptr": "*fp32"} | heads

@@ -18,13 +18,26 @@ SCATTER_WARPS = 8  # the addresses of atomic additions take many registers: fewe
 
 
 def head_block(head_dim: int) -> int:
-    """Channels of a head in a tile: a power of two, and no fewer than a tensor core instruction takes."""
-    return max(16, triton.next_power_of_2(head_dim))
+    """
+    Channels of a head in a tile: a power of two, no fewer than a tensor core instruction takes, and no more than fit
+    into shared memory in float32. A larger head is cut into several such pieces.
+    """
+    return min(128, max(16, triton.next_power_of_2(head_dim)))
+
+
+def num_pieces(head_dim: int) -> int:
+    """Pieces of a head, each a tile wide."""
+    return triton.cdiv(head_dim, head_block(head_dim))
 
 
 def num_warps(head_dim: int) -> int:
     """Enough that tiles as wide as a head stay in registers."""
     return 4 if head_dim <= 64 else 8
+
+
+def num_stages(dtype: torch.dtype) -> int:
+    """Tiles in flight in a long loop; in float32 they take twice the shared memory."""
+    return 3 if dtype.itemsize <= 2 else 2
 
 
 @triton.jit
@@ -54,9 +67,17 @@ def group_slots(
 
 
 @triton.jit
-def load_head(
+def piece_of_head(piece, HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr):
+    """Of a group's pieces, counted over its heads: the head, the channels [BLOCK_HEAD], and which are in the head."""
+    num_pieces: tl.constexpr = (HEAD_DIM + BLOCK_HEAD - 1) // BLOCK_HEAD
+    channel = piece % num_pieces * BLOCK_HEAD + tl.arange(0, BLOCK_HEAD)
+    return piece // num_pieces, channel, channel < HEAD_DIM
+
+
+@triton.jit
+def load_piece(
     heads_ptr,  # [B, G, H, K, d]
-    head,
+    piece,
     num_heads,
     group,
     num_groups,
@@ -67,10 +88,10 @@ def load_head(
     HEAD_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
 ):
-    """One head's rows of a block of slots, [BLOCK, BLOCK_HEAD]; 0 in empty slots."""
-    channel = tl.arange(0, BLOCK_HEAD)
+    """A piece of a head in a block of slots, [BLOCK, BLOCK_HEAD]; 0 in empty slots."""
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
     place = ((row * num_groups + group) * num_heads + head) * num_slots + slot
-    mask = filled[:, None] & (channel < HEAD_DIM)[None, :]
+    mask = filled[:, None] & in_head[None, :]
     return tl.load(heads_ptr + place[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
 
 
