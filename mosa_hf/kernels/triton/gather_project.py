@@ -11,30 +11,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import (
-    BLOCK_HIDDEN,
-    BLOCK_SLOTS,
-    SCATTER_WARPS,
-    add_to_tokens,
-    group_slots,
-    head_block,
-    load_piece,
-    num_pieces,
-    num_stages,
-    num_warps,
-    piece_of_head,
-    sum_by_token,
-)
-
-
-def pair_block(head_dim: int) -> int:
-    """Pairs of channels in a tile, see `head_block`."""
-    return min(64, max(16, triton.next_power_of_2(head_dim // 2)))
-
-
-def num_pair_blocks(head_dim: int) -> int:
-    """Tiles that hold the pairs of a head."""
-    return triton.cdiv(head_dim // 2, pair_block(head_dim))
+from .slots import SCATTER_WARPS, add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -319,6 +296,7 @@ def gather_project(
     batch_size, num_tokens, hidden_size = hidden_states.shape
     num_groups, head_dim, _ = key_weight.shape
     num_slots = index.shape[2]
+    tile = tiles(head_dim, hidden_states.dtype)
     hidden_states, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
     outputs = []
     for weight, bias, rotary_dim in (
@@ -328,8 +306,8 @@ def gather_project(
     ):
         num_heads = weight.shape[1] // head_dim
         output = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
-        blocks = triton.cdiv(batch_size * num_slots, BLOCK_SLOTS)
-        grid = (blocks, num_heads * num_pair_blocks(head_dim), num_groups)
+        blocks = triton.cdiv(batch_size * num_slots, tile.slots)
+        grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
         with torch.cuda.device_of(hidden_states):
             _gather_project[grid](
                 hidden_states,
@@ -347,12 +325,12 @@ def gather_project(
                 hidden_size,
                 HEAD_DIM=head_dim,
                 ROTARY_DIM=rotary_dim,
-                NUM_PAIR_BLOCKS=num_pair_blocks(head_dim),
-                BLOCK_K=BLOCK_SLOTS,
-                BLOCK_PAIRS=pair_block(head_dim),
-                BLOCK_D=BLOCK_HIDDEN,
-                num_warps=num_warps(head_dim),
-                num_stages=num_stages(hidden_states.dtype),
+                NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
+                BLOCK_K=tile.slots,
+                BLOCK_PAIRS=tile.pairs,
+                BLOCK_D=tile.hidden,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
         outputs.append(output)
     query, key, value = outputs
@@ -384,9 +362,10 @@ def unrotate(
     registers that tiles need.
     """
     batch_size, num_groups, num_heads, num_slots, head_dim = grad.shape
+    tile = tiles(head_dim, grad.dtype)
     output = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    blocks = triton.cdiv(batch_size * num_slots, BLOCK_SLOTS)
-    grid = (blocks, num_heads * num_pair_blocks(head_dim), num_groups)
+    blocks = triton.cdiv(batch_size * num_slots, tile.slots)
+    grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
     with torch.cuda.device_of(grad):
         _unrotate[grid](
             grad.contiguous(),
@@ -401,9 +380,9 @@ def unrotate(
             num_slots,
             HEAD_DIM=head_dim,
             ROTARY_DIM=cos.shape[-1],
-            NUM_PAIR_BLOCKS=num_pair_blocks(head_dim),
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_PAIRS=pair_block(head_dim),
+            NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
+            BLOCK_K=tile.slots,
+            BLOCK_PAIRS=tile.pairs,
             num_warps=8,
         )
     return output
@@ -432,13 +411,14 @@ def hidden_gradient(
     additions in float32, or, under `torch.use_deterministic_algorithms`, in a fixed order.
     """
     batch_size, num_groups, num_heads, num_slots, head_dim = query_grad.shape
+    tile = tiles(head_dim, query_grad.dtype)
     hidden_size = key_weight.shape[2]
     atomic = not torch.are_deterministic_algorithms_enabled()
     if atomic:
         output = key_grad.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
     else:
         output = key_grad.new_empty(batch_size, num_groups, num_slots, hidden_size, dtype=torch.float32)
-    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), triton.cdiv(hidden_size, BLOCK_HIDDEN), num_groups)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
     with torch.cuda.device_of(key_grad):
         _hidden_gradient[grid](
             query_grad.contiguous(),
@@ -456,12 +436,12 @@ def hidden_gradient(
             num_slots,
             hidden_size,
             num_heads,
-            NUM_PIECES=num_pieces(head_dim),
+            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
             HEAD_DIM=head_dim,
             ATOMIC=atomic,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.inner,
+            BLOCK_D=tile.hidden,
             num_warps=SCATTER_WARPS,
             num_stages=2,
         )
@@ -485,9 +465,10 @@ def weight_gradient(
     """
     batch_size, num_tokens, hidden_size = hidden_states.shape
     _, num_groups, num_heads, num_slots, head_dim = grad.shape
+    tile = tiles(head_dim, grad.dtype)
     weight_grad = grad.new_empty(num_groups, num_heads * head_dim, hidden_size)
     bias_grad = grad.new_empty(num_groups, num_heads * head_dim)
-    grid = (triton.cdiv(hidden_size, BLOCK_HIDDEN), num_heads * num_pieces(head_dim), num_groups)
+    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
     with torch.cuda.device_of(grad):
         _weight_gradient[grid](
             hidden_states.contiguous(),
@@ -501,12 +482,12 @@ def weight_gradient(
             num_groups,
             num_slots,
             hidden_size,
-            NUM_PIECES=num_pieces(head_dim),
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
             HEAD_DIM=head_dim,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
             num_stages=2,
         )
     return weight_grad, bias_grad
@@ -561,23 +542,23 @@ def production_builds() -> list[KernelBuild]:
 
     builds = []
     for head_dim in (64, 128):
-        rotation = {"HEAD_DIM": head_dim, "ROTARY_DIM": head_dim, "BLOCK_PAIRS": pair_block(head_dim)}
-        rotation |= {"BLOCK_K": BLOCK_SLOTS, "NUM_PAIR_BLOCKS": num_pair_blocks(head_dim)}
-        tiles = {"HEAD_DIM": head_dim, "BLOCK_HEAD": head_block(head_dim), "NUM_PIECES": num_pieces(head_dim)}
-        tiles |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
+        tile = tiles(head_dim, torch.bfloat16)
+        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots}
+        rotation = {"ROTARY_DIM": head_dim, "BLOCK_PAIRS": tile.pairs, "NUM_PAIR_BLOCKS": 1} | blocks
+        blocks["BLOCK_D"] = tile.hidden
+        projection = {"bias_ptr": None, "BLOCK_D": tile.hidden} | rotation
+        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
+        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
         forward = tensors("hidden", "weight", "cos", "sin", "output") | slots | hidden_size
         unrotated = tensors("grad", "cos", "sin", "output") | slots
         hidden = tensors("query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
         hidden |= slots | hidden_size | {"output_ptr": "*fp32", "num_heads": "i32"}
         weight = tensors("hidden", "grad", "weight_grad", "bias_grad") | slots | hidden_size
-        projection = {**rotation, "BLOCK_D": BLOCK_HIDDEN, "bias_ptr": None}
-        name, warps = f"gather_project d={head_dim}", num_warps(head_dim)
+        name, warps = f"gather_project d={head_dim}", tile.num_warps
         builds += [
-            KernelBuild(name, _gather_project, forward, projection, warps, 3),
+            KernelBuild(name, _gather_project, forward, projection, warps, tile.num_stages),
             KernelBuild(f"{name} unrotate", _unrotate, unrotated, rotation, 8, 3),
-            KernelBuild(
-                f"{name} hidden gradient", _hidden_gradient, hidden, {**tiles, "ATOMIC": True}, SCATTER_WARPS, 2
-            ),
-            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, tiles, warps, 2),
+            KernelBuild(f"{name} hidden gradient", _hidden_gradient, hidden, inner, SCATTER_WARPS, 2),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
         ]
     return builds

@@ -10,20 +10,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import (
-    BLOCK_HIDDEN,
-    BLOCK_SLOTS,
-    SCATTER_WARPS,
-    add_to_tokens,
-    group_slots,
-    head_block,
-    load_piece,
-    num_pieces,
-    num_stages,
-    num_warps,
-    piece_of_head,
-    sum_by_token,
-)
+from .slots import SCATTER_WARPS, add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -213,13 +200,14 @@ def project_scatter(
         `[B, T, D]` of the heads' dtype, summed in float32; zero for tokens that no group selected.
     """
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
     hidden_size = weight.shape[1]
     atomic = not torch.are_deterministic_algorithms_enabled()
     if atomic:
         output = heads.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
     else:
         output = heads.new_empty(batch_size, num_groups, num_slots, hidden_size, dtype=torch.float32)
-    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), triton.cdiv(hidden_size, BLOCK_HIDDEN), num_groups)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
     with torch.cuda.device_of(heads):
         _project_scatter[grid](
             heads.contiguous(),
@@ -234,12 +222,12 @@ def project_scatter(
             num_slots,
             hidden_size,
             num_heads,
-            NUM_PIECES=num_pieces(head_dim),
+            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
             HEAD_DIM=head_dim,
             ATOMIC=atomic,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.inner,
+            BLOCK_D=tile.hidden,
             num_warps=SCATTER_WARPS,
             num_stages=2,
         )
@@ -264,10 +252,11 @@ def heads_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of heads `[B, G, R, K, d]` and gate `[B, G, K]` from `grad` [B, T, D]; 0 in empty slots."""
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
     _, num_tokens, hidden_size = grad.shape
     heads_grad = heads.new_empty(heads.shape)
     gate_grad = gate.new_empty(gate.shape)
-    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), num_groups)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), num_groups)
     with torch.cuda.device_of(heads):
         _heads_gradient[grid](
             grad.contiguous(),
@@ -284,13 +273,13 @@ def heads_gradient(
             num_slots,
             hidden_size,
             num_heads,
-            NUM_PIECES=num_pieces(head_dim),
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
             HEAD_DIM=head_dim,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
-            num_stages=num_stages(heads.dtype),
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
     return heads_grad, gate_grad
 
@@ -306,9 +295,10 @@ def weight_gradient(
 ) -> torch.Tensor:
     """Gradient `[G, D, R * d]` of W_O, from `grad` [B, T, D]."""
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
     _, num_tokens, hidden_size = grad.shape
     weight_grad = heads.new_empty(num_groups, hidden_size, num_heads * head_dim)
-    grid = (triton.cdiv(hidden_size, BLOCK_HIDDEN), num_heads * num_pieces(head_dim), num_groups)
+    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
     with torch.cuda.device_of(heads):
         _weight_gradient[grid](
             grad.contiguous(),
@@ -322,12 +312,12 @@ def weight_gradient(
             num_groups,
             num_slots,
             hidden_size,
-            NUM_PIECES=num_pieces(head_dim),
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
             HEAD_DIM=head_dim,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
             num_stages=2,
         )
     return weight_grad
@@ -367,16 +357,18 @@ def production_builds() -> list[KernelBuild]:
 
     builds = []
     for head_dim in (64, 128):
-        blocks = {"HEAD_DIM": head_dim, "BLOCK_HEAD": head_block(head_dim), "NUM_PIECES": num_pieces(head_dim)}
-        blocks |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
+        tile = tiles(head_dim, torch.bfloat16)
+        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots, "BLOCK_D": tile.hidden}
+        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
+        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
         heads = {"num_heads": "i32"} | slots
         forward = tensors("heads", "weight") | {"output_ptr": "*fp32"} | heads
         backward = tensors("grad", "heads", "weight", "heads_grad") | {"gate_grad_ptr": "*fp32"} | heads
         weight = tensors("grad", "heads", "weight_grad") | slots
-        name, warps = f"project_scatter d={head_dim}", num_warps(head_dim)
+        name, warps = f"project_scatter d={head_dim}", tile.num_warps
         builds += [
-            KernelBuild(name, _project_scatter, forward, {**blocks, "ATOMIC": True}, SCATTER_WARPS, 2),
-            KernelBuild(f"{name} heads gradient", _heads_gradient, backward, blocks, warps, 3),
-            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, blocks, warps, 2),
+            KernelBuild(name, _project_scatter, forward, inner, SCATTER_WARPS, 2),
+            KernelBuild(f"{name} heads gradient", _heads_gradient, backward, outer, warps, tile.num_stages),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
         ]
     return builds

@@ -5,39 +5,40 @@ k < `count[b, g]`, else it is empty. A group's slots of all rows of the batch ar
 list of B * K: with a high sparsity a single row has too few of them to fill a block.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .builds import KernelBuild
 
-BLOCK_SLOTS = 64  # rows of a matmul tile: fills tensor cores, and groups with few tokens waste little of it
-BLOCK_HIDDEN = 64  # channels of hidden states, or of their gradient, at a time
+
+class Tiles(NamedTuple):
+    """Sizes of matmul tiles of one head size and dtype."""
+
+    slots: int  # rows: fills tensor cores, and groups with few tokens waste little of it
+    hidden: int  # channels of hidden states
+    head: int  # channels of a head where they are columns of the product; a larger head is cut into pieces
+    inner: int  # channels of a head where the product sums over them
+    num_warps: int  # enough that accumulators stay in registers
+    num_stages: int  # tiles in flight in a long loop
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels that hold as many channels as `head`, and no fewer than a tensor core takes."""
+        return max(16, self.head // 2)
+
+
+def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The table that every projection reads."""
+    head = max(16, triton.next_power_of_2(head_dim))
+    if dtype == torch.float32:  # exact products run outside of tensor cores, with both factors in registers
+        return Tiles(32, 32, min(head, 32), min(head, 32), 4, 2)
+    return Tiles(64, 64, min(head, 128), min(head, 64), 4 if head_dim <= 64 else 8, 3)
+
 
 SCATTER_WARPS = 8  # the addresses of atomic additions take many registers: fewer of them in each thread
-
-
-def head_block(head_dim: int) -> int:
-    """
-    Channels of a head in a tile: a power of two, no fewer than a tensor core instruction takes, and no more than fit
-    into shared memory in float32. A larger head is cut into several such pieces.
-    """
-    return min(128, max(16, triton.next_power_of_2(head_dim)))
-
-
-def num_pieces(head_dim: int) -> int:
-    """Pieces of a head, each a tile wide."""
-    return triton.cdiv(head_dim, head_block(head_dim))
-
-
-def num_warps(head_dim: int) -> int:
-    """Enough that tiles as wide as a head stay in registers."""
-    return 4 if head_dim <= 64 else 8
-
-
-def num_stages(dtype: torch.dtype) -> int:
-    """Tiles in flight in a long loop; in float32 they take twice the shared memory."""
-    return 3 if dtype.itemsize <= 2 else 2
 
 
 @triton.jit
