@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import SCATTER_WARPS, add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
+from .slots import add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -442,7 +442,7 @@ def hidden_gradient(
             BLOCK_K=tile.slots,
             BLOCK_HEAD=tile.inner,
             BLOCK_D=tile.hidden,
-            num_warps=SCATTER_WARPS,
+            num_warps=tile.scatter_warps,
             num_stages=2,
         )
         if not atomic:
@@ -558,7 +558,7 @@ def production_builds() -> list[KernelBuild]:
         builds += [
             KernelBuild(name, _gather_project, forward, projection, warps, tile.num_stages),
             KernelBuild(f"{name} unrotate", _unrotate, unrotated, rotation, 8, 3),
-            KernelBuild(f"{name} hidden gradient", _hidden_gradient, hidden, inner, SCATTER_WARPS, 2),
+            KernelBuild(f"{name} hidden gradient", _hidden_gradient, hidden, inner, tile.scatter_warps, 2),
             KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
         ]
     return builds

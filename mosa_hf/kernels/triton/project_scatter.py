@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import SCATTER_WARPS, add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
+from .slots import add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -228,7 +228,7 @@ def project_scatter(
             BLOCK_K=tile.slots,
             BLOCK_HEAD=tile.inner,
             BLOCK_D=tile.hidden,
-            num_warps=SCATTER_WARPS,
+            num_warps=tile.scatter_warps,
             num_stages=2,
         )
         if not atomic:
@@ -367,7 +367,7 @@ def production_builds() -> list[KernelBuild]:
         weight = tensors("grad", "heads", "weight_grad") | slots
         name, warps = f"project_scatter d={head_dim}", tile.num_warps
         builds += [
-            KernelBuild(name, _project_scatter, forward, inner, SCATTER_WARPS, 2),
+            KernelBuild(name, _project_scatter, forward, inner, tile.scatter_warps, 2),
             KernelBuild(f"{name} heads gradient", _heads_gradient, backward, outer, warps, tile.num_stages),
             KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
         ]

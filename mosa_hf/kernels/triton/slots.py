@@ -22,6 +22,7 @@ class Tiles(NamedTuple):
     head: int  # channels of a head where they are columns of the product; a larger head is cut into pieces
     inner: int  # channels of a head where the product sums over them
     num_warps: int  # enough that accumulators stay in registers
+    scatter_warps: int  # where rows are added to tokens: addresses of atomic additions take registers as well
     num_stages: int  # tiles in flight in a long loop
 
     @property
@@ -34,11 +35,8 @@ def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """The table that every projection reads."""
     head = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:  # exact products run outside of tensor cores, with both factors in registers
-        return Tiles(32, 32, min(head, 32), min(head, 32), 4, 2)
-    return Tiles(64, 64, min(head, 128), min(head, 64), 4 if head_dim <= 64 else 8, 3)
-
-
-SCATTER_WARPS = 8  # the addresses of atomic additions take many registers: fewer of them in each thread
+        return Tiles(32, 32, min(head, 32), min(head, 32), 4, 4, 2)
+    return Tiles(64, 64, min(head, 128), min(head, 64), 4 if head_dim <= 64 else 8, 8, 3)
 
 
 @triton.jit
