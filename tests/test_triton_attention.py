@@ -12,9 +12,10 @@ from mosa_hf.kernels.triton import attention  # noqa: E402
 from mosa_hf.kernels.triton.all_attention import all_attention  # noqa: E402
 from mosa_hf.kernels.triton.attention import FarKeys, NearKeys, prefix_attention  # noqa: E402
 
-from .test_kernels import gradients, ragged, random_call, random_kept  # noqa: E402
+from .test_kernels import gradients, ragged, random_call, random_kept, random_until  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # inductor compiles for half a minute on a CPU
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}  # of the largest value
 # Head size, query heads a group, queries, far slots, near tokens (None: no second source), dtype, with bias, limits
 # (`until`) and starts. Sizes that no block divides, single ones, and no far slots at all.
@@ -33,8 +34,10 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def on_device():
+def on_device(monkeypatch):
     torch.manual_seed(0)
+    if DEVICE == "cpu":  # interpreted, a small tile takes as long as a large one
+        monkeypatch.setattr(attention, "FLOAT32", dict.fromkeys((64, 128, 256), attention.Tile(32, 32, 4, 2)))
     with torch.device(DEVICE):
         yield
 
@@ -192,21 +195,25 @@ def test_prefix_attention_compiles_into_one_graph():
     inputs = [query, far.key, far.value, far.bias, near.key, near.value]
     upstream = torch.randn_like(query)
     expected = prefix_attention(query, far, near)
-    actual = torch.compile(prefix_attention, fullgraph=True)(query, far, near)
+    actual = torch.compile(prefix_attention, fullgraph=True, backend=COMPILER)(query, far, near)
     close(actual, expected, "output")
     for pair in zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs), strict=True):
         close(*pair, "gradient")
 
 
 SHAPE = {"batch_size": 2, "num_tokens": 70, "num_groups": 2, "heads_per_group": 2, "sparsity": 4, "head_dim": 16}
-SHAPE |= {"rotary_share": 1.0, "padded": False, "packed": False, "num_past": 0}
+SHAPE |= {"rotary_share": 1.0, "padded": False, "packed": False, "num_past": 0, "evicts": False}
 
 
-def all_form_call(shape: dict, window: int, biased: bool):
-    """Arguments of `all_attention`, and those of them that take gradients."""
+def all_form_call(shape: dict, window: int, biased: bool, fixed: bool = False):
+    """
+    Arguments of `all_attention`, and those of them that take gradients; with `fixed`, kept entries as a cache of fixed
+    size hands them over.
+    """
     num_recent = min(shape["num_past"], max(window - 1, 0)) if not shape["padded"] else 0
     num_kept = shape["num_past"] - num_recent
-    tokens = random_call(shape, shape["num_past"])
+    # Kept tokens have left the window of every query, if only behind recent ones.
+    tokens = random_call(shape, shape["num_past"] + (window if shape["padded"] else 0))
     batch_size, num_tokens, groups, head_dim = (
         shape[name] for name in ("batch_size", "num_tokens", "num_groups", "head_dim")
     )
@@ -219,7 +226,10 @@ def all_form_call(shape: dict, window: int, biased: bool):
         None if tokens.valid is None else tokens.valid[:, None].expand(-1, groups, -1),
         torch.cat((recent, tokens.selected), dim=1).transpose(1, 2),
     )
-    kept = ragged(random_kept(shape, num_kept))
+    if shape["evicts"]:
+        near = near._replace(until=random_until(near.position))
+    kept = random_kept(shape, num_kept)
+    kept = kept if fixed else ragged(kept)
     query = torch.randn(batch_size, groups, shape["heads_per_group"], num_tokens, head_dim, requires_grad=True)
     bias = (-torch.rand(batch_size, groups, num_near)).requires_grad_() if biased else None
     inputs = [query, near.key, near.value, *([bias] if biased else []), *([] if kept is None else kept[:2])]
@@ -228,19 +238,20 @@ def all_form_call(shape: dict, window: int, biased: bool):
 
 @pytest.mark.parametrize("window, biased", [(0, True), (1, False), (5, False), (5, True), (64, True)])
 @pytest.mark.parametrize(
-    "change",
+    "change, fixed",
     [
-        {},
-        {"padded": True, "heads_per_group": 1},
-        {"packed": True, "heads_per_group": 3},
-        {"num_past": 13, "num_tokens": 30},
-        {"num_past": 90, "num_tokens": 1, "head_dim": 80},
-        {"padded": True, "num_past": 7, "num_tokens": 20},
+        ({"evicts": True}, False),
+        ({"padded": True, "heads_per_group": 1}, False),
+        ({"packed": True, "heads_per_group": 3}, False),
+        ({"num_past": 13, "num_tokens": 30, "evicts": True}, False),
+        ({"num_past": 13, "num_tokens": 30, "evicts": True}, True),
+        ({"num_past": 90, "num_tokens": 1, "head_dim": 80}, False),
+        ({"padded": True, "num_past": 7, "num_tokens": 20}, True),
     ],
     ids=str,
 )
-def test_all_attention(change, window, biased):
-    call, inputs = all_form_call(SHAPE | change, window, biased)
+def test_all_attention(change, fixed, window, biased):
+    call, inputs = all_form_call(SHAPE | change, window, biased, fixed)
     actual, expected = all_attention(*call), reference.all_attention(*call)
     valid = call[3].valid
     real = torch.ones(()) if valid is None else valid[:, None, None, :, None]
@@ -253,8 +264,10 @@ def test_all_attention(change, window, biased):
 
 
 def test_all_attention_compiles_into_one_graph():
-    call, inputs = all_form_call(SHAPE | {"num_tokens": 40, "padded": True}, window=5, biased=True)
-    expected, actual = all_attention(*call), torch.compile(all_attention, fullgraph=True)(*call)
+    """With the entries of a cache of fixed size, whose number no shape tells."""
+    shape = SHAPE | {"num_tokens": 20, "padded": True, "num_past": 7, "evicts": True}
+    call, inputs = all_form_call(shape, window=5, biased=True, fixed=True)
+    expected, actual = all_attention(*call), torch.compile(all_attention, fullgraph=True, backend=COMPILER)(*call)
     close(actual, expected, "output")
     upstream = torch.randn_like(expected)
     for pair in zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs), strict=True):

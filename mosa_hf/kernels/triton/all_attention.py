@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..layout import KeyValues, RaggedKeyValues, Tokens
+from ..layout import NEVER, KeyValues, RaggedKeyValues, Tokens
 from .attention import FarKeys, NearKeys, prefix_attention
 from .select import selected_positions
 
@@ -11,7 +11,7 @@ from .select import selected_positions
 def all_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: RaggedKeyValues | None,
+    kept: KeyValues | RaggedKeyValues | None,
     tokens: Tokens,
     window: int,
     far_bias: torch.Tensor | None = None,
@@ -46,39 +46,65 @@ def all_attention(
         num_slots = int(before[..., num_far].max())
     index, _ = selected_positions(selected[..., :num_far].transpose(1, 2), num_slots)  # [B, G, K]
     index, entry = index.long(), None
-    num_kept = 0 if kept is None else int(kept.count.max())
+    kept_key = kept_value = kept_until = None
+    num_kept = 0
+    if kept is not None:
+        kept_key, kept_value, _, run_start, run_length, kept_until, *_ = _as_runs(kept)
+        num_kept = kept.key.shape[2] if torch.compiler.is_compiling() else int(run_length.max())
     if num_kept:
-        last = kept.count.flatten().cumsum(0).view_as(kept.count)[..., None]  # [B, G, 1], where a group's entries end
-        entry = (last - num_kept + torch.arange(num_kept, device=device)).clamp(min=0)  # [B, G, S - K]
-        start, end = num_kept - kept.count[..., None], num_kept + end
-    kept_key, kept_value = (None, None) if kept is None else (kept.key, kept.value)
+        num_empty = num_kept - run_length[..., None]  # [B, G, 1]
+        kept_slot = torch.arange(num_kept, device=device) - num_empty
+        entry = torch.where(kept_slot >= 0, run_start[..., None] + kept_slot, 0)  # [B, G, S - K]
+        start, end = num_empty, num_kept + end
 
+    bias = until = None
+    if far_bias is not None:
+        bias = _far_slots(None, entry, far_bias, index, empty=0.0)
+    if near.until is not None or kept_until is not None:
+        near_until = torch.full_like(near.position, NEVER) if near.until is None else near.until
+        until = _far_slots(kept_until, entry, near_until, index, empty=NEVER)
     # Autocast may leave rotated queries and keys in float32: back to what values were projected in.
     far = FarKeys(
         _far_slots(kept_key, entry, near.key, index).to(dtype),
         _far_slots(kept_value, entry, near.value, index),
         start,
         end,
-        bias=None if far_bias is None else _far_slots(None, entry, far_bias, index),
+        bias,
+        until,
     )
-    return prefix_attention(
-        query.to(dtype), far, NearKeys(near.key.to(dtype), near.value, near_start, slot + 1) if window else None
-    )
+    window_keys = NearKeys(near.key.to(dtype), near.value, near_start, slot + 1) if window else None
+    return prefix_attention(query.to(dtype), far, window_keys, tokens.position[:, None])
+
+
+def _as_runs(kept: KeyValues | RaggedKeyValues) -> RaggedKeyValues:
+    """`kept` with its filled slots, which come first in each row and group, as runs of entries."""
+    if isinstance(kept, RaggedKeyValues):
+        return kept
+    batch_size, num_groups, num_slots = kept.position.shape
+    run = torch.arange(batch_size * num_groups, device=kept.key.device).view(batch_size, num_groups)
+    count = torch.full_like(run, num_slots) if kept.valid is None else kept.valid.sum(-1)
+    states = (None if x is None else x.flatten(0, 2) for x in (kept.key, kept.value, kept.position, kept.until))
+    key, value, position, until = states
+    return RaggedKeyValues(key, value, position, run * num_slots, count, until)
 
 
 def _far_slots(
-    of_kept: torch.Tensor | None, entry: torch.Tensor | None, of_near: torch.Tensor, index: torch.Tensor
+    of_kept: torch.Tensor | None,
+    entry: torch.Tensor | None,
+    of_near: torch.Tensor,
+    index: torch.Tensor,
+    empty: float = 0.0,
 ) -> torch.Tensor:
     """
-    What the far slots hold, [B, G, S, ...]: `of_kept` [., ...] (None: zeros) at `entry` [B, G, S - K], where there are
-    any, and then `of_near` [B, G, N, ...] at `index` [B, G, K].
+    What the far slots hold, [B, G, S, ...]: `of_kept` [., ...] (None: `empty`) at `entry` [B, G, S - K], where there
+    are any, and then `of_near` [B, G, N, ...] at `index` [B, G, K].
     """
     channels = of_near.shape[3:]
     states = of_near.gather(2, index.view(index.shape + (1,) * len(channels)).expand(index.shape + channels))
     if entry is None:
         return states
     if of_kept is None:
-        first = states.new_zeros(entry.shape + channels)
+        first = states.new_full(entry.shape + channels, empty)
     else:
         first = of_kept.index_select(0, entry.flatten()).view(entry.shape + channels)
     return torch.cat((first, states), dim=2)

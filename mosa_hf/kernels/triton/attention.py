@@ -16,6 +16,7 @@ import triton.language as tl
 
 from .builds import KernelBuild
 
+INT32_MAX = torch.iinfo(torch.int32).max
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(
     -1e30
@@ -102,7 +103,7 @@ def prefix_attention(
         per_query(far.start),
         per_query(far.end),
         None if far.bias is None else far.bias.float().contiguous(),
-        None if far.until is None else far.until.to(torch.int32).contiguous(),
+        None if far.until is None else far.until.clamp(max=INT32_MAX).to(torch.int32).contiguous(),
         None if near_key is None else near_key.contiguous(),
         None if near_value is None else near_value.contiguous(),
         per_query(near_start),
@@ -129,7 +130,7 @@ QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32,
 # Here sums are slots x d, and there are two of them.
 KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
 # Exact float32 products run outside the tensor cores, with both factors in registers.
-FLOAT32 = {64: Tile(32, 32, 4, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 8, 1)}
+FLOAT32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2)}
 
 
 def _tile(table: dict[int, Tile], query: torch.Tensor) -> Tile:

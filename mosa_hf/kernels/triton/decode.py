@@ -16,7 +16,7 @@ from .builds import KernelBuild
 
 BLOCK_SLOTS = 32  # keys scored at once; with NUM_STAGES of them in flight no head size spills registers
 NUM_STAGES = 3
-BLOCK_SCORES = 1024  # router logits compared at once when an entry has to be given up
+BLOCK_SCORES = 512  # router logits compared at once when an entry has to be given up
 PROGRAMS = 256  # about two a multiprocessor: enough to draw the full memory bandwidth
 MAX_SPLITS = 64  # combined by one program, which holds their outputs in registers
 
@@ -62,22 +62,27 @@ def decode_all(
 
 
 @triton.jit
-def _lowest(score, position, num_slots, newest, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+def _lowest(
+    score, position, num_slots, new_slot, new_score, new_position, WINDOW: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """
-    Of the selected tokens in `num_slots` slots: the lowest score, the slot that has it (of several the latest
-    position), and how many there are. Positions come from memory, or for a ring from that of its `newest` token.
+    Of the selected tokens in slots 0 .. num_slots - 1, and of a new one in `new_slot`, whatever memory says of that:
+    the lowest score, the slot that has it (of several the latest position; -1: none is selected), and how many there
+    are. Positions come from memory; those of a ring (None) follow from its newest token.
     """
     best_score = tl.full([BLOCK], float("inf"), tl.float32)
     best_position = tl.full([BLOCK], -1, tl.int32)
     best_slot = tl.full([BLOCK], -1, tl.int32)
     num_selected = tl.zeros([BLOCK], tl.int32)
-    for block in range(0, num_slots, BLOCK):
+    for block in range(0, tl.maximum(num_slots, new_slot + 1), BLOCK):
         slot = block + tl.arange(0, BLOCK)
         slot_score = tl.load(score + slot, mask=slot < num_slots, other=float("-inf"))
+        slot_score = tl.where(slot == new_slot, new_score, slot_score)
         if position is None:
-            slot_position = newest - (newest - slot + WINDOW) % WINDOW
+            slot_position = new_position - (new_slot - slot + WINDOW) % WINDOW
         else:
             slot_position = tl.load(position + slot, mask=slot < num_slots, other=0)
+            slot_position = tl.where(slot == new_slot, new_position, slot_position)
         selected = slot_score > float("-inf")
         lower = (slot_score < best_score) | ((slot_score == best_score) & (slot_position > best_position))
         lower = lower & selected
@@ -112,65 +117,72 @@ def decode_take_in(
     num_groups, capacity, budget,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SCORES: tl.constexpr,
 ):  # fmt: skip
-    """A program takes the token of one row and group into the cache."""
+    """
+    A program takes the token of one row and group into the cache. It is a single warp, and reads nothing that it has
+    written: threads would otherwise have to wait for each other.
+    """
     group = tl.program_id(0).to(tl.int64)  # among those of all rows
     is_real = True if valid is None else tl.load(valid + group // num_groups)
     if is_real:
         kept, ring = group * capacity, group * WINDOW
         token = tl.load(num_tokens + group // num_groups).to(tl.int32)  # its position
         token_score = tl.load(score + group)
+        is_selected = token_score > float("-inf")
         num_kept = tl.load(count + group)
 
+        # What enters the kept entries, if it is selected: the token that leaves the ring; without a ring, the new one.
         if WINDOW > 0:
-            # The slot's previous token leaves the window: it is kept if it is still selected.
-            slot = ring + token % WINDOW
-            leaving_score = tl.load(ring_score + slot)
-            if leaving_score > float("-inf"):
-                _copy(kept_key, kept + num_kept, ring_key, slot, HEAD_DIM, BLOCK_DIM)
-                _copy(kept_value, kept + num_kept, ring_value, slot, HEAD_DIM, BLOCK_DIM)
-                tl.store(kept_position + kept + num_kept, token - WINDOW)
-                tl.store(kept_score + kept + num_kept, leaving_score)
-                num_kept += 1
-            tl.debug_barrier()  # every thread has read the slot
-            _copy(ring_key, slot, key, group, HEAD_DIM, BLOCK_DIM)
-            _copy(ring_value, slot, value, group, HEAD_DIM, BLOCK_DIM)
-            tl.store(ring_score + slot, token_score)
-            if token_score > float("-inf"):
-                tl.debug_barrier()  # every thread sees what was written
+            ring_slot = token % WINDOW
+            entering_score = tl.load(ring_score + ring + ring_slot)
+        else:
+            entering_score = token_score
+        entering_position = token - WINDOW
+        enters = entering_score > float("-inf")
+        place = num_kept
+        end = num_kept + enters.to(tl.int32)
+
+        if is_selected:  # others add nothing to the budget
+            if WINDOW > 0:
                 in_ring, in_ring_slot, num_in_ring = _lowest(
-                    ring_score + ring, None, WINDOW, token, WINDOW, BLOCK_SCORES
+                    ring_score + ring, None, WINDOW, ring_slot, token_score, token, WINDOW, BLOCK_SCORES
                 )
-                if num_kept + num_in_ring > budget:
-                    in_kept, in_kept_slot, _ = _lowest(
-                        kept_score + kept, kept_position + kept, num_kept, token, WINDOW, BLOCK_SCORES
-                    )
-                    if in_ring <= in_kept:  # tokens of the ring are later than kept ones
-                        tl.store(ring_score + ring + in_ring_slot, float("-inf"))
-                    else:
-                        num_kept -= 1  # the last entry takes the place of the one that goes
-                        _copy(kept_key, kept + in_kept_slot, kept_key, kept + num_kept, HEAD_DIM, BLOCK_DIM)
-                        _copy(kept_value, kept + in_kept_slot, kept_value, kept + num_kept, HEAD_DIM, BLOCK_DIM)
-                        tl.store(kept_position + kept + in_kept_slot, tl.load(kept_position + kept + num_kept))
-                        tl.store(kept_score + kept + in_kept_slot, tl.load(kept_score + kept + num_kept))
-                    tl.store(num_evicted + group, tl.load(num_evicted + group) + 1)
-            tl.store(count + group, num_kept)
-        elif token_score > float("-inf"):
-            # No ring: the token goes to the kept entries at once, or into the place of one that it outscores.
-            slot = num_kept
-            is_kept = True
-            if num_kept == budget:
-                in_kept, slot, _ = _lowest(
-                    kept_score + kept, kept_position + kept, num_kept, token, WINDOW, BLOCK_SCORES
-                )
-                is_kept = in_kept < token_score
-                tl.store(num_evicted + group, tl.load(num_evicted + group) + 1)
             else:
-                tl.store(count + group, num_kept + 1)
-            if is_kept:
-                _copy(kept_key, kept + slot, key, group, HEAD_DIM, BLOCK_DIM)
-                _copy(kept_value, kept + slot, value, group, HEAD_DIM, BLOCK_DIM)
-                tl.store(kept_position + kept + slot, token)
-                tl.store(kept_score + kept + slot, token_score)
+                num_in_ring = 0
+            if end + num_in_ring > budget:
+                tl.store(num_evicted + group, tl.load(num_evicted + group) + 1)
+                in_kept, in_kept_slot, _ = _lowest(
+                    kept_score + kept, kept_position + kept, num_kept,
+                    num_kept, entering_score, entering_position, WINDOW, BLOCK_SCORES,
+                )  # fmt: skip
+                from_ring = False
+                if WINDOW > 0:
+                    from_ring = in_ring <= in_kept  # tokens of the ring are later than kept ones
+                    if from_ring:
+                        tl.store(ring_score + ring + in_ring_slot, float("-inf"))
+                        token_score = tl.where(in_ring_slot == ring_slot, float("-inf"), token_score)
+                if not from_ring:
+                    place = in_kept_slot
+                    end -= 1
+                    if not enters:  # the last entry takes the place of the one that goes
+                        _copy(kept_key, kept + place, kept_key, kept + end, HEAD_DIM, BLOCK_DIM)
+                        _copy(kept_value, kept + place, kept_value, kept + end, HEAD_DIM, BLOCK_DIM)
+                        tl.store(kept_position + kept + place, tl.load(kept_position + kept + end))
+                        tl.store(kept_score + kept + place, tl.load(kept_score + kept + end))
+
+        if enters & (place < end):  # else it is itself the one that goes
+            if WINDOW > 0:
+                _copy(kept_key, kept + place, ring_key, ring + ring_slot, HEAD_DIM, BLOCK_DIM)
+                _copy(kept_value, kept + place, ring_value, ring + ring_slot, HEAD_DIM, BLOCK_DIM)
+            else:
+                _copy(kept_key, kept + place, key, group, HEAD_DIM, BLOCK_DIM)
+                _copy(kept_value, kept + place, value, group, HEAD_DIM, BLOCK_DIM)
+            tl.store(kept_position + kept + place, entering_position)
+            tl.store(kept_score + kept + place, entering_score)
+        tl.store(count + group, end)
+        if WINDOW > 0:
+            _copy(ring_key, ring + ring_slot, key, group, HEAD_DIM, BLOCK_DIM)
+            _copy(ring_value, ring + ring_slot, value, group, HEAD_DIM, BLOCK_DIM)
+            tl.store(ring_score + ring + ring_slot, token_score)
 
 
 @triton.jit
@@ -300,7 +312,7 @@ def _decode(
         decode_take_in[(num_programs,)](
             key, value, score, valid, kept_key, kept_value, kept_position, kept_score, count, num_evicted,
             ring_key, ring_value, ring_score, num_tokens, num_groups, capacity, budget,
-            WINDOW=window, BLOCK_SCORES=BLOCK_SCORES, **dims, num_warps=4,
+            WINDOW=window, BLOCK_SCORES=BLOCK_SCORES, **dims, num_warps=1,
         )  # fmt: skip
         decode_attend[(num_splits, num_programs)](
             query, valid, kept_key, kept_value, count, ring_key, ring_value, num_tokens, split_output, split_lse,
@@ -322,7 +334,7 @@ def _(query, *others):
 
 
 def production_builds() -> list[KernelBuild]:
-    """bfloat16, 2048 entries and a window of 64, four query heads a group, padding present."""
+    """bfloat16, four query heads a group, padding present, with a window and without."""
     names = {
         "*bf16": "query key value kept_key kept_value ring_key ring_value",
         "*fp32": "score kept_score ring_score lse split_output split_lse",
@@ -333,21 +345,25 @@ def production_builds() -> list[KernelBuild]:
     }
     types = {name: kind for kind, group in names.items() for name in group.split()}
     builds = []
-    for head_dim in (64, 128, 256):
+    for head_dim, window in ((64, 64), (128, 64), (256, 64), (64, 0)):
         constants = {
-            "SCALE": head_dim**-0.5, "WINDOW": 64, "HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_DIM": head_dim,
+            "SCALE": head_dim**-0.5, "WINDOW": window, "HEADS": 4, "HEAD_DIM": head_dim, "BLOCK_DIM": head_dim,
             "NUM_SPLITS": 32, "BLOCK_SPLITS": 32, "BLOCK_ROWS": 16, "BLOCK_SLOTS": BLOCK_SLOTS,
             "BLOCK_SCORES": BLOCK_SCORES,
         }  # fmt: skip
-        for function, output in ((decode_take_in, None), (decode_attend, "*fp32"), (decode_combine, "*bf16")):
+        for function, output, num_warps in (
+            (decode_take_in, None, 1),
+            (decode_attend, "*fp32", 4),
+            (decode_combine, "*bf16", 4),
+        ):
             signature = {**types, "output": output}
             builds.append(
                 KernelBuild(
-                    f"{function.__name__} d={head_dim} R=4",
+                    f"{function.__name__} d={head_dim} R=4 window={window}",
                     function,
                     {name: signature[name] for name in function.arg_names if name in signature},
                     {name: value for name, value in constants.items() if name in function.arg_names},
-                    num_warps=4,
+                    num_warps=num_warps,
                     num_stages=NUM_STAGES,
                 )
             )
