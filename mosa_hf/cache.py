@@ -711,6 +711,16 @@ def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
     return None
 
 
+def num_overflowed(cache: Cache) -> int:
+    """How many selected tokens a static cache had no room for, over all layers, rows and groups."""
+    stores = [layer.sparse for layer in cache.layers if isinstance(layer, SparseLayer)]
+    return sum(
+        int(store.state.num_evicted.sum())
+        for store in stores
+        if isinstance(store, FixedSparseKeyValues) and store.overflows and store.state is not None
+    )
+
+
 def cache_bytes(past_key_values: Cache) -> dict[str, int]:
     """
     Bytes that a cache holds, summed over its live tensors.

@@ -88,7 +88,7 @@ def select_by_expert_choice(
     # the rate over all of them. A forced token has no logit to learn from.
     free = score.flatten(0, 1).masked_fill((score == torch.inf).flatten(0, 1), -torch.inf)
     num_free = chosen[..., 0].sum() - (0 if first is None else first.sum())
-    last = free.sort(dim=0, descending=True).values[(num_free - 1).clamp(min=0)]
+    last = free.sort(dim=0, descending=True).values.index_select(0, (num_free - 1).clamp(min=0).view(1))[0]
     return selected, torch.where(num_free > 0, last, torch.nan)
 
 
@@ -153,9 +153,9 @@ def evicted_at(
         higher = higher & is_selected[..., None, :]
         if segment is not None:
             higher = higher & (segment[..., None, :] == segment[..., block, None])
-        full = higher.cumsum(-1, dtype=torch.int32) >= budget  # [B, G, J, K]
-        first = position.gather(-1, full.to(torch.int8).argmax(-1))
-        until.append(torch.where(full[..., -1], first.maximum(position[..., block]), NEVER))
+        num_before = (higher.cumsum(-1, dtype=torch.int32) < budget).sum(-1)  # [B, G, J]
+        first = position.gather(-1, num_before.clamp(max=num_slots - 1))
+        until.append(torch.where(num_before < num_slots, first.maximum(position[..., block]), NEVER))
     return order.new_full(selected.shape, NEVER).scatter(-1, order, torch.cat(until, dim=-1))
 
 

@@ -1,12 +1,14 @@
 """The one MoSA module that every model uses: routers and heads of one layer, over the active kernels backend."""
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..cache import FixedSparseKeyValues, SparseKeyValues, SparseSpec
-from ..kernels import backend, reference
+from ..kernels import backend, compiled, reference
 from ..kernels.layout import HeadWeights, KeyValues, Tokens, rotate
 from ..routing import RoutingState, evicted_at, select_by_expert_choice, select_by_threshold
 
@@ -215,7 +217,7 @@ class MosaHeads(nn.Module):
             self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.q_bias, self.k_bias, self.v_bias
         )
         if cache is None:
-            return backend().selected_heads(hidden_states, weights, tokens)[0]
+            return self._kernels(cache).selected_heads(hidden_states, weights, tokens)[0]
         if isinstance(cache, FixedSparseKeyValues):
             return self._selected_fixed(hidden_states, weights, tokens, cache)
         groups = None
@@ -256,9 +258,7 @@ class MosaHeads(nn.Module):
             )
             return output[:, None]
         past, tokens = cache.read_selected(tokens)
-        # Compiled, every shape has to be known: the specification's are.
-        kernels = reference if torch.compiler.is_compiling() else backend()
-        output, new = kernels.selected_heads(hidden_states, weights, tokens, past)
+        output, new = self._kernels(cache).selected_heads(hidden_states, weights, tokens, past)
         cache.append_selected(past, new, hidden_states.shape[1])
         return output
 
@@ -320,14 +320,18 @@ class MosaHeads(nn.Module):
         if tokens.gate is not None:
             # Keys cached by earlier calls are read without a bias: no gradient could reach their routers.
             far_bias = F.pad(tokens.gate.transpose(1, 2), (near.key.shape[2] - key.shape[2], 0))
-        is_fixed = isinstance(cache, FixedSparseKeyValues)
-        # Compiled, every shape has to be known: the specification's are.
-        kernels = reference if is_fixed and torch.compiler.is_compiling() else backend()
-        heads = kernels.all_attention(query, near, kept, tokens, self.window, far_bias)  # [B, G, R, T, d]
+        heads = self._kernels(cache).all_attention(query, near, kept, tokens, self.window, far_bias)  # [B, G, R, T, d]
         if far_bias is not None:
             # A call no longer than the window reads no far key: keep the router in the graph, as DDP needs.
             heads = heads + 0.0 * far_bias.sum()
         return heads
+
+    def _kernels(self, cache: SparseKeyValues | FixedSparseKeyValues | None) -> ModuleType:
+        """Where `selected_heads` and `all_attention` come from."""
+        if torch.compiler.is_compiling() and not isinstance(cache, SparseKeyValues):
+            # Every shape has to be known. With a cache, the specification's are.
+            return compiled if cache is None else reference
+        return backend()
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""

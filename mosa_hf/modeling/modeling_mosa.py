@@ -26,16 +26,18 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..cache import is_upgraded, num_cached_tokens, upgrade_cache
+from ..cache import is_upgraded, num_cached_tokens, num_overflowed, upgrade_cache
 from ..routing import RoutingState, select_by_expert_choice, valid_tokens
 from ..safetensors_files import tensor_shapes
 from .configuration_mosa import MosaConfig
 from .heads import MosaHeads, MosaRouter
 from .thresholds import mosa_routers
+
+logger = logging.get_logger(__name__)
 
 
 def mosa_attention_forward(module: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, None]:
@@ -206,6 +208,11 @@ class MosaModel(MosaPreTrainedModel):
         past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
         if isinstance(past_seen_tokens, torch.Tensor):
             past_seen_tokens = past_seen_tokens.clone()
+        if is_static and not torch.compiler.is_compiling() and inputs_embeds.device.type == "cpu":
+            # Elsewhere it costs a synchronisation to look, and upstream's own write fails.
+            needed, room = int(past_seen_tokens) + inputs_embeds.shape[1], past_key_values.get_max_length()
+            if needed > room and not all(past_key_values.is_sliding):
+                raise ValueError(f"The static cache has room for {room} tokens, not {needed}: raise `max_cache_len`.")
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
             position_ids = position_ids.unsqueeze(0)
@@ -271,6 +278,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
     """`MosaModel` with a language-modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _generation_cache: Cache | None = None  # of the `generate` call that goes on
 
     def __init__(self, config: MosaConfig):
         super().__init__(config)
@@ -378,7 +386,18 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
                     "selects depends on tokens that are not generated yet. Call `model.eval()` and load the model "
                     "with `mosa_inference_routing='threshold'` (thresholds: `mosa_hf.calibrate_thresholds`)."
                 )
-        return super().generate(*args, **kwargs)
+        try:
+            output = super().generate(*args, **kwargs)
+            if self._generation_cache is not None and (overflow := num_overflowed(self._generation_cache)):
+                logger.warning(
+                    f"The static cache had no room for {overflow} selected tokens (over all layers, rows and groups) "
+                    "and gave up those with the lowest logits, so the result may differ from that of a dynamic cache. "
+                    "Raise `max_cache_len`, use a dynamic cache, or make the limit the model's own with "
+                    "`mosa_cache_budget`."
+                )
+        finally:
+            self._generation_cache = None
+        return output
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -394,6 +413,7 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
                 f"The static cache has room for {cache.get_max_length()} tokens, but this call may need "
                 f"{max_cache_length}: raise `max_cache_len`, or lower `max_new_tokens`."
             )
+        self._generation_cache = cache
         # Before assisted generation asks the cache to record what it may have to roll back.
         self.model.upgrade_cache(cache, max_cache_length)
         if generation_config.is_assistant:

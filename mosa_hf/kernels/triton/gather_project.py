@@ -11,22 +11,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import (
-    BLOCK_HIDDEN,
-    BLOCK_SLOTS,
-    SCATTER_WARPS,
-    add_to_tokens,
-    group_slots,
-    head_block,
-    load_head,
-    num_warps,
-    sum_by_token,
-)
-
-
-def half_block(head_dim: int) -> int:
-    """Pairs of channels in a tile."""
-    return max(16, triton.next_power_of_2(head_dim // 2))
+from .slots import add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -45,9 +30,8 @@ def channel_pairs(pair, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
 
 
 @triton.jit
-def pair_angles(angle_ptr, token, filled, neutral, ROTARY_DIM: tl.constexpr, BLOCK_HALF: tl.constexpr):
-    """`cos` or `sin` of the tokens for the first and the second channels of the pairs, each [BLOCK, BLOCK_HALF]."""
-    pair = tl.arange(0, BLOCK_HALF)
+def pair_angles(angle_ptr, token, filled, pair, neutral, ROTARY_DIM: tl.constexpr):
+    """`cos` or `sin` of the tokens for the first and the second channels of the pairs, each [BLOCK, pairs]."""
     place = token[:, None] * ROTARY_DIM + pair[None, :]
     rotated = filled[:, None] & (pair < ROTARY_DIM // 2)[None, :]
     first = tl.load(angle_ptr + place, mask=rotated, other=neutral).to(tl.float32)
@@ -72,18 +56,21 @@ def _gather_project(
     hidden_size,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
+    NUM_PAIR_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    head, group = tl.program_id(1) // NUM_PAIR_BLOCKS, tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PAIR_BLOCKS
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
-    first, second, in_head = channel_pairs(tl.arange(0, BLOCK_HALF), HEAD_DIM, ROTARY_DIM)
+    pair = tl.program_id(1) % NUM_PAIR_BLOCKS * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    first, second, in_head = channel_pairs(pair, HEAD_DIM, ROTARY_DIM)
     weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
-    output_1 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
-    output_2 = tl.zeros([BLOCK_K, BLOCK_HALF], tl.float32)
+    output_1 = tl.zeros([BLOCK_K, BLOCK_PAIRS], tl.float32)
+    output_2 = tl.zeros([BLOCK_K, BLOCK_PAIRS], tl.float32)
 
     if tl.max(filled.to(tl.int32), 0) > 0:
         for start in range(0, hidden_size, BLOCK_D):
@@ -96,7 +83,7 @@ def _gather_project(
             )  # [BLOCK_K, BLOCK_D]
             weight = weight_ptr + weight_row * hidden_size + column[:, None]
             mask = inside[:, None] & in_head[None, :]
-            weight_1 = tl.load(weight + first[None, :] * hidden_size, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_HALF]
+            weight_1 = tl.load(weight + first[None, :] * hidden_size, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_PAIRS]
             weight_2 = tl.load(weight + second[None, :] * hidden_size, mask=mask, other=0.0)
             output_1 = tl.dot(states, weight_1, output_1, input_precision="ieee")
             output_2 = tl.dot(states, weight_2, output_2, input_precision="ieee")
@@ -104,8 +91,8 @@ def _gather_project(
             output_1 += tl.load(bias_ptr + weight_row + first, mask=in_head, other=0.0).to(tl.float32)[None, :]
             output_2 += tl.load(bias_ptr + weight_row + second, mask=in_head, other=0.0).to(tl.float32)[None, :]
         if ROTARY_DIM > 0:
-            cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
-            sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
+            cos_1, cos_2 = pair_angles(cos_ptr, token, filled, pair, 1.0, ROTARY_DIM)
+            sin_1, sin_2 = pair_angles(sin_ptr, token, filled, pair, 0.0, ROTARY_DIM)
             output_1, output_2 = output_1 * cos_1 - output_2 * sin_1, output_2 * cos_2 + output_1 * sin_2
         output_1 = tl.where(filled[:, None], output_1, 0.0)  # the bias
         output_2 = tl.where(filled[:, None], output_2, 0.0)
@@ -131,20 +118,23 @@ def _unrotate(
     num_slots,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
+    NUM_PAIR_BLOCKS: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
 ):
-    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    head, group = tl.program_id(1) // NUM_PAIR_BLOCKS, tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PAIR_BLOCKS
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
-    first, second, in_head = channel_pairs(tl.arange(0, BLOCK_HALF), HEAD_DIM, ROTARY_DIM)
+    pair = tl.program_id(1) % NUM_PAIR_BLOCKS * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    first, second, in_head = channel_pairs(pair, HEAD_DIM, ROTARY_DIM)
     place = (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
     mask = filled[:, None] & in_head[None, :]
     grad_1 = tl.load(grad_ptr + place + first[None, :], mask=mask, other=0.0).to(tl.float32)
     grad_2 = tl.load(grad_ptr + place + second[None, :], mask=mask, other=0.0).to(tl.float32)
-    cos_1, cos_2 = pair_angles(cos_ptr, token, filled, 1.0, ROTARY_DIM, BLOCK_HALF)
-    sin_1, sin_2 = pair_angles(sin_ptr, token, filled, 0.0, ROTARY_DIM, BLOCK_HALF)
+    cos_1, cos_2 = pair_angles(cos_ptr, token, filled, pair, 1.0, ROTARY_DIM)
+    sin_1, sin_2 = pair_angles(sin_ptr, token, filled, pair, 0.0, ROTARY_DIM)
     dtype = output_ptr.dtype.element_ty
     tl.store(output_ptr + place + first[None, :], (grad_1 * cos_1 + grad_2 * sin_2).to(dtype), mask=mask)
     tl.store(output_ptr + place + second[None, :], (grad_2 * cos_2 - grad_1 * sin_1).to(dtype), mask=mask)
@@ -153,16 +143,18 @@ def _unrotate(
 @triton.jit
 def _load_weight(
     weight_ptr,  # [G, H * d, D]
-    weight_row,
+    piece,
+    num_heads,
+    group,
     column,
     hidden_size,
     HEAD_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
 ):
-    """One head's weight for a block of hidden channels, [BLOCK_HEAD, BLOCK_D]."""
-    channel = tl.arange(0, BLOCK_HEAD)
-    mask = (channel < HEAD_DIM)[:, None] & (column < hidden_size)[None, :]
-    weight_ptr += weight_row * hidden_size
+    """Weight of a piece of a head for a block of hidden channels, [BLOCK_HEAD, BLOCK_D]."""
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
+    mask = in_head[:, None] & (column < hidden_size)[None, :]
+    weight_ptr += (group.to(tl.int64) * num_heads + head) * HEAD_DIM * hidden_size
     return tl.load(weight_ptr + channel[:, None] * hidden_size + column[None, :], mask=mask, other=0.0)
 
 
@@ -183,6 +175,7 @@ def _hidden_gradient(
     num_slots,
     hidden_size,
     num_heads,  # R
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ATOMIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -196,21 +189,24 @@ def _hidden_gradient(
     if tl.max(filled.to(tl.int32), 0) == 0:
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    group_row = group.to(tl.int64) * HEAD_DIM
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for head in range(num_heads):
-        grad = load_head(
-            query_grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+    for piece in range(num_heads * NUM_PIECES):
+        grad = load_piece(
+            query_grad_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
         )
-        query_row = group_row * num_heads + head * HEAD_DIM
-        weight = _load_weight(query_weight_ptr, query_row, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+        weight = _load_weight(query_weight_ptr, piece, num_heads, group, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
         total = tl.dot(grad, weight, total, input_precision="ieee")
-    grad = load_head(key_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD)
-    weight = _load_weight(key_weight_ptr, group_row, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
-    total = tl.dot(grad, weight, total, input_precision="ieee")
-    grad = load_head(value_grad_ptr, 0, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD)
-    weight = _load_weight(value_weight_ptr, group_row, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
-    total = tl.dot(grad, weight, total, input_precision="ieee")
+    for piece in range(NUM_PIECES):
+        grad = load_piece(
+            key_grad_ptr, piece, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+        )
+        weight = _load_weight(key_weight_ptr, piece, 1, group, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+        total = tl.dot(grad, weight, total, input_precision="ieee")
+        grad = load_piece(
+            value_grad_ptr, piece, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+        )
+        weight = _load_weight(value_weight_ptr, piece, 1, group, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+        total = tl.dot(grad, weight, total, input_precision="ieee")
     add_to_tokens(
         output_ptr, total, column, hidden_size, group, num_groups, row, slot, num_slots, token, filled, ATOMIC
     )
@@ -229,12 +225,14 @@ def _weight_gradient(
     num_groups,
     num_slots,
     hidden_size,
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    piece, group = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PIECES
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size
     total = tl.zeros([BLOCK_HEAD, BLOCK_D], tl.float32)
@@ -244,8 +242,8 @@ def _weight_gradient(
             block, group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
         )
         if tl.max(filled.to(tl.int32), 0) > 0:
-            grad = load_head(
-                grad_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            grad = load_piece(
+                grad_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
             states = tl.load(
                 hidden_ptr + token[:, None] * hidden_size + column[None, :],
@@ -255,8 +253,7 @@ def _weight_gradient(
             total = tl.dot(tl.trans(grad), states, total, input_precision="ieee")
             bias += tl.sum(grad.to(tl.float32), 0)
 
-    channel = tl.arange(0, BLOCK_HEAD)
-    in_head = channel < HEAD_DIM
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
     weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
     dtype = weight_grad_ptr.dtype.element_ty
     weight_grad_ptr += weight_row * hidden_size
@@ -299,6 +296,7 @@ def gather_project(
     batch_size, num_tokens, hidden_size = hidden_states.shape
     num_groups, head_dim, _ = key_weight.shape
     num_slots = index.shape[2]
+    tile = tiles(head_dim, hidden_states.dtype)
     hidden_states, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
     outputs = []
     for weight, bias, rotary_dim in (
@@ -308,7 +306,8 @@ def gather_project(
     ):
         num_heads = weight.shape[1] // head_dim
         output = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
-        grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), num_heads, num_groups)
+        blocks = triton.cdiv(batch_size * num_slots, tile.slots)
+        grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
         with torch.cuda.device_of(hidden_states):
             _gather_project[grid](
                 hidden_states,
@@ -326,11 +325,12 @@ def gather_project(
                 hidden_size,
                 HEAD_DIM=head_dim,
                 ROTARY_DIM=rotary_dim,
-                BLOCK_K=BLOCK_SLOTS,
-                BLOCK_HALF=half_block(head_dim),
-                BLOCK_D=BLOCK_HIDDEN,
-                num_warps=num_warps(head_dim),
-                num_stages=3,
+                NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
+                BLOCK_K=tile.slots,
+                BLOCK_PAIRS=tile.pairs,
+                BLOCK_D=tile.hidden,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
             )
         outputs.append(output)
     query, key, value = outputs
@@ -362,8 +362,10 @@ def unrotate(
     registers that tiles need.
     """
     batch_size, num_groups, num_heads, num_slots, head_dim = grad.shape
+    tile = tiles(head_dim, grad.dtype)
     output = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), num_heads, num_groups)
+    blocks = triton.cdiv(batch_size * num_slots, tile.slots)
+    grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
     with torch.cuda.device_of(grad):
         _unrotate[grid](
             grad.contiguous(),
@@ -378,8 +380,9 @@ def unrotate(
             num_slots,
             HEAD_DIM=head_dim,
             ROTARY_DIM=cos.shape[-1],
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HALF=half_block(head_dim),
+            NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
+            BLOCK_K=tile.slots,
+            BLOCK_PAIRS=tile.pairs,
             num_warps=8,
         )
     return output
@@ -408,13 +411,14 @@ def hidden_gradient(
     additions in float32, or, under `torch.use_deterministic_algorithms`, in a fixed order.
     """
     batch_size, num_groups, num_heads, num_slots, head_dim = query_grad.shape
+    tile = tiles(head_dim, query_grad.dtype)
     hidden_size = key_weight.shape[2]
     atomic = not torch.are_deterministic_algorithms_enabled()
     if atomic:
         output = key_grad.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
     else:
         output = key_grad.new_empty(batch_size, num_groups, num_slots, hidden_size, dtype=torch.float32)
-    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), triton.cdiv(hidden_size, BLOCK_HIDDEN), num_groups)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
     with torch.cuda.device_of(key_grad):
         _hidden_gradient[grid](
             query_grad.contiguous(),
@@ -432,12 +436,13 @@ def hidden_gradient(
             num_slots,
             hidden_size,
             num_heads,
+            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
             HEAD_DIM=head_dim,
             ATOMIC=atomic,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=SCATTER_WARPS,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.inner,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.scatter_warps,
             num_stages=2,
         )
         if not atomic:
@@ -460,9 +465,10 @@ def weight_gradient(
     """
     batch_size, num_tokens, hidden_size = hidden_states.shape
     _, num_groups, num_heads, num_slots, head_dim = grad.shape
+    tile = tiles(head_dim, grad.dtype)
     weight_grad = grad.new_empty(num_groups, num_heads * head_dim, hidden_size)
     bias_grad = grad.new_empty(num_groups, num_heads * head_dim)
-    grid = (triton.cdiv(hidden_size, BLOCK_HIDDEN), num_heads, num_groups)
+    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
     with torch.cuda.device_of(grad):
         _weight_gradient[grid](
             hidden_states.contiguous(),
@@ -476,11 +482,12 @@ def weight_gradient(
             num_groups,
             num_slots,
             hidden_size,
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
             HEAD_DIM=head_dim,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
             num_stages=2,
         )
     return weight_grad, bias_grad
@@ -535,23 +542,23 @@ def production_builds() -> list[KernelBuild]:
 
     builds = []
     for head_dim in (64, 128):
-        rotation = {"HEAD_DIM": head_dim, "ROTARY_DIM": head_dim, "BLOCK_HALF": half_block(head_dim)}
-        rotation["BLOCK_K"] = BLOCK_SLOTS
-        tiles = {"HEAD_DIM": head_dim, "BLOCK_HEAD": head_block(head_dim)}
-        tiles |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
+        tile = tiles(head_dim, torch.bfloat16)
+        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots}
+        rotation = {"ROTARY_DIM": head_dim, "BLOCK_PAIRS": tile.pairs, "NUM_PAIR_BLOCKS": 1} | blocks
+        blocks["BLOCK_D"] = tile.hidden
+        projection = {"bias_ptr": None, "BLOCK_D": tile.hidden} | rotation
+        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
+        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
         forward = tensors("hidden", "weight", "cos", "sin", "output") | slots | hidden_size
         unrotated = tensors("grad", "cos", "sin", "output") | slots
         hidden = tensors("query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
         hidden |= slots | hidden_size | {"output_ptr": "*fp32", "num_heads": "i32"}
         weight = tensors("hidden", "grad", "weight_grad", "bias_grad") | slots | hidden_size
-        projection = {**rotation, "BLOCK_D": BLOCK_HIDDEN, "bias_ptr": None}
-        name, warps = f"gather_project d={head_dim}", num_warps(head_dim)
+        name, warps = f"gather_project d={head_dim}", tile.num_warps
         builds += [
-            KernelBuild(name, _gather_project, forward, projection, warps, 3),
+            KernelBuild(name, _gather_project, forward, projection, warps, tile.num_stages),
             KernelBuild(f"{name} unrotate", _unrotate, unrotated, rotation, 8, 3),
-            KernelBuild(
-                f"{name} hidden gradient", _hidden_gradient, hidden, {**tiles, "ATOMIC": True}, SCATTER_WARPS, 2
-            ),
-            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, tiles, warps, 2),
+            KernelBuild(f"{name} hidden gradient", _hidden_gradient, hidden, inner, tile.scatter_warps, 2),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
         ]
     return builds

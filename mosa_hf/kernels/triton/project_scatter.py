@@ -10,17 +10,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import (
-    BLOCK_HIDDEN,
-    BLOCK_SLOTS,
-    SCATTER_WARPS,
-    add_to_tokens,
-    group_slots,
-    head_block,
-    load_head,
-    num_warps,
-    sum_by_token,
-)
+from .slots import add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -37,6 +27,7 @@ def _project_scatter(
     num_slots,
     hidden_size,
     num_heads,  # R
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ATOMIC: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,16 +42,16 @@ def _project_scatter(
         return
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size
-    channel = tl.arange(0, BLOCK_HEAD)
     weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for head in range(num_heads):
-        heads = load_head(
-            heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+    for piece in range(num_heads * NUM_PIECES):
+        heads = load_piece(
+            heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
         )
+        head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
         weight = tl.load(
             weight_ptr + column[None, :] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[:, None],
-            mask=(channel < HEAD_DIM)[:, None] & inside[None, :],
+            mask=in_head[:, None] & inside[None, :],
             other=0.0,
         )  # [BLOCK_HEAD, BLOCK_D]
         total = tl.dot(heads, weight, total, input_precision="ieee")
@@ -88,6 +79,7 @@ def _heads_gradient(
     num_slots,
     hidden_size,
     num_heads,  # R
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
@@ -98,13 +90,12 @@ def _heads_gradient(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
     has_any = tl.max(filled.to(tl.int32), 0) > 0
-    channel = tl.arange(0, BLOCK_HEAD)
-    in_head = channel < HEAD_DIM
     place = (row * num_groups + group) * num_slots + slot
     gate = tl.load(gate_ptr + place, mask=filled, other=0.0)
     gate_grad = tl.zeros([BLOCK_K], tl.float32)
     weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
-    for head in range(num_heads):
+    for piece in range(num_heads * NUM_PIECES):
+        head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
         total = tl.zeros([BLOCK_K, BLOCK_HEAD], tl.float32)
         if has_any:
             for start in range(0, hidden_size, BLOCK_D):
@@ -121,8 +112,8 @@ def _heads_gradient(
                     other=0.0,
                 )  # [BLOCK_D, BLOCK_HEAD]
                 total = tl.dot(grad, weight, total, input_precision="ieee")
-            heads = load_head(
-                heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            heads = load_piece(
+                heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
             gate_grad += tl.sum(total * heads.to(tl.float32), 1)
             total *= gate[:, None]
@@ -148,12 +139,14 @@ def _weight_gradient(
     num_groups,
     num_slots,
     hidden_size,
+    NUM_PIECES: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    head, num_heads, group = tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    piece, group = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PIECES
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size
     total = tl.zeros([BLOCK_D, BLOCK_HEAD], tl.float32)
@@ -167,19 +160,19 @@ def _weight_gradient(
                 mask=filled[:, None] & inside[None, :],
                 other=0.0,
             )  # [BLOCK_K, BLOCK_D]
-            heads = load_head(
-                heads_ptr, head, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            heads = load_piece(
+                heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
             gate = tl.load(gate_ptr + (row * num_groups + group) * num_slots + slot, mask=filled, other=0.0)
             gated = (heads.to(tl.float32) * gate[:, None]).to(heads.dtype)
             total = tl.dot(tl.trans(grad), gated, total, input_precision="ieee")
 
-    channel = tl.arange(0, BLOCK_HEAD)
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
     weight_grad_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
     tl.store(
         weight_grad_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
         total.to(weight_grad_ptr.dtype.element_ty),
-        mask=inside[:, None] & (channel < HEAD_DIM)[None, :],
+        mask=inside[:, None] & in_head[None, :],
     )
 
 
@@ -207,13 +200,14 @@ def project_scatter(
         `[B, T, D]` of the heads' dtype, summed in float32; zero for tokens that no group selected.
     """
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
     hidden_size = weight.shape[1]
     atomic = not torch.are_deterministic_algorithms_enabled()
     if atomic:
         output = heads.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
     else:
         output = heads.new_empty(batch_size, num_groups, num_slots, hidden_size, dtype=torch.float32)
-    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), triton.cdiv(hidden_size, BLOCK_HIDDEN), num_groups)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
     with torch.cuda.device_of(heads):
         _project_scatter[grid](
             heads.contiguous(),
@@ -228,12 +222,13 @@ def project_scatter(
             num_slots,
             hidden_size,
             num_heads,
+            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
             HEAD_DIM=head_dim,
             ATOMIC=atomic,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=SCATTER_WARPS,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.inner,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.scatter_warps,
             num_stages=2,
         )
         if not atomic:
@@ -257,10 +252,11 @@ def heads_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of heads `[B, G, R, K, d]` and gate `[B, G, K]` from `grad` [B, T, D]; 0 in empty slots."""
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
     _, num_tokens, hidden_size = grad.shape
     heads_grad = heads.new_empty(heads.shape)
     gate_grad = gate.new_empty(gate.shape)
-    grid = (triton.cdiv(batch_size * num_slots, BLOCK_SLOTS), num_groups)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), num_groups)
     with torch.cuda.device_of(heads):
         _heads_gradient[grid](
             grad.contiguous(),
@@ -277,12 +273,13 @@ def heads_gradient(
             num_slots,
             hidden_size,
             num_heads,
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
             HEAD_DIM=head_dim,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
-            num_stages=3,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
     return heads_grad, gate_grad
 
@@ -298,9 +295,10 @@ def weight_gradient(
 ) -> torch.Tensor:
     """Gradient `[G, D, R * d]` of W_O, from `grad` [B, T, D]."""
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
     _, num_tokens, hidden_size = grad.shape
     weight_grad = heads.new_empty(num_groups, hidden_size, num_heads * head_dim)
-    grid = (triton.cdiv(hidden_size, BLOCK_HIDDEN), num_heads, num_groups)
+    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
     with torch.cuda.device_of(heads):
         _weight_gradient[grid](
             grad.contiguous(),
@@ -314,11 +312,12 @@ def weight_gradient(
             num_groups,
             num_slots,
             hidden_size,
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
             HEAD_DIM=head_dim,
-            BLOCK_K=BLOCK_SLOTS,
-            BLOCK_HEAD=head_block(head_dim),
-            BLOCK_D=BLOCK_HIDDEN,
-            num_warps=num_warps(head_dim),
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
             num_stages=2,
         )
     return weight_grad
@@ -358,16 +357,18 @@ def production_builds() -> list[KernelBuild]:
 
     builds = []
     for head_dim in (64, 128):
-        blocks = {"HEAD_DIM": head_dim, "BLOCK_HEAD": head_block(head_dim)}
-        blocks |= {"BLOCK_K": BLOCK_SLOTS, "BLOCK_D": BLOCK_HIDDEN}
+        tile = tiles(head_dim, torch.bfloat16)
+        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots, "BLOCK_D": tile.hidden}
+        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
+        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
         heads = {"num_heads": "i32"} | slots
         forward = tensors("heads", "weight") | {"output_ptr": "*fp32"} | heads
         backward = tensors("grad", "heads", "weight", "heads_grad") | {"gate_grad_ptr": "*fp32"} | heads
         weight = tensors("grad", "heads", "weight_grad") | slots
-        name, warps = f"project_scatter d={head_dim}", num_warps(head_dim)
+        name, warps = f"project_scatter d={head_dim}", tile.num_warps
         builds += [
-            KernelBuild(name, _project_scatter, forward, {**blocks, "ATOMIC": True}, SCATTER_WARPS, 2),
-            KernelBuild(f"{name} heads gradient", _heads_gradient, backward, blocks, warps, 3),
-            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, blocks, warps, 2),
+            KernelBuild(name, _project_scatter, forward, inner, tile.scatter_warps, 2),
+            KernelBuild(f"{name} heads gradient", _heads_gradient, backward, outer, warps, tile.num_stages),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
         ]
     return builds

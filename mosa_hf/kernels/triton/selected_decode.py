@@ -15,9 +15,13 @@ from .gather_project import channel_pairs
 
 BLOCK_PAIRS = 8  # pairs of channels that a program projects: few, as one row has few active groups to fill a GPU with
 BLOCK_INPUT = 256  # channels of the hidden states read at a time
-BLOCK_ENTRIES = 64  # cached entries read at a time
 BLOCK_OUTPUT = 32  # channels of the output that a program projects one group's heads into
 BLOCK_SUM = 32  # groups added up at a time
+
+
+def entry_block(head_dim: int) -> int:
+    """Cached entries read at a time: as many as registers hold, of keys, values and output."""
+    return 64 if head_dim <= 128 else 32
 
 
 @triton.jit
@@ -48,15 +52,15 @@ def _project(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     group, row = tl.program_id(1), tl.program_id(2)
     if not is_active(score_ptr, valid_ptr, row, group, num_groups):
         return
-    blocks_per_head: tl.constexpr = (HEAD_DIM // 2 + BLOCK_HALF - 1) // BLOCK_HALF
+    blocks_per_head: tl.constexpr = (HEAD_DIM // 2 + BLOCK_PAIRS - 1) // BLOCK_PAIRS
     head = tl.program_id(0) // blocks_per_head
-    pair = tl.program_id(0) % blocks_per_head * BLOCK_HALF + tl.arange(0, BLOCK_HALF)
+    pair = tl.program_id(0) % blocks_per_head * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     first, second, in_head = channel_pairs(pair, HEAD_DIM, ROTARY_DIM)
     weight_row = group.to(tl.int64) * HEAD_DIM
     if head < HEADS:
@@ -68,8 +72,8 @@ def _project(
         weight_ptr = value_weight_ptr
     weight_ptr += weight_row * hidden_size
 
-    total_1 = tl.zeros([BLOCK_HALF, BLOCK_D], tl.float32)
-    total_2 = tl.zeros([BLOCK_HALF, BLOCK_D], tl.float32)
+    total_1 = tl.zeros([BLOCK_PAIRS, BLOCK_D], tl.float32)
+    total_2 = tl.zeros([BLOCK_PAIRS, BLOCK_D], tl.float32)
     for start in range(0, hidden_size, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         inside = column < hidden_size
@@ -382,7 +386,7 @@ def _decode_selected(
             HEADS=num_heads,
             HEAD_DIM=head_dim,
             ROTARY_DIM=cos.shape[-1],
-            BLOCK_HALF=BLOCK_PAIRS,
+            BLOCK_PAIRS=BLOCK_PAIRS,
             BLOCK_D=BLOCK_INPUT,
             num_warps=4,
         )
@@ -405,7 +409,7 @@ def _decode_selected(
             HEADS=num_heads,
             HEAD_DIM=head_dim,
             BLOCK_HEAD=triton.next_power_of_2(head_dim),
-            BLOCK_C=BLOCK_ENTRIES,
+            BLOCK_C=entry_block(head_dim),
             num_warps=8,
         )
         _project_group_output[(triton.cdiv(hidden_size, BLOCK_OUTPUT), num_groups, batch_size)](
@@ -457,8 +461,8 @@ def production_builds() -> list[KernelBuild]:
     total = {"group_output_ptr": "*fp32", "output_ptr": "*bf16"} | call
     head_dim = 128
     head = {"HEADS": 4, "HEAD_DIM": head_dim}
-    projecting = {**head, "ROTARY_DIM": head_dim, "BLOCK_HALF": BLOCK_PAIRS, "BLOCK_D": BLOCK_INPUT, **biases}
-    attending = {**head, "SCALE": head_dim**-0.5, "BLOCK_HEAD": head_dim, "BLOCK_C": BLOCK_ENTRIES}
+    projecting = {**head, "ROTARY_DIM": head_dim, "BLOCK_PAIRS": BLOCK_PAIRS, "BLOCK_D": BLOCK_INPUT, **biases}
+    attending = {**head, "SCALE": head_dim**-0.5, "BLOCK_HEAD": head_dim, "BLOCK_C": entry_block(head_dim)}
     projecting_back = {"QUERY_DIM": 4 * head_dim, "BLOCK_Q": 128, "BLOCK_D": BLOCK_OUTPUT}
     summing = {"BLOCK_G": BLOCK_SUM, "BLOCK_D": 128}
     name = f"decode_selected d={head_dim}"

@@ -5,26 +5,38 @@ k < `count[b, g]`, else it is empty. A group's slots of all rows of the batch ar
 list of B * K: with a high sparsity a single row has too few of them to fill a block.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .builds import KernelBuild
 
-BLOCK_SLOTS = 64  # rows of a matmul tile: fills tensor cores, and groups with few tokens waste little of it
-BLOCK_HIDDEN = 64  # channels of hidden states, or of their gradient, at a time
 
-SCATTER_WARPS = 8  # the addresses of atomic additions take many registers: fewer of them in each thread
+class Tiles(NamedTuple):
+    """Sizes of matmul tiles of one head size and dtype."""
+
+    slots: int  # rows: fills tensor cores, and groups with few tokens waste little of it
+    hidden: int  # channels of hidden states
+    head: int  # channels of a head where they are columns of the product; a larger head is cut into pieces
+    inner: int  # channels of a head where the product sums over them
+    num_warps: int  # enough that accumulators stay in registers
+    scatter_warps: int  # where rows are added to tokens: addresses of atomic additions take registers as well
+    num_stages: int  # tiles in flight in a long loop
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of channels that hold as many channels as `head`, and no fewer than a tensor core takes."""
+        return max(16, self.head // 2)
 
 
-def head_block(head_dim: int) -> int:
-    """Channels of a head in a tile: a power of two, and no fewer than a tensor core instruction takes."""
-    return max(16, triton.next_power_of_2(head_dim))
-
-
-def num_warps(head_dim: int) -> int:
-    """Enough that tiles as wide as a head stay in registers."""
-    return 4 if head_dim <= 64 else 8
+def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """The table that every projection reads."""
+    head = max(16, triton.next_power_of_2(head_dim))
+    if dtype == torch.float32:  # exact products run outside of tensor cores, with both factors in registers
+        return Tiles(32, 32, min(head, 32), min(head, 32), 4, 4, 2)
+    return Tiles(64, 64, min(head, 128), min(head, 64), 4 if head_dim <= 64 else 8, 8, 3)
 
 
 @triton.jit
@@ -54,9 +66,17 @@ def group_slots(
 
 
 @triton.jit
-def load_head(
+def piece_of_head(piece, HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr):
+    """Of a group's pieces, counted over its heads: the head, the channels [BLOCK_HEAD], and which are in the head."""
+    num_pieces: tl.constexpr = (HEAD_DIM + BLOCK_HEAD - 1) // BLOCK_HEAD
+    channel = piece % num_pieces * BLOCK_HEAD + tl.arange(0, BLOCK_HEAD)
+    return piece // num_pieces, channel, channel < HEAD_DIM
+
+
+@triton.jit
+def load_piece(
     heads_ptr,  # [B, G, H, K, d]
-    head,
+    piece,
     num_heads,
     group,
     num_groups,
@@ -67,10 +87,10 @@ def load_head(
     HEAD_DIM: tl.constexpr,
     BLOCK_HEAD: tl.constexpr,
 ):
-    """One head's rows of a block of slots, [BLOCK, BLOCK_HEAD]; 0 in empty slots."""
-    channel = tl.arange(0, BLOCK_HEAD)
+    """A piece of a head in a block of slots, [BLOCK, BLOCK_HEAD]; 0 in empty slots."""
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
     place = ((row * num_groups + group) * num_heads + head) * num_slots + slot
-    mask = filled[:, None] & (channel < HEAD_DIM)[None, :]
+    mask = filled[:, None] & in_head[None, :]
     return tl.load(heads_ptr + place[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
 
 
