@@ -134,15 +134,18 @@ def test_nothing_to_read():
     for grad in torch.autograd.grad(output.sum(), [query, key, value]):
         assert not grad.any()
 
+    # The first 15 queries read nothing, nobody the slots 0 and 6.
     key, value = (torch.randn(1, 1, 9, 16, requires_grad=True) for _ in range(2))
-    end = (torch.arange(40) // 5 - 2).clamp(min=0).expand(1, 1, -1)  # the first 15 queries read nothing, nobody slot 5
+    end = (torch.arange(40) // 5 - 1).clamp(min=1).expand(1, 1, -1)
     with torch.no_grad():
-        key[:, :, 5:], value[:, :, 5:] = torch.nan, torch.nan
-    output = prefix_attention(query, FarKeys(key, value, None, end))
+        for states in (key, value):
+            states[:, :, 0], states[:, :, 6:] = torch.nan, torch.nan
+    output = prefix_attention(query, FarKeys(key, value, torch.ones_like(end), end))
     query_grad, key_grad, value_grad = torch.autograd.grad(output.square().sum(), [query, key, value])
     assert not output[..., :15, :].any() and output[..., 15:, :].all()
     assert not query_grad[..., :15, :].any() and query_grad[..., 20:, :].any(-1).all()  # softmax of one key is flat
-    assert not key_grad[:, :, 5:].any() and not value_grad[:, :, 5:].any() and value_grad[:, :, :5].all()
+    for grad in (key_grad, value_grad):
+        assert not grad[:, :, 0].any() and not grad[:, :, 6:].any() and grad[:, :, 1:6].all()
 
 
 def test_only_blocks_that_read_or_are_read_are_visited():

@@ -20,7 +20,7 @@ def all_attention(
     Same function as `reference.all_attention`. Relies on padding being on the left of `near` and of the queries.
 
     The device is asked for the largest number of selected tokens, and of kept ones. A compiled graph makes do without
-    the former and takes memory for as many as there could be; kernels pass over the empty slots.
+    and takes memory for as many as there could be; kernels pass over the empty slots.
     """
     num_queries, num_near = query.shape[3], near.key.shape[2]
     device, dtype = query.device, near.value.dtype
@@ -50,7 +50,8 @@ def all_attention(
     num_kept = 0
     if kept is not None:
         kept_key, kept_value, _, run_start, run_length, kept_until, *_ = _as_runs(kept)
-        num_kept = kept.key.shape[2] if torch.compiler.is_compiling() else int(run_length.max())
+        is_padded = isinstance(kept, KeyValues) and torch.compiler.is_compiling()
+        num_kept = kept.key.shape[2] if is_padded else int(run_length.max())
     if num_kept:
         num_empty = num_kept - run_length[..., None]  # [B, G, 1]
         kept_slot = torch.arange(num_kept, device=device) - num_empty
@@ -63,6 +64,7 @@ def all_attention(
     if near.until is not None or kept_until is not None:
         near_until = torch.full_like(near.position, NEVER) if near.until is None else near.until
         until = _far_slots(kept_until, entry, near_until, index, empty=NEVER)
+
     # Autocast may leave rotated queries and keys in float32: back to what values were projected in.
     far = FarKeys(
         _far_slots(kept_key, entry, near.key, index).to(dtype),

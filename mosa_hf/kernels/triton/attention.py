@@ -29,8 +29,8 @@ class FarKeys(NamedTuple):
 
     key: torch.Tensor  # [B, G, S, d]
     value: torch.Tensor  # [B, G, S, d]
-    start: torch.Tensor | None  # [B, G or 1, T] int; None: 0. Nonzero for packed sequences, or padding in front
-    end: torch.Tensor  # [B, G or 1, T] int, at most S; a query with end <= start reads nothing
+    start: torch.Tensor | None  # int, expands to [B, G, T]; None: 0. For packed sequences, or empty slots in front
+    end: torch.Tensor  # int, expands to [B, G, T], at most S; a query with end <= start reads nothing
     bias: torch.Tensor | None = None  # [B, G, S], added to the scores of a slot
     until: torch.Tensor | None = None  # [B, G, S] int: the slot is read by queries of lower `position` only
 
@@ -40,8 +40,8 @@ class NearKeys(NamedTuple):
 
     key: torch.Tensor  # [B, G, N, d]
     value: torch.Tensor  # [B, G, N, d]
-    start: torch.Tensor | None  # [B, G or 1, T] int; None: 0
-    end: torch.Tensor  # [B, G or 1, T] int, at most N
+    start: torch.Tensor | None  # int, expands to [B, G, T]; None: 0
+    end: torch.Tensor  # int, expands to [B, G, T], at most N
 
 
 def prefix_attention(
@@ -54,14 +54,14 @@ def prefix_attention(
     One softmax over what each query reads of `far` and of `near`, scores scaled by d ** -0.5.
 
     Any ranges give right results. They are fast where neighbouring queries read neighbouring slots: a tile of queries
-    visits every slot between the first and the last that one of them reads. Slots after the last that any query reads
-    may hold anything.
+    visits every slot between the first and the last that one of them reads. Slots before the first and after the last
+    that any query of the row and group reads may hold anything.
 
     Args:
         query: `[B, G, R, T, d]`, d <= 256, float32, float16 or bfloat16, as keys and values.
         far: the selected keys. "selected" form: `FarKeys(key, value, None, i + 1)` and nothing else.
         near: the window, or other keys.
-        position: `[B, G or 1, T]` int, of the queries; needed with `far.until`.
+        position: of the queries, int, expands to `[B, G, T]`; needed with `far.until`.
 
     Returns:
         `[B, G, R, T, d]`; zero where a query reads nothing. Gradients flow to queries, keys, values and the bias, and
@@ -374,6 +374,7 @@ def prefix_key_gradient(
     # The rows that read this block lie in the tiles from the first to the last whose hull meets it.
     lowest = tl.full([SCAN], 0, tl.int32) + num_tiles
     highest = tl.zeros([SCAN], tl.int32)
+    first_slot = tl.full([SCAN], 0, tl.int32) + num_slots
     last_slot = tl.zeros([SCAN], tl.int32)
     for tiles in range(0, num_tiles, SCAN):
         tile = tiles + tl.arange(0, SCAN)
@@ -382,12 +383,13 @@ def prefix_key_gradient(
         meets = (begin < block + BLOCK_SLOTS) & (stop > block)
         lowest = tl.minimum(lowest, tl.where(meets, tile, num_tiles))
         highest = tl.maximum(highest, tl.where(meets, tile + 1, 0))
+        first_slot = tl.minimum(first_slot, tl.where(meets, begin, num_slots))
         last_slot = tl.maximum(last_slot, tl.where(meets, stop, 0))
     num_rows = num_queries * HEADS
     first_row = tl.min(lowest, 0) * TILE_ROWS
     last_row = tl.minimum(tl.max(highest, 0) * TILE_ROWS, num_rows)
 
-    is_read = slot < tl.max(last_slot, 0)
+    is_read = (slot >= tl.min(first_slot, 0)) & (slot < tl.max(last_slot, 0))
     k = _load_rows(key + offset * HEAD_DIM, slot, is_read, HEAD_DIM, BLOCK_DIM)  # [N, d]
     v = _load_rows(value + offset * HEAD_DIM, slot, is_read, HEAD_DIM, BLOCK_DIM)
     k_grad = tl.zeros([BLOCK_SLOTS, BLOCK_DIM], tl.float32)
