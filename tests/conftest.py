@@ -1,9 +1,14 @@
 """What the tests share: tiny models, and the real one."""
 
+import os
+
 import pytest
 import torch
 
-from mosa_hf import MosaConfig, MosaForCausalLM
+if not torch.cuda.is_available():  # before anything imports Triton, which reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from mosa_hf import MosaConfig, MosaForCausalLM  # noqa: E402
 
 collect_ignore = ["upstream"]  # suites to inherit from: `test_upstream.py` does
 

@@ -1,0 +1,18 @@
+"""What of this backend is compiled ahead of time, without a GPU, by `benchmarks/compile_kernels.py`."""
+
+from typing import Any, NamedTuple
+
+from triton.runtime.jit import JITFunction
+
+
+class KernelBuild(NamedTuple):
+    """
+    One kernel at one production setting. Every op file exports its own as `production_builds() -> list[KernelBuild]`.
+    """
+
+    name: str  # as the table shows it: the kernel and what distinguishes this setting, "prefix_forward d=128 R=4"
+    function: JITFunction
+    signature: dict[str, str]  # run-time argument → Triton type: "*bf16", "fp32", "i32", or "i32:16", a multiple of 16
+    constants: dict[str, Any]  # constexpr argument → value; arguments that are None belong here as well
+    num_warps: int
+    num_stages: int
