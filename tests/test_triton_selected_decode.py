@@ -90,30 +90,35 @@ def random_angles(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    ("head_dim", "rotary_dim", "num_heads", "bias", "hidden_size", "capacity", "budget", "padded", "num_steps"),
+    ("head_dim", "rotary_dim", "num_heads", "bias", "hidden_size", "capacity", "budget", "padded", "num_kept"),
     [
-        (16, 16, 1, False, 24, 4, 4, False, 8),
-        (16, 8, 3, True, 300, 6, 1, True, 4),
-        (64, 32, 2, False, 40, 5, 2, True, 6),
-        (80, 80, 1, True, 20, 3, 2, False, 4),
-        (128, 128, 1, False, 16, 2, 1, False, 3),
-        (16, 16, 2, False, 8, 80, 70, False, 75),  # more entries than are read at a time
+        (16, 16, 1, False, 24, 4, 4, False, 0),
+        (16, 8, 3, True, 300, 6, 1, True, 0),
+        (64, 32, 2, False, 40, 5, 2, True, 0),
+        (80, 80, 1, True, 20, 3, 2, False, 0),
+        (128, 128, 1, False, 16, 2, 1, False, 0),
+        (256, 64, 1, False, 16, 2, 1, False, 0),
+        (16, 16, 2, False, 8, 80, 70, False, 67),  # more entries than are read at a time
     ],
 )
 def test_decode_selected(
-    head_dim, rotary_dim, num_heads, bias, hidden_size, capacity, budget, padded, num_steps, dtype
+    head_dim, rotary_dim, num_heads, bias, hidden_size, capacity, budget, padded, num_kept, dtype
 ):
     """Step after step; scores with many ties, some of them infinite."""
     torch.manual_seed(head_dim)
-    batch_size, num_groups = (2, 3) if num_steps < 20 else (1, 1)
+    batch_size, num_groups = 2, 2
     weights = random_weights(num_groups, num_heads, head_dim, hidden_size, bias, dtype)
     state = empty_state(batch_size, num_groups, capacity, head_dim, dtype)
+    if num_kept:
+        for kept in (state.key, state.value, state.score):
+            kept[:, :, :num_kept] = torch.randint(-2, 3, kept[:, :, :num_kept].shape, device=DEVICE)
+        state.position[:, :, :num_kept] = torch.randperm(num_kept, device=DEVICE)
+        state.count[:], state.num_tokens[:] = num_kept, num_kept
     expected_state = FixedKeyValues(*(x.clone() for x in state))
-    for step in range(num_steps):
+    for step in range(8 if head_dim == 16 else 4):
         hidden_states = torch.randn(batch_size, hidden_size, device=DEVICE).to(dtype)
         score = torch.randint(-2, 3, (batch_size, num_groups), device=DEVICE).float()
-        if num_steps < 20:
-            score = score.masked_fill(score == -2, -torch.inf)
+        score = score.masked_fill(score == -2, -torch.inf)
         if step == 0:
             score = score.masked_fill(score > -torch.inf, torch.inf)
         gate = torch.rand(batch_size, num_groups, device=DEVICE)
@@ -194,3 +199,18 @@ def test_budget_must_fit(budget):
     arguments, state = small_step()
     with pytest.raises(ValueError, match=f"between 1 and the capacity 2, got {budget}"):
         decode_selected(*arguments, state, budget)
+
+
+def test_state_must_be_contiguous():
+    arguments, state = small_step()
+    state = state._replace(key=state.key.transpose(0, 1).contiguous().transpose(0, 1))
+    with pytest.raises(ValueError, match="contiguous"):
+        decode_selected(*arguments, state, 2)
+
+
+def test_weights_need_not_be_contiguous():
+    (hidden_states, weights, *rest), state = small_step()
+    other_state = FixedKeyValues(*(x.clone() for x in state))
+    strided = HeadWeights(*(weight.transpose(0, 1).contiguous().transpose(0, 1) for weight in weights))
+    expected = decode_selected(hidden_states, weights, *rest, state, 2)
+    assert torch.equal(decode_selected(hidden_states, strided, *rest, other_state, 2), expected)

@@ -307,18 +307,20 @@ def decode_selected(
         `[B, D]`.
 
     Raises:
-        ValueError: for a budget that the state cannot hold.
+        ValueError: for a budget that the state cannot hold, or a state that is not contiguous.
     """
     if not 1 <= budget <= state.key.shape[2]:
         raise ValueError(f"`budget` must be between 1 and the capacity {state.key.shape[2]}, got {budget}.")
+    if not all(kept.is_contiguous() for kept in state):
+        raise ValueError("`state` must be contiguous: it is updated where it is.")
     return _decode_selected(
         hidden_states,
-        *weights,
+        *(None if weight is None else weight.contiguous() for weight in weights),
         cos,
         sin,
         score,
         gate,
-        valid,
+        None if valid is None else valid.contiguous(),
         state.key,
         state.value,
         state.position,
