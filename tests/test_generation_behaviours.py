@@ -369,9 +369,8 @@ def test_quantised_cache_of_layers_without_dense_heads(form):
     model = tiny_model(**form, **MIXED_LAYERS)
     cache = greedy(model, prompt(), return_dict_in_generate=True, **quantised).past_key_values
     exact = greedy(model, prompt(), return_dict_in_generate=True).past_key_values
-    ours, plain = cache_bytes(cache), cache_bytes(exact)
-    assert ours["dense"] == plain["dense"] / 4 + 2 * 2 * 4  # a byte a number, and a scale for keys and values
-    assert (ours["selected"], ours["window"]) == (plain["selected"], plain["window"])
+    # A byte a number instead of four, and a scale for the keys and one for the values of each of two layers.
+    assert cache_bytes(cache)["dense"] == cache_bytes(exact)["dense"] / 4 + 2 * 2 * 4
 
 
 def test_continuous_batching_is_refused(form):

@@ -1,14 +1,14 @@
-"""The heads of a whole sequence as `torch.library` ops, for `torch.compile(fullgraph=True)`.
+"""The portable path over a whole sequence as `torch.library` ops, for `torch.compile(fullgraph=True)`.
 
 How many tokens are selected is data, which the compiler cannot trace through. Here it sees one op whose output has a
-known shape; what runs inside is the active backend, eagerly. The backward op runs the forward again.
+known shape; what runs inside is `portable`, eagerly. The backward op runs the forward again.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from . import backend
+from . import portable
 from .layout import HeadWeights, KeyValues, Tokens
 
 MaybeTensor = torch.Tensor | None
@@ -59,7 +59,7 @@ def _run_selected_heads(
 ) -> torch.Tensor:
     weights = HeadWeights(query, key, value, output, query_bias, key_bias, value_bias)
     tokens = Tokens(*tokens[:7], until=tokens[7])
-    return backend().selected_heads(hidden_states, weights, tokens)[0].to(hidden_states.dtype).contiguous()
+    return portable.selected_heads(hidden_states, weights, tokens)[0].to(hidden_states.dtype).contiguous()
 
 
 def _run_all_attention(
@@ -77,7 +77,7 @@ def _run_all_attention(
     tokens = Tokens(position, valid, segment, None, None, selected.transpose(1, 2), None)
     near_valid = None if valid is None else valid[:, None].expand_as(selected)
     near = KeyValues(key, value, position[:, None].expand_as(selected), near_valid, selected, until)
-    return backend().all_attention(query, near, None, tokens, window, far_bias).to(query.dtype).contiguous()
+    return portable.all_attention(query, near, None, tokens, window, far_bias).to(query.dtype).contiguous()
 
 
 @torch.library.custom_op("mosa::selected_heads", mutates_args=())

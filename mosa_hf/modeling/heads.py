@@ -8,7 +8,7 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..cache import FixedSparseKeyValues, SparseKeyValues, SparseSpec
-from ..kernels import backend, compiled, reference
+from ..kernels import backend, compiled, portable, reference
 from ..kernels.layout import HeadWeights, KeyValues, Tokens, rotate
 from ..routing import RoutingState, evicted_at, select_by_expert_choice, select_by_threshold
 
@@ -220,7 +220,7 @@ class MosaHeads(nn.Module):
             self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.q_bias, self.k_bias, self.v_bias
         )
         if cache is None:
-            return self._kernels(cache).selected_heads(hidden_states, weights, tokens)[0]
+            return self._kernels(hidden_states, cache).selected_heads(hidden_states, weights, tokens)[0]
         if isinstance(cache, FixedSparseKeyValues):
             return self._selected_fixed(hidden_states, weights, tokens, cache)
         groups = None
@@ -238,7 +238,7 @@ class MosaHeads(nn.Module):
                     selected=tokens.selected[..., groups], gate=tokens.gate[..., groups], score=score
                 )
         past, tokens = cache.read_selected(tokens, groups)
-        output, new = backend().selected_heads(hidden_states, weights, tokens, past)
+        output, new = backend(hidden_states).selected_heads(hidden_states, weights, tokens, past)
         cache.append_selected(new, groups)
         return output
 
@@ -248,7 +248,7 @@ class MosaHeads(nn.Module):
         """Form "selected" on a static cache."""
         if hidden_states.shape[1] == 1:
             score = tokens.score.masked_fill(~tokens.selected, -torch.inf)
-            output = backend().decode_selected(
+            output = backend(hidden_states).decode_selected(
                 hidden_states[:, 0],
                 weights,
                 tokens.cos[:, 0],
@@ -261,7 +261,7 @@ class MosaHeads(nn.Module):
             )
             return output[:, None]
         past, tokens = cache.read_selected(tokens)
-        output, new = self._kernels(cache).selected_heads(hidden_states, weights, tokens, past)
+        output, new = self._kernels(hidden_states, cache).selected_heads(hidden_states, weights, tokens, past)
         cache.append_selected(past, new, hidden_states.shape[1])
         return output
 
@@ -284,7 +284,7 @@ class MosaHeads(nn.Module):
         key = rotate(key, cos, sin)  # [B, G, T, d]
         if isinstance(cache, FixedSparseKeyValues) and key.shape[2] == 1:
             score = tokens.score.masked_fill(~tokens.selected, -torch.inf)
-            heads = backend().decode_all(
+            heads = backend(query).decode_all(
                 query[:, :, :, 0],
                 key[:, :, 0],
                 value[:, :, 0],
@@ -323,18 +323,21 @@ class MosaHeads(nn.Module):
         if tokens.gate is not None:
             # Keys cached by earlier calls are read without a bias: no gradient could reach their routers.
             far_bias = F.pad(tokens.gate.transpose(1, 2), (near.key.shape[2] - key.shape[2], 0))
-        heads = self._kernels(cache).all_attention(query, near, kept, tokens, self.window, far_bias)  # [B, G, R, T, d]
+        heads = self._kernels(query, cache).all_attention(
+            query, near, kept, tokens, self.window, far_bias
+        )  # [B, G, R, T, d]
         if far_bias is not None:
             # A call no longer than the window reads no far key: keep the router in the graph, as DDP needs.
             heads = heads + 0.0 * far_bias.sum()
         return heads
 
-    def _kernels(self, cache: SparseKeyValues | FixedSparseKeyValues | None) -> ModuleType:
+    def _kernels(self, states: torch.Tensor, cache: SparseKeyValues | FixedSparseKeyValues | None) -> ModuleType:
         """Where `selected_heads` and `all_attention` come from."""
-        if torch.compiler.is_compiling() and not isinstance(cache, SparseKeyValues):
+        kernels = backend(states)
+        if kernels is portable and torch.compiler.is_compiling() and not isinstance(cache, SparseKeyValues):
             # Every shape has to be known. With a cache, the specification's are.
             return compiled if cache is None else reference
-        return backend()
+        return kernels
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
