@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +202,7 @@ def decode_steps(case: Case) -> dict[str, Callable[[], torch.Tensor]]:
                 query.flatten(1, 2)[:, :, None], dense_key, dense_value, enable_gqa=True
             )
 
-    return {"MoSA": lambda: backend().decode_all(query, key, value, score, None, state, budget), "dense": dense}
+    return {"MoSA": lambda: active_backend().decode_all(query, key, value, score, None, state, budget), "dense": dense}
 
 
 def full_cache(batch_size, num_groups, num_kept, window, num_tokens, head_dim, dtype) -> FixedKeyValues:
@@ -375,7 +376,7 @@ def check_selected_heads(dtype: torch.dtype, rounded_to: torch.dtype | None = No
     hidden_states = random_tensor(2, 200, 96, **kinds)
     weights = random_weights(3, 2, 64, 96, **kinds)
     tokens = random_tokens(2, 200, 3, 32, **kinds)
-    output, _ = backend().selected_heads(hidden_states, weights, tokens)
+    output, _ = active_backend().selected_heads(hidden_states, weights, tokens)
     return with_random_upstream(output, [hidden_states, tokens.gate, *weights])
 
 
@@ -386,7 +387,7 @@ def check_all_attention(dtype: torch.dtype, rounded_to: torch.dtype | None = Non
     key, value = (random_tensor(2, 3, 200, 64, **kinds) for _ in range(2))
     position, valid = (x[:, None].expand(-1, 3, -1) for x in (tokens.position, tokens.valid))
     near = KeyValues(key, value, position, valid, tokens.selected.transpose(1, 2))
-    output = backend().all_attention(query, near, None, tokens, window=16)
+    output = active_backend().all_attention(query, near, None, tokens, window=16)
     output = output * tokens.valid[:, None, None, :, None]  # what padding gets is free
     return with_random_upstream(output, [query, key, value])
 
@@ -406,13 +407,13 @@ def check_decode(name: str) -> Callable[..., list[torch.Tensor]]:
             if name == "decode_all":
                 query = random_tensor(2, 3, 2, 64, **kinds).detach()
                 key, value = (random_tensor(2, 3, 64, **kinds).detach() for _ in range(2))
-                values.append(backend().decode_all(query, key, value, score, None, state, 70))
+                values.append(active_backend().decode_all(query, key, value, score, None, state, 70))
             else:
                 hidden_states = random_tensor(2, 96, **kinds).detach()
                 cos, sin = (random_tensor(2, 32, **kinds).detach() for _ in range(2))
                 gate = torch.rand(2, 3).to(DEVICE)
                 values.append(
-                    backend().decode_selected(hidden_states, weights, cos, sin, score, gate, None, state, 70)
+                    active_backend().decode_selected(hidden_states, weights, cos, sin, score, gate, None, state, 70)
                 )
         return [*values, state.position, state.count, state.num_evicted]
 
@@ -450,6 +451,11 @@ CHECKS = {
 }
 
 
+def active_backend() -> ModuleType:
+    """What the MoSA heads run on this device."""
+    return backend(torch.empty(0, device=DEVICE))
+
+
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
@@ -466,7 +472,7 @@ def main() -> None:
         print(resident_memory(runs(CASES[name])[tuple(key)]))
         return
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
-    name = backend().__name__.rpartition(".")[2]
+    name = active_backend().__name__.rpartition(".")[2]
     print(
         f"{datetime.date.today()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"backend {name}\n"

@@ -149,8 +149,9 @@ def test_every_mode_gives_the_tokens_of_a_plain_loop(form, converted, converted_
         loop = input_ids
         with torch.no_grad():
             for _ in range(NEW_TOKENS):
-                token = model(loop, use_cache=False, logits_to_keep=1).logits[:, -1:].argmax(-1)
-                loop = torch.cat((loop, token), dim=1)
+                logits = model(loop, use_cache=False, logits_to_keep=1).logits[:, -1]
+                logits[:, tokenizer.eos_token_id] = -torch.inf  # as `min_new_tokens` has it
+                loop = torch.cat((loop, logits.argmax(-1, keepdim=True)), dim=1)
         for mode, options in {"greedy": {}, **MODES}.items():
             options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, **options}
             if "assistant_model" in options:
@@ -164,7 +165,7 @@ def test_every_mode_gives_the_tokens_of_a_plain_loop(form, converted, converted_
 
 
 PEAK = """
-import resource, sys, torch, mosa_hf
+import re, sys, torch, mosa_hf
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
@@ -172,7 +173,7 @@ input_ids = torch.load(sys.argv[2])
 output = model.generate(
     input_ids, max_new_tokens=4, do_sample=False, prefill_chunk_size=512, return_dict_in_generate=True
 )
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 print(peak, sum(mosa_hf.cache_bytes(output.past_key_values).values()))
 """
 

@@ -12,7 +12,7 @@ from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, rotate
 __all__ = ["all_attention", "decode_all", "decode_selected", "selected_heads", "selected_positions"]
 
 DECODE_LOOP = 16  # up to so many rows x groups, a decode step visits them one by one
-QUERY_BLOCK = 128  # queries of "all" form attention scored at once: large enough for the matmuls, small against T
+QUERY_BLOCK = 64  # queries of "all" form attention scored at once: enough for the matmuls, few masked columns
 
 
 def selected_heads(
@@ -104,43 +104,52 @@ def all_attention(
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
 
     block_ends = [min(start + QUERY_BLOCK, num_queries) for start in range(0, num_queries, QUERY_BLOCK)]
-    reach = [0] * len(block_ends)
+    reach = sure = [0] * len(block_ends)
     bias = None
     if num_near > window:  # some near slot is far from some query
         index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
         far_key, far_value = (_gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
         bias = None if far_bias is None else far_bias.gather(2, index)
         far_until = None if near.until is None else near.until.gather(2, index)
-        # How many of the K far slots a block can reach, for the group that reaches most.
-        count = selected.cumsum(-1).amax((0, 1)).tolist()
-        reach = [count[last] if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
+        # How many of the K far slots some query of a block can reach, and how many all of its queries do.
+        count = selected.cumsum(-1)  # [B, G, S]
+        most, least = count.amax((0, 1)).tolist(), count.amin((0, 1)).tolist()
+        reach = [most[last] if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
+        if tokens.segment is None and near.until is None:
+            block_starts = range(0, num_queries, QUERY_BLOCK)
+            sure = [least[last] if (last := start + offset - window) >= 0 else 0 for start in block_starts]
     query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
 
     outputs = []
-    for start, end, num_far in zip(range(0, num_queries, QUERY_BLOCK), block_ends, reach, strict=True):
+    for start, end, num_far, num_sure in zip(range(0, num_queries, QUERY_BLOCK), block_ends, reach, sure, strict=True):
         queries = slice(start, end)
         local = slice(max(0, offset + start - window + 1), offset + end) if window else slice(0, 0)
-        keys, values, masks = [], [], []
         positions = tokens.position[:, None, queries, None]  # [B, 1, T', 1]
+        keys, values = [], []
+        masks = []  # (first column, last column, what may be read there); all of the other columns may
+        width = 0
         if kept is not None:
             keys.append(kept.key)
             values.append(kept.value)
+            width = kept.key.shape[2]
             mask = None if kept.valid is None else kept.valid[:, :, None]
             if kept.until is not None:
                 alive = positions < kept.until[:, :, None]
                 mask = alive if mask is None else mask & alive
-            masks.append(mask)
+            masks.append((0, width, mask))
+        far_start = width
         if num_far:
             keys.append(far_key[:, :, :num_far])
             values.append(far_value[:, :, :num_far])
-            far = index[:, :, None, :num_far]
-            mask = filled[:, :, None, :num_far] & (far <= query_slot[queries, None] - window)
+            far = index[:, :, None, num_sure:num_far]
+            mask = filled[:, :, None, num_sure:num_far] & (far <= query_slot[queries, None] - window)
             if near.until is not None:
                 mask = mask & (positions < far_until[:, :, None, :num_far])
             if tokens.segment is not None:  # packed sequences come without a cache: queries and near slots coincide
                 row = torch.arange(batch_size, device=device)[:, None, None, None]
                 mask = mask & (tokens.segment[row, far] == tokens.segment[:, None, queries, None])
-            masks.append(mask)
+            masks.append((width + num_sure, width + num_far, mask))
+            width += num_far
         if window:
             keys.append(near.key[:, :, local])
             values.append(near.value[:, :, local])
@@ -154,23 +163,22 @@ def all_attention(
             if tokens.segment is not None:
                 same = tokens.segment[:, None, queries, None] == tokens.segment[:, None, None, local]
                 mask = same if mask is None else mask & same
-            masks.append(mask)
+            masks.append((width, width + keys[-1].shape[2], mask))
+            width += keys[-1].shape[2]
         if not keys:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
             keys, values = [near.key[:, :, :1]], [near.value[:, :, :1]]
-            masks = [torch.zeros(1, dtype=torch.bool, device=device)]
-        lengths = [key.shape[2] for key in keys]
+            masks, width = [(0, 1, torch.zeros(1, dtype=torch.bool, device=device))], 1
 
-        mask = None
-        if any(part is not None for part in masks):
-            shape = (batch_size, num_groups, end - start)
-            true = torch.ones((), dtype=torch.bool, device=device)
-            parts = [(true if part is None else part, length) for part, length in zip(masks, lengths, strict=True)]
-            mask = torch.cat([part.expand(*shape, length) for part, length in parts], dim=-1)
+        added = None
         if bias is not None and num_far:
-            before, after = (lengths[0] if kept is not None else 0), (lengths[-1] if window else 0)
-            added = F.pad(bias[:, :, :num_far], (before, after))[:, :, None]
-            mask = added.to(query.dtype).expand(mask.shape).masked_fill(~mask, -torch.inf)
-        outputs.append(_attention(query[:, :, :, queries], torch.cat(keys, dim=2), torch.cat(values, dim=2), mask))
+            added = F.pad(bias[:, :, :num_far], (far_start, width - far_start - num_far)).to(query.dtype)
+            added = added[:, :, None].repeat(1, 1, end - start, 1)  # [B, G, T', S]
+        elif any(mask is not None for _, _, mask in masks):
+            added = query.new_zeros(batch_size, num_groups, end - start, width)
+        for first, last, mask in masks:
+            if mask is not None:
+                added[..., first:last].masked_fill_(~mask, -torch.inf)
+        outputs.append(_attention(query[:, :, :, queries], torch.cat(keys, dim=2), torch.cat(values, dim=2), added))
     return torch.cat(outputs, dim=3)
 
 
@@ -248,7 +256,8 @@ def _attention(
             query = query[:, :, 0]
         output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return output.view(batch_size, num_groups, num_heads, num_queries, head_dim)
-    if num_heads > 1 and mask is not None:
-        mask = mask[:, :, None].expand(-1, -1, num_heads, -1, -1).flatten(2, 3)
-    output = F.scaled_dot_product_attention(query.flatten(2, 3), key, value, attn_mask=mask)
-    return output.unflatten(2, (num_heads, num_queries))
+    # The R heads share keys and mask, without a copy for each.
+    key, value = (states.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1) for states in (key, value))
+    mask = None if mask is None else mask.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1)  # [B * G, R, T, S]
+    output = F.scaled_dot_product_attention(query.flatten(0, 1), key, value, attn_mask=mask)
+    return output.unflatten(0, (batch_size, num_groups))
