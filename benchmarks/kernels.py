@@ -183,6 +183,28 @@ def layers(case: Case) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str,
     return forwards, inputs
 
 
+def attentions(case: Case) -> dict[str, Callable[[], torch.Tensor]]:
+    """Contender → the attention of form "all" alone, between projections, on random selections."""
+    torch.manual_seed(0)
+    batch_size, groups, num_tokens = case.batch_size, case.num_groups, case.num_tokens
+    options = {"device": DEVICE, "dtype": case.dtype}
+    query = torch.randn(batch_size, groups, case.heads_per_group, num_tokens, case.head_dim, **options)
+    key, value = torch.randn(2, batch_size, groups, num_tokens, case.head_dim, **options)
+    selected = torch.rand(batch_size, num_tokens, groups, device=DEVICE) < 1 / case.sparsity
+    position = torch.arange(num_tokens, device=DEVICE).expand(batch_size, -1)
+    tokens = Tokens(position, None, None, None, None, selected, None)
+    near = KeyValues(key, value, position[:, None].expand(-1, groups, -1), None, selected.transpose(1, 2))
+
+    def dense() -> torch.Tensor:
+        with flash():
+            return F.scaled_dot_product_attention(query.flatten(1, 2), key, value, is_causal=True, enable_gqa=True)
+
+    return {
+        "MoSA": lambda: active_backend().all_attention(query, near, None, tokens, case.window),
+        "dense": dense,
+    }
+
+
 def decode_steps(case: Case) -> dict[str, Callable[[], torch.Tensor]]:
     """Contender → one step of the attention of a token, on caches that are full."""
     torch.manual_seed(0)
@@ -229,6 +251,8 @@ def runs(case: Case) -> dict[tuple[str, str], Callable[[], object]]:
         return {(name, "step"): without_gradients(step) for name, step in decode_steps(case).items()}
     forwards, inputs = layers(case)
     calls = {(name, "forward"): without_gradients(forward) for name, forward in forwards.items()}
+    if case.form == "all":
+        calls |= {(name, "attention alone"): without_gradients(call) for name, call in attentions(case).items()}
     if case.form == "selected":
         for name, forward in forwards.items():
             calls[name, "forward + backward"] = with_gradients(forward, inputs[name])
