@@ -1,8 +1,12 @@
 """Every decoding mode of `generate` on sparse caches, growing or static, gives what it gives without any cache."""
 
+import copy
+
 import pytest
 import torch
-from transformers import set_seed
+from transformers import DynamicCache, StaticCache, set_seed
+
+from mosa_hf import trace_routing
 
 from .conftest import tiny_model
 
@@ -46,11 +50,37 @@ def test_cached_generation_equals_uncached(form, mode):
         assert torch.equal(cached, uncached), seed
 
 
-def test_continuing_from_a_returned_cache(form):
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_continuing_from_a_returned_cache(form, cache_implementation):
     """Several turns on one cache equal one long prompt."""
-    model = tiny_model(**form)
-    first = torch.randint(1, 97, (2, 9))
-    turn = model.generate(first, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    second = torch.cat((turn.sequences, torch.randint(1, 97, (2, 7))), dim=1)
-    continued = model.generate(second, past_key_values=turn.past_key_values, max_new_tokens=5, do_sample=False)
-    assert torch.equal(continued, model.generate(second, max_new_tokens=5, do_sample=False, use_cache=False))
+    for seed in range(10):
+        options = {"max_new_tokens": 5, "do_sample": False}
+        model = tiny_model(seed, **form, mosa_cache_budget=3 if seed % 2 else None)
+        first, later = torch.randint(1, 97, (2, 16)).split((9, 7), dim=1)
+        cache = {"cache_implementation": cache_implementation, "max_cache_len": 32}
+        turn = model.generate(first, **options, **cache, return_dict_in_generate=True)
+        second = torch.cat((turn.sequences, later), dim=1)
+        options["attention_mask"] = torch.ones_like(second)  # or a generated pad token would be taken for padding
+        continued = model.generate(second, past_key_values=turn.past_key_values, **options)
+        assert torch.equal(continued, model.generate(second, use_cache=False, **options)), seed
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@torch.no_grad()
+def test_a_step_reads_the_weights_of_active_groups_only(cache_class):
+    """Form "selected": what inactive groups' weights are makes no difference, were they not even numbers."""
+    model = tiny_model(mosa_query_tokens="selected", mosa_sparsity=3)
+    input_ids = torch.randint(1, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+    cache = cache_class(config=model.config, **({} if cache_class is DynamicCache else {"max_cache_len": 32}))
+    model(input_ids[:, :-1], past_key_values=cache)
+    with trace_routing(model) as selected:
+        expected = model(input_ids[:, -1:], past_key_values=copy.deepcopy(cache)).logits
+    num_inactive = 0
+    for layer, (selection,) in zip(model.model.layers, selected.values(), strict=True):
+        for group in (~selection[0, 0]).nonzero()[:, 0].tolist():
+            num_inactive += 1
+            for weight in (layer.self_attn.mosa.q_proj, layer.self_attn.mosa.k_proj, layer.self_attn.mosa.v_proj):
+                weight[group] = torch.nan
+            layer.self_attn.mosa.o_proj[group] = torch.nan
+    assert 0 < num_inactive < 9
+    assert torch.equal(model(input_ids[:, -1:], past_key_values=cache).logits, expected)
