@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Measurement, Timer
 
 from mosa_hf import MosaConfig
-from mosa_hf.kernels import backend, use_backend
+from mosa_hf.kernels import backend, portable, use_backend
 from mosa_hf.kernels.layout import FixedKeyValues, HeadWeights, KeyValues, Tokens, rotate
 from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import RoutingState
@@ -176,6 +176,13 @@ def layers(case: Case) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str,
         "MoSA": [hidden_states, *heads.parameters()],
         "dense": [hidden_states, *dense.parameters()],
     }
+    if active_backend() is not portable:
+
+        def torch_backend() -> torch.Tensor:
+            with use_backend("torch"):
+                return mosa()
+
+        forwards["MoSA, torch backend"], inputs["MoSA, torch backend"] = torch_backend, inputs["MoSA"]
     if case.form == "selected":
         paper = PaperLayer(heads)
         forwards["paper's equations"] = lambda: paper(hidden_states, cos, sin)
@@ -202,6 +209,35 @@ def attentions(case: Case) -> dict[str, Callable[[], torch.Tensor]]:
     return {
         "MoSA": lambda: active_backend().all_attention(query, near, None, tokens, case.window),
         "dense": dense,
+    }
+
+
+def selected_ops(case: Case) -> dict[str, Callable[[], object]]:
+    """The steps of form "selected" one by one, where Triton is the backend: the portable path has no such steps."""
+    if active_backend() is portable:
+        return {}
+    from mosa_hf.kernels.triton.attention import FarKeys, prefix_attention
+    from mosa_hf.kernels.triton.gather_project import gather_project
+    from mosa_hf.kernels.triton.project_scatter import project_scatter
+    from mosa_hf.kernels.triton.select import selected_positions
+
+    torch.manual_seed(0)
+    shape, options = (case.batch_size, case.num_tokens), {"device": DEVICE, "dtype": case.dtype}
+    heads = mosa_heads(case)
+    weights = (heads.q_proj, heads.k_proj, heads.v_proj)
+    hidden_states = torch.randn(*shape, case.hidden_size, **options)
+    cos, sin = torch.rand(2, *shape, case.head_dim, **options)
+    order = torch.rand(*shape, case.num_groups, device=DEVICE).argsort(1).argsort(1)
+    selected = order < case.num_selected
+    index, count = selected_positions(selected, case.num_selected)
+    query, key, value = gather_project(hidden_states, index, count, *weights, None, None, None, cos, sin)
+    far = FarKeys(key, value, None, torch.arange(1, case.num_selected + 1, device=DEVICE))
+    gate = torch.rand(index.shape, device=DEVICE)
+    return {
+        "select": lambda: selected_positions(selected, case.num_selected),
+        "gather-project": lambda: gather_project(hidden_states, index, count, *weights, None, None, None, cos, sin),
+        "prefix attention": lambda: prefix_attention(query, far),
+        "project-scatter": lambda: project_scatter(query, gate, heads.o_proj, index, count, case.num_tokens),
     }
 
 
@@ -253,9 +289,10 @@ def runs(case: Case) -> dict[tuple[str, str], Callable[[], object]]:
     calls = {(name, "forward"): without_gradients(forward) for name, forward in forwards.items()}
     if case.form == "all":
         calls |= {(name, "attention alone"): without_gradients(call) for name, call in attentions(case).items()}
-    if case.form == "selected":
-        for name, forward in forwards.items():
-            calls[name, "forward + backward"] = with_gradients(forward, inputs[name])
+    else:
+        calls |= {(name, "op alone"): without_gradients(call) for name, call in selected_ops(case).items()}
+    for name, forward in forwards.items():
+        calls[name, "forward + backward"] = with_gradients(forward, inputs[name])
     return calls
 
 
@@ -266,7 +303,8 @@ def without_gradients(forward: Callable[[], torch.Tensor]) -> Callable[[], objec
 def with_gradients(forward: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> Callable[[], object]:
     def call():
         output = forward()
-        return torch.autograd.grad(output, inputs, torch.ones_like(output))
+        # Evaluated, form "all" has no gradient for its router.
+        return torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
 
     return call
 
