@@ -9,9 +9,10 @@ VENV_PYTHON := $(VENV)/bin/python
 demo: $(VENV)/.mosa-hf-gguf
 	$(VENV_PYTHON) -m benchmarks.demo
 
-# Everything, real models included; two processes of one thread each, since threads of two would wait for each other.
+# Small models in two processes of one thread each, since threads of two would wait for each other; then the real one.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile -m "real or not real"
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile
+	$(VENV_PYTHON) -m pytest -q -m real
 
 lint: $(VENV)/.mosa-hf-test
 	$(VENV_PYTHON) -m ruff check
