@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import BaseQuantizedLayer, Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
-from .kernels.layout import NEVER, FixedKeyValues, KeyValues, RaggedKeyValues, Tokens, join
+from .kernels.layout import NEVER, FixedKeyValues, KeyValues, RaggedKeyValues, Tokens, gather_slots, join
 from .routing import evicted_at, within_budget
 
 RECENT = ("recent_key", "recent_value", "recent_selected", "recent_score")
-ROOM = 32  # one free entry for so many held: a little memory against a copy of all entries for each new one
+# One free entry for so many held: a little memory against a copy of all entries for each new one.
+ROOM = 32
+DENSE_ROOM = 64
 
 
 class SelectedKeyValues:
@@ -50,8 +52,7 @@ class SelectedKeyValues:
             return
         added = filled.sum(-1)
         count = self.count + added if groups is None else self.count.index_add(1, groups, added)
-        # Autograd may have saved the entries of earlier calls: they must not change under it.
-        if self.key.requires_grad or new.key.requires_grad or bool((count > self.capacity).any()):
+        if not _may_change(self.key) or bool((count > self.capacity).any()):
             self._lay_out(*self._entries().slots(), count)
         free = self.start + self.count
         free = free if groups is None else free[:, groups]
@@ -196,12 +197,9 @@ class SparseKeyValues:
             selected = torch.cat((self.recent_selected, selected), dim=2)
             score = None if score is None else torch.cat((self.recent_score, score), dim=2)
             if tokens.valid is not None:
-                # Bring the recent tokens up to the call's own, over the padding between them.
-                real = F.pad(tokens.valid, (num_recent, 0), value=True).to(torch.int8)
-                order = real.argsort(dim=1, stable=True)[:, None].expand_as(selected)
-                key, value = (states.gather(2, order[..., None].expand_as(states)) for states in (key, value))
-                selected = selected.gather(2, order)
-                score = None if score is None else score.gather(2, order)
+                order = _across_padding(tokens.valid, num_recent)
+                key, value, selected = (gather_slots(states, order) for states in (key, value, selected))
+                score = None if score is None else gather_slots(score, order)
         self.recent_key, self.recent_value, self.recent_selected, self.recent_score = key, value, selected, score
         position = self._recent_positions()
         filled = None if all(mask is None for mask in self.masks) else position >= 0
@@ -217,8 +215,7 @@ class SparseKeyValues:
         self, near: KeyValues, kept: RaggedKeyValues | None, num_new: int
     ) -> tuple[KeyValues, RaggedKeyValues | None]:
         """Say of each token when the budget evicts it."""
-        past, selected = None if kept is None else kept.pad(), near.selected & (near.position >= 0)
-        until = _until(*_budgeted(past, near._replace(valid=selected)), self.budget, num_new)
+        until = _until(*self._held(), self.budget, num_new)
         if until is None:
             return near, kept
         num_past = until.shape[-1] - near.position.shape[-1]
@@ -230,27 +227,32 @@ class SparseKeyValues:
 
     def _evict(self) -> None:
         """Forget the selected tokens beyond the budget: the lowest scores of kept and recent ones."""
-        if self.budget is None:
+        if self.budget is None or (self.kept.entries() is None and self.recent_key is None):
             return
-        past, recent = self.kept.read(), None
-        if self.recent_key is not None:
-            position = self._recent_positions()
-            selected = self.recent_selected & (position >= 0)
-            recent = KeyValues(self.recent_key, self.recent_value, position, selected, None, None, self.recent_score)
-        if past is None and recent is None:
-            return
-        score, position, selected = _budgeted(past, recent)
+        score, position, selected = self._held()
         if not bool((selected.sum(-1) > self.budget).any()):
             return
         alive = within_budget(score, position, selected, self.budget)
         evicts = (selected & ~alive).any(-1).any(-1)  # [B]
         self.num_final = torch.where(evicts, self.num_tokens, self.num_final)
-        if past is not None:
-            num_past = past.position.shape[-1]
-            self.kept.keep(alive[..., :num_past])
-            alive = alive[..., num_past:]
-        if recent is not None:
-            self.recent_selected = self.recent_selected & alive
+        num_recent = 0 if self.recent_key is None else self.recent_key.shape[2]
+        num_kept = alive.shape[-1] - num_recent
+        if num_kept:
+            self.kept.keep(alive[..., :num_kept])
+        if num_recent:
+            self.recent_selected = self.recent_selected & alive[..., num_kept:]
+
+    def _held(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Score, position and "is a selected token" [B, G, S] of the kept entries, padded, then of the recent ones."""
+        parts = []
+        if (kept := self.kept.entries()) is not None:
+            entries, filled = kept.slots()
+            parts.append((kept.score[entries], kept.position[entries].long(), filled))
+        if self.recent_key is not None:
+            position = self._recent_positions()
+            parts.append((self.recent_score, position, self.recent_selected & (position >= 0)))
+        score, position, selected = (torch.cat(states, dim=-1) for states in zip(*parts, strict=True))
+        return score, position, selected
 
     def _recent_positions(self) -> torch.Tensor:
         """`[B, G, S]`: positions of the recent slots, negative on empty ones."""
@@ -296,14 +298,10 @@ class SparseKeyValues:
                 )  # on the left of every row
                 source = torch.arange(num_recent, device=removed.device) - removed[:, None]
                 source = source[:, None, num_empty:]  # [B, 1, S]
-                index = source.clamp(min=0).expand(-1, self.recent_selected.shape[1], -1)
-                self.recent_key, self.recent_value = (
-                    states.gather(2, index[..., None].expand(-1, -1, -1, states.shape[-1]))
-                    for states in (self.recent_key, self.recent_value)
-                )
-                self.recent_selected = self.recent_selected.gather(2, index) & (source >= 0)
-                if self.recent_score is not None:
-                    self.recent_score = self.recent_score.gather(2, index)
+                for name in RECENT:
+                    if (states := getattr(self, name)) is not None:
+                        setattr(self, name, gather_slots(states, source.clamp(min=0)))
+                self.recent_selected = self.recent_selected & (source >= 0)
         if self.record_past:
             self._evict()
             self._leave_window()
@@ -448,15 +446,13 @@ class FixedSparseKeyValues:
         score = tokens.score.masked_fill(~tokens.selected, -torch.inf).transpose(1, 2)  # [B, G, T]
         if window:
             # The ring by position, oldest first.
-            slots = (state.num_tokens[:, None] + torch.arange(window, device=key.device)) % window  # [B, W]
-            key = torch.cat((_gather_slots(state.ring_key, slots), key), dim=2)
-            value = torch.cat((_gather_slots(state.ring_value, slots), value), dim=2)
-            score = torch.cat((_gather_slots(state.ring_score, slots), score), dim=2)
+            slots = (state.num_tokens[:, None, None] + torch.arange(window, device=key.device)) % window  # [B, 1, W]
+            key = torch.cat((gather_slots(state.ring_key, slots), key), dim=2)
+            value = torch.cat((gather_slots(state.ring_value, slots), value), dim=2)
+            score = torch.cat((gather_slots(state.ring_score, slots), score), dim=2)
             if tokens.valid is not None:
-                # Bring the ring's tokens up to the call's own, over the padding between them.
-                real = F.pad(tokens.valid, (window, 0), value=True).to(torch.int8)
-                order = real.argsort(dim=1, stable=True)
-                key, value, score = (_gather_slots(states, order) for states in (key, value, score))
+                order = _across_padding(tokens.valid, window)
+                key, value, score = (gather_slots(states, order) for states in (key, value, score))
         self._count(num_new)
         length = key.shape[2]
         position = state.num_tokens[:, None] - length + torch.arange(length, device=key.device)  # [B, S]
@@ -476,12 +472,12 @@ class FixedSparseKeyValues:
         has_left = torch.arange(length, device=key.device) < length - window
         self._hold(join(past, held)._replace(valid=alive & F.pad(has_left, (num_past, 0), value=True)))
         if window:
-            newest = state.num_tokens[:, None] - 1
-            source = length - 1 - (newest - torch.arange(window, device=key.device)) % window  # [B, W]
-            state.ring_key.copy_(_gather_slots(key, source))
-            state.ring_value.copy_(_gather_slots(value, source))
+            newest = state.num_tokens[:, None, None] - 1
+            source = length - 1 - (newest - torch.arange(window, device=key.device)) % window  # [B, 1, W]
+            state.ring_key.copy_(gather_slots(key, source))
+            state.ring_value.copy_(gather_slots(value, source))
             score = score.masked_fill(~alive[..., num_past:], -torch.inf)
-            state.ring_score.copy_(_gather_slots(score, source))
+            state.ring_score.copy_(gather_slots(score, source))
         return near, past
 
     def _past(self) -> KeyValues | None:
@@ -501,9 +497,8 @@ class FixedSparseKeyValues:
         """Hold the valid ones of `entries`, of which there are no more than fit, and no others."""
         order = (~entries.valid).to(torch.int8).argsort(dim=-1, stable=True)[..., : self.capacity]
         for name in ("key", "value", "position", "score"):
-            states = getattr(entries, name)
-            index = order if states.ndim == order.ndim else order[..., None].expand(*order.shape, states.shape[-1])
-            getattr(self.state, name)[:, :, : order.shape[-1]] = states.gather(2, index).detach()
+            held = gather_slots(getattr(entries, name), order)
+            getattr(self.state, name)[:, :, : order.shape[-1]] = held.detach()
         self.state.count.copy_(entries.valid.sum(-1))
 
     def _count(self, num_new: int) -> None:
@@ -533,10 +528,13 @@ def static_capacity(max_cache_len: int, sparsity: float) -> int:
     return min(max_cache_len, math.ceil(2 * max_cache_len / sparsity) + 64)
 
 
-def _gather_slots(states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """`states` [B, G, S, ...] at `slots` [B, S'] of each row."""
-    index = slots[:, None].expand(-1, states.shape[1], -1)
-    return states.gather(2, index if states.ndim == 3 else index[..., None].expand(-1, -1, -1, states.shape[-1]))
+def _across_padding(valid: torch.Tensor, num_cached: int) -> torch.Tensor:
+    """
+    Order [B, 1, num_cached + T] that brings the cached tokens of a row up to those of a call, over the padding between
+    them. `valid` [B, T] is the call's.
+    """
+    real = F.pad(valid, (num_cached, 0), value=True).to(torch.int8)
+    return real.argsort(dim=1, stable=True)[:, None]
 
 
 def _budgeted(*parts: KeyValues | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -572,6 +570,47 @@ def _until(
     if not torch.compiler.is_compiling() and not bool((selected.sum(-1) > budget).any()):
         return None
     return torch.where(within_budget(score, position, selected, budget), NEVER, position[..., -1:])
+
+
+class PreallocatedDynamicLayer(DynamicLayer):
+    """
+    The dense heads' keys and values, with a little room behind them. Upstream's layer copies all of them for every new
+    token: at 8 k tokens, more work than the rest of a decoding step on sparse heads. What was cropped is overwritten.
+    """
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+        return self.keys, self.values
+
+
+def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """`held` [B, H, S, d] (at first [0]) and then `new` [B, H, T, d], in the memory of `held` if that has room."""
+    if held.ndim != 4 or held.shape[:2] != new.shape[:2] or held.dtype != new.dtype:
+        return torch.cat((held, new), dim=2)  # the first tokens; promotes types, and raises
+    batch_size, num_heads, num_held, head_dim = held.shape
+    length = num_held + new.shape[2]
+    capacity = held.stride(1) // head_dim
+    layout = (num_heads * capacity * head_dim, capacity * head_dim, head_dim, 1)  # strides, if room follows `held`
+    if capacity >= length and held.stride() == layout and held.storage_offset() == 0 and _may_change(held):
+        grown = held.as_strided((batch_size, num_heads, length, head_dim), layout)
+    else:
+        grown = held.new_empty(batch_size, num_heads, length + length // DENSE_ROOM + 1, head_dim)[:, :, :length]
+        grown[:, :, :num_held] = held
+    grown[:, :, num_held:] = new
+    return grown
+
+
+def _may_change(held: torch.Tensor) -> bool:
+    """Whether a cache may write into its tensors: not if autograd may have saved them, or inference mode made them."""
+    if torch.is_grad_enabled() or held.requires_grad:
+        return False
+    return torch.is_inference_mode_enabled() or not held.is_inference()
 
 
 class SparseLayer(CacheLayerMixin):
@@ -696,9 +735,12 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             sparse = SparseKeyValues(spec.window, spec.budget)
             sparse.record_past = layer.__dict__.pop("record_past", False)
         layer.sparse = sparse
-        # Without dense heads a layer only counts tokens, and there is nothing to quantise.
-        counts_only = isinstance(layer, BaseQuantizedLayer) and not spec.has_dense_heads
-        layer.__class__ = _sparse_class(DynamicLayer if counts_only else type(layer))
+        layer_class = type(layer)
+        if isinstance(layer, BaseQuantizedLayer) and not spec.has_dense_heads:
+            layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
+        if layer_class is DynamicLayer:
+            layer_class = PreallocatedDynamicLayer
+        layer.__class__ = _sparse_class(layer_class)
 
 
 def is_upgraded(cache: Cache) -> bool:

@@ -104,6 +104,37 @@ def gradients(output: torch.Tensor, weight: torch.Tensor, inputs: list[torch.Ten
     return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
 
 
+def all_form_call(shape: dict, window: int, biased: bool, fixed: bool = False):
+    """
+    Arguments of `all_attention`, and those of them that take gradients; with `fixed`, kept entries as a cache of fixed
+    size hands them over.
+    """
+    num_recent = min(shape["num_past"], max(window - 1, 0)) if not shape["padded"] else 0
+    num_kept = shape["num_past"] - num_recent
+    # Kept tokens have left the window of every query, if only behind recent ones.
+    tokens = random_call(shape, shape["num_past"] + (window if shape["padded"] else 0))
+    batch_size, num_tokens, groups, head_dim = (
+        shape[name] for name in ("batch_size", "num_tokens", "num_groups", "head_dim")
+    )
+    num_near = num_recent + num_tokens
+    position = torch.cat((torch.arange(num_kept, shape["num_past"]).expand(batch_size, -1), tokens.position), dim=1)
+    recent = torch.rand(batch_size, num_recent, groups) < 1 / shape["sparsity"]
+    near = KeyValues(
+        *(torch.randn(batch_size, groups, num_near, head_dim, requires_grad=True) for _ in range(2)),
+        position[:, None].expand(-1, groups, -1),
+        None if tokens.valid is None else tokens.valid[:, None].expand(-1, groups, -1),
+        torch.cat((recent, tokens.selected), dim=1).transpose(1, 2),
+    )
+    if shape["evicts"]:
+        near = near._replace(until=random_until(near.position))
+    kept = random_kept(shape, num_kept)
+    kept = kept if fixed else ragged(kept)
+    query = torch.randn(batch_size, groups, shape["heads_per_group"], num_tokens, head_dim, requires_grad=True)
+    bias = (-torch.rand(batch_size, groups, num_near)).requires_grad_() if biased else None
+    inputs = [query, near.key, near.value, *([bias] if biased else []), *([] if kept is None else kept[:2])]
+    return (query, near, kept, tokens, window, bias), inputs
+
+
 @FAST
 @given(shapes)
 def test_selected_heads(shape):
@@ -158,28 +189,7 @@ def test_all_attention_of_a_single_token(shape, window, decode_loop):
 
 def check_all_attention(shape, window, biased, small_blocks):
     torch.manual_seed(shape["seed"])
-    num_recent = min(shape["num_past"], max(window - 1, 0)) if not shape["padded"] else 0
-    num_kept = shape["num_past"] - num_recent
-    # Kept tokens have left the window of every query, if only behind recent ones.
-    tokens = random_call(shape, shape["num_past"] + (window if shape["padded"] else 0))
-    batch_size, num_tokens, groups, head_dim = (
-        shape[name] for name in ("batch_size", "num_tokens", "num_groups", "head_dim")
-    )
-    num_near = num_recent + num_tokens
-    position = torch.cat((torch.arange(num_kept, shape["num_past"]).expand(batch_size, -1), tokens.position), dim=1)
-    recent = torch.rand(batch_size, num_recent, groups) < 1 / shape["sparsity"]
-    near = KeyValues(
-        *(torch.randn(batch_size, groups, num_near, head_dim, requires_grad=True) for _ in range(2)),
-        position[:, None].expand(-1, groups, -1),
-        None if tokens.valid is None else tokens.valid[:, None].expand(-1, groups, -1),
-        torch.cat((recent, tokens.selected), dim=1).transpose(1, 2),
-    )
-    if shape["evicts"]:
-        near = near._replace(until=random_until(near.position))
-    kept = ragged(random_kept(shape, num_kept))
-    query = torch.randn(batch_size, groups, shape["heads_per_group"], num_tokens, head_dim, requires_grad=True)
-    bias = -torch.rand(batch_size, groups, num_near) if biased else None
-    bias = None if bias is None else bias.requires_grad_()
+    (query, near, kept, tokens, window, bias), inputs = all_form_call(shape, window, biased)
 
     block, portable.QUERY_BLOCK = portable.QUERY_BLOCK, 16 if small_blocks else portable.QUERY_BLOCK
     try:
@@ -191,8 +201,6 @@ def check_all_attention(shape, window, biased, small_blocks):
     real = torch.ones(()) if tokens.valid is None else tokens.valid[:, None, None, :, None]
     close(actual * real, expected * real, "output")
 
-    inputs = [query, near.key, near.value, *([bias] if biased else [])]
-    inputs += [kept.key, kept.value] if kept is not None else []
     upstream = torch.randn_like(expected) * real
     for i, pair in enumerate(
         zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs), strict=True)

@@ -12,7 +12,7 @@ from mosa_hf.kernels.triton import attention  # noqa: E402
 from mosa_hf.kernels.triton.all_attention import all_attention  # noqa: E402
 from mosa_hf.kernels.triton.attention import FarKeys, NearKeys, prefix_attention  # noqa: E402
 
-from .test_kernels import gradients, ragged, random_call, random_kept, random_until  # noqa: E402
+from .test_kernels import all_form_call, gradients  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # inductor compiles for half a minute on a CPU
@@ -220,37 +220,6 @@ def test_prefix_attention_compiles_into_one_graph():
 
 SHAPE = {"batch_size": 2, "num_tokens": 40, "num_groups": 2, "heads_per_group": 2, "sparsity": 4, "head_dim": 16}
 SHAPE |= {"rotary_share": 1.0, "padded": False, "packed": False, "num_past": 0, "evicts": False}
-
-
-def all_form_call(shape: dict, window: int, biased: bool, fixed: bool = False):
-    """
-    Arguments of `all_attention`, and those of them that take gradients; with `fixed`, kept entries as a cache of fixed
-    size hands them over.
-    """
-    num_recent = min(shape["num_past"], max(window - 1, 0)) if not shape["padded"] else 0
-    num_kept = shape["num_past"] - num_recent
-    # Kept tokens have left the window of every query, if only behind recent ones.
-    tokens = random_call(shape, shape["num_past"] + (window if shape["padded"] else 0))
-    batch_size, num_tokens, groups, head_dim = (
-        shape[name] for name in ("batch_size", "num_tokens", "num_groups", "head_dim")
-    )
-    num_near = num_recent + num_tokens
-    position = torch.cat((torch.arange(num_kept, shape["num_past"]).expand(batch_size, -1), tokens.position), dim=1)
-    recent = torch.rand(batch_size, num_recent, groups) < 1 / shape["sparsity"]
-    near = KeyValues(
-        *(torch.randn(batch_size, groups, num_near, head_dim, requires_grad=True) for _ in range(2)),
-        position[:, None].expand(-1, groups, -1),
-        None if tokens.valid is None else tokens.valid[:, None].expand(-1, groups, -1),
-        torch.cat((recent, tokens.selected), dim=1).transpose(1, 2),
-    )
-    if shape["evicts"]:
-        near = near._replace(until=random_until(near.position))
-    kept = random_kept(shape, num_kept)
-    kept = kept if fixed else ragged(kept)
-    query = torch.randn(batch_size, groups, shape["heads_per_group"], num_tokens, head_dim, requires_grad=True)
-    bias = (-torch.rand(batch_size, groups, num_near)).requires_grad_() if biased else None
-    inputs = [query, near.key, near.value, *([bias] if biased else []), *([] if kept is None else kept[:2])]
-    return (query, near, kept, tokens, window, bias), inputs
 
 
 @pytest.mark.parametrize("window, biased", [(0, True), (1, False), (5, False), (5, True), (64, True)])

@@ -46,19 +46,8 @@ def all_inputs(
     return query, near.key, near.value, far_bias, *where, window
 
 
-def _run_selected_heads(
-    hidden_states: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    query_bias: MaybeTensor,
-    key_bias: MaybeTensor,
-    value_bias: MaybeTensor,
-    *tokens: MaybeTensor,
-) -> torch.Tensor:
-    weights = HeadWeights(query, key, value, output, query_bias, key_bias, value_bias)
-    tokens = Tokens(*tokens[:7], until=tokens[7])
+def _run_selected_heads(hidden_states: torch.Tensor, *inputs: MaybeTensor) -> torch.Tensor:
+    weights, tokens = HeadWeights(*inputs[:7]), Tokens(*inputs[7:14], until=inputs[14])
     return portable.selected_heads(hidden_states, weights, tokens)[0].to(hidden_states.dtype).contiguous()
 
 
@@ -80,94 +69,6 @@ def _run_all_attention(
     return portable.all_attention(query, near, None, tokens, window, far_bias).to(query.dtype).contiguous()
 
 
-@torch.library.custom_op("mosa::selected_heads", mutates_args=())
-def _selected_heads(
-    hidden_states: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    query_bias: MaybeTensor,
-    key_bias: MaybeTensor,
-    value_bias: MaybeTensor,
-    position: torch.Tensor,
-    valid: MaybeTensor,
-    segment: MaybeTensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    selected: torch.Tensor,
-    gate: torch.Tensor,
-    until: MaybeTensor,
-) -> torch.Tensor:
-    weights = (query, key, value, output, query_bias, key_bias, value_bias)
-    tokens = (position, valid, segment, cos, sin, selected, gate, until)
-    return _run_selected_heads(hidden_states, *weights, *tokens)
-
-
-@torch.library.custom_op("mosa::selected_heads_backward", mutates_args=())
-def _selected_heads_backward(
-    grad: torch.Tensor,
-    hidden_states: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    query_bias: MaybeTensor,
-    key_bias: MaybeTensor,
-    value_bias: MaybeTensor,
-    position: torch.Tensor,
-    valid: MaybeTensor,
-    segment: MaybeTensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    selected: torch.Tensor,
-    gate: torch.Tensor,
-    until: MaybeTensor,
-) -> list[torch.Tensor]:
-    weights = (query, key, value, output, query_bias, key_bias, value_bias)
-    tokens = (position, valid, segment, cos, sin, selected, gate, until)
-    return _gradients(_run_selected_heads, grad, (hidden_states, *weights, *tokens), SELECTED_HEADS_LEARN)
-
-
-@torch.library.custom_op("mosa::all_attention", mutates_args=())
-def _all_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far_bias: MaybeTensor,
-    position: torch.Tensor,
-    valid: MaybeTensor,
-    segment: MaybeTensor,
-    selected: torch.Tensor,
-    until: MaybeTensor,
-    window: int,
-) -> torch.Tensor:
-    return _run_all_attention(query, key, value, far_bias, position, valid, segment, selected, until, window)
-
-
-@torch.library.custom_op("mosa::all_attention_backward", mutates_args=())
-def _all_attention_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far_bias: MaybeTensor,
-    position: torch.Tensor,
-    valid: MaybeTensor,
-    segment: MaybeTensor,
-    selected: torch.Tensor,
-    until: MaybeTensor,
-    window: int,
-) -> list[torch.Tensor]:
-    inputs = (query, key, value, far_bias, position, valid, segment, selected, until, window)
-    return _gradients(_run_all_attention, grad, inputs, ALL_ATTENTION_LEARN)
-
-
-# Which inputs have gradients.
-SELECTED_HEADS_LEARN = (0, 1, 2, 3, 4, 5, 6, 7, 14)  # hidden states, weights and biases, gate
-ALL_ATTENTION_LEARN = (0, 1, 2, 3)  # queries, keys, values, bias
-
-
 def _gradients(
     function: Callable[..., torch.Tensor], grad: torch.Tensor, inputs: tuple, learn: tuple[int, ...]
 ) -> list[torch.Tensor]:
@@ -184,8 +85,24 @@ def _gradients(
     return [grads[i].contiguous() if i in grads else grad.new_empty(0) for i in learn]
 
 
-def _register(op, backward_op, learn: tuple[int, ...]) -> None:
-    """The op's output is shaped like its first input, and its gradients like their inputs."""
+def _op(
+    name: str, function: Callable[..., torch.Tensor], parameters: str, learn: tuple[int, ...]
+) -> Callable[..., torch.Tensor]:
+    """
+    `function` as the op `mosa::name`, and another for its gradients.
+
+    Args:
+        function: its output is shaped like its first input.
+        parameters: of a schema, in the order of the function's.
+        learn: which of them have gradients.
+    """
+    op = torch.library.custom_op(f"mosa::{name}", function, mutates_args=(), schema=f"({parameters}) -> Tensor")
+
+    @torch.library.custom_op(
+        f"mosa::{name}_backward", mutates_args=(), schema=f"(Tensor grad, {parameters}) -> Tensor[]"
+    )
+    def backward_op(grad: torch.Tensor, *inputs) -> list[torch.Tensor]:
+        return _gradients(function, grad, inputs, learn)
 
     @op.register_fake
     def _(first: torch.Tensor, *others) -> torch.Tensor:
@@ -214,7 +131,21 @@ def _register(op, backward_op, learn: tuple[int, ...]) -> None:
         return tuple(grads)
 
     op.register_autograd(backward, setup_context=setup_context)
+    return op
 
 
-_register(_selected_heads, _selected_heads_backward, SELECTED_HEADS_LEARN)
-_register(_all_attention, _all_attention_backward, ALL_ATTENTION_LEARN)
+_selected_heads = _op(
+    "selected_heads",
+    _run_selected_heads,
+    "Tensor hidden_states, Tensor query, Tensor key, Tensor value, Tensor output, Tensor? query_bias, "
+    "Tensor? key_bias, Tensor? value_bias, Tensor position, Tensor? valid, Tensor? segment, Tensor cos, Tensor sin, "
+    "Tensor selected, Tensor gate, Tensor? until",
+    learn=(0, 1, 2, 3, 4, 5, 6, 7, 14),  # hidden states, weights and biases, gate
+)
+_all_attention = _op(
+    "all_attention",
+    _run_all_attention,
+    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor position, Tensor? valid, Tensor? segment, "
+    "Tensor selected, Tensor? until, int window",
+    learn=(0, 1, 2, 3),  # queries, keys, values, bias
+)

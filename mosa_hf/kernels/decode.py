@@ -97,14 +97,14 @@ def decode_all(
     """
     window = state.ring_key.shape[2]
     num_groups = score.shape[1]
-    groups = torch.arange(num_groups, device=score.device)
-    selected = score > -torch.inf
-    if valid is not None:
-        selected = selected & valid[:, None]
     if window:
         _push(state, key, value, score, valid)
         _evict(state, valid, budget)
     else:
+        selected = score > -torch.inf
+        if valid is not None:
+            selected = selected & valid[:, None]
+        groups = torch.arange(num_groups, device=score.device)
         _insert(state, groups, key, value, score, selected, budget)
     _count(state, valid)
 

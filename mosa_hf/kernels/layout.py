@@ -129,6 +129,13 @@ def join(*parts: KeyValues | None) -> KeyValues:
     )
 
 
+def gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`states` [B, G, S, ...] at slots `index` [B, G, K], or [B, 1, K] where it is the same for all groups."""
+    channels = states.shape[3:]
+    index = index.expand(-1, states.shape[1], -1)
+    return states.gather(2, index.view(index.shape + (1,) * len(channels)).expand(index.shape + channels))
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of the first `cos.shape[-1]` channels of `states` [..., d]; the others pass through."""
     rotary_dim = cos.shape[-1]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from .decode import decode_all, decode_selected
-from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, rotate
+from .layout import HeadWeights, KeyValues, RaggedKeyValues, Tokens, gather_slots, rotate
 
 __all__ = ["all_attention", "decode_all", "decode_selected", "selected_heads", "selected_positions"]
 
@@ -103,12 +103,13 @@ def all_attention(
         kept = kept.pad()
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
 
-    block_ends = [min(start + QUERY_BLOCK, num_queries) for start in range(0, num_queries, QUERY_BLOCK)]
+    block_starts = range(0, num_queries, QUERY_BLOCK)
+    block_ends = [min(start + QUERY_BLOCK, num_queries) for start in block_starts]
     reach = sure = [0] * len(block_ends)
     bias = None
     if num_near > window:  # some near slot is far from some query
         index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
-        far_key, far_value = (_gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
+        far_key, far_value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
         bias = None if far_bias is None else far_bias.gather(2, index)
         far_until = None if near.until is None else near.until.gather(2, index)
         # How many of the K far slots some query of a block can reach, and how many all of its queries do.
@@ -116,12 +117,11 @@ def all_attention(
         most, least = count.amax((0, 1)).tolist(), count.amin((0, 1)).tolist()
         reach = [most[last] if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
         if tokens.segment is None and near.until is None:
-            block_starts = range(0, num_queries, QUERY_BLOCK)
             sure = [least[last] if (last := start + offset - window) >= 0 else 0 for start in block_starts]
     query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
 
     outputs = []
-    for start, end, num_far, num_sure in zip(range(0, num_queries, QUERY_BLOCK), block_ends, reach, sure, strict=True):
+    for start, end, num_far, num_sure in zip(block_starts, block_ends, reach, sure, strict=True):
         queries = slice(start, end)
         local = slice(max(0, offset + start - window + 1), offset + end) if window else slice(0, 0)
         positions = tokens.position[:, None, queries, None]  # [B, 1, T', 1]
@@ -223,11 +223,6 @@ def selected_positions(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     index = torch.zeros(filled.shape, dtype=torch.int64, device=selected.device)
     index[filled] = selected.nonzero()[:, 2]  # row by row, group by group, ascending: the order of the filled slots
     return index, filled
-
-
-def _gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`states` [B, G, S, d] at `index` [B, G, K]."""
-    return states.gather(2, index[..., None].expand(*index.shape, states.shape[-1]))
 
 
 def _per_group(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..layout import NEVER, KeyValues, RaggedKeyValues, Tokens
+from ..layout import NEVER, KeyValues, RaggedKeyValues, Tokens, gather_slots
 from .attention import FarKeys, NearKeys, prefix_attention
 from .select import selected_positions
 
@@ -101,10 +101,10 @@ def _far_slots(
     What the far slots hold, [B, G, S, ...]: `of_kept` [., ...] (None: `empty`) at `entry` [B, G, S - K], where there
     are any, and then `of_near` [B, G, N, ...] at `index` [B, G, K].
     """
-    channels = of_near.shape[3:]
-    states = of_near.gather(2, index.view(index.shape + (1,) * len(channels)).expand(index.shape + channels))
+    states = gather_slots(of_near, index)
     if entry is None:
         return states
+    channels = of_near.shape[3:]
     if of_kept is None:
         first = states.new_full(entry.shape + channels, empty)
     else:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
+from .slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -413,11 +413,7 @@ def hidden_gradient(
     batch_size, num_groups, num_heads, num_slots, head_dim = query_grad.shape
     tile = tiles(head_dim, query_grad.dtype)
     hidden_size = key_weight.shape[2]
-    atomic = not torch.are_deterministic_algorithms_enabled()
-    if atomic:
-        output = key_grad.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
-    else:
-        output = key_grad.new_empty(batch_size, num_groups, num_slots, hidden_size, dtype=torch.float32)
+    output, atomic = output_of_tokens(index, num_tokens, hidden_size)
     grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
     with torch.cuda.device_of(key_grad):
         _hidden_gradient[grid](

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .builds import KernelBuild
-from .slots import add_to_tokens, group_slots, load_piece, piece_of_head, sum_by_token, tiles
+from .slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
 
 
 @triton.jit
@@ -202,11 +202,7 @@ def project_scatter(
     batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
     tile = tiles(head_dim, heads.dtype)
     hidden_size = weight.shape[1]
-    atomic = not torch.are_deterministic_algorithms_enabled()
-    if atomic:
-        output = heads.new_zeros(batch_size, num_tokens, hidden_size, dtype=torch.float32)
-    else:
-        output = heads.new_empty(batch_size, num_groups, num_slots, hidden_size, dtype=torch.float32)
+    output, atomic = output_of_tokens(index, num_tokens, hidden_size)
     grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
     with torch.cuda.device_of(heads):
         _project_scatter[grid](

@@ -2,13 +2,11 @@
 
 import torch
 
-from ..layout import HeadWeights, KeyValues, Tokens, join
+from ..layout import NEVER, HeadWeights, KeyValues, Tokens, join
 from .attention import FarKeys, prefix_attention
 from .gather_project import gather_project
 from .project_scatter import project_scatter
 from .select import selected_positions
-
-INT32_MAX = torch.iinfo(torch.int32).max  # an `until` that no position reaches
 
 
 def selected_heads(
@@ -62,7 +60,7 @@ def selected_heads(
     else:  # packed sequences come without a past
         keys = join(past, new)
         if keys.until is None:  # needed all the same: rows and groups have different numbers of empty slots in between
-            keys = keys._replace(until=torch.full_like(keys.position, INT32_MAX))
+            keys = keys._replace(until=torch.full_like(keys.position, NEVER))
         far = FarKeys(keys.key, keys.value, start, torch.where(filled, past.key.shape[2] + end, 0), until=_until(keys))
     heads = prefix_attention(query, far, position=None if far.until is None else position)  # [B, G, R, K, d]
 
@@ -71,7 +69,5 @@ def selected_heads(
 
 
 def _until(keys: KeyValues) -> torch.Tensor | None:
-    """`keys.until` as `prefix_attention` takes it: int32, and empty slots end before any position."""
-    if keys.until is None:
-        return None
-    return torch.where(keys.valid, keys.until.clamp(max=INT32_MAX), 0).int()
+    """`keys.until`, where empty slots end before any position."""
+    return None if keys.until is None else torch.where(keys.valid, keys.until, 0)

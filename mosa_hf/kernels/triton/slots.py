@@ -118,6 +118,16 @@ def add_to_tokens(
         tl.store(output_ptr + place[:, None] * hidden_size + column[None, :], rows, mask=mask)
 
 
+def output_of_tokens(index: torch.Tensor, num_tokens: int, hidden_size: int) -> tuple[torch.Tensor, bool]:
+    """
+    What `add_to_tokens` writes to, for slots `index` [B, G, K], and its ATOMIC. Where that is False, as under
+    `torch.use_deterministic_algorithms`, `sum_by_token` has to follow.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return index.new_empty(*index.shape, hidden_size, dtype=torch.float32), False
+    return index.new_zeros(len(index), num_tokens, hidden_size, dtype=torch.float32), True
+
+
 @triton.jit
 def _sum_by_token(
     rows_ptr,  # [B * G * K, D]
