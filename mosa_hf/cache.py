@@ -19,6 +19,7 @@ RECENT = ("recent_key", "recent_value", "recent_selected", "recent_score")
 # One free entry for so many held: a little memory against a copy of all entries for each new one.
 ROOM = 32
 DENSE_ROOM = 64
+RECENT_ROOM = 8
 
 
 class SelectedKeyValues:
@@ -192,8 +193,8 @@ class SparseKeyValues:
         kept = self.kept.entries()
         if self.recent_key is not None:
             num_recent = self.recent_key.shape[2]
-            key = torch.cat((self.recent_key, key), dim=2)
-            value = torch.cat((self.recent_value, value), dim=2)
+            room = self.window // RECENT_ROOM
+            key, value = _append(self.recent_key, key, room), _append(self.recent_value, value, room)
             selected = torch.cat((self.recent_selected, selected), dim=2)
             score = None if score is None else torch.cat((self.recent_score, score), dim=2)
             if tokens.valid is not None:
@@ -270,10 +271,13 @@ class SparseKeyValues:
         left = (states[:, :, :num_left] for states in (self.recent_key, self.recent_value))
         score = None if self.recent_score is None else self.recent_score[:, :, :num_left]
         self.kept.append(KeyValues(*left, position, leaving, None, None, score))
-        # Copies, not views: a view would hold the whole call's keys in memory.
         for name in RECENT:
             if (states := getattr(self, name)) is not None:
-                setattr(self, name, states[:, :, num_left:].clone())
+                states = states[:, :, num_left:]
+                # A view would hold the whole call's keys in memory; of a single token's call, that is only the room.
+                largest = states[:, :, :1].numel() * (self.window + self.window // RECENT_ROOM)
+                is_small = states.untyped_storage().nbytes() <= largest * states.element_size()
+                setattr(self, name, states if is_small else states.clone())
 
     def crop(self, num_removed: int) -> None:
         """
@@ -574,33 +578,39 @@ def _until(
 
 class PreallocatedDynamicLayer(DynamicLayer):
     """
-    The dense heads' keys and values, with a little room behind them. Upstream's layer copies all of them for every new
-    token: at 8 k tokens, more work than the rest of a decoding step on sparse heads. What was cropped is overwritten.
+    The dense heads' keys and values, with a little room behind them: upstream's layer copies all of them for every new
+    token. What was cropped is overwritten.
     """
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return super().update(key_states, value_states, *args, **kwargs)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
+        room = self.get_seq_length() // DENSE_ROOM
+        self.keys, self.values = _append(self.keys, key_states, room), _append(self.values, value_states, room)
         return self.keys, self.values
 
 
-def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """`held` [B, H, S, d] (at first [0]) and then `new` [B, H, T, d], in the memory of `held` if that has room."""
-    if held.ndim != 4 or held.shape[:2] != new.shape[:2] or held.dtype != new.dtype:
-        return torch.cat((held, new), dim=2)  # the first tokens; promotes types, and raises
+def _append(held: torch.Tensor, new: torch.Tensor, room: int) -> torch.Tensor:
+    """
+    `held` [B, H, S, d] (at first [0]) and then `new` [B, H, T, d]: in the memory of `held` if it has room behind its
+    entries, else in new memory with `room` for more. Where nothing may change in place, a plain concatenation.
+    """
+    is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    if is_traced or not held.numel() or held.shape[:2] != new.shape[:2] or held.dtype != new.dtype:
+        return torch.cat((held, new), dim=-2)  # promotes types, and raises
     batch_size, num_heads, num_held, head_dim = held.shape
     length = num_held + new.shape[2]
+    # Is `held` part of entries [B, H, capacity, d] that have memory of their own, and place for more behind it?
     capacity = held.stride(1) // head_dim
-    layout = (num_heads * capacity * head_dim, capacity * head_dim, head_dim, 1)  # strides, if room follows `held`
-    if capacity >= length and held.stride() == layout and held.storage_offset() == 0 and _may_change(held):
+    layout = (num_heads * capacity * head_dim, capacity * head_dim, head_dim, 1)
+    is_whole = held.untyped_storage().nbytes() == batch_size * layout[0] * held.element_size()
+    fits = held.storage_offset() // head_dim + length <= capacity
+    if is_whole and fits and held.stride() == layout and _may_change(held):
         grown = held.as_strided((batch_size, num_heads, length, head_dim), layout)
     else:
-        grown = held.new_empty(batch_size, num_heads, length + length // DENSE_ROOM + 1, head_dim)[:, :, :length]
+        grown = held.new_empty(batch_size, num_heads, length + room, head_dim)[:, :, :length]
         grown[:, :, :num_held] = held
     grown[:, :, num_held:] = new
     return grown

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache, TextIteratorStreamer, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks import demo, measure, sources
@@ -17,7 +17,7 @@ from mosa_hf.conversion import calibration_windows
 from .test_modeling import in_chunks, max_difference
 
 pytestmark = pytest.mark.real
-NEW_TOKENS = 16
+NEW_TOKENS = 12
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "A file system keeps track of the blocks that"]
 
 
@@ -134,6 +134,8 @@ MODES = {
     "static": {"cache_implementation": "static"},
     "sampling": {"do_sample": True, "num_return_sequences": 2},
     "beams": {"num_beams": 2},
+    "beam_sampling": {"num_beams": 2, "do_sample": True},
+    "static_beams": {"num_beams": 2, "cache_implementation": "static"},
     "chunked_prefill": {"prefill_chunk_size": 4},
     "prompt_lookup": {"prompt_lookup_num_tokens": 3},
     "assisted": {"assistant_model": None},
@@ -162,6 +164,25 @@ def test_every_mode_gives_the_tokens_of_a_plain_loop(form, converted, converted_
                 expected = model.generate(input_ids, **options, use_cache=False)
             set_seed(0)
             assert torch.equal(model.generate(input_ids, **options), expected), mode
+
+
+@pytest.mark.parametrize("form", ["all", "selected"])
+def test_a_conversation_goes_on_from_its_cache(form, converted, converted_selected, tokenizer):
+    """Three turns on one cache, streamed, equal each turn read anew without a cache."""
+    model = converted if form == "all" else converted_selected
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=128)):
+        conversation = torch.empty(1, 0, dtype=torch.long)
+        for prompt in PROMPTS:
+            turn = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            conversation = torch.cat((conversation, turn), dim=1)
+            options = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+            options["attention_mask"] = torch.ones_like(conversation)
+            expected = model.generate(conversation, use_cache=False, **options)
+            streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+            tokens = model.generate(conversation, past_key_values=cache, streamer=streamer, **options)
+            assert torch.equal(tokens, expected)
+            assert "".join(streamer) == tokenizer.decode(tokens[0, conversation.shape[1] :])
+            conversation = tokens
 
 
 PEAK = """
