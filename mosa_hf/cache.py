@@ -579,7 +579,7 @@ def _until(
 class PreallocatedDynamicLayer(DynamicLayer):
     """
     The dense heads' keys and values, with a little room behind them: upstream's layer copies all of them for every new
-    token. What was cropped is overwritten.
+    token. What was cropped is overwritten, and so is what another cache shares of it: copy a cache by `copy.deepcopy`.
     """
 
     def update(

@@ -31,23 +31,7 @@ def decode_all(
     budget: int,
 ) -> torch.Tensor:
     """
-    Take one token of each row into `state` and return what its queries read: the kept entries and the window.
-
-    A token enters the ring; when the ring overwrites it `window` tokens later it moves to the kept entries, if it is
-    still selected. Where more than `budget` tokens are selected, the one of the lowest score is given up, the latest
-    of several: it leaves the kept entries, or, within the window, stays readable until the ring overwrites it.
-
-    Args:
-        query: `[B, G, R, d]`, rotated.
-        key: `[B, G, d]`, rotated.
-        value: `[B, G, d]`.
-        score: `[B, G]` float32, router logits; -inf where the token is not selected, inf where it is never given up.
-        valid: `[B]` bool, False where the token is padding, which leaves its row's state as it is; None: no padding.
-        state: updated in place. At most `budget` of its tokens are selected.
-        budget: selected tokens that a row and group may hold, kept or in the ring; at most C.
-
-    Returns:
-        `[B, G, R, d]`; zero where there is nothing to read, and any finite number for padding.
+    Same function as `mosa_hf.kernels.decode.decode_all`; padding gets any finite number.
 
     Raises:
         ValueError: for a state that is not contiguous, or a budget larger than it can hold.

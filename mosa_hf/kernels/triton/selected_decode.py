@@ -287,24 +287,9 @@ def decode_selected(
     budget: int,
 ) -> torch.Tensor:
     """
-    One step of form "selected": groups that select a row's token keep it and attend to what they keep.
+    Same function as `mosa_hf.kernels.decode.decode_selected`; biases all or none, and sums in a fixed order.
 
-    A group that keeps `budget` tokens gives up the one of the lowest score, the new one counted, of several the
-    latest. Everything stays on the device and nothing is allocated by size of the data, so CUDA graphs can hold it.
-    The sums are in a fixed order.
-
-    Args:
-        hidden_states: `[B, D]`, one token of each row.
-        weights: the groups' projections; biases all or none.
-        cos, sin: `[B, rotary_dim]`.
-        score: `[B, G]` float32, router logits; -inf: the group does not select the token; inf: it never gives it up.
-        gate: `[B, G]`, factor on a group's output.
-        valid: `[B]` bool, False for a row without a token in this step, which is left alone and gets zeros.
-        state: updated in place; `ring_*` are not used.
-        budget: tokens that a group keeps, 1 to C, and no fewer than it keeps already.
-
-    Returns:
-        `[B, D]`.
+    Everything stays on the device and nothing is allocated by size of the data, so CUDA graphs can hold it.
 
     Raises:
         ValueError: for a budget that the state cannot hold, or a state that is not contiguous.
