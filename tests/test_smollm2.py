@@ -202,21 +202,17 @@ print(peak, sum(mosa_hf.cache_bytes(output.past_key_values).values()))
 def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_path):
     """
     Of two processes that generate after 4096 tokens, the converted model's peaks lower by what its cache saved. The
-    prompt is read in chunks, as long prompts are: in one piece, the malloc's fragmentation hides the cache.
+    prompt is read in chunks, as long prompts are: in one piece, the malloc's fragmentation hides the cache. How much
+    there is of it varies from run to run, so the lower of two peaks counts.
     """
     torch.save(calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, 4096), tmp_path / "prompt.pt")
-    (dense, dense_cache), (mosa, mosa_cache) = (
-        map(
-            int,
-            subprocess.run(
-                [sys.executable, "-c", PEAK, directory, tmp_path / "prompt.pt"],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout.split(),
-        )
-        for directory in (fetched(sources.smollm2_directory), converted_directory)
-    )
+    directories = {"dense": fetched(sources.smollm2_directory), "mosa": converted_directory}
+    runs = {name: [] for name in directories}
+    for name, directory in 2 * list(directories.items()):
+        command = [sys.executable, "-c", PEAK, directory, tmp_path / "prompt.pt"]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        runs[name].append([int(number) for number in output.split()])
+    (dense, dense_cache), (mosa, mosa_cache) = (min(runs[name]) for name in directories)
     print(f"peak {dense / 1e6:.0f} -> {mosa / 1e6:.0f} MB, cache {dense_cache / 1e6:.0f} -> {mosa_cache / 1e6:.0f} MB")
     assert dense - mosa >= 0.8 * (dense_cache - mosa_cache) > 50e6
 
