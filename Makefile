@@ -9,10 +9,10 @@ VENV_PYTHON := $(VENV)/bin/python
 demo: $(VENV)/.mosa-hf-gguf
 	$(VENV_PYTHON) -m benchmarks.demo
 
-# Small models in two processes of one thread each, since threads of two would wait for each other; then the real one.
+# Small models in two processes; then the real one in a single process, with all threads.
 test: lint
-	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -n 2 --dist loadfile
-	$(VENV_PYTHON) -m pytest -q -m real
+	$(VENV_PYTHON) -m pytest -q
+	$(VENV_PYTHON) -m pytest -q -m real -n 0
 
 lint: $(VENV)/.mosa-hf-test
 	$(VENV_PYTHON) -m ruff check
