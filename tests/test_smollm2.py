@@ -17,7 +17,7 @@ from mosa_hf.conversion import calibration_windows
 from .test_modeling import in_chunks, max_difference
 
 pytestmark = pytest.mark.real
-NEW_TOKENS = 12
+NEW_TOKENS = 16
 PROMPTS = ["The capital of France is", "def fibonacci(n):", "A file system keeps track of the blocks that"]
 
 
