@@ -28,8 +28,7 @@ from torch.utils.benchmark import Measurement, Timer
 from mosa_hf import MosaConfig
 from mosa_hf.kernels import backend, portable, use_backend
 from mosa_hf.kernels.layout import FixedKeyValues, HeadWeights, KeyValues, Tokens, rotate
-from mosa_hf.modeling.heads import MosaHeads
-from mosa_hf.routing import RoutingState
+from mosa_hf.modeling.heads import MosaHeads, RoutingState
 
 from .paper_layer import PaperLayer
 

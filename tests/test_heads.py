@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mosa_hf.kernels import use_backend
-from mosa_hf.modeling.heads import MosaHeads
-from mosa_hf.routing import RoutingState
+from mosa_hf.modeling.heads import MosaHeads, RoutingState
 
 from .conftest import tiny_config
 

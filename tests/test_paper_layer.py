@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from benchmarks.paper_layer import PaperLayer
-from mosa_hf.modeling.heads import MosaHeads
-from mosa_hf.routing import RoutingState
+from mosa_hf.modeling.heads import MosaHeads, RoutingState
 
 from .conftest import tiny_config
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mosa_hf.modeling.heads import MosaRouter
-from mosa_hf.routing import RoutingState, select_by_expert_choice, select_by_threshold, valid_tokens
+from mosa_hf.modeling.heads import MosaRouter, RoutingState
+from mosa_hf.routing import select_by_expert_choice, select_by_threshold, valid_tokens
 
 from .conftest import tiny_config, tiny_model
 

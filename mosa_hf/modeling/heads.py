@@ -1,5 +1,6 @@
 """The one MoSA module that every model uses: routers and heads of one layer, over the active kernels backend."""
 
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
@@ -10,7 +11,20 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..cache import FixedSparseKeyValues, SparseKeyValues, SparseSpec
 from ..kernels import backend, compiled, portable, reference
 from ..kernels.layout import HeadWeights, KeyValues, Tokens, rotate
-from ..routing import RoutingState, evicted_at, select_by_expert_choice, select_by_threshold
+from ..routing import CallLayout, evicted_at, select_by_expert_choice, select_by_threshold
+
+
+@dataclass
+class RoutingState(CallLayout):
+    """
+    What the layers of one model call share.
+
+    Attributes:
+        thresholds: layer index → the threshold `[G]` that this call routes with in training, so that gradient
+            checkpointing recomputes the same selection after the moving average went on.
+    """
+
+    thresholds: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 class MosaRouter(nn.Linear):

@@ -31,10 +31,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..cache import is_upgraded, num_cached_tokens, num_overflowed, upgrade_cache
-from ..routing import RoutingState, select_by_expert_choice, valid_tokens
+from ..routing import select_by_expert_choice, valid_tokens
 from ..safetensors_files import tensor_shapes
 from .configuration_mosa import MosaConfig
-from .heads import MosaHeads, MosaRouter
+from .heads import MosaHeads, MosaRouter, RoutingState
 from .thresholds import mosa_routers
 
 logger = logging.get_logger(__name__)

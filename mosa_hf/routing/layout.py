@@ -1,0 +1,110 @@
+"""How the tokens of a model call stand in their sequences: padding, packing, positions."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.masking_utils import find_packed_sequence_indices
+
+
+@dataclass
+class CallLayout:
+    """
+    How the tokens of one model call stand in their sequences, in a form that does not depend on padding. The layers
+    share it.
+
+    Attributes:
+        position: `[B, T]` int64, the number of real tokens before a token in its row, cached ones included.
+        valid: `[B, T]` bool, False on padding; None without padding.
+        segment: `[B, T]` int64, packed sequences; None for one sequence a row.
+        first: `[B, T]` bool, the first token of each sequence.
+        order, inverse: `[B, T]` int64, the permutation that moves a row's padding to its left, and back. None where
+            padding already is on the left.
+    """
+
+    position: torch.Tensor
+    valid: torch.Tensor | None
+    segment: torch.Tensor | None
+    first: torch.Tensor
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+
+    @classmethod
+    def build(
+        cls,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        num_cached_tokens: torch.Tensor | None,
+        may_be_packed: bool,
+        past_length: torch.Tensor | int | None = None,
+    ) -> "CallLayout":
+        """
+        Args:
+            inputs_embeds: `[B, T, D]`, for its shape and device.
+            attention_mask: as the user gave it: None, 2-D `[B, cached + T]`, or 4-D (bool, or float with 0 = keep).
+            position_ids: `[B or 1, T]`; a restart marks a packed sequence if `may_be_packed`.
+            num_cached_tokens: `[B]` int64, real tokens that the cache has seen; None for no cache or an empty one.
+            may_be_packed: Transformers' rule: neither a mask nor a cache was given.
+            past_length: where this call's tokens begin in a mask over a static cache; None: they are its last ones.
+        """
+        batch_size, num_tokens = inputs_embeds.shape[:2]
+        is_static = past_length is not None or torch.compiler.is_compiling()  # nothing may depend on data
+        valid = valid_tokens(attention_mask, num_tokens, past_length)
+        if valid is not None:
+            valid = valid.to(inputs_embeds.device).expand(batch_size, -1)  # a 4-D mask may have one row for all
+        order = inverse = None
+        if valid is not None and not is_static and bool(valid.all()):
+            valid = None
+        if valid is None:
+            position = torch.arange(num_tokens, device=inputs_embeds.device).expand(batch_size, -1)
+        else:
+            position = (valid.cumsum(1) - 1).clamp(min=0)
+            if num_tokens > 1 and (is_static or bool((valid[:, :-1] & ~valid[:, 1:]).any())):
+                order = valid.to(torch.int8).argsort(dim=1, stable=True)
+                inverse = order.argsort(dim=1)
+
+        segment = find_packed_sequence_indices(position_ids.expand(batch_size, -1)) if may_be_packed else None
+        if segment is None:
+            first = position == 0
+        else:
+            first = torch.ones_like(segment, dtype=torch.bool)
+            first[:, 1:] = segment[:, 1:] != segment[:, :-1]
+        if num_cached_tokens is not None:
+            num_cached_tokens = num_cached_tokens.to(inputs_embeds.device, copy=True)[:, None]  # a cache counts on
+            position = position + num_cached_tokens
+            first = first & (num_cached_tokens == 0)
+        if valid is not None:
+            first = first & valid
+        return cls(position, valid, segment, first, order, inverse)
+
+
+def valid_tokens(
+    attention_mask: torch.Tensor | None, num_tokens: int, past_length: torch.Tensor | int | None = None
+) -> torch.Tensor | None:
+    """
+    `[B, num_tokens]` bool: which of a call's tokens are not padding; None if the mask cannot tell.
+
+    Args:
+        attention_mask: 2-D or 4-D, as the user gave it.
+        past_length: where the call's tokens begin in the mask; None: they are its last ones.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim == 4:
+        # The last query sees every real token of its row.
+        attention_mask = attention_mask[:, 0, -1]
+        if attention_mask.dtype.is_floating_point:
+            attention_mask = attention_mask == 0
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            "`attention_mask` must be 2-D [batch, length] or 4-D [batch, 1, queries, keys], "
+            f"got {tuple(attention_mask.shape)}."
+        )
+    if attention_mask.shape[1] < num_tokens:
+        raise ValueError(
+            f"`attention_mask` covers {attention_mask.shape[1]} tokens, fewer than the {num_tokens} that are passed."
+        )
+    if past_length is None:
+        return attention_mask[:, -num_tokens:].bool()
+    columns = past_length + torch.arange(num_tokens, device=attention_mask.device)
+    return attention_mask.index_select(1, columns).bool()
