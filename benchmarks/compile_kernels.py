@@ -27,8 +27,8 @@ from tqdm.auto import tqdm  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-import mosa_hf.kernels.triton  # noqa: E402
-from mosa_hf.kernels.triton.builds import KernelBuild  # noqa: E402
+import mosa_hf.kernels  # noqa: E402
+from mosa_hf.kernels.triton_builds import KernelBuild  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results" / "kernels_compiled.md"
 # Target, and the shared memory that one block can have there, in bytes.
@@ -56,13 +56,14 @@ class Compiled(NamedTuple):
 
 
 def production_builds() -> list[KernelBuild]:
-    """Those of every op of the Triton backend."""
-    package = mosa_hf.kernels.triton
+    """Those of every Triton file of the kernels."""
+    package = mosa_hf.kernels
     builds = []
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        op = importlib.import_module(module.name)
-        if hasattr(op, "production_builds"):
-            builds += op.production_builds()
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if module.name.rpartition(".")[2].startswith("triton"):
+            file = importlib.import_module(module.name)
+            if hasattr(file, "production_builds"):
+                builds += file.production_builds()
     return builds
 
 

@@ -1,30 +1,41 @@
 """
-The MoSA layer as the paper's equations read (arXiv 2505.00315, section 2), the rival that our kernels are timed
-against: one query head a group, tokens in the order in which `topk` returns them, and a mask for every head.
+The MoSA layer step by step as its authors' published code computes it (`PureMoSA` of github.com/piotrpiekos/MoSA): the
+rival that our heads are timed against.
+
+Tokens stay in the order in which `topk` returns them, so that every head needs a mask of its own.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mosa_hf.kernels.layout import rotate
-from mosa_hf.modeling.heads import MosaHeads
+from mosa_hf.kernels.tensors import HeadWeights, rotate
 
 
 class PaperLayer(nn.Module):
     """
-    Heads of form "selected" with expert choice. Shares the parameters of `heads`, and computes the same function while
-    these train with `mosa_include_first=False`.
+    Expert choice and one query head a group, without biases. Computes the same function as `MosaHeads` with these
+    weights while that trains with `mosa_include_first=False`, from parameters of its own in the published layout.
+
+    Args:
+        weights: of the projections, copied.
+        router: `[G, D]`, copied.
+        sparsity: ρ.
+        min_tokens: least K.
 
     Raises:
-        ValueError: for heads that the paper does not have.
+        ValueError: for heads that the published code does not have.
     """
 
-    def __init__(self, heads: MosaHeads):
+    def __init__(self, weights: HeadWeights, router: torch.Tensor, sparsity: float, min_tokens: int = 2):
         super().__init__()
-        if heads.query_tokens != "selected" or heads.q_proj.shape != heads.k_proj.shape or heads.q_bias is not None:
-            raise ValueError("The paper's heads are of form 'selected', with one query head a group and no biases.")
-        self.router = heads.router
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj
+        if weights.query.shape != weights.key.shape or weights.query_bias is not None:
+            raise ValueError("The published layer has one query head a group and no biases.")
+        self.sparsity, self.min_tokens = sparsity, min_tokens
+        self.router = nn.Parameter(router.detach().clone())  # [G, D]
+        joint = torch.cat((weights.query, weights.key, weights.value), dim=1).detach()
+        self.input = nn.Parameter(joint.transpose(1, 2).contiguous())  # [G, D, 3 * d]
+        self.output = nn.Parameter(weights.output.detach().transpose(1, 2).contiguous())  # [G, d, D]
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """
@@ -35,29 +46,32 @@ class PaperLayer(nn.Module):
         Returns:
             `[B, T, D]`: the heads' outputs after W_O, summed.
         """
-        num_tokens, head_dim = hidden_states.shape[1], self.k_proj.shape[1]
-        num_selected = max(int(num_tokens / self.router.sparsity), self.router.min_tokens)
-        # r = sigmoid(x W_r); the scores and positions of the k highest of each head
-        scores = torch.sigmoid(hidden_states.float() @ self.router.weight.float().T)  # [B, T, G]
-        gate, position = scores.transpose(1, 2).topk(num_selected, dim=-1)  # [B, G, K]
+        batch_size, num_tokens, hidden_size = hidden_states.shape
+        num_selected = min(max(int(num_tokens // self.sparsity), self.min_tokens), num_tokens)
+        best = F.linear(hidden_states, self.router).sigmoid().topk(num_selected, dim=1)
+        gate, index = best.values.transpose(1, 2), best.indices.transpose(1, 2)  # [B, G, K]
 
-        def gather(states: torch.Tensor) -> torch.Tensor:  # [B, T, N] -> [B, G, K, N]
-            states = states[:, None].expand(-1, position.shape[1], -1, -1)
-            return states.gather(2, position[..., None].expand(*position.shape, states.shape[-1]))
-
-        selected = gather(hidden_states)  # [B, G, K, D]
-        query, key, value = (
-            torch.einsum("bgkn,gdn->bgkd", selected, weight) for weight in (self.q_proj, self.k_proj, self.v_proj)
+        tokens = index.flatten(1)[..., None].expand(-1, -1, hidden_size)
+        rows = hidden_states.gather(1, tokens).unflatten(1, index.shape[1:])  # [B, G, K, D]
+        query, key, value = torch.einsum("bgkn,gnd->bgkd", rows, self.input).chunk(3, dim=-1)
+        query, key = (self._rotate_slots(states, index, cos, sin) for states in (query, key))
+        mask = index[..., :, None] >= index[..., None, :]  # [B, G, K, K]
+        # One head a group, as a dimension of its own.
+        heads = F.scaled_dot_product_attention(
+            query[:, :, None], key[:, :, None], value[:, :, None], attn_mask=mask[:, :, None]
         )
-        angles = gather(cos), gather(sin)
-        query, key = rotate(query, *angles), rotate(key, *angles)
+        heads = heads[:, :, 0] * gate[..., None]
 
-        mask = position[..., :, None] >= position[..., None, :]  # [B, G, K, K]
-        attention = torch.einsum("bgqd,bgkd->bgqk", query, key) * head_dim**-0.5
-        attention = attention.masked_fill(~mask, -torch.inf).softmax(-1)
-        heads = torch.einsum("bgqk,bgkd->bgqd", attention, value)
-        heads = heads * gate[..., None].to(heads.dtype)
+        update = torch.einsum("bgkd,gdn->bgkn", heads, self.output).flatten(1, 2)  # [B, G * K, D]
+        return torch.zeros_like(hidden_states).scatter_add_(1, tokens, update)
 
-        output = torch.einsum("bgkd,gnd->bgkn", heads, self.o_proj)  # [B, G, K, D]
-        place = position.flatten(1)[..., None].expand(-1, -1, hidden_states.shape[2])
-        return torch.zeros_like(hidden_states).scatter_add(1, place, output.flatten(1, 2))
+    @staticmethod
+    def _rotate_slots(
+        states: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotary embedding of `states` [B, G, K, d] at the positions `index` [B, G, K]."""
+        place = index[..., None].expand(-1, -1, -1, cos.shape[-1])
+        cos, sin = (
+            angle[:, None].expand(-1, index.shape[1], -1, -1).gather(2, place) for angle in (cos, sin)
+        )
+        return rotate(states, cos, sin)

@@ -1,35 +1,71 @@
 """Makes Transformers and PEFT know the MoSA classes. Runs at `import mosa_hf`; running it again changes nothing."""
 
+import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import AttentionInterface, AutoConfig, AutoModel
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
-from .modeling.modeling_mosa import mosa_attention_forward
+from .modeling.families import FAMILIES, HEADS
+from .modeling.sparse_groups import mosa_attention_forward
+
+# A head's Auto class, and where Transformers looks its classes up by name: Trainer's label smoothing, pipelines, cards.
+AUTO = {
+    "ForCausalLM": (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+    "ForSequenceClassification": (
+        transformers.AutoModelForSequenceClassification,
+        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "ForTokenClassification": (
+        transformers.AutoModelForTokenClassification,
+        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    ),
+    "ForQuestionAnswering": (
+        transformers.AutoModelForQuestionAnswering,
+        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    ),
+}
+LORA_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
 def register() -> None:
     """Register the models, their names, the attention implementation "mosa" and its mask, and LoRA defaults."""
-    AutoConfig.register(MosaConfig.model_type, MosaConfig, exist_ok=True)
-    AutoModel.register(MosaConfig, MosaModel, exist_ok=True)
-    AutoModelForCausalLM.register(MosaConfig, MosaForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(MosaConfig, MosaForSequenceClassification, exist_ok=True)
     AttentionInterface.register("mosa", mosa_attention_forward)
     # Without a mask function of the same name, padding would be ignored in silence.
     AttentionMaskInterface.register("mosa", sdpa_mask)
-    # Where Transformers looks up classes by name: Trainer's label smoothing, pipelines, model cards.
-    MODEL_MAPPING_NAMES[MosaConfig.model_type] = MosaModel.__name__
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MosaConfig.model_type] = MosaForCausalLM.__name__
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES[MosaConfig.model_type] = MosaForSequenceClassification.__name__
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[MosaConfig.model_type] = ["q_proj", "v_proj"]
+    heads = {"ForCausalLM": MosaForCausalLM, "ForSequenceClassification": MosaForSequenceClassification}
+    _register_model(MosaConfig, MosaModel, heads, like="llama")
+    for family in FAMILIES.values():
+        _register_model(family.config_class, family.model_class, family.head_classes, like=family.name)
+        # How checkpoints of the family are laid out on disk: experts, for one, tensor by tensor.
+        mapping = get_checkpoint_conversion_mapping(family.name)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(family.config_class.model_type, mapping, overwrite=True)
+
+
+def _register_model(
+    config_class: type[PreTrainedConfig],
+    model_class: type[PreTrainedModel],
+    head_classes: dict[str, type[PreTrainedModel]],
+    like: str,
+) -> None:
+    """Register the classes of a model type, with the tokenizer and the LoRA targets of the type `like`."""
+    name = config_class.model_type
+    AutoConfig.register(name, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
+    modeling_auto.MODEL_MAPPING_NAMES[name] = model_class.__name__
+    for head in HEADS:
+        if head in head_classes:
+            auto_class, names = AUTO[head]
+            auto_class.register(config_class, head_classes[head], exist_ok=True)
+            names[name] = head_classes[head].__name__
+    for each in (config_class, model_class, *head_classes.values()):  # tools look classes up as transformers.<name>
+        setattr(transformers, each.__name__, each)
+    if like in TOKENIZER_MAPPING_NAMES:
+        TOKENIZER_MAPPING_NAMES.setdefault(name, TOKENIZER_MAPPING_NAMES[like])
+    LORA_TARGETS.setdefault(name, LORA_TARGETS.get(like, ["q_proj", "v_proj"]))

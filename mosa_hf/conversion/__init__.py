@@ -1,5 +1,13 @@
 from .checkpoint import calibration_windows, convert_checkpoint
 from .configuration import ConversionConfig
-from .convert import convert_model
+from .convert import convert_model, to_dense
+from .native import convert_to_native
 
-__all__ = ["ConversionConfig", "calibration_windows", "convert_checkpoint", "convert_model"]
+__all__ = [
+    "ConversionConfig",
+    "calibration_windows",
+    "convert_checkpoint",
+    "convert_model",
+    "convert_to_native",
+    "to_dense",
+]

@@ -1,72 +1,111 @@
-"""Conversion of a checkpoint on disk: a directory or a GGUF file in, a directory that loads with `AutoModel` out."""
+"""Conversion of a checkpoint on disk: the base's shards, linked and never rewritten, and a file of routers."""
 
+import json
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoTokenizer, GgufConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
-from ..safetensors_files import tensor_shapes
+from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.families import Family, family_of
+from ..modeling.router_files import ROUTERS_NAME, load_routers, model_card, router_tensors, save_routers
+from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
+from ..whole_files import whole_directory
 from .configuration import ConversionConfig
-from .convert import check_family, convert_model
+from .convert import convert_model
+
+# What goes along with a model's weights and config.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Buffers that old checkpoints hold and models compute themselves.
+RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
 
 
 def convert_checkpoint(
     source: str | os.PathLike,
     destination: str | os.PathLike,
-    conversion: ConversionConfig,
-    calibration_text: str | None = None,
+    conversion: ConversionConfig | None = None,
+    calibration: str | torch.Tensor | None = None,
+    *,
+    routers: str | os.PathLike | None = None,
+    routers_only: bool = False,
     num_windows: int = 24,
     window_length: int = 1024,
 ) -> None:
     """
-    Convert a checkpoint on disk, tokenizer included.
+    Convert a checkpoint on disk. The weight files are hard links of the source's (copies where the file system has
+    none), byte for byte; beside them are the routers, an index, a config, and the source's tokenizer, if it has one.
+    The model is loaded only to fit routers on `calibration`.
 
     Args:
-        source: directory with a config, safetensors weights and a tokenizer; or a `.gguf` file.
+        source: directory with a config and safetensors weights; or a `.gguf` file, whose weights are dequantised and
+            saved.
         destination: directory to create. It appears when it is whole, or not at all.
         conversion: what to produce.
-        calibration_text: text that routers and thresholds are fitted on (not needed for `sparsity=1`).
-        num_windows, window_length: how much of it: windows, and tokens of one.
+        calibration: text, or token ids `[N, T]`, that routers and thresholds are fitted on. Not needed with `routers`,
+            nor where every sparsity is 1.
+        routers: directory that `save_routers` wrote, in place of `conversion` and `calibration`.
+        routers_only: write the routers alone, as `save_routers` does.
+        num_windows, window_length: how much of a text is read: windows, and tokens of one.
 
     Raises:
         FileExistsError: if `destination` exists.
         FileNotFoundError: if the source, or a file that it lists, does not exist.
-        ValueError: for damaged weights, weights that disagree with the config, an unsupported family, a short text.
+        ValueError: for damaged weights, weights that disagree with the config, pickled weights, an unsupported family,
+            a plan that does not fit, a short text, or a text without a tokenizer.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists():
         raise FileExistsError(f"{destination} exists: remove it or choose another destination.")
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a model directory or a .gguf file.")
-    with whole_directory(destination) as unfinished:
-        if source.is_file():
-            where = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-            load = {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-        elif (source / CONFIG_NAME).is_file():
-            where, load = {"pretrained_model_name_or_path": source}, {}
-        else:
-            raise FileNotFoundError(f"{source} has no {CONFIG_NAME}: it is not a model directory.")
-        config = AutoConfig.from_pretrained(**where)
-        check_family(config.model_type)
-        if source.is_dir():
-            check_weights(source, config)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        calibration = None
-        if calibration_text is not None:
-            calibration = calibration_windows(tokenizer, calibration_text, num_windows, window_length)
-        model = AutoModelForCausalLM.from_pretrained(**where, **load)
-        converted = convert_model(model, conversion, calibration)
+    if routers is not None and (conversion is not None or calibration is not None):
+        raise ValueError("`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`.")
+    if source.is_file():
+        model, headers = _load_gguf(source), {}
+    else:
+        config = read_config(source)
+        model, headers = check_weights(source, config)
+    if calibration is not None:
+        if isinstance(calibration, str):
+            calibration = calibration_windows(_tokenizer(source), calibration, num_windows, window_length)
+        if headers:
+            model = type(model).from_pretrained(source, dtype="auto", use_safetensors=True)
+    if routers is not None:
+        converted = load_routers(model, routers)
+    else:
+        converted = convert_model(model, conversion or ConversionConfig(), calibration)
         converted.config.mosa_conversion["source"] = source.name
-        converted.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
+    if routers_only:
+        save_routers(converted, destination)
+        return
+    with whole_directory(destination) as unfinished:
+        if headers:
+            _write(converted, source, headers, unfinished)
+        else:
+            converted.save_pretrained(unfinished)
+            _tokenizer(source).save_pretrained(unfinished)
 
 
 def calibration_windows(
@@ -90,38 +129,155 @@ def calibration_windows(
     return windows[chosen]
 
 
-def check_weights(directory: Path, config: PreTrainedConfig) -> None:
+def read_config(directory: Path) -> PreTrainedConfig:
     """
-    Read the headers of a checkpoint's safetensors files and compare them with its config.
+    The config of a base model.
 
     Raises:
-        FileNotFoundError: for a missing weight file.
-        ValueError: for a truncated file; for tensors that are missing, or whose shapes disagree with the config.
+        FileNotFoundError: if there is none.
+        ValueError: for a config that is damaged, out of range, or of a family without sparse groups.
     """
-    shapes = tensor_shapes(directory)
-    if not shapes:
-        raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
-    with torch.device("meta"):
-        expected = AutoModelForCausalLM.from_config(config)
-    tied = set(getattr(expected, "all_tied_weights_keys", None) or {})
-    for key, tensor in expected.state_dict().items():
-        if key in shapes and shapes[key] != tuple(tensor.shape):
-            raise ValueError(
-                f"{directory}: {key} has shape {shapes[key]}, but config.json asks for {tuple(tensor.shape)}. Weights "
-                "and config belong to different models."
-            )
-        if key not in shapes and key not in tied:
-            raise ValueError(f"{directory}: the weights lack {key}, which config.json asks for.")
-
-
-@contextmanager
-def whole_directory(destination: Path) -> Iterator[Path]:
-    """A directory to fill: it becomes `destination` when the block ends, and vanishes if the block fails."""
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{directory} has no {CONFIG_NAME}: it is not a model directory.")
     try:
-        yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's is private
-        os.rename(unfinished, destination)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # whatever a damaged file makes Transformers raise
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if isinstance(config, SparseGroupsConfig):
+        raise ValueError(f"{directory} is a converted model already: convert its base.")
+    family_of(config.model_type)
+    return config
+
+
+def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrainedModel, dict[str, TensorHeader]]:
+    """
+    Compare the headers of a checkpoint's safetensors files with its config.
+
+    Returns:
+        The model without its weights (on the meta device), and the headers of its tensors by name.
+
+    Raises:
+        FileNotFoundError: for missing weight files.
+        ValueError: for damaged or pickled files; tensors that are missing, unknown, not finite, or of a shape or dtype
+            that the config does not ask for.
+    """
+    headers = tensor_headers(directory)
+    if not headers:
+        if any(file for pattern in PICKLES for file in directory.glob(pattern)):
+            raise ValueError(
+                f"{directory} has pickled weights only, which can run code when they are read. If you trust them, "
+                "load them with Transformers and `save_pretrained`, which writes safetensors; then convert that."
+            )
+        raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
+    model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
+    layers = {int(found[1]) for name in headers if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    if layers != set(range(config.num_hidden_layers)):
+        raise ValueError(
+            f"{path} says `num_hidden_layers` = {config.num_hidden_layers}, but the weights have layers "
+            f"{min(layers, default=0)} to {max(layers, default=0)}."
+        )
+    try:
+        with torch.device("meta"):
+            model = model_class(config)
+    except Exception as error:  # sizes that fit nothing, unknown activations, ...
+        raise ValueError(f"{path} does not describe a model: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        return model, headers  # names, shapes and dtypes are the quantiser's
+
+    state, tied = model.state_dict(), set(model.all_tied_weights_keys)
+    expected = revert_weight_conversion(model, dict(state))  # as on disk: experts, for one, tensor by tensor
+    if any(name in headers for name in state.keys() - expected.keys()):
+        expected = state
+    optional = tied | revert_weight_conversion(model, {name: state[name] for name in tied}).keys()
+    for name, tensor in expected.items():
+        if name not in headers:
+            if name in optional:
+                continue
+            raise ValueError(f"{directory}: the weights lack {name}, which {CONFIG_NAME} asks for.")
+        header = headers[name]
+        if header.shape != tuple(tensor.shape):
+            raise ValueError(
+                f"{header.file}: {name} has shape {header.shape}, but {CONFIG_NAME} asks for {tuple(tensor.shape)}. "
+                "Weights and config belong to different models."
+            )
+        if header.dtype not in FLOATING:
+            raise ValueError(
+                f"{header.file}: {name} has dtype {header.dtype}, but {CONFIG_NAME} names no quantization: weights "
+                f"must be {', '.join(sorted(FLOATING))}."
+            )
+    for name in sorted(headers.keys() - expected.keys()):
+        if not name.endswith(RECOMPUTED):
+            raise ValueError(
+                f"{headers[name].file} has {name}, which {CONFIG_NAME} does not ask for. Weights and config belong to "
+                "different models."
+            )
+    check_finite(headers)
+    return model, headers
+
+
+def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:
+    """The class that a config names; the causal LM where it names none."""
+    classes = {each.__name__: each for each in (family.base_model_class, *family.base_head_classes.values())}
+    name = (config.architectures or [family.base_head_classes["ForCausalLM"].__name__])[0]
+    if name not in classes:
+        raise ValueError(
+            f"{directory / CONFIG_NAME}: the architecture {name} has no MoSA class; these have: {', '.join(classes)}."
+        )
+    return classes[name]
+
+
+def _load_gguf(path: Path) -> PreTrainedModel:
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    family = family_of(AutoConfig.from_pretrained(**where).model_type)
+    quantization = GgufConfig(dequantize=True)
+    return family.base_head_classes["ForCausalLM"].from_pretrained(
+        **where, quantization_config=quantization, dtype=torch.float32
+    )
+
+
+def _tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        if source.is_dir():
+            return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    except Exception as error:  # Transformers raises many kinds
+        raise ValueError(
+            f"{source} has no tokenizer that can be loaded ({error}): give the calibration as token ids [N, T]."
+        ) from error
+
+
+def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHeader], unfinished: Path) -> None:
+    """Fill the directory of a converted model; the config, without which nothing loads, comes last."""
+    files = sorted({header.file for header in headers.values()})
+    # Names that no `save_pretrained` into this directory will write to: it would write into the source's file.
+    names = {file: f"model-base-{i:05}-of-{len(files):05}.safetensors" for i, file in enumerate(files, 1)}
+    for file in logging.tqdm(files, desc="Linking weights", unit="file"):
+        link_or_copy(file, unfinished / names[file])
+    routers = router_tensors(converted)
+    save_file(routers, unfinished / ROUTERS_NAME, metadata={"format": "pt"})
+    weight_map = {name: names[header.file] for name, header in headers.items()} | dict.fromkeys(routers, ROUTERS_NAME)
+    total = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (unfinished / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, unfinished / file.name)
+    config = converted.config
+    config.architectures = [type(converted).__name__]
+    base = (config.mosa_conversion or {}).get("source") or source.name
+    code = 'model = transformers.AutoModelForCausalLM.from_pretrained("path of this folder")'
+    (unfinished / "README.md").write_text(model_card(config, base, "Model", code), encoding="utf-8")
+    config.save_pretrained(unfinished)
+
+
+def link_or_copy(source: Path, destination: Path) -> None:
+    """Make `destination` the same file as `source`, which may be a symbolic link; a copy across file systems."""
+    source = source.resolve()
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)

@@ -1,48 +1,55 @@
 """What a conversion should produce."""
 
+import os
 from dataclasses import dataclass
-from typing import Literal
+
+from ..modeling.group_plan import GroupPlan, SparseGroup
 
 
 @dataclass(frozen=True)
 class ConversionConfig:
     """
-    How to convert a pretrained model's key/value groups to MoSA groups (DESIGN section 6).
+    Which key/value groups of a pretrained model become sparse, and how (DESIGN section 6). Layers with a sliding
+    window stay dense in any case.
 
     Args:
-        num_groups: How many of the model's key/value groups (summed over layers) to convert; None: all of them. Those
-            that lose least attention on the calibration text are taken.
-        sparsity: ρ of the converted groups (`mosa_sparsity`).
-        query_tokens: Form of the converted heads (`mosa_query_tokens`). "all" keeps a pretrained model working;
-            "selected" needs healing.
-        window: `mosa_window` of the converted heads; must be 0 for form "selected".
-        include_first: `mosa_include_first`.
-        groups: Convert exactly these `(layer, group)` pairs instead of ranking.
+        sparsity: ρ of the sparse groups: one token in ρ is selected.
+        window: tokens that a query reads in any case, itself included.
+        groups: The `(layer, group)` pairs that become sparse; or their number, summed over layers: those that lose
+            least attention on the calibration text are taken. None: all groups.
+        include_first: always select the first token (`mosa_include_first`).
+        plan: What each group becomes, or the path of a file that `GroupPlan.save` wrote. `sparsity`, `window` and
+            `groups` are then left alone.
 
     Raises:
-        ValueError: naming the offending field.
+        FileNotFoundError: for a plan that does not exist.
+        ValueError: naming the field.
     """
 
-    num_groups: int | None = None
     sparsity: float = 8
-    query_tokens: Literal["all", "selected"] = "all"
     window: int = 64
+    groups: int | tuple[tuple[int, int], ...] | None = None
     include_first: bool = True
-    groups: tuple[tuple[int, int], ...] | None = None
+    plan: GroupPlan | str | os.PathLike | None = None
 
     def __post_init__(self):
-        if self.num_groups is not None and self.num_groups < 1:
-            raise ValueError(f"`num_groups` must be at least 1, or None for all groups, got {self.num_groups}.")
-        if self.groups is not None and self.num_groups is not None:
-            raise ValueError("`groups` and `num_groups` exclude each other: give the pairs or their number.")
-        if self.groups is not None and len(set(self.groups)) != len(self.groups):
-            raise ValueError("`groups` names a (layer, group) pair twice.")
-        if self.sparsity < 1:
-            raise ValueError(f"`sparsity` must be at least 1 (select every token), got {self.sparsity}.")
-        if self.query_tokens not in ("all", "selected"):
-            raise ValueError(f"`query_tokens` must be 'all' or 'selected', got {self.query_tokens!r}.")
-        if self.window < 0 or (self.window and self.query_tokens == "selected"):
-            raise ValueError(
-                f"`window` must be 0 or more, and 0 for `query_tokens='selected'`; got {self.window} for "
-                f"{self.query_tokens!r}."
-            )
+        if self.plan is not None:
+            unset = ConversionConfig()
+            if given := [
+                each for each in ("sparsity", "window", "groups") if getattr(self, each) != getattr(unset, each)
+            ]:
+                raise ValueError(f"`plan` says what every group is: leave out `{'`, `'.join(given)}`.")
+            if not isinstance(self.plan, GroupPlan):
+                object.__setattr__(self, "plan", GroupPlan.load(self.plan))
+            return
+        SparseGroup(window=self.window, sparsity=self.sparsity)
+        if isinstance(self.groups, int):
+            if self.groups < 1:
+                raise ValueError(f"`groups` must be at least 1, or None for all groups, got {self.groups}.")
+        elif self.groups is not None:
+            pairs = tuple(tuple(pair) for pair in self.groups)
+            if any(len(pair) != 2 for pair in pairs):
+                raise ValueError(f"`groups` must be a number or (layer, group) pairs, got {self.groups!r}.")
+            if len(set(pairs)) != len(pairs):
+                raise ValueError("`groups` names a (layer, group) pair twice.")
+            object.__setattr__(self, "groups", pairs)

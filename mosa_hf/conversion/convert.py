@@ -1,192 +1,175 @@
-"""Conversion of a pretrained model in memory: whole key/value groups become MoSA groups (DESIGN section 6)."""
-
-import copy
-from collections import Counter
-from dataclasses import asdict
+"""Conversion of a pretrained model in memory: key/value groups of its attention become sparse (DESIGN section 6)."""
 
 import torch
-from tqdm.auto import tqdm
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
-from ..modeling import MosaConfig, MosaForCausalLM
+from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.families import family_of
+from ..modeling.group_plan import GroupPlan, SparseGroup
+from ..modeling.router_files import check_has_sparse_groups
+from ..modeling.sparse_models import with_sparse_groups, without_sparse_groups
 from ..modeling.thresholds import calibrate_thresholds
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 
-# Families whose decoder is Llama's own: model_type of the source → class it converts to.
-CONVERTIBLE = {"llama": MosaForCausalLM}
-
-# Form "selected": its gate must be neutral right after conversion and still pass a gradient to the routers. Logits of
-# the size b + ε z leave the gate at sigmoid(b) up to 1e-6, which W_O makes up for.
-GATE_BIAS, GATE_SCALE = 8.0, 1e-3
-
 
 def convert_model(
     model: PreTrainedModel, conversion: ConversionConfig, calibration: torch.Tensor | None = None
-) -> MosaForCausalLM:
+) -> PreTrainedModel:
     """
-    A MoSA model with the weights of `model`: converted groups copy their heads' projections and get a router fitted to
-    the model's own attention. `model` itself is left as it was.
+    A model with sparse groups that shares every weight tensor with `model`, quantised ones too, and has routers fitted
+    to the model's own attention. `model` itself is left as it was.
 
     Args:
-        model: a causal LM of a family in `CONVERTIBLE`.
+        model: of a family in `mosa_hf.modeling.families`, with or without a head.
         conversion: what to produce.
         calibration: token ids `[N, T]`, N windows of the text that routers and thresholds are fitted on; see
-            `calibration_windows`. May be left out for `sparsity=1`, where nothing is selected.
+            `calibration_windows`. May be left out where every sparsity is 1 and nothing is selected.
 
     Returns:
-        The converted model, in eval mode, with the dtype and device of `model`. Its
+        The converted model (`MosaLlamaForCausalLM` from `LlamaForCausalLM`, and so on), in eval mode. Its
         `config.mosa_conversion` records groups, scores and settings.
 
     Raises:
         ValueError: unsupported family, impossible group choice, or missing calibration; the message names the remedy.
     """
-    check_family(model.config.model_type)
-    if model.get_output_embeddings() is None:
-        raise ValueError(f"{type(model).__name__} has no language-modeling head: load it with `AutoModelForCausalLM`.")
-    config = model.config
-    num_layers, num_groups = config.num_hidden_layers, config.num_key_value_heads
-    pairs = [(layer, group) for layer in range(num_layers) for group in range(num_groups)]
-    if conversion.num_groups is not None and conversion.num_groups > len(pairs):
-        raise ValueError(
-            f"`num_groups={conversion.num_groups}`: the model has {num_layers} x {num_groups} key/value groups."
-        )
-    if unknown := sorted(set(conversion.groups or ()) - set(pairs)):
-        raise ValueError(f"`groups` names {unknown}, but the model has layers < {num_layers}, groups < {num_groups}.")
+    family = family_of(model.config.model_type)
+    family.sparse_class_of(type(model))
+    candidates = candidate_plan(family.config_class.from_base(model.config), conversion)
     fits = None
     if calibration is not None:
-        fits = fit_routers(
-            model,
-            calibration,
-            sparsity=conversion.sparsity,
-            window=conversion.window,
-            include_first=conversion.include_first,
-        )
-    elif conversion.sparsity != 1:
-        raise ValueError("`calibration` is needed to fit routers: pass token ids [windows, tokens] of some text.")
-    converted = choose_groups(conversion, pairs, fits)
+        fits = fit_routers(model, calibration, candidates, include_first=conversion.include_first)
+    plan = choose_groups(conversion, candidates, fits)
 
-    mosa_config = converted_config(config, conversion, converted)
-    mosa_config.mosa_conversion = {
-        "source": config.name_or_path,
-        "settings": {name: value for name, value in asdict(conversion).items() if name != "groups"},
-        "groups": [list(pair) for pair in converted],
-        "scores": None if fits is None else [[round(x, 6) for x in fit.kept_mass.tolist()] for fit in fits],
+    config = converted_config(model, plan, conversion)
+    config.mosa_conversion = {
+        "source": model.config.name_or_path,
+        "settings": _settings(conversion),
+        "groups": [list(pair) for pair in plan.sparse_pairs()],
+        "scores": None if fits is None else _scores(candidates, fits),
         "calibration": None if calibration is None else {"windows": len(calibration), "tokens": calibration.shape[1]},
     }
-    state_dict = converted_state_dict(model, conversion, converted, fits)
-    mosa_model = CONVERTIBLE[config.model_type].from_pretrained(
-        None,
-        config=mosa_config,
-        state_dict=state_dict,
-        dtype=model.dtype,
-        attn_implementation=config._attn_implementation,
-    )
-    mosa_model.generation_config = copy.deepcopy(model.generation_config)
-    mosa_model = mosa_model.to(model.device).eval()
-    if calibration is not None:
+    converted = with_sparse_groups(model, config).eval()
+    with torch.no_grad():
+        for layer, router in converted.mosa_routers().items():
+            router.weight.zero_()
+            router.threshold.zero_()
+            if fits is not None:
+                fitted = [group for group, kind in enumerate(candidates.layers[layer]) if kind is not None]
+                own = [fitted.index(group) for group, kind in enumerate(plan.layers[layer]) if kind is not None]
+                router.weight.copy_(fits[layer].weight[own])
+                router.threshold.copy_(fits[layer].threshold[own])
+    if fits is not None:
         # Again on the converted model: what its layers see differs a little from what the original's saw.
-        calibrate_thresholds(mosa_model, tqdm(calibration.split(1), desc="Setting thresholds", unit="window"))
-    return mosa_model
+        windows = logging.tqdm(calibration.split(1), desc="Setting thresholds", unit="window")
+        calibrate_thresholds(converted, windows)
+    return converted
 
 
-def check_family(model_type: str) -> None:
+def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """
+    The base model of a converted one: the class of its family in Transformers, sharing every weight tensor with
+    `model`, which is left as it was.
+
     Raises:
-        ValueError: if models of this type cannot be converted.
+        ValueError: for a model without sparse groups.
     """
-    if model_type not in CONVERTIBLE:
+    check_has_sparse_groups(model)
+    return without_sparse_groups(model)
+
+
+def candidate_plan(config: SparseGroupsConfig, conversion: ConversionConfig) -> GroupPlan:
+    """
+    The groups that may become sparse: those that `conversion` names, else all of the layers with global attention.
+
+    Args:
+        config: of the model, without a plan.
+
+    Raises:
+        ValueError: for groups that the model lacks, or that cannot be sparse.
+    """
+    num_layers, num_groups = config.num_hidden_layers, config.num_groups
+    sliding = [layer for layer in range(num_layers) if config.is_sliding(layer)]
+    if conversion.plan is not None:
+        conversion.plan.validate(num_layers, num_groups, sliding)
+        if not conversion.plan.sparse_pairs():
+            raise ValueError("The plan leaves every group dense: there is nothing to convert.")
+        return conversion.plan
+    group = SparseGroup(window=conversion.window, sparsity=conversion.sparsity)
+    plan = GroupPlan.uniform(num_layers, num_groups, group, sliding)
+    possible = plan.sparse_pairs()
+    if not possible:
+        raise ValueError("Every layer has a sliding window, which bounds its cache: there is nothing to convert.")
+    if isinstance(conversion.groups, int) and conversion.groups > len(possible):
         raise ValueError(
-            f"Models of type {model_type!r} cannot be converted; supported: {sorted(CONVERTIBLE)}. Conversion copies "
-            "weights head by head, so a family whose attention differs needs its own MoSA class."
+            f"`groups={conversion.groups}`: the model has {len(possible)} key/value groups that can be sparse, "
+            f"{num_groups} in each of {num_layers - len(sliding)} layers with global attention."
         )
+    if isinstance(conversion.groups, tuple):
+        if unknown := sorted(set(conversion.groups) - set(possible)):
+            raise ValueError(
+                f"`groups` names {unknown}, but the model has layers < {num_layers}, groups < {num_groups}"
+                + (f", and its layers {sliding} have a sliding window and stay dense." if sliding else ".")
+            )
+        return _only(plan, conversion.groups)
+    return plan
 
 
 def choose_groups(
-    conversion: ConversionConfig, pairs: list[tuple[int, int]], fits: list[RouterFit] | None
-) -> list[tuple[int, int]]:
-    """Those of all `(layer, group)` pairs to convert: the ones named, or those that keep most of their attention."""
-    if conversion.groups is not None:
-        return sorted(conversion.groups)
-    if conversion.num_groups in (None, len(pairs)):
-        return pairs
+    conversion: ConversionConfig, candidates: GroupPlan, fits: list[RouterFit | None] | None
+) -> GroupPlan:
+    """`candidates`; or as many of them as `conversion` asks for, those that keep most of their attention."""
+    pairs = candidates.sparse_pairs()
+    if fits is None and any(candidates.layers[layer][group].sparsity != 1 for layer, group in pairs):
+        raise ValueError("`calibration` is needed to fit routers: pass token ids [windows, tokens] of some text.")
+    if not isinstance(conversion.groups, int) or conversion.groups == len(pairs):
+        return candidates
     if fits is None:
         raise ValueError("`calibration` is needed to rank groups: pass it, or name the `groups`.")
     ranked = sorted(pairs, key=lambda pair: -float(fits[pair[0]].kept_mass[pair[1]]))
-    return sorted(ranked[: conversion.num_groups])
+    return _only(candidates, ranked[: conversion.groups])
 
 
-def converted_config(config, conversion: ConversionConfig, converted: list[tuple[int, int]]) -> MosaConfig:
-    """The configuration of the converted model; layers may differ in how many of their groups are converted."""
-    fields = config.to_dict()
-    for name in ("model_type", "architectures", "transformers_version", "quantization_config"):
-        fields.pop(name, None)
-    heads_per_group = config.num_attention_heads // config.num_key_value_heads
-    num_mosa = Counter(layer for layer, _ in converted)
-    heads = {}
-    for layer in range(config.num_hidden_layers):
-        num_dense = config.num_key_value_heads - num_mosa[layer]
-        heads[layer] = {
-            "num_attention_heads": num_dense * heads_per_group,
-            "num_key_value_heads": num_dense,
-            "num_mosa_heads": num_mosa[layer] * heads_per_group,
-            "num_mosa_key_value_heads": num_mosa[layer],
-        }
-    usual = max(heads.values(), key=list(heads.values()).count)
-    fields.update(
-        **usual,
-        head_dim=config.head_dim,
-        mosa_sparsity=conversion.sparsity,
-        mosa_query_tokens=conversion.query_tokens,
-        mosa_window=conversion.window,
-        mosa_include_first=conversion.include_first,
-        mosa_routing="threshold",
-        mosa_router_bias=conversion.query_tokens == "selected",
-        per_layer_config={layer: own for layer, own in heads.items() if own != usual} or None,
+def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: ConversionConfig) -> SparseGroupsConfig:
+    """The configuration of `model` with the sparse groups of a plan, which is written out if it is not uniform."""
+    config_class = family_of(model.config.model_type).config_class
+    kinds = [plan.layers[layer][group] for layer, group in plan.sparse_pairs()]
+    usual = max(kinds, key=kinds.count) if kinds else SparseGroup(conversion.window, conversion.sparsity)
+    fields = {
+        "mosa_window": usual.window,
+        "mosa_sparsity": usual.sparsity,
+        "mosa_include_first": conversion.include_first,
+        "mosa_routing": "threshold",
+        "mosa_gate_slope": 0.0,
+    }
+    config = config_class.from_base(model.config, **fields)
+    if tuple(map(config.groups_of_layer, range(config.num_hidden_layers))) != plan.layers:
+        config = config_class.from_base(model.config, **fields, mosa_plan=plan.to_list())
+    return config
+
+
+def _only(plan: GroupPlan, pairs) -> GroupPlan:
+    """The plan with all but some `(layer, group)` pairs dense."""
+    return GroupPlan(
+        tuple(
+            tuple(kind if (layer, group) in pairs else None for group, kind in enumerate(groups))
+            for layer, groups in enumerate(plan.layers)
+        )
     )
-    return MosaConfig(**fields)
 
 
-def converted_state_dict(
-    model: PreTrainedModel,
-    conversion: ConversionConfig,
-    converted: list[tuple[int, int]],
-    fits: list[RouterFit] | None,
-) -> dict[str, torch.Tensor]:
-    """The weights of the converted model, by name; copies, so that training one model leaves the other as it is."""
-    state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    num_groups = model.config.num_key_value_heads
-    for layer in range(model.config.num_hidden_layers):
-        mosa = [group for group in range(num_groups) if (layer, group) in converted]
-        if not mosa:
-            continue
-        dense = [group for group in range(num_groups) if group not in mosa]
-        prefix = f"model.layers.{layer}.self_attn."
-        for name in ("q", "k", "v"):
-            for kind, mosa_name in (("weight", f"mosa.{name}_proj"), ("bias", f"mosa.{name}_bias")):
-                tensor = state_dict.pop(f"{prefix}{name}_proj.{kind}", None)
-                if tensor is None:
-                    continue
-                groups = tensor.unflatten(0, (num_groups, -1))
-                state_dict[prefix + mosa_name] = groups[mosa]
-                if dense:
-                    state_dict[f"{prefix}{name}_proj.{kind}"] = groups[dense].flatten(0, 1)
-        output = state_dict.pop(f"{prefix}o_proj.weight").unflatten(1, (num_groups, -1)).transpose(0, 1)  # [G, D, R d]
-        state_dict[f"{prefix}mosa.o_proj"] = output[mosa]
-        if dense:
-            state_dict[f"{prefix}o_proj.weight"] = output[dense].transpose(0, 1).flatten(1)
-        elif f"{prefix}o_proj.bias" in state_dict:
-            state_dict[f"{prefix}mosa.o_bias"] = state_dict.pop(f"{prefix}o_proj.bias")
+def _settings(conversion: ConversionConfig) -> dict:
+    if conversion.plan is not None:
+        return {"include_first": conversion.include_first}
+    settings = {name: getattr(conversion, name) for name in ("sparsity", "window", "include_first")}
+    return settings | {"num_groups": conversion.groups if isinstance(conversion.groups, int) else None}
 
-        if fits is None:
-            weight = output.new_zeros(len(mosa), output.shape[1], dtype=torch.float32)
-            threshold = weight.new_zeros(len(mosa))
-        else:
-            weight, threshold = fits[layer].weight[mosa], fits[layer].threshold[mosa]
-        if conversion.query_tokens == "selected":
-            weight, threshold = weight * GATE_SCALE, threshold * GATE_SCALE + GATE_BIAS
-            state_dict[f"{prefix}mosa.router.bias"] = torch.full_like(threshold, GATE_BIAS)
-            state_dict[f"{prefix}mosa.o_proj"] = output[mosa] / torch.tensor(GATE_BIAS).sigmoid().to(output)
-        state_dict[f"{prefix}mosa.router.weight"] = weight
-        state_dict[f"{prefix}mosa.router.threshold"] = threshold
-    return state_dict
+
+def _scores(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[list[float | None]]:
+    """For each layer and group the share of attention that it keeps; None for groups that were no candidates."""
+    scores = []
+    for groups, fit in zip(candidates.layers, fits, strict=True):
+        kept = iter(() if fit is None else fit.kept_mass.tolist())
+        scores.append([None if kind is None else round(next(kept), 6) for kind in groups])
+    return scores

@@ -1,53 +1,66 @@
-"""Backends of the MoSA heads. They know tensors only; `reference` is the specification that tests compare with."""
+"""
+Operations of MoSA, on tensors: a folder each, in which `reference` is the specification, `pytorch` runs anywhere and
+`triton` on GPUs.
+"""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
+from importlib import import_module
+from typing import NamedTuple
 
 import torch
 
-from . import portable, reference
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference, "torch": portable}
+class Backend(NamedTuple):
+    """One implementation of every operation."""
+
+    sparse_attention: Callable
+    sparse_decode: Callable
+    selected_heads: Callable
+
+
+FILES = {"reference": "reference", "torch": "pytorch", "triton": "triton"}  # a backend's files in each folder
+_backends: dict[str, Backend] = {}
 _chosen: str | None = None
+_has_gpu_build = bool(torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is not None
 
 
-def _load_triton() -> None:
-    if importlib.util.find_spec("triton") is not None:
-        _BACKENDS["triton"] = importlib.import_module(".triton", __name__)
+def _load(name: str) -> Backend:
+    if name not in _backends:
+        modules = {operation: import_module(f"{__name__}.{operation}.{FILES[name]}") for operation in Backend._fields}
+        _backends[name] = Backend(*(getattr(module, operation) for operation, module in modules.items()))
+    return _backends[name]
 
 
-if torch.version.cuda or torch.version.hip:  # elsewhere, when it is asked for
-    _load_triton()
+for _name in ("reference", "torch", *(["triton"] if _has_gpu_build else [])):
+    _load(_name)
 
 
-def backend(states: torch.Tensor | None = None) -> ModuleType:
-    """
-    The module whose `selected_heads`, `all_attention`, `decode_selected` and `decode_all` the MoSA heads call on
-    tensors like `states`: what `use_backend` chose; else Triton on a GPU, PyTorch elsewhere.
-    """
+def backend(states: torch.Tensor) -> Backend:
+    """The operations that run on tensors like `states`: what `use_backend` chose; else Triton on a GPU, PyTorch
+    elsewhere."""
     if _chosen is not None:
-        return _BACKENDS[_chosen]
+        return _backends[_chosen]
     # Triton's kernels add up in float32: a float64 model wants more.
-    on_gpu = states is not None and states.device.type == "cuda" and states.dtype != torch.float64
-    return _BACKENDS["triton"] if on_gpu and "triton" in _BACKENDS else portable
+    on_gpu = states.device.type == "cuda" and states.dtype != torch.float64
+    return _backends["triton" if on_gpu and _has_gpu_build else "torch"]
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """
-    Run every MoSA head on the named backend inside the `with` block: "reference" (slow and obvious), "torch" or
+    Run every operation on the named backend inside the `with` block: "reference" (slow and obvious), "torch" or
     "triton" (on a GPU, or on Triton's interpreter: `TRITON_INTERPRET=1` before anything imports Triton).
 
     Raises:
         ValueError: for a name that is not available.
     """
     global _chosen
-    if name == "triton" and name not in _BACKENDS:
-        _load_triton()
-    if name not in _BACKENDS:
-        raise ValueError(f"Backend {name!r} is not available; choose one of {sorted(_BACKENDS)}.")
+    available = [each for each in FILES if each != "triton" or importlib.util.find_spec("triton") is not None]
+    if name not in available:
+        raise ValueError(f"Backend {name!r} is not available; choose one of {available}.")
+    _load(name)
     previous, _chosen = _chosen, name
     try:
         yield

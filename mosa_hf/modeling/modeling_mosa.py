@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
@@ -26,36 +25,19 @@ from transformers.models.llama.modeling_llama import (
     LlamaRotaryEmbedding,
 )
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..cache import is_upgraded, num_cached_tokens, num_overflowed, upgrade_cache
 from ..routing import select_by_expert_choice, valid_tokens
 from ..safetensors_files import tensor_shapes
-from .configuration_mosa import MosaConfig
-from .heads import MosaHeads, MosaRouter, RoutingState
+from .call import ModelCall, MosaCallMixin
+from .configuration import MosaConfig
+from .generation import MosaGenerationMixin
+from .heads import MosaHeads
+from .router import MosaRouter
+from .sparse_models import init_router
 from .thresholds import mosa_routers
-
-logger = logging.get_logger(__name__)
-
-
-def mosa_attention_forward(module: nn.Module, *args, **kwargs) -> tuple[torch.Tensor, None]:
-    """
-    `attn_implementation="mosa"`: the dense heads of a MoSA layer through PyTorch's fused attention. The MoSA heads run
-    on their own backend whatever the implementation is called.
-
-    Raises:
-        ValueError: on a model without MoSA heads. An attention function receives projected queries and keys and
-            cannot select tokens before the projection.
-    """
-    if not hasattr(module, "mosa"):
-        raise ValueError(
-            f"attn_implementation='mosa' needs a MoSA model, but {type(module).__name__} has no MoSA heads. Convert "
-            "the model first: `mosa_hf.convert_model(model, ConversionConfig(...), calibration)` or the command "
-            "`mosa-convert`."
-        )
-    return sdpa_attention_forward(module, *args, **kwargs)
 
 
 class MosaAttention(LlamaAttention):
@@ -78,7 +60,7 @@ class MosaAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        routing_state: RoutingState,
+        mosa_call: ModelCall,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -87,7 +69,7 @@ class MosaAttention(LlamaAttention):
         Args:
             hidden_states: `[B, T, D]`.
             position_embeddings: cos and sin `[B or 1, T, rotary_dim]`.
-            routing_state: what the layers of this model call share.
+            mosa_call: what the layers of this model call share.
             attention_mask: of the dense heads, as the attention implementation wants it.
             past_key_values: an upgraded cache.
 
@@ -109,8 +91,8 @@ class MosaAttention(LlamaAttention):
             nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
             past_key_values.update(nothing, nothing, self.layer_idx)
         if self.mosa is not None:
-            cache = None if past_key_values is None else past_key_values.layers[self.layer_idx].sparse
-            mosa_output = self.mosa(hidden_states, position_embeddings, routing_state, cache)
+            cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            mosa_output = self.mosa(hidden_states, position_embeddings, mosa_call, cache)
             attn_output = attn_output + mosa_output if self.has_dense_heads else mosa_output
         return attn_output, attn_weights
 
@@ -161,13 +143,10 @@ class MosaPreTrainedModel(LlamaPreTrainedModel):
                 if parameter is not None:
                     init.zeros_(parameter)
         elif isinstance(module, MosaRouter):
-            # Fresh logits of a normalised input are about N(0, D std²): start at their (1 - 1/ρ) quantile.
-            quantile = torch.special.ndtri(torch.tensor(1 - 1 / module.sparsity, dtype=torch.float64)).item()
-            quantile = max(quantile, -4.0)  # ρ = 1 selects everything
-            init.constant_(module.threshold, quantile * std * module.in_features**0.5)
+            init_router(module, std)
 
 
-class MosaModel(MosaPreTrainedModel):
+class MosaModel(MosaCallMixin, MosaPreTrainedModel):
     """Decoder of `MosaConfig.num_hidden_layers` layers; outputs hidden states."""
 
     def __init__(self, config: MosaConfig):
@@ -197,35 +176,10 @@ class MosaModel(MosaPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        may_be_packed = attention_mask is None and past_key_values is None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-            may_be_packed = False
-        if past_key_values is not None:
-            self.upgrade_cache(past_key_values)
-        # A static cache counts in place, and its masks cover all of it.
-        is_static = past_key_values is not None and past_key_values.is_compileable
-        past_seen_tokens = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if isinstance(past_seen_tokens, torch.Tensor):
-            past_seen_tokens = past_seen_tokens.clone()
-        if is_static and not torch.compiler.is_compiling() and inputs_embeds.device.type == "cpu":
-            # Elsewhere it costs a synchronisation to look, and upstream's own write fails.
-            needed, room = int(past_seen_tokens) + inputs_embeds.shape[1], past_key_values.get_max_length()
-            if needed > room and not all(past_key_values.is_sliding):
-                raise ValueError(f"The static cache has room for {room} tokens, not {needed}: raise `max_cache_len`.")
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seen_tokens
-            position_ids = position_ids.unsqueeze(0)
-
-        causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
-        routing_state = RoutingState.build(
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            num_cached_tokens(past_key_values),
-            may_be_packed,
-            past_seen_tokens if is_static else None,
+        call, past_key_values, position_ids = self.begin_call(
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
         )
+        causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for decoder_layer in self._active_layers():
@@ -236,18 +190,11 @@ class MosaModel(MosaPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                routing_state=routing_state,
+                mosa_call=call,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
-
-    def upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None = None) -> None:
-        """Let a cache hold the MoSA heads' part too; `cache.upgrade_cache` says what it takes and raises."""
-        if not is_upgraded(past_key_values):
-            heads = [module for module in self._active_layers().modules() if isinstance(module, MosaHeads)]
-            specs = {module.layer_idx: module.cache_spec() for module in heads}
-            upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
 
     def _active_layers(self) -> nn.ModuleList:
         """The layers that run: all, except while `generate(assistant_early_exit=...)` drafts and lowers the number."""
@@ -278,14 +225,13 @@ class MosaModel(MosaPreTrainedModel):
         return masks
 
 
-class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
+class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin):
     """`MosaModel` with a language-modeling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    _generation_cache: Cache | None = None  # of the `generate` call that goes on
 
     def __init__(self, config: MosaConfig):
         super().__init__(config)
@@ -377,85 +323,6 @@ class MosaForCausalLM(MosaPreTrainedModel, GenerationMixin):
             )
             losses.append((loss / weight.sum()).to(self.device))
         return torch.stack(losses).mean()
-
-    def generate(self, *args, **kwargs):
-        """
-        As `GenerationMixin.generate`.
-
-        Raises:
-            ValueError: if the model would route by expert choice, which cannot be computed token by token.
-        """
-        for router in self.modules():
-            if isinstance(router, MosaRouter) and router.routing == "expert_choice":
-                field = "mosa_routing" if self.training else "mosa_inference_routing"
-                raise ValueError(
-                    f"`generate` needs threshold routing, but `{field}='expert_choice'` is in force: which tokens it "
-                    "selects depends on tokens that are not generated yet. Call `model.eval()` and load the model "
-                    "with `mosa_inference_routing='threshold'` (thresholds: `mosa_hf.calibrate_thresholds`)."
-                )
-        try:
-            output = super().generate(*args, **kwargs)
-            if self._generation_cache is not None and (overflow := num_overflowed(self._generation_cache)):
-                logger.warning(
-                    f"The static cache had no room for {overflow} selected tokens (over all layers, rows and groups) "
-                    "and gave up those with the lowest logits, so the result may differ from that of a dynamic cache. "
-                    "Raise `max_cache_len`, use a dynamic cache, or make the limit the model's own with "
-                    "`mosa_cache_budget`."
-                )
-        finally:
-            self._generation_cache = None
-        return output
-
-    def init_continuous_batching(self, *args, **kwargs):
-        """
-        Refused: Transformers packs the requests into one row and keeps their keys and values in pages, which hold no
-        selections. Without this, MoSA heads would take the other requests for padding.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(
-            f"{type(self).__name__} does not support continuous batching (`generate_batch`, "
-            "`cache_implementation='paged'`, `transformers serve`): its pages cannot hold the sparse cache of MoSA "
-            "heads. Call `generate` with a padded batch."
-        )
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-        )
-        cache = model_kwargs.get("past_key_values")
-        if cache is None:
-            return
-        if cache.is_compileable and 0 <= cache.get_max_length() < max_cache_length and not all(cache.is_sliding):
-            raise ValueError(
-                f"The static cache has room for {cache.get_max_length()} tokens, but this call may need "
-                f"{max_cache_length}: raise `max_cache_len`, or lower `max_new_tokens`."
-            )
-        self._generation_cache = cache
-        # Before assisted generation asks the cache to record what it may have to roll back.
-        self.model.upgrade_cache(cache, max_cache_length)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-
-    @staticmethod
-    def create_masks_for_generate(
-        config: MosaConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        **kwargs,
-    ) -> torch.Tensor | None:
-        """
-        For static caches: the 2-D mask, as long as the cache. The 4-D masks that upstream would make here differ by
-        layer, and do not say which tokens are padding once a layer has a window.
-        """
-        if attention_mask is None or past_key_values is None:
-            return attention_mask
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
-        return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
 
 
 class MosaForSequenceClassification(GenericForSequenceClassification, MosaPreTrainedModel):

@@ -1,18 +1,19 @@
-"""Thresholds from text: sets every group's θ so that it selects one token in ρ (DESIGN section 3)."""
+"""Thresholds from text: sets every group's θ so that it selects one token in its ρ (DESIGN section 3)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .heads import MosaRouter
+from .router import MosaRouter
 
 
 @torch.no_grad()
 def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
     """
-    Set the `threshold` of every group of `model`, in place, to the (1 - 1/ρ) quantile of its logits on some text.
+    Set the `threshold` of every group of `model`, in place, to the (1 - 1/ρ) quantile of its logits on some text, ρ
+    being the group's own.
 
     The model routes by expert choice meanwhile, so that each layer sees inputs made at the right selection rate,
     whatever the thresholds were before.
@@ -22,7 +23,7 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
         batches: token ids `[B, T]`, or mappings with `input_ids` and perhaps `attention_mask`. One pass is made.
 
     Raises:
-        ValueError: if the model has no MoSA heads, or the batches hold no tokens.
+        ValueError: if the model has no MoSA heads, the batches hold no tokens, or logits are not finite.
     """
     routers = mosa_routers(model)
     logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
@@ -31,7 +32,7 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
     def record(router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         # The first token is selected in any case: its logit has no part in the rate.
         skip = int(router.include_first)
-        seen = output[0] if valid is None else output[0][valid]
+        seen = output[0] if valid is None else output[0][valid.to(output[0].device)]
         logits[router].append((seen[:, skip:] if valid is None else seen).flatten(0, -2).cpu())
 
     was_training, routing = model.training, [router.inference_routing for router in routers]
@@ -54,20 +55,28 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
             router.inference_routing = rule
         model.train(was_training)
 
+    thresholds = []
     for router in routers:
-        seen = torch.cat(logits[router]) if logits[router] else torch.empty(0, router.out_features)
+        seen = torch.cat(logits[router]) if logits[router] else torch.empty(0, len(router.sparsity))
         if len(seen) == 0:
             raise ValueError(
                 "`batches` holds no tokens to calibrate on: pass at least one batch of two or more tokens."
             )
-        router.threshold.copy_(highest_share(seen, router.sparsity))
+        if not seen.isfinite().all():
+            raise ValueError(f"The router of layer {router.layer_idx} gives logits that are not finite.")
+        thresholds.append(highest_share(seen, router.sparsity))
+    for router, threshold in zip(routers, thresholds, strict=True):
+        router.threshold.copy_(threshold)
 
 
-def highest_share(logits: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """`[G]`: the value that one in `sparsity` of `logits` [N, G] reaches, group by group."""
-    rank = max(round(len(logits) / sparsity), 1)
-    # kthvalue counts from the lowest; torch.quantile would refuse more than 16 M values.
-    return logits.kthvalue(len(logits) - rank + 1, dim=0).values
+def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tensor:
+    """`[G]`: the value that one in `sparsity[g]` of `logits[:, g]` [N, G] reaches, group by group."""
+    values = logits.new_empty(len(sparsity))
+    for group, rate in enumerate(sparsity):
+        rank = max(round(len(logits) / rate), 1)
+        # kthvalue counts from the lowest; torch.quantile would refuse more than 16 M values.
+        values[group] = logits[:, group].kthvalue(len(logits) - rank + 1).values
+    return values
 
 
 def mosa_routers(model: nn.Module) -> list[MosaRouter]:

@@ -78,6 +78,28 @@ class CallLayout:
         return cls(position, valid, segment, first, order, inverse)
 
 
+    def to(self, device: torch.device) -> "CallLayout":
+        """This layout on the device of a layer."""
+        if self.position.device == device:
+            return self
+        return CallLayout(*(None if x is None else x.to(device) for x in vars(self).values()))
+
+    def pad_left(self, states: torch.Tensor, dim: int) -> torch.Tensor:
+        """`states` `[B, ..., T, ...]`, T at `dim`, with each row's padding moved to its left."""
+        return states if self.order is None else _move(states, self.order, dim)
+
+    def pad_back(self, states: torch.Tensor, dim: int) -> torch.Tensor:
+        """What `pad_left` moved, where it was."""
+        return states if self.inverse is None else _move(states, self.inverse, dim)
+
+
+def _move(states: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
+    """Reorder the tokens of `states` [B, ..., T, ...], T at `dim`, by `order` [B, T]."""
+    shape = [1] * states.ndim
+    shape[0], shape[dim] = order.shape
+    return states.gather(dim, order.view(shape).expand(*states.shape))
+
+
 def valid_tokens(
     attention_mask: torch.Tensor | None, num_tokens: int, past_length: torch.Tensor | int | None = None
 ) -> torch.Tensor | None:

@@ -50,36 +50,69 @@ def select_by_expert_choice(
         segment: `[B, T]` int64, ascending: which packed sequence of its row a token belongs to.
 
     Returns:
-        selected `[B, T, G]` bool, and `[G]` float32: the logit that as many tokens of the batch reach as were
-        selected, which for one sequence is its K-th highest (NaN if only forced tokens were selected).
+        selected `[B, T, G]` bool, and `[G]` float32: the highest logit that as many tokens of the batch reach as were
+        selected, which for one sequence is its K-th highest. Forced tokens count on neither side; NaN if there are no
+        others.
     """
-    batch_size, num_tokens, _ = logits.shape
-    sequence = torch.zeros(batch_size, num_tokens, dtype=torch.int64, device=logits.device)
-    if segment is not None:
-        sequence = sequence + segment
     score = logits if first is None else logits.masked_fill(first[..., None], torch.inf)
     if valid is not None:
-        sequence = sequence.masked_fill(~valid, num_tokens)  # padding forms a last sequence, which selects nothing
         score = score.masked_fill(~valid[..., None], -torch.inf)
-
-    # Two stable sorts order the tokens by sequence, then by falling score, then by position.
-    score, order = score.sort(dim=1, descending=True, stable=True)
     if segment is not None:
-        by_sequence = sequence[..., None].expand_as(order).gather(1, order).argsort(dim=1, stable=True)
-        score, order = score.gather(1, by_sequence), order.gather(1, by_sequence)
+        selected, last = _highest_of_sequences(score, segment, sparsity, min_tokens, valid)
+    else:
+        selected, last = _highest_of_rows(score, sparsity, min_tokens, valid)
+    return selected, last.masked_fill(last.isinf(), torch.nan)  # a forced token has no logit to learn from
+
+
+def _quota(length: torch.Tensor, sparsity: float, min_tokens: int) -> torch.Tensor:
+    """K of sequences of `length` int64 tokens each."""
+    # In float64 where there is one, as Python divides.
+    length_as_float = length.to(torch.float32 if length.device.type == "mps" else torch.float64)
+    return (length_as_float / sparsity).floor().long().clamp(min=min_tokens).minimum(length)
+
+
+def _highest_of_rows(
+    score: torch.Tensor, sparsity: float, min_tokens: int, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row of `score` [B, T, G] the K highest, and the score `[G]` that B · K tokens of the batch reach."""
+    batch_size, num_tokens, num_groups = score.shape
+    most = min(max(int(num_tokens / sparsity), min_tokens), num_tokens)
+    if valid is None:
+        quota = torch.full((batch_size,), most, device=score.device)
+    else:
+        quota = _quota(valid.sum(1), sparsity, min_tokens)
+    best = score.topk(most, dim=1).values  # [B, most, G]
+    lowest = best.gather(1, (quota - 1).clamp(min=0)[:, None, None].expand(-1, 1, num_groups))  # [B, 1, G]
+    selected = score >= lowest
+    # Exact unless tokens tie for the last places. Elsewhere than on a CPU it would cost a synchronisation to look.
+    may_look = score.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not (may_look and bool((selected.sum(1) == quota[:, None]).all())):
+        above = score > lowest
+        tie = selected & ~above
+        places = quota[:, None, None] - above.sum(1, keepdim=True)
+        selected = above | (tie & (tie.cumsum(1, dtype=torch.int32) <= places))
+
+    # Pooled over the batch rather than averaged over sequences, whose own K-th logits differ: a threshold has to give
+    # the rate over all of them.
+    pooled = best if batch_size == 1 else score.flatten(0, 1).topk(batch_size * most, dim=0).values
+    return selected, pooled.view(-1, num_groups).index_select(0, (quota.sum() - 1).clamp(min=0).view(1))[0]
+
+
+def _highest_of_sequences(
+    score: torch.Tensor, segment: torch.Tensor, sparsity: float, min_tokens: int, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for packed sequences, each with a K of its own: two stable sorts, and a third for the score."""
+    num_tokens = score.shape[1]
+    # Padding forms a last sequence, which selects nothing.
+    sequence = segment if valid is None else segment.masked_fill(~valid, num_tokens)
+    order = score.argsort(dim=1, descending=True, stable=True)
+    by_sequence = sequence[..., None].expand_as(order).gather(1, order).argsort(dim=1, stable=True)
+    order = order.gather(1, by_sequence)  # by sequence, then by falling score, then by position
     sequence = sequence.sort(dim=1).values  # [B, T]
     start = torch.searchsorted(sequence, sequence)
     length = torch.searchsorted(sequence, sequence, right=True) - start
-    quota = (length / sparsity).floor().long().clamp(min=min_tokens).minimum(length)
-    quota = quota.masked_fill(sequence == num_tokens, 0)
-    rank = torch.arange(num_tokens, device=logits.device) - start
-
-    chosen = (rank < quota)[..., None].expand_as(order)
-    selected = torch.zeros_like(chosen).scatter(1, order, chosen)
-
-    # Pooled over the batch rather than averaged over sequences, whose own K-th logits differ: a threshold has to give
-    # the rate over all of them. A forced token has no logit to learn from.
-    free = score.flatten(0, 1).masked_fill((score == torch.inf).flatten(0, 1), -torch.inf)
-    num_free = chosen[..., 0].sum() - (0 if first is None else first.sum())
-    last = free.sort(dim=0, descending=True).values.index_select(0, (num_free - 1).clamp(min=0).view(1))[0]
-    return selected, torch.where(num_free > 0, last, torch.nan)
+    quota = _quota(length, sparsity, min_tokens).masked_fill(sequence == num_tokens, 0)
+    chosen = torch.arange(num_tokens, device=score.device) - start < quota  # [B, T]
+    selected = torch.zeros_like(score, dtype=torch.bool).scatter(1, order, chosen[..., None].expand_as(order))
+    pooled = score.flatten(0, 1).sort(dim=0, descending=True).values
+    return selected, pooled.index_select(0, (chosen.sum() - 1).clamp(min=0).view(1))[0]

@@ -1,0 +1,28 @@
+"""The sparse KV cache (DESIGN section 4): real memory, not a mask. What no group selected, and has left the window, is in
+no tensor."""
+
+from .bytes import cache_bytes
+from .layer import (
+    GroupSet,
+    Routed,
+    SparseLayer,
+    SparseSpec,
+    is_upgraded,
+    num_cached_tokens,
+    num_overflowed,
+    take,
+    upgrade_cache,
+)
+
+__all__ = [
+    "GroupSet",
+    "Routed",
+    "SparseLayer",
+    "SparseSpec",
+    "cache_bytes",
+    "is_upgraded",
+    "num_cached_tokens",
+    "num_overflowed",
+    "take",
+    "upgrade_cache",
+]

@@ -1,0 +1,253 @@
+"""The Transformers cache layer of a layer with sparse groups or MoSA heads: upstream's for dense groups, stores for the
+others. A layer of whatever cache the user brings is upgraded in place."""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import BaseQuantizedLayer, Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from ..kernels.tensors import KeyValues, Runs
+from ..routing.layout import CallLayout
+from .dense import PreallocatedDynamicLayer
+from .growth import Fixed, Growing, static_capacity
+from .store import SparseStore
+
+
+class GroupSet(NamedTuple):
+    """Groups of one layer that have the same window, and share a store."""
+
+    groups: tuple[int, ...]  # indices among the layer's key/value groups
+    window: int
+    sparsity: float  # the lowest of theirs
+
+
+class SparseSpec(NamedTuple):
+    """What a cache has to know of a layer."""
+
+    dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
+    sets: tuple[GroupSet, ...]
+    budget: int | None = None
+
+
+class Routed(NamedTuple):
+    """What the routers said of a call's tokens, for one set of groups."""
+
+    selected: torch.Tensor  # [B, T, G] bool, False on padding
+    score: torch.Tensor | None = None  # [B, T, G], what a budget compares, inf for tokens that are never evicted
+
+
+class SparseLayer(CacheLayerMixin):
+    """
+    Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense groups'.
+
+    Of a model call: `begin`, then `update` as any cache layer, `readable` (what the sparse groups' queries may read)
+    and `evict` when they have.
+    """
+
+    _layer_type = None  # not a layer type of its own: the class it is mixed with keeps its registration
+    spec: SparseSpec
+    stores: tuple[SparseStore, ...]  # one for each set of groups
+
+    @property
+    def num_tokens(self) -> torch.Tensor | None:
+        """`[B]` int64, real (not padding) tokens seen; None before the first call."""
+        return self.stores[0].num_tokens
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether `begin` needs scores."""
+        return self.stores[0].needs_score
+
+    def has_tokens(self) -> bool:
+        return self.stores[0].has_tokens()
+
+    def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
+        """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
+        self._layout = layout = layout.to(routed[0].selected.device)
+        valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
+        for store, (selected, score) in zip(self.stores, routed, strict=True):
+            selected, score = (
+                None if states is None else layout.pad_left(states.transpose(1, 2), dim=2)
+                for states in (selected, score)
+            )
+            store.begin(selected, score, valid, layout.valid)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> Any:
+        """
+        As upstream's, for `[B, G, T, d]` of all groups.
+
+        Returns:
+            keys and values of the dense groups `[B, G_dense, S, d]`.
+        """
+        if self.spec.dense is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self._read = []
+        for store, each in zip(self.stores, self.spec.sets, strict=True):
+            key, value = (
+                self._layout.pad_left(take(states, each.groups, dim=1), dim=2) for states in (key_states, value_states)
+            )
+            self._read.append(store.extend(key, value))
+        key_states, value_states = (take(states, self.spec.dense, dim=1) for states in (key_states, value_states))
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def readable(self) -> list[Runs | tuple[KeyValues, Runs | None]]:
+        """What the call's queries may read, of each set of groups; see `SparseStore.extend`."""
+        read, self._read = self._read, None
+        return read
+
+    def evict(self) -> None:
+        """The call's queries have read."""
+        self._layout = None
+        for store in self.stores:
+            store.evict()
+
+    @property
+    def record_past(self) -> bool:
+        return self.stores[0].record_past
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        for store in self.stores:
+            store.record_past = value
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def get_seq_length(self) -> int:
+        length = super().get_seq_length()
+        # A layer without dense groups caches keys of shape [B, 0, T, d], which upstream takes for empty.
+        if isinstance(self, DynamicLayer) and self.is_initialized and self.keys.ndim == 4 and self.keys.shape[1] == 0:
+            length = max(length, self.keys.shape[-2])
+        return length
+
+    def reset(self) -> None:
+        super().reset()
+        for store in self.stores:
+            store.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        for store in self.stores:
+            store.check_crop(abs(tokens_to_remove))  # raises before anything has changed
+        super().crop(tokens_to_remove)
+        for store in self.stores:
+            store.crop(abs(tokens_to_remove))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.num_tokens is not None:
+            self._select_rows(self._rows().repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.num_tokens is not None:
+            self._select_rows(self._rows()[indices])
+
+    def _rows(self) -> torch.Tensor:
+        return torch.arange(len(self.num_tokens), device=self.num_tokens.device)
+
+    def _select_rows(self, rows: torch.Tensor) -> None:
+        for store in self.stores:
+            store.select_rows(rows)
+
+    def __reduce__(self):
+        # The class is made at run time, so pickle cannot find it by name.
+        return _restore, (type(self).__bases__[1], self.__dict__)
+
+
+@lru_cache
+def _sparse_class(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
+    return type(f"Sparse{layer_class.__name__}", (SparseLayer, layer_class), {})
+
+
+def _restore(layer_class: type[CacheLayerMixin], state: dict) -> CacheLayerMixin:
+    """A layer of a class that is not importable by name, unpickled."""
+    layer = object.__new__(_sparse_class(layer_class))
+    layer.__dict__.update(state)
+    return layer
+
+
+def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int | None = None) -> None:
+    """
+    Give the layers that have sparse groups or MoSA heads their stores. Layers that have them already are left alone.
+
+    Args:
+        cache: any cache of dynamic or static layers, as `generate` or the user made it.
+        specs: layer index → what it has to hold.
+        max_cache_len: tokens that a static cache will see, which it does not know if all its layers have a window.
+
+    Raises:
+        ValueError: for a cache that holds tokens of another model, has too few layers, or layers of another kind.
+    """
+    for layer_idx, spec in specs.items():
+        while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if layer_idx >= len(cache.layers):
+            raise ValueError(
+                f"`past_key_values` has {len(cache.layers)} layers, but layer {layer_idx} of this model needs one: "
+                "make it with `DynamicCache(config=model.config)`."
+            )
+        layer = cache.layers[layer_idx]
+        if isinstance(layer, SparseLayer):
+            continue
+        if not isinstance(layer, DynamicLayer | StaticLayer):
+            raise ValueError(
+                f"Sparse groups cannot extend a cache layer of class {type(layer).__name__}: use a `DynamicCache` or "
+                "a `StaticCache`."
+            )
+        if layer.get_seq_length():
+            raise ValueError(
+                f"`past_key_values` holds {int(layer.get_seq_length())} tokens that this model's routers have not "
+                "seen. Pass an empty cache, or one that this model filled."
+            )
+        layer_class = type(layer)
+        if isinstance(layer, StaticLayer):
+            length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
+            if length is None:
+                raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
+            growths = [
+                Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets
+            ]
+        else:
+            growths = [Growing() for _ in spec.sets]
+            if isinstance(layer, BaseQuantizedLayer) and spec.dense == ():
+                layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
+            if layer_class is DynamicLayer:
+                layer_class = PreallocatedDynamicLayer
+        layer.spec = spec
+        layer.stores = tuple(
+            SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
+        )
+        record_past = layer.__dict__.pop("record_past", False)
+        layer.__class__ = _sparse_class(layer_class)
+        layer.record_past = record_past
+
+
+def is_upgraded(cache: Cache) -> bool:
+    """Whether `upgrade_cache` has seen this cache."""
+    return any(isinstance(layer, SparseLayer) for layer in cache.layers)
+
+
+def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
+    """`[B]`: the real (not padding) tokens that an upgraded cache has seen; None if none."""
+    for layer in [] if cache is None else cache.layers:
+        if isinstance(layer, SparseLayer):
+            return layer.num_tokens
+    return None
+
+
+def num_overflowed(cache: Cache) -> int:
+    """Selected tokens for which a static cache lacked capacity, over all layers, rows and groups."""
+    stores = [store for layer in cache.layers if isinstance(layer, SparseLayer) for store in layer.stores]
+    return sum(int(store.num_evicted.sum()) for store in stores if store.growth.overflows and store.key is not None)
+
+
+def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:
+    """`states` at `indices` of one axis; a view where those are consecutive."""
+    if not indices or indices == tuple(range(indices[0], indices[0] + len(indices))):
+        return states.narrow(dim, indices[0] if indices else 0, len(indices))
+    return states.index_select(dim, torch.tensor(indices, device=states.device))

@@ -1,0 +1,644 @@
+"""What one set of a layer's groups remembers: the last tokens, and the selected ones before them (DESIGN section 4)."""
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.tensors import NEVER, KeyValues, Runs, gather_slots
+from ..routing.budget import evicted_at, lowest_score, within_budget
+from .growth import Fixed, Growing, Memory
+
+
+class SparseStore:
+    """
+    A run of entries for each row and group, in one flat memory. Its first `window` entries are a ring, token p in entry
+    p % window; while there are fewer tokens, as many entries. Behind it come the *kept* entries, selected tokens that
+    have left the window, in no particular order. So the whole of a run is what the next token reads.
+
+    Of a model call: `begin` (what the routers said), `extend` (what its queries may read), `evict` when they have.
+
+    Args:
+        window: tokens that a query reads whether selected or not; 0: none.
+        budget: `mosa_cache_budget`: how many selected tokens a row and group remembers, those in the window included;
+            None: all of them.
+        growth: how memory grows.
+    """
+
+    def __init__(self, window: int, budget: int | None = None, growth: Growing | Fixed | None = None):
+        self.window = window
+        self.growth = Growing() if growth is None else growth
+        self.budget = budget if self.growth.limit is None else self.growth.limit
+        self.record_past = False  # nothing is evicted until `crop` says that it is final
+        self.memory: Memory | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self.memory = None
+        self.key: torch.Tensor | None = None  # [N + 1, d]; the last entry is scrap, for writes that count for nothing
+        self.value: torch.Tensor | None = None  # [N + 1, d]
+        self.position: torch.Tensor | None = None  # [N + 1] int32
+        self.selected: torch.Tensor | None = None  # [N + 1] bool; of kept entries True
+        self.score: torch.Tensor | None = None  # [N + 1] bfloat16, only with a budget
+        self.count: torch.Tensor | None = None  # [B, G] int64, entries of each run
+        self.num_selected: torch.Tensor | None = None  # [B, G] int64, selected entries, only with a budget
+        self.num_evicted: torch.Tensor | None = None  # [B, G] int64, by the budget
+        self.num_stored: torch.Tensor | None = None  # [B] int64, real tokens seen that the memory knows of
+        self.num_pending: torch.Tensor | int = 0  # [B] int64, real tokens seen that it does not know of yet
+        self.num_final: torch.Tensor | None = None  # [B] int64: `crop` cannot go back before these
+        self.num_lost: torch.Tensor | None = None  # [B] int64: of tokens before these the ring held none any more
+        # Tokens of the last calls in sequence order that are not in the memory yet, the ring's included.
+        self.pending: KeyValues | None = None
+        # Bounds that are known without asking the device; of a fixed memory they never change.
+        self.free = 0  # at least so many more tokens fit into every run
+        self.max_count = 0  # at most so many entries has a run
+        self.max_tokens = 0  # at most so many real tokens has a row
+        # Padding of the calls so far, [B, T] bool or None, and their lengths; only of use to `crop`.
+        self.masks: list[torch.Tensor | None] = []
+        self.lengths: list[int] = []
+        self.call: tuple | None = None
+
+    def reset(self) -> None:
+        """Forget all tokens. Fixed memory stays where it is."""
+        if not self.growth.is_fixed or self.key is None:
+            self._forget()
+            return
+        for states in self._states().values():
+            states.zero_()
+
+    @property
+    def num_tokens(self) -> torch.Tensor | None:
+        """`[B]` int64, real tokens seen; None before the first call. May change in place."""
+        return self.num_stored if isinstance(self.num_pending, int) else self.num_stored + self.num_pending
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether `begin` needs scores."""
+        return self.budget is not None
+
+    def has_tokens(self) -> bool:
+        """Whether any call has added tokens; asks the device where the memory is fixed."""
+        return self.num_stored is not None and (not self.growth.is_fixed or bool(self.num_stored.any()))
+
+    def begin(
+        self,
+        selected: torch.Tensor,
+        score: torch.Tensor | None = None,
+        valid: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> None:
+        """
+        A call of T tokens begins.
+
+        Args:
+            selected: `[B, G, T]` bool, False on padding.
+            score: `[B, G, T]`, what a budget compares, inf for tokens that are never evicted.
+            valid: `[B, T]` bool, False on padding, which is on the left; None without padding.
+            mask: `valid` as the caller of the model passed it, with padding anywhere.
+        """
+        batch_size, num_tokens = selected.shape[0], selected.shape[2]
+        if self.num_stored is None:
+            self.num_stored = torch.zeros(batch_size, dtype=torch.int64, device=selected.device)
+            self.num_final, self.num_lost = torch.zeros_like(self.num_stored), torch.zeros_like(self.num_stored)
+        if not self.growth.is_fixed:
+            if mask is None and self.masks and self.masks[-1] is None:
+                self.lengths[-1] += num_tokens
+            else:
+                self.masks.append(mask)
+                self.lengths.append(num_tokens)
+        self.call = selected, score, valid
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> Runs | tuple[KeyValues, Runs | None]:
+        """
+        Take in the call's tokens.
+
+        Args:
+            key, value: `[B, G, T, d]`, padding on the left.
+
+        Returns:
+            What its queries may read: for a single token a row, runs, all of which it reads; else (near, kept) as
+            `sparse_attention` reads them.
+        """
+        if self.key is None:
+            self._allocate(key, value, key.shape[1])
+        is_single = key.shape[2] == 1 and self.pending is None and not self.record_past
+        if is_single and (self.growth.is_fixed or may_change(self.key)):
+            self._append_token(key[:, :, 0], value[:, :, 0])
+            memory = self.memory
+            return Runs(self.key, self.value, memory.start, self.count, self.max_count, memory.stride)
+        return self._extend_sequence(key, value)
+
+    def evict(self) -> None:
+        """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
+        if self.pending is not None and not (self.record_past and self.window):
+            self._commit()
+
+    # The paper's heads, which project selected tokens only, and have no window.
+
+    def read(self, position: torch.Tensor) -> tuple[Runs | None, torch.Tensor | None]:
+        """
+        What the selected tokens of the call read of earlier calls, and when the budget evicts the call's own.
+
+        Args:
+            position: `[B, T]` int64, of the call's tokens.
+
+        Returns:
+            kept, and `until` `[B, G, T]` int64 of the call's tokens (None: no budget, or nothing to evict).
+        """
+        selected, score, _ = self.call
+        kept = None if self.key is None else self._kept()
+        near = KeyValues(None, None, position[:, None].expand_as(selected), selected, selected, None, score)
+        near, kept = self._with_until(near, kept)
+        return kept, near.until
+
+    def append(self, new: KeyValues | None, groups: torch.Tensor | None = None) -> None:
+        """
+        Append the filled slots of `new`, selected tokens of the call, and evict what the budget does not allow.
+
+        Args:
+            new: `[B, G, K, ...]`, or `[B, A, K, ...]` of some groups; None if nothing is selected.
+            groups: `[A]` int64, the groups that `new` lists; None: all.
+        """
+        selected, _, valid = self.call
+        if new is not None and self.key is None:
+            self._allocate(new.key, new.value, selected.shape[1])
+        self._count_tokens(selected.shape[2], valid)
+        if new is None:
+            self.num_stored, self.num_pending = self._replaced(self.num_stored, self.num_tokens), 0
+            return
+        filled = torch.ones_like(new.position, dtype=torch.bool) if new.valid is None else new.valid
+        new = new._replace(valid=filled, selected=filled)
+        if groups is not None:
+            size = (len(filled), selected.shape[1])
+            new = KeyValues(
+                *(
+                    None if states is None else states.new_zeros(*size, *states.shape[2:]).index_copy(1, groups, states)
+                    for states in new
+                )
+            )
+        self.pending = new
+        self.evict()
+
+    # One token
+
+    def _append_token(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Add a token `[B, G, d]` to every row but those in which it is padding."""
+        selected, score, valid = (None if x is None else x[..., 0] for x in self.call)
+        is_traced = torch.compiler.is_compiling()
+        if self.free <= 0 and not self.growth.is_fixed:
+            self._grow(self.count + 1)
+        scrap = self.key.shape[0] - 1
+        start, num_tokens = self.memory.start, self.num_stored
+        if self.window:
+            entry = start + (num_tokens % self.window)[:, None]  # [B, G], of the ring
+            is_full = (num_tokens >= self.window)[:, None]
+            leaving = self.selected[entry] & is_full
+            if valid is not None:
+                leaving, is_full = leaving & valid[:, None], is_full | ~valid[:, None]
+                entry = torch.where(valid[:, None], entry, scrap)
+            if is_traced or entry.device.type != "cpu" or bool(leaving.any()):
+                self._copy_entries(entry, torch.where(leaving, start + self.count, scrap))
+            self.count.add_(leaving | ~is_full)
+        else:
+            entry = torch.where(selected, start + self.count, scrap)
+            self.count.add_(selected)
+        entry = entry.flatten()
+        self.key.index_copy_(0, entry, key.detach().flatten(0, 1).to(self.key.dtype))
+        self.value.index_copy_(0, entry, value.detach().flatten(0, 1).to(self.value.dtype))
+        self.position.index_copy_(0, entry, num_tokens[:, None].expand_as(selected).flatten().int())
+        self.selected.index_copy_(0, entry, selected.flatten())
+        self.num_stored.add_(1 if valid is None else valid)
+        if not self.growth.is_fixed:
+            self.free, self.max_count, self.max_tokens = self.free - 1, self.max_count + 1, self.max_tokens + 1
+        if self.budget is not None:
+            self.score.index_copy_(0, entry, score.flatten().to(self.score.dtype))
+            self.num_selected.add_(selected)
+            self._evict_lowest()
+
+    def _evict_lowest(self) -> None:
+        """Where a run has one selected token more than the budget allows: evict the lowest score."""
+        over = self.num_selected > self.budget  # [B, G]
+        if not torch.compiler.is_compiling() and over.device.type == "cpu" and not bool(over.any()):
+            return
+        scrap = self.key.shape[0] - 1
+        entries, filled = self._runs().slots()
+        selected = self.selected[entries] & filled
+        slot = lowest_score(self.score[entries], self.position[entries], selected)  # [B, G]
+        entry = torch.where(over, self.memory.start + slot, scrap)
+        is_kept = over & (slot >= self.window)
+        # In the window it stays, no longer selected; a kept entry's place is taken by the last of its run.
+        self.selected[entry] = False
+        last = torch.where(is_kept, self.memory.start + self.count - 1, scrap)
+        self._copy_entries(last, torch.where(is_kept, entry, scrap))
+        self.count.sub_(is_kept.long())
+        self.num_selected.sub_(over.long())
+        self.num_evicted = self._replaced(self.num_evicted, self.num_evicted + over)
+        if not self.growth.is_fixed:
+            self.num_final = torch.where(over.any(-1), self.num_stored, self.num_final)
+
+    def _copy_entries(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Entry `target` [B, G] becomes what entry `source` [B, G] is."""
+        for states in self._entries().values():
+            states.index_copy_(0, target.flatten(), states.index_select(0, source.flatten()))
+
+    # Several tokens
+
+    def _extend_sequence(self, key: torch.Tensor, value: torch.Tensor) -> tuple[KeyValues, Runs | None]:
+        selected, score, valid = self.call
+        kept = self._kept()
+        recent = self._recent() if self.pending is None else self.pending
+        self._count_tokens(key.shape[2], valid)
+        if recent is not None:
+            num_recent = recent.key.shape[2]
+            key, value = torch.cat((recent.key, key), dim=2), torch.cat((recent.value, value), dim=2)
+            selected = torch.cat((recent.selected, selected), dim=2)
+            score = None if self.budget is None else torch.cat((recent.score.to(score.dtype), score), dim=2)
+            if valid is not None:
+                order = _across_padding(valid, num_recent)
+                key, value, selected = (gather_slots(states, order) for states in (key, value, selected))
+                score = None if score is None else gather_slots(score, order)
+        length = key.shape[2]
+        position = self.num_tokens[:, None] - length + torch.arange(length, device=key.device)  # [B, S]
+        position = position[:, None].expand_as(selected)  # negative on empty slots
+        filled = None if all(mask is None for mask in self.masks) and not self.growth.is_fixed else position >= 0
+        selected = selected if filled is None else selected & filled
+        self.pending = KeyValues(key, value, position, filled, selected, None, score)
+        return self._with_until(self.pending, kept)
+
+    def _with_until(self, near: KeyValues, kept: Runs | None) -> tuple[KeyValues, Runs | None]:
+        """Say of each selected token when the budget evicts it."""
+        if self.budget is None:
+            return near, kept
+        score, position, selected, entries = self._held(near, kept)
+        num_kept = score.shape[-1] - near.position.shape[-1]
+        until = evicted_at(score, position, selected, self.budget)
+        if until is None:
+            return near, kept
+        if num_kept:
+            flat = torch.full((len(self.key),), NEVER, dtype=torch.int64, device=until.device)
+            flat = flat.index_put((entries,), until[..., :num_kept].masked_fill(~selected[..., :num_kept], NEVER))
+            kept = kept._replace(until=flat)
+        return near._replace(until=until[..., num_kept:]), kept
+
+    def _held(self, near: KeyValues, kept: Runs | None) -> tuple[torch.Tensor, ...]:
+        """
+        Score, position and "is a selected token" `[B, G, S]` of the kept entries, padded, then of `near`; and the kept
+        entries.
+        """
+        score, position, selected, entries = near.score, near.position, near.selected, None
+        if kept is not None:
+            entries, filled = kept.slots()
+            entries = torch.where(filled, entries, len(self.key) - 1)
+            score = torch.cat((self.score[entries].to(score.dtype), score), dim=-1)
+            position = torch.cat((self.position[entries].long(), position), dim=-1)
+            selected = torch.cat((filled, selected), dim=-1)
+        return score, position, selected, entries
+
+    def _commit(self) -> None:
+        """Bring the pending tokens into the memory, and evict what is no longer read."""
+        near, self.pending, num_tokens = self.pending, None, self.num_tokens
+        kept, selected, kept_stays = self._kept(), near.selected, None
+        if self.budget is not None and not self.record_past:
+            score, position, is_selected, _ = self._held(near, kept)
+            if torch.compiler.is_compiling() or bool((is_selected.sum(-1) > self.budget).any()):
+                alive = within_budget(score, position, is_selected, self.budget)
+                evicted = (is_selected & ~alive).sum(-1)
+                self.num_evicted = self._replaced(self.num_evicted, self.num_evicted + evicted)
+                self.num_final = torch.where((evicted > 0).any(-1), num_tokens, self.num_final)
+                num_kept = alive.shape[-1] - selected.shape[-1]
+                kept_stays, selected = alive[..., :num_kept] if num_kept else None, alive[..., num_kept:]
+        num_ring = num_tokens.clamp(max=self.window)[:, None]  # [B, 1]
+        in_ring = torch.zeros_like(selected)
+        if self.window:
+            in_ring = (near.position >= (num_tokens - num_ring[:, 0])[:, None, None]) & (near.position >= 0)
+        joins = selected & ~in_ring  # what the kept entries get
+        num_kept = torch.zeros_like(self.count) if kept is None else kept.count
+        num_kept = num_kept if kept_stays is None else kept_stays.sum(-1)
+        count = num_ring + num_kept + joins.sum(-1)
+        in_place = self.growth.is_fixed or may_change(self.key)
+        if kept_stays is not None or not in_place or bool((count > self.memory.capacity).any()):
+            self._lay_out_kept(kept, kept_stays, count)
+        start = self.memory.start[..., None]
+        target = start + (num_ring + num_kept)[..., None] + joins.cumsum(-1) - 1
+        if self.window:
+            target = torch.where(in_ring, start + near.position % self.window, target)
+        self._write(target, joins | in_ring, near._replace(selected=selected))
+        self.num_selected = self._replaced(self.num_selected, num_kept + selected.sum(-1))
+        self.num_stored, self.num_pending = self._replaced(self.num_stored, num_tokens), 0
+        self._set_count(count)
+
+    def _write(self, target: torch.Tensor, writes: torch.Tensor, states: KeyValues) -> None:
+        """Write the slots `[B, G, S]` of `states` to the entries `target`, where `writes` is True."""
+        new = {"key": states.key, "value": states.value, "position": states.position, "selected": states.selected}
+        if self.budget is not None:
+            new["score"] = states.score
+        for name, own in self._entries().items():
+            if torch.compiler.is_compiling():  # no shape may depend on data: the rest goes to the scrap entry
+                index, rows = torch.where(writes, target, len(own) - 1), new[name]
+            else:
+                index, rows = target[writes], new[name][writes]
+            rows = rows.to(own.dtype)
+            if self.growth.is_fixed or may_change(own):
+                own.index_put_((index,), rows.detach())
+            else:
+                setattr(self, name, own.index_put((index,), rows))
+
+    def _lay_out_kept(self, kept: Runs | None, stays: torch.Tensor | None, count: torch.Tensor) -> None:
+        """
+        Hold the kept entries where `stays` [B, G, K] (None: all), in memory for runs of `count` [B, G] entries; what
+        is in the ring is left to the caller.
+        """
+        old = self._entries()
+        if not self.growth.is_fixed:
+            self._allocate_for(count)
+        if kept is None:
+            return
+        entries, filled = kept.slots()
+        filled = filled if stays is None else filled & stays
+        target = self.memory.start[..., None] + self.window + filled.cumsum(-1) - 1
+        target = torch.where(filled, target, len(self.key) - 1)
+        for name, states in old.items():
+            rows = states.index_select(0, entries.flatten()).unflatten(0, entries.shape)
+            own = getattr(self, name)
+            setattr(self, name, own.index_put_((target,), rows) if self.growth.is_fixed else own.index_put((target,), rows))
+
+    # Memory
+
+    def _allocate(self, key: torch.Tensor, value: torch.Tensor, num_groups: int) -> None:
+        """Memory for entries like `key`, `value` [B, ., ., d]."""
+        self.count = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)
+        self.num_evicted = torch.zeros_like(self.count)
+        self.num_selected = torch.zeros_like(self.count)
+        self.key, self.value = key.new_zeros(0, key.shape[-1]), value.new_zeros(0, value.shape[-1])
+        self.position = self.count.new_zeros(0, dtype=torch.int32)
+        self.selected = self.count.new_zeros(0, dtype=torch.bool)
+        if self.budget is not None:
+            self.score = key.new_zeros(0, dtype=torch.bfloat16)
+        self._allocate_for(self.count)
+        if self.growth.is_fixed:
+            self.max_count, self.max_tokens = self.growth.stride, NEVER
+            if not torch.compiler.is_compiling():  # as upstream's static layers do: else no CUDA graphs
+                for states in (*self._states().values(), self.memory.start):
+                    torch._dynamo.mark_static_address(states)
+
+    def _allocate_for(self, count: torch.Tensor) -> None:
+        """Empty memory for runs of `count` [B, G] entries."""
+        self.memory = self.growth.memory(count)
+        for name, states in self._entries().items():
+            setattr(self, name, states.new_zeros(self.memory.size + 1, *states.shape[1:]))
+        self.free = 0
+
+    def _grow(self, count: torch.Tensor) -> None:
+        """Room for `count` [B, G] entries at least, where there is less."""
+        free = int((self.memory.capacity - count).min())
+        if free < 0:
+            self._hold(self._runs(), None, count)
+            free = int((self.memory.capacity - count).min())
+        self.free = free + 1
+        self.max_count = int(self.count.max())
+
+    def _hold(self, runs: Runs, rows: torch.Tensor | None, count: torch.Tensor) -> None:
+        """Bring `runs`, or those of some rows, to new memory for `count` [B, G] entries."""
+        old = self._entries()
+        entries, filled = runs.slots()
+        if rows is not None:
+            entries, filled = entries[rows], filled[rows]
+        self._allocate_for(count)
+        target = self.memory.start[..., None] + torch.arange(entries.shape[-1], device=entries.device)
+        for name, states in old.items():
+            setattr(self, name, getattr(self, name).index_put((target[filled],), states[entries[filled]]))
+
+    def _runs(self) -> Runs:
+        """All entries."""
+        max_count = self.max_count
+        if not torch.compiler.is_compiling() and self.count.device.type == "cpu":
+            max_count = int(self.count.max()) if self.count.numel() else 0
+        return Runs(self.key, self.value, self.memory.start, self.count, max_count, self.memory.stride)
+
+    def _kept(self) -> Runs | None:
+        """The kept entries; None if there are none, as far as that is known without asking the device."""
+        if self.max_tokens < self.window and not torch.compiler.is_compiling():
+            return None
+        num_kept = self.count - self.num_stored.clamp(max=self.window)[:, None]
+        max_count = self.max_count - self.window
+        if torch.compiler.is_compiling():
+            max_count = self.growth.limit
+        elif num_kept.device.type == "cpu":
+            max_count = int(num_kept.max()) if num_kept.numel() else 0
+        if max_count <= 0:
+            return None
+        start = self.memory.start + self.window
+        return Runs(self.key, self.value, start, num_kept, max_count, self.memory.stride, self.window)
+
+    def _recent(self) -> KeyValues | None:
+        """The ring in sequence order, as many tokens as a row may have in it, empty slots on the left."""
+        length = self.window if torch.compiler.is_compiling() else min(self.window, self.max_tokens)
+        if length == 0:
+            return None
+        position = self.num_stored[:, None] - length + torch.arange(length, device=self.count.device)  # [B, S]
+        entries = self.memory.start[..., None] + (position % self.window)[:, None]  # [B, G, S]
+        entries = torch.where(position[:, None] >= 0, entries, len(self.key) - 1)
+        key, value = (
+            states.index_select(0, entries.flatten()).unflatten(0, entries.shape) for states in (self.key, self.value)
+        )
+        selected = self.selected[entries] & (position >= 0)[:, None]
+        score = None if self.score is None else self.score[entries]
+        return KeyValues(key, value, position[:, None].expand_as(selected), None, selected, None, score)
+
+    def _count_tokens(self, num_new: int, valid: torch.Tensor | None) -> None:
+        new = torch.full_like(self.num_stored, num_new) if valid is None else valid.sum(1)
+        self.num_pending = self.num_pending + new
+        if not self.growth.is_fixed:
+            self.max_tokens += num_new
+
+    def _set_count(self, count: torch.Tensor) -> None:
+        self.count = self._replaced(self.count, count)
+        if not self.growth.is_fixed and count.numel():
+            self.max_count = int(count.max())
+            self.free = int((self.memory.capacity - count).min())
+
+    def _replaced(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """`new`, in the memory of `states` where that is fixed."""
+        return states.copy_(new) if self.growth.is_fixed else new
+
+    def _entries(self) -> dict[str, torch.Tensor]:
+        """What is held of every entry."""
+        names = ("key", "value", "position", "selected", "score")
+        return {name: states for name in names if (states := getattr(self, name)) is not None}
+
+    def _states(self) -> dict[str, torch.Tensor]:
+        names = ("count", "num_selected", "num_evicted", "num_stored")
+        return self._entries() | {name: getattr(self, name) for name in names}
+
+    # Going back, and other rows
+
+    def crop(self, num_removed: int) -> None:
+        """
+        Forget the last `num_removed` tokens of the cache, padding among them included. What remains is final.
+
+        Raises:
+            RuntimeError: if that needs tokens that are no longer held.
+        """
+        if self.num_stored is None:
+            return
+        if num_removed:
+            self.check_crop(num_removed)
+            removed = self._removed(num_removed)  # [B]
+            self._forget_masks(num_removed)
+            num_tokens = self.num_tokens - removed
+            self.max_tokens, self.num_lost = int(num_tokens.max()), self._lost()
+            if self.key is None:  # nothing was ever selected
+                self.num_stored = num_tokens
+            elif self.pending is None:
+                self._crop_runs(num_tokens)
+            else:
+                self.pending = _cropped(self.pending, num_tokens, removed)
+                self.num_pending = num_tokens - self.num_stored
+                # The ring may be left with a place for which there is no token any more.
+                entries, filled = self._runs().slots()
+                self._deselect(entries[..., : self.window][filled[..., : self.window]])
+        if self.key is not None and self.pending is None and self.record_past and self.budget is not None:
+            self.pending = self._recent_or_none()  # the kept entries may be more than the budget
+        if self.pending is not None:
+            recording, self.record_past = self.record_past, False
+            self._commit()
+            self.record_past = recording
+
+    def _crop_runs(self, num_tokens: torch.Tensor) -> None:
+        """Forget the tokens at or behind positions `num_tokens` [B], of runs with nothing pending."""
+        entries, filled = self._runs().slots()
+        stays = filled & (self.position[entries] < num_tokens[:, None, None])
+        if self.window:
+            # Behind a full ring only one token can go; its place stays, holding no selected token, for the next one.
+            stays = stays | (filled & (self.num_stored > self.window)[:, None, None])
+            gone = filled & (self.position[entries] >= num_tokens[:, None, None])
+            self._deselect(entries[gone])
+        self._lay_out_runs(entries, stays)
+        self.num_stored = num_tokens
+        if self.budget is not None:
+            entries, filled = self._runs().slots()
+            self.num_selected = (self.selected[entries] & filled).sum(-1)
+
+    def _deselect(self, entries: torch.Tensor) -> None:
+        self.selected = self.selected.index_fill(0, entries, False)
+
+    def _lay_out_runs(self, entries: torch.Tensor, stays: torch.Tensor) -> None:
+        """Hold of the `entries` [B, G, S] those that stay, in their order."""
+        count, old = stays.sum(-1), self._entries()
+        self._allocate_for(count)
+        target = self.memory.start[..., None] + stays.cumsum(-1) - 1
+        for name, states in old.items():
+            setattr(self, name, getattr(self, name).index_put((target[stays],), states[entries[stays]]))
+        self._set_count(count)
+
+    def _recent_or_none(self) -> KeyValues:
+        """The ring in sequence order, or no tokens at all."""
+        if (recent := self._recent()) is not None:
+            return recent
+        shape = (*self.count.shape, 0)
+        empty = self.count.new_zeros(shape)
+        key, value = (states.new_zeros(*shape, states.shape[-1]) for states in (self.key, self.value))
+        return KeyValues(key, value, empty, empty.bool(), empty.bool(), None, self.score.new_zeros(shape))
+
+    def check_crop(self, num_removed: int) -> None:
+        """Raise what `crop` would, changing nothing."""
+        if self.growth.is_fixed:
+            raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")
+        if self.num_stored is None or not num_removed:
+            return
+        removed = self._removed(num_removed)
+        num_tokens = self.num_tokens - removed
+        if bool(((num_tokens < self.num_final) & (removed > 0)).any()):
+            raise RuntimeError(
+                "`crop` cannot bring back tokens that `mosa_cache_budget` has evicted. Call "
+                "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
+            )
+        if not self.window:
+            return
+        needed = (num_tokens - self.window + 1).clamp(min=0)  # the first token that the next query's window covers
+        if bool(((needed < self._lost()) & (removed > 0)).any()):
+            raise RuntimeError(
+                "`crop` cannot bring back tokens that have left `mosa_window`. Call "
+                "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
+            )
+
+    def _lost(self) -> torch.Tensor:
+        """`[B]`: tokens before these are held only if they were selected."""
+        return self.num_lost.maximum(self.num_stored - self.window)
+
+    def _removed(self, num_removed: int) -> torch.Tensor:
+        """How many real tokens [B] are among the last `num_removed`."""
+        removed = torch.zeros_like(self.num_tokens)
+        for mask, length in zip(reversed(self.masks), reversed(self.lengths), strict=True):
+            cut = min(num_removed, length)
+            removed = removed + (cut if mask is None else mask[:, length - cut :].sum(1))
+            num_removed -= cut
+        return removed
+
+    def _forget_masks(self, num_removed: int) -> None:
+        """Cut the log of calls by `num_removed` tokens."""
+        while num_removed and self.lengths:
+            cut = min(num_removed, self.lengths[-1])
+            mask = self.masks[-1]
+            self.lengths[-1] -= cut
+            self.masks[-1] = None if mask is None else mask[:, : mask.shape[1] - cut]
+            if self.lengths[-1] == 0:
+                self.lengths.pop()
+                self.masks.pop()
+            num_removed -= cut
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was (beam search, batch repetition and selection)."""
+        if self.num_stored is None:
+            return
+        rows = rows.to(self.num_stored.device)
+        self.masks = [None if mask is None else mask[rows] for mask in self.masks]
+        if self.pending is not None:
+            self.pending = KeyValues(*(None if states is None else states[rows] for states in self.pending))
+        if self.key is not None:
+            runs, count = self._runs(), self.count[rows]
+            self._hold(runs, rows, count)
+            self.num_selected, self.num_evicted = self.num_selected[rows], self.num_evicted[rows]
+            self.count = count
+            if not self.growth.is_fixed:
+                self._set_count(count)
+        for name in ("num_stored", "num_final", "num_lost"):
+            setattr(self, name, getattr(self, name)[rows])
+        if not isinstance(self.num_pending, int):
+            self.num_pending = self.num_pending[rows]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that is held in memory."""
+        pending = [] if self.pending is None else [states for states in self.pending if states is not None]
+        held = [] if self.key is None else [*self._states().values(), self.memory.start, self.memory.capacity]
+        return held + pending
+
+
+def _cropped(pending: KeyValues, num_tokens: torch.Tensor, removed: torch.Tensor) -> KeyValues:
+    """`pending` without the last `removed` [B] real tokens of each row, of which `num_tokens` [B] remain."""
+    length = pending.key.shape[2]
+    # Rows may lose different numbers of real tokens: shift each to the right again.
+    num_empty = max(int(removed.min()), length - int(num_tokens.max()))  # on the left of every row
+    source = (torch.arange(length, device=removed.device) - removed[:, None])[:, None, num_empty:]  # [B, 1, S]
+    key, value, selected = (
+        gather_slots(states, source.clamp(min=0)) for states in (pending.key, pending.value, pending.selected)
+    )
+    score = None if pending.score is None else gather_slots(pending.score, source.clamp(min=0))
+    position = num_tokens[:, None] - source.shape[-1] + torch.arange(source.shape[-1], device=removed.device)
+    filled = (source >= 0) & (position >= 0)[:, None]
+    position = position.masked_fill(~filled[:, 0], -1)[:, None].expand_as(selected)
+    return KeyValues(key, value, position, filled.expand_as(selected), selected & filled, None, score)
+
+
+def _across_padding(valid: torch.Tensor, num_cached: int) -> torch.Tensor:
+    """
+    Order [B, 1, num_cached + T] that brings the cached tokens of a row up to those of a call, over the padding between
+    them. `valid` [B, T] is the call's.
+    """
+    real = F.pad(valid, (num_cached, 0), value=True).to(torch.int8)
+    return real.argsort(dim=1, stable=True)[:, None]
+
+
+def may_change(states: torch.Tensor) -> bool:
+    """Whether a cache may write into its tensors: not if autograd may have saved them, or inference mode made them."""
+    if torch.is_grad_enabled() or states.requires_grad:
+        return False
+    return torch.is_inference_mode_enabled() or not states.is_inference()

@@ -1,0 +1,560 @@
+"""
+Projections of the selected tokens alone: rotated queries and keys, and values, straight from the hidden states.
+
+The rows of selected tokens are gathered inside the matmul, where they are read as the next tile of its left factor; a
+tensor of gathered rows [B, G, K, D] never exists. One kernel serves query, key and value. The rotation mixes pairs of
+channels, so a tile holds the first channels and the second channels of its pairs apart, and rotates before it stores.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_builds import KernelBuild
+from ..triton_slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
+
+
+@triton.jit
+def channel_pairs(pair, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
+    """
+    First and second channels of the pairs that the rotation mixes, for `pair` [N] from 0 to d / 2, and whether they
+    are in the head. The channels that the rotation leaves alone form pairs behind the others; a head that is not
+    rotated (ROTARY_DIM = 0) is cut in the middle.
+    """
+    first = pair
+    second = pair + HEAD_DIM // 2
+    if ROTARY_DIM > 0 and ROTARY_DIM < HEAD_DIM:
+        first = tl.where(pair < ROTARY_DIM // 2, pair, pair + ROTARY_DIM // 2)
+        second = tl.where(pair < ROTARY_DIM // 2, pair + ROTARY_DIM // 2, pair + HEAD_DIM // 2)
+    return first, second, pair < HEAD_DIM // 2
+
+
+@triton.jit
+def pair_angles(angle_ptr, token, filled, pair, neutral, ROTARY_DIM: tl.constexpr):
+    """`cos` or `sin` of the tokens for the first and the second channels of the pairs, each [BLOCK, pairs]."""
+    place = token[:, None] * ROTARY_DIM + pair[None, :]
+    rotated = filled[:, None] & (pair < ROTARY_DIM // 2)[None, :]
+    first = tl.load(angle_ptr + place, mask=rotated, other=neutral).to(tl.float32)
+    second = tl.load(angle_ptr + place + ROTARY_DIM // 2, mask=rotated, other=neutral).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _gather_project(
+    hidden_ptr,  # [B, T, D]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    weight_ptr,  # [G, H * d, D], H heads: R of the query, one of key and value
+    bias_ptr,  # [G, H * d] or None
+    cos_ptr,  # [B, T, ROTARY_DIM]
+    sin_ptr,  # [B, T, ROTARY_DIM]
+    output_ptr,  # [B, G, H, K, d]
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    NUM_PAIR_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    head, group = tl.program_id(1) // NUM_PAIR_BLOCKS, tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PAIR_BLOCKS
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    pair = tl.program_id(1) % NUM_PAIR_BLOCKS * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    first, second, in_head = channel_pairs(pair, HEAD_DIM, ROTARY_DIM)
+    weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
+    output_1 = tl.zeros([BLOCK_K, BLOCK_PAIRS], tl.float32)
+    output_2 = tl.zeros([BLOCK_K, BLOCK_PAIRS], tl.float32)
+
+    if tl.max(filled.to(tl.int32), 0) > 0:
+        for start in range(0, hidden_size, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = column < hidden_size
+            states = tl.load(
+                hidden_ptr + token[:, None] * hidden_size + column[None, :],
+                mask=filled[:, None] & inside[None, :],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_D]
+            weight = weight_ptr + weight_row * hidden_size + column[:, None]
+            mask = inside[:, None] & in_head[None, :]
+            weight_1 = tl.load(weight + first[None, :] * hidden_size, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_PAIRS]
+            weight_2 = tl.load(weight + second[None, :] * hidden_size, mask=mask, other=0.0)
+            output_1 = tl.dot(states, weight_1, output_1, input_precision="ieee")
+            output_2 = tl.dot(states, weight_2, output_2, input_precision="ieee")
+        if bias_ptr is not None:
+            output_1 += tl.load(bias_ptr + weight_row + first, mask=in_head, other=0.0).to(tl.float32)[None, :]
+            output_2 += tl.load(bias_ptr + weight_row + second, mask=in_head, other=0.0).to(tl.float32)[None, :]
+        if ROTARY_DIM > 0:
+            cos_1, cos_2 = pair_angles(cos_ptr, token, filled, pair, 1.0, ROTARY_DIM)
+            sin_1, sin_2 = pair_angles(sin_ptr, token, filled, pair, 0.0, ROTARY_DIM)
+            output_1, output_2 = output_1 * cos_1 - output_2 * sin_1, output_2 * cos_2 + output_1 * sin_2
+        output_1 = tl.where(filled[:, None], output_1, 0.0)  # the bias
+        output_2 = tl.where(filled[:, None], output_2, 0.0)
+
+    output = output_ptr + (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
+    mask = (row < batch_size)[:, None] & in_head[None, :]
+    dtype = output_ptr.dtype.element_ty
+    tl.store(output + first[None, :], output_1.to(dtype), mask=mask)
+    tl.store(output + second[None, :], output_2.to(dtype), mask=mask)
+
+
+@triton.jit
+def _unrotate(
+    grad_ptr,  # [B, G, H, K, d]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    cos_ptr,  # [B, T, ROTARY_DIM]
+    sin_ptr,  # [B, T, ROTARY_DIM]
+    output_ptr,  # [B, G, H, K, d]
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    NUM_PAIR_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):
+    head, group = tl.program_id(1) // NUM_PAIR_BLOCKS, tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PAIR_BLOCKS
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    pair = tl.program_id(1) % NUM_PAIR_BLOCKS * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    first, second, in_head = channel_pairs(pair, HEAD_DIM, ROTARY_DIM)
+    place = (((row * num_groups + group) * num_heads + head) * num_slots + slot)[:, None] * HEAD_DIM
+    mask = filled[:, None] & in_head[None, :]
+    grad_1 = tl.load(grad_ptr + place + first[None, :], mask=mask, other=0.0).to(tl.float32)
+    grad_2 = tl.load(grad_ptr + place + second[None, :], mask=mask, other=0.0).to(tl.float32)
+    cos_1, cos_2 = pair_angles(cos_ptr, token, filled, pair, 1.0, ROTARY_DIM)
+    sin_1, sin_2 = pair_angles(sin_ptr, token, filled, pair, 0.0, ROTARY_DIM)
+    dtype = output_ptr.dtype.element_ty
+    tl.store(output_ptr + place + first[None, :], (grad_1 * cos_1 + grad_2 * sin_2).to(dtype), mask=mask)
+    tl.store(output_ptr + place + second[None, :], (grad_2 * cos_2 - grad_1 * sin_1).to(dtype), mask=mask)
+
+
+@triton.jit
+def _load_weight(
+    weight_ptr,  # [G, H * d, D]
+    piece,
+    num_heads,
+    group,
+    column,
+    hidden_size,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+):
+    """Weight of a piece of a head for a block of hidden channels, [BLOCK_HEAD, BLOCK_D]."""
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
+    mask = in_head[:, None] & (column < hidden_size)[None, :]
+    weight_ptr += (group.to(tl.int64) * num_heads + head) * HEAD_DIM * hidden_size
+    return tl.load(weight_ptr + channel[:, None] * hidden_size + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _hidden_gradient(
+    query_grad_ptr,  # [B, G, R, K, d], before the rotation, as all gradients here
+    key_grad_ptr,  # [B, G, K, d]
+    value_grad_ptr,  # [B, G, K, d]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    query_weight_ptr,  # [G, R * d, D]
+    key_weight_ptr,  # [G, d, D]
+    value_weight_ptr,  # [G, d, D]
+    output_ptr,  # see `add_to_tokens`
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    num_heads,  # R
+    NUM_PIECES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(2)
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    if tl.max(filled.to(tl.int32), 0) == 0:
+        return
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for piece in range(num_heads * NUM_PIECES):
+        grad = load_piece(
+            query_grad_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+        )
+        weight = _load_weight(query_weight_ptr, piece, num_heads, group, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+        total = tl.dot(grad, weight, total, input_precision="ieee")
+    for piece in range(NUM_PIECES):
+        grad = load_piece(
+            key_grad_ptr, piece, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+        )
+        weight = _load_weight(key_weight_ptr, piece, 1, group, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+        total = tl.dot(grad, weight, total, input_precision="ieee")
+        grad = load_piece(
+            value_grad_ptr, piece, 1, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+        )
+        weight = _load_weight(value_weight_ptr, piece, 1, group, column, hidden_size, HEAD_DIM, BLOCK_HEAD)
+        total = tl.dot(grad, weight, total, input_precision="ieee")
+    add_to_tokens(
+        output_ptr, total, column, hidden_size, group, num_groups, row, slot, num_slots, token, filled, ATOMIC
+    )
+
+
+@triton.jit
+def _weight_gradient(
+    hidden_ptr,  # [B, T, D]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    grad_ptr,  # [B, G, H, K, d], before the rotation
+    weight_grad_ptr,  # [G, H * d, D]
+    bias_grad_ptr,  # [G, H * d]
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    NUM_PIECES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    piece, group = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PIECES
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < hidden_size
+    total = tl.zeros([BLOCK_HEAD, BLOCK_D], tl.float32)
+    bias = tl.zeros([BLOCK_HEAD], tl.float32)
+    for block in range(tl.cdiv(batch_size * num_slots, BLOCK_K)):
+        row, slot, token, filled = group_slots(
+            block, group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+        )
+        if tl.max(filled.to(tl.int32), 0) > 0:
+            grad = load_piece(
+                grad_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            )
+            states = tl.load(
+                hidden_ptr + token[:, None] * hidden_size + column[None, :],
+                mask=filled[:, None] & inside[None, :],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_D]
+            total = tl.dot(tl.trans(grad), states, total, input_precision="ieee")
+            bias += tl.sum(grad.to(tl.float32), 0)
+
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
+    weight_row = (group * num_heads + head).to(tl.int64) * HEAD_DIM
+    dtype = weight_grad_ptr.dtype.element_ty
+    weight_grad_ptr += weight_row * hidden_size
+    mask = in_head[:, None] & inside[None, :]
+    tl.store(weight_grad_ptr + channel[:, None] * hidden_size + column[None, :], total.to(dtype), mask=mask)
+    if tl.program_id(0) == 0:  # every block of columns has the same sums
+        tl.store(bias_grad_ptr + weight_row + channel, bias.to(dtype), mask=in_head)
+
+
+@torch.library.custom_op("mosa::gather_project", mutates_args=())
+def gather_project(
+    hidden_states: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    query_bias: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
+    value_bias: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Queries, keys and values of the tokens in the slots.
+
+    Args:
+        hidden_states: `[B, T, D]`.
+        index: `[B, G, K]` int32, the token of each slot.
+        count: `[B, G]` int32, filled slots.
+        query_weight: `[G, R * d, D]`, of the hidden states' dtype, as all weights and biases; d, rotary_dim even.
+        key_weight, value_weight: `[G, d, D]`.
+        query_bias: `[G, R * d]` or None.
+        key_bias, value_bias: `[G, d]` or None.
+        cos, sin: `[B, T, rotary_dim]`; not differentiated.
+
+    Returns:
+        rotated query `[B, G, R, K, d]`, rotated key and value `[B, G, K, d]`; zero in empty slots.
+    """
+    batch_size, num_tokens, hidden_size = hidden_states.shape
+    num_groups, head_dim, _ = key_weight.shape
+    num_slots = index.shape[2]
+    tile = tiles(head_dim, hidden_states.dtype)
+    hidden_states, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
+    outputs = []
+    for weight, bias, rotary_dim in (
+        (query_weight, query_bias, cos.shape[-1]),
+        (key_weight, key_bias, cos.shape[-1]),
+        (value_weight, value_bias, 0),
+    ):
+        num_heads = weight.shape[1] // head_dim
+        output = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
+        blocks = triton.cdiv(batch_size * num_slots, tile.slots)
+        grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
+        with torch.cuda.device_of(hidden_states):
+            _gather_project[grid](
+                hidden_states,
+                index,
+                count,
+                weight.contiguous(),
+                None if bias is None else bias.contiguous(),
+                cos,
+                sin,
+                output,
+                batch_size,
+                num_tokens,
+                num_groups,
+                num_slots,
+                hidden_size,
+                HEAD_DIM=head_dim,
+                ROTARY_DIM=rotary_dim,
+                NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
+                BLOCK_K=tile.slots,
+                BLOCK_PAIRS=tile.pairs,
+                BLOCK_D=tile.hidden,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+        outputs.append(output)
+    query, key, value = outputs
+    return query, key.squeeze(2), value.squeeze(2)
+
+
+@gather_project.register_fake
+def _(
+    hidden_states, index, count, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias, cos, sin
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch_size, num_groups, num_slots = index.shape
+    head_dim = key_weight.shape[1]
+    num_heads = query_weight.shape[1] // head_dim
+    return (
+        hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim),
+        hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim),
+        hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim),
+    )
+
+
+@torch.library.custom_op("mosa::unrotate", mutates_args=())
+def unrotate(
+    grad: torch.Tensor, index: torch.Tensor, count: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """
+    Gradient of what was rotated, from `grad` [B, G, H, K, d] of its rotation; empty slots are left as they are.
+
+    An extra pass over few tokens, which keeps the angles out of the matmuls of the backward: there they would take the
+    registers that tiles need.
+    """
+    batch_size, num_groups, num_heads, num_slots, head_dim = grad.shape
+    tile = tiles(head_dim, grad.dtype)
+    output = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    blocks = triton.cdiv(batch_size * num_slots, tile.slots)
+    grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
+    with torch.cuda.device_of(grad):
+        _unrotate[grid](
+            grad.contiguous(),
+            index,
+            count,
+            cos.contiguous(),
+            sin.contiguous(),
+            output,
+            batch_size,
+            cos.shape[1],
+            num_groups,
+            num_slots,
+            HEAD_DIM=head_dim,
+            ROTARY_DIM=cos.shape[-1],
+            NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
+            BLOCK_K=tile.slots,
+            BLOCK_PAIRS=tile.pairs,
+            num_warps=8,
+        )
+    return output
+
+
+@unrotate.register_fake
+def _(grad, index, count, cos, sin):
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mosa::gather_project_hidden_gradient", mutates_args=())
+def hidden_gradient(
+    query_grad: torch.Tensor,
+    key_grad: torch.Tensor,
+    value_grad: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    value_weight: torch.Tensor,
+    num_tokens: int,
+) -> torch.Tensor:
+    """
+    Gradient `[B, T, D]` for the hidden states, from gradients before the rotation: `query_grad` [B, G, R, K, d],
+    `key_grad` and `value_grad` [B, G, 1, K, d]. A token collects from all groups that selected it: with atomic
+    additions in float32, or, under `torch.use_deterministic_algorithms`, in a fixed order.
+    """
+    batch_size, num_groups, num_heads, num_slots, head_dim = query_grad.shape
+    tile = tiles(head_dim, query_grad.dtype)
+    hidden_size = key_weight.shape[2]
+    output, atomic = output_of_tokens(index, num_tokens, hidden_size)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
+    with torch.cuda.device_of(key_grad):
+        _hidden_gradient[grid](
+            query_grad.contiguous(),
+            key_grad.contiguous(),
+            value_grad.contiguous(),
+            index,
+            count,
+            query_weight.contiguous(),
+            key_weight.contiguous(),
+            value_weight.contiguous(),
+            output,
+            batch_size,
+            num_tokens,
+            num_groups,
+            num_slots,
+            hidden_size,
+            num_heads,
+            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
+            HEAD_DIM=head_dim,
+            ATOMIC=atomic,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.inner,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.scatter_warps,
+            num_stages=2,
+        )
+        if not atomic:
+            output = sum_by_token(output, index, count, num_tokens)
+    return output.to(key_grad.dtype)
+
+
+@hidden_gradient.register_fake
+def _(query_grad, key_grad, value_grad, index, count, query_weight, key_weight, value_weight, num_tokens):
+    return key_grad.new_empty(key_grad.shape[0], num_tokens, key_weight.shape[2])
+
+
+@torch.library.custom_op("mosa::gather_project_weight_gradient", mutates_args=())
+def weight_gradient(
+    hidden_states: torch.Tensor, index: torch.Tensor, count: torch.Tensor, grad: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Gradients `[G, H * d, D]` and `[G, H * d]` of one projection's weight and bias, from `grad` [B, G, H, K, d] before
+    the rotation.
+    """
+    batch_size, num_tokens, hidden_size = hidden_states.shape
+    _, num_groups, num_heads, num_slots, head_dim = grad.shape
+    tile = tiles(head_dim, grad.dtype)
+    weight_grad = grad.new_empty(num_groups, num_heads * head_dim, hidden_size)
+    bias_grad = grad.new_empty(num_groups, num_heads * head_dim)
+    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
+    with torch.cuda.device_of(grad):
+        _weight_gradient[grid](
+            hidden_states.contiguous(),
+            index,
+            count,
+            grad.contiguous(),
+            weight_grad,
+            bias_grad,
+            batch_size,
+            num_tokens,
+            num_groups,
+            num_slots,
+            hidden_size,
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
+            HEAD_DIM=head_dim,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
+            num_stages=2,
+        )
+    return weight_grad, bias_grad
+
+
+@weight_gradient.register_fake
+def _(hidden_states, index, count, grad):
+    _, num_groups, num_heads, _, head_dim = grad.shape
+    return (
+        grad.new_empty(num_groups, num_heads * head_dim, hidden_states.shape[2]),
+        grad.new_empty(num_groups, num_heads * head_dim),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    hidden_states, index, count, query_weight, key_weight, value_weight, *_, cos, sin = inputs
+    ctx.save_for_backward(hidden_states, index, count, query_weight, key_weight, value_weight, cos, sin)
+
+
+def _backward(ctx, query_grad, key_grad, value_grad):
+    hidden_states, index, count, *weights, cos, sin = ctx.saved_tensors
+    slots = (index, count)
+    grads = (
+        unrotate(query_grad, *slots, cos, sin),
+        unrotate(key_grad.unsqueeze(2), *slots, cos, sin),
+        value_grad.unsqueeze(2),
+    )
+    hidden_grad = None
+    if ctx.needs_input_grad[0]:
+        hidden_grad = hidden_gradient(*grads, *slots, *weights, hidden_states.shape[1])
+    weight_grads, bias_grads = [], []
+    for i, grad in enumerate(grads):
+        needs_weight, needs_bias = ctx.needs_input_grad[3 + i], ctx.needs_input_grad[6 + i]
+        weight_grad = bias_grad = None
+        if needs_weight or needs_bias:  # frozen projections cost nothing
+            weight_grad, bias_grad = weight_gradient(hidden_states, *slots, grad)
+        weight_grads.append(weight_grad if needs_weight else None)
+        bias_grads.append(bias_grad if needs_bias else None)
+    return hidden_grad, None, None, *weight_grads, *bias_grads, None, None
+
+
+gather_project.register_autograd(_backward, setup_context=_save)
+
+
+def production_builds() -> list[KernelBuild]:
+    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
+    slots = {"index_ptr": "*i32", "count_ptr": "*i32", **{name: "i32" for name in sizes}}
+    hidden_size = {"hidden_size": "i32:16"}
+
+    def tensors(*names: str) -> dict[str, str]:
+        return {f"{name}_ptr": "*bf16" for name in names}
+
+    builds = []
+    for head_dim in (64, 128):
+        tile = tiles(head_dim, torch.bfloat16)
+        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots}
+        rotation = {"ROTARY_DIM": head_dim, "BLOCK_PAIRS": tile.pairs, "NUM_PAIR_BLOCKS": 1} | blocks
+        blocks["BLOCK_D"] = tile.hidden
+        projection = {"bias_ptr": None, "BLOCK_D": tile.hidden} | rotation
+        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
+        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
+        forward = tensors("hidden", "weight", "cos", "sin", "output") | slots | hidden_size
+        unrotated = tensors("grad", "cos", "sin", "output") | slots
+        hidden = tensors("query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
+        hidden |= slots | hidden_size | {"output_ptr": "*fp32", "num_heads": "i32"}
+        weight = tensors("hidden", "grad", "weight_grad", "bias_grad") | slots | hidden_size
+        name, warps = f"gather_project d={head_dim}", tile.num_warps
+        builds += [
+            KernelBuild(name, _gather_project, forward, projection, warps, tile.num_stages),
+            KernelBuild(f"{name} unrotate", _unrotate, unrotated, rotation, 8, 3),
+            KernelBuild(f"{name} hidden gradient", _hidden_gradient, hidden, inner, tile.scatter_warps, 2),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
+        ]
+    return builds

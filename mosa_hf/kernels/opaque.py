@@ -1,0 +1,80 @@
+"""A function on tensors as one `torch.library` op with gradients, for `torch.compile(fullgraph=True)`.
+
+How many tokens are selected is data, which the compiler cannot trace through. Here it sees one op whose output has a
+known shape; what runs inside runs eagerly. The backward op runs the forward again.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+MaybeTensor = torch.Tensor | None
+
+
+def opaque_op(
+    name: str, function: Callable[..., torch.Tensor], parameters: str, learn: tuple[int, ...]
+) -> Callable[..., torch.Tensor]:
+    """
+    `function` as the op `mosa::name`, and another for its gradients.
+
+    Args:
+        function: its output is shaped like its first input.
+        parameters: of a schema, in the order of the function's.
+        learn: which of them have gradients.
+    """
+
+    def run(first: torch.Tensor, *others) -> torch.Tensor:
+        return function(first, *others).to(first.dtype).contiguous()
+
+    op = torch.library.custom_op(f"mosa::{name}", run, mutates_args=(), schema=f"({parameters}) -> Tensor")
+
+    @torch.library.custom_op(
+        f"mosa::{name}_backward", mutates_args=(), schema=f"(Tensor grad, {parameters}) -> Tensor[]"
+    )
+    def backward_op(grad: torch.Tensor, *inputs) -> list[torch.Tensor]:
+        return _gradients(run, grad, inputs, learn)
+
+    @op.register_fake
+    def _(first: torch.Tensor, *others) -> torch.Tensor:
+        return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+    @backward_op.register_fake
+    def _(grad: torch.Tensor, *inputs) -> list[torch.Tensor]:
+        return [
+            grad.new_empty(0)
+            if inputs[i] is None
+            else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
+            for i in learn
+        ]
+
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.num_inputs = len(inputs)
+        ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))
+        ctx.others = {i: x for i, x in enumerate(inputs) if not isinstance(x, torch.Tensor)}
+
+    def backward(ctx, grad: torch.Tensor) -> tuple[MaybeTensor, ...]:
+        tensors = iter(ctx.saved_tensors)
+        inputs = [ctx.others[i] if i in ctx.others else next(tensors) for i in range(ctx.num_inputs)]
+        grads: list[MaybeTensor] = [None] * ctx.num_inputs
+        for i, grad_input in zip(learn, backward_op(grad.contiguous(), *inputs), strict=True):
+            grads[i] = None if inputs[i] is None else grad_input
+        return tuple(grads)
+
+    op.register_autograd(backward, setup_context=setup_context)
+    return op
+
+
+def _gradients(
+    function: Callable[..., torch.Tensor], grad: torch.Tensor, inputs: tuple, learn: tuple[int, ...]
+) -> list[torch.Tensor]:
+    """Gradients of the inputs `learn`; an empty tensor for an input that is None."""
+    given = [i for i in learn if inputs[i] is not None]
+
+    def output_of(*states: torch.Tensor) -> torch.Tensor:
+        changed = dict(zip(given, states, strict=True))
+        return function(*(changed.get(i, x) for i, x in enumerate(inputs)))
+
+    # Not by autograd: an op runs below it.
+    _, pull_back = torch.func.vjp(output_of, *(inputs[i] for i in given))
+    grads = dict(zip(given, pull_back(grad), strict=True))
+    return [grads[i].contiguous() if i in grads else grad.new_empty(0) for i in learn]

@@ -1,0 +1,370 @@
+"""
+Output projections of the selected tokens, added to the tokens they belong to.
+
+A token collects from all groups that selected it, with atomic additions in float32, or in a fixed order under
+`torch.use_deterministic_algorithms`. The projected rows of the slots [B, G, K, D] exist in that case only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_builds import KernelBuild
+from ..triton_slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
+
+
+@triton.jit
+def _project_scatter(
+    heads_ptr,  # [B, G, R, K, d]
+    gate_ptr,  # [B, G, K] float32
+    weight_ptr,  # [G, D, R * d]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    output_ptr,  # ATOMIC: [B, T, D] float32, added to; else [B, G, K, D] float32, filled slots are written
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    num_heads,  # R
+    NUM_PIECES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(2)
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    if tl.max(filled.to(tl.int32), 0) == 0:
+        return
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < hidden_size
+    weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
+    total = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for piece in range(num_heads * NUM_PIECES):
+        heads = load_piece(
+            heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+        )
+        head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
+        weight = tl.load(
+            weight_ptr + column[None, :] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[:, None],
+            mask=in_head[:, None] & inside[None, :],
+            other=0.0,
+        )  # [BLOCK_HEAD, BLOCK_D]
+        total = tl.dot(heads, weight, total, input_precision="ieee")
+
+    place = (row * num_groups + group) * num_slots + slot
+    total *= tl.load(gate_ptr + place, mask=filled, other=0.0)[:, None]
+    add_to_tokens(
+        output_ptr, total, column, hidden_size, group, num_groups, row, slot, num_slots, token, filled, ATOMIC
+    )
+
+
+@triton.jit
+def _heads_gradient(
+    grad_ptr,  # [B, T, D]
+    heads_ptr,  # [B, G, R, K, d]
+    gate_ptr,  # [B, G, K] float32
+    weight_ptr,  # [G, D, R * d]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    heads_grad_ptr,  # [B, G, R, K, d]
+    gate_grad_ptr,  # [B, G, K] float32
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    num_heads,  # R
+    NUM_PIECES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    group = tl.program_id(1)
+    row, slot, token, filled = group_slots(
+        tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+    )
+    has_any = tl.max(filled.to(tl.int32), 0) > 0
+    place = (row * num_groups + group) * num_slots + slot
+    gate = tl.load(gate_ptr + place, mask=filled, other=0.0)
+    gate_grad = tl.zeros([BLOCK_K], tl.float32)
+    weight_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
+    for piece in range(num_heads * NUM_PIECES):
+        head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
+        total = tl.zeros([BLOCK_K, BLOCK_HEAD], tl.float32)
+        if has_any:
+            for start in range(0, hidden_size, BLOCK_D):
+                column = start + tl.arange(0, BLOCK_D)
+                inside = column < hidden_size
+                grad = tl.load(
+                    grad_ptr + token[:, None] * hidden_size + column[None, :],
+                    mask=filled[:, None] & inside[None, :],
+                    other=0.0,
+                )  # [BLOCK_K, BLOCK_D]
+                weight = tl.load(
+                    weight_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
+                    mask=inside[:, None] & in_head[None, :],
+                    other=0.0,
+                )  # [BLOCK_D, BLOCK_HEAD]
+                total = tl.dot(grad, weight, total, input_precision="ieee")
+            heads = load_piece(
+                heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            )
+            gate_grad += tl.sum(total * heads.to(tl.float32), 1)
+            total *= gate[:, None]
+        heads_place = ((row * num_groups + group) * num_heads + head) * num_slots + slot
+        tl.store(
+            heads_grad_ptr + heads_place[:, None] * HEAD_DIM + channel[None, :],
+            total.to(heads_grad_ptr.dtype.element_ty),
+            mask=(row < batch_size)[:, None] & in_head[None, :],
+        )
+    tl.store(gate_grad_ptr + place, gate_grad, mask=row < batch_size)
+
+
+@triton.jit
+def _weight_gradient(
+    grad_ptr,  # [B, T, D]
+    heads_ptr,  # [B, G, R, K, d]
+    gate_ptr,  # [B, G, K] float32
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
+    weight_grad_ptr,  # [G, D, R * d]
+    batch_size,
+    num_tokens,
+    num_groups,
+    num_slots,
+    hidden_size,
+    NUM_PIECES: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    piece, group = tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(1) // NUM_PIECES
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < hidden_size
+    total = tl.zeros([BLOCK_D, BLOCK_HEAD], tl.float32)
+    for block in range(tl.cdiv(batch_size * num_slots, BLOCK_K)):
+        row, slot, token, filled = group_slots(
+            block, group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
+        )
+        if tl.max(filled.to(tl.int32), 0) > 0:
+            grad = tl.load(
+                grad_ptr + token[:, None] * hidden_size + column[None, :],
+                mask=filled[:, None] & inside[None, :],
+                other=0.0,
+            )  # [BLOCK_K, BLOCK_D]
+            heads = load_piece(
+                heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
+            )
+            gate = tl.load(gate_ptr + (row * num_groups + group) * num_slots + slot, mask=filled, other=0.0)
+            gated = (heads.to(tl.float32) * gate[:, None]).to(heads.dtype)
+            total = tl.dot(tl.trans(grad), gated, total, input_precision="ieee")
+
+    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
+    weight_grad_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
+    tl.store(
+        weight_grad_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
+        total.to(weight_grad_ptr.dtype.element_ty),
+        mask=inside[:, None] & in_head[None, :],
+    )
+
+
+@torch.library.custom_op("mosa::project_scatter", mutates_args=())
+def project_scatter(
+    heads: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+    num_tokens: int,
+) -> torch.Tensor:
+    """
+    Sum over the groups that selected a token of its gate times its heads through W_O.
+
+    Args:
+        heads: `[B, G, R, K, d]`.
+        gate: `[B, G, K]` float32; empty slots are not read.
+        weight: `[G, D, R * d]`, of the heads' dtype.
+        index: `[B, G, K]` int32, the token of each slot.
+        count: `[B, G]` int32, filled slots.
+        num_tokens: T.
+
+    Returns:
+        `[B, T, D]` of the heads' dtype, summed in float32; zero for tokens that no group selected.
+    """
+    batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
+    hidden_size = weight.shape[1]
+    output, atomic = output_of_tokens(index, num_tokens, hidden_size)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
+    with torch.cuda.device_of(heads):
+        _project_scatter[grid](
+            heads.contiguous(),
+            gate.contiguous(),
+            weight.contiguous(),
+            index,
+            count,
+            output,
+            batch_size,
+            num_tokens,
+            num_groups,
+            num_slots,
+            hidden_size,
+            num_heads,
+            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
+            HEAD_DIM=head_dim,
+            ATOMIC=atomic,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.inner,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.scatter_warps,
+            num_stages=2,
+        )
+        if not atomic:
+            output = sum_by_token(output, index, count, num_tokens)
+    return output.to(heads.dtype)
+
+
+@project_scatter.register_fake
+def _(heads, gate, weight, index, count, num_tokens):
+    return heads.new_empty(heads.shape[0], num_tokens, weight.shape[1])
+
+
+@torch.library.custom_op("mosa::project_scatter_heads_gradient", mutates_args=())
+def heads_gradient(
+    grad: torch.Tensor,
+    heads: torch.Tensor,
+    gate: torch.Tensor,
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    count: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of heads `[B, G, R, K, d]` and gate `[B, G, K]` from `grad` [B, T, D]; 0 in empty slots."""
+    batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
+    _, num_tokens, hidden_size = grad.shape
+    heads_grad = heads.new_empty(heads.shape)
+    gate_grad = gate.new_empty(gate.shape)
+    grid = (triton.cdiv(batch_size * num_slots, tile.slots), num_groups)
+    with torch.cuda.device_of(heads):
+        _heads_gradient[grid](
+            grad.contiguous(),
+            heads.contiguous(),
+            gate.contiguous(),
+            weight.contiguous(),
+            index,
+            count,
+            heads_grad,
+            gate_grad,
+            batch_size,
+            num_tokens,
+            num_groups,
+            num_slots,
+            hidden_size,
+            num_heads,
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
+            HEAD_DIM=head_dim,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return heads_grad, gate_grad
+
+
+@heads_gradient.register_fake
+def _(grad, heads, gate, weight, index, count):
+    return heads.new_empty(heads.shape), gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("mosa::project_scatter_weight_gradient", mutates_args=())
+def weight_gradient(
+    grad: torch.Tensor, heads: torch.Tensor, gate: torch.Tensor, index: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """Gradient `[G, D, R * d]` of W_O, from `grad` [B, T, D]."""
+    batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    tile = tiles(head_dim, heads.dtype)
+    _, num_tokens, hidden_size = grad.shape
+    weight_grad = heads.new_empty(num_groups, hidden_size, num_heads * head_dim)
+    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
+    with torch.cuda.device_of(heads):
+        _weight_gradient[grid](
+            grad.contiguous(),
+            heads.contiguous(),
+            gate.contiguous(),
+            index,
+            count,
+            weight_grad,
+            batch_size,
+            num_tokens,
+            num_groups,
+            num_slots,
+            hidden_size,
+            NUM_PIECES=triton.cdiv(head_dim, tile.head),
+            HEAD_DIM=head_dim,
+            BLOCK_K=tile.slots,
+            BLOCK_HEAD=tile.head,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
+            num_stages=2,
+        )
+    return weight_grad
+
+
+@weight_gradient.register_fake
+def _(grad, heads, gate, index, count):
+    _, num_groups, num_heads, _, head_dim = heads.shape
+    return heads.new_empty(num_groups, grad.shape[2], num_heads * head_dim)
+
+
+def _save(ctx, inputs, output) -> None:
+    heads, gate, weight, index, count, _ = inputs
+    ctx.save_for_backward(heads, gate, weight, index, count)
+
+
+def _backward(ctx, grad):
+    heads, gate, weight, index, count = ctx.saved_tensors
+    heads_grad = gate_grad = weight_grad = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+        heads_grad, gate_grad = heads_gradient(grad, heads, gate, weight, index, count)
+    if ctx.needs_input_grad[2]:
+        weight_grad = weight_gradient(grad, heads, gate, index, count)
+    return heads_grad, gate_grad, weight_grad, None, None, None
+
+
+project_scatter.register_autograd(_backward, setup_context=_save)
+
+
+def production_builds() -> list[KernelBuild]:
+    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
+    slots = {"index_ptr": "*i32", "count_ptr": "*i32", "gate_ptr": "*fp32", **{name: "i32" for name in sizes}}
+    slots["hidden_size"] = "i32:16"
+
+    def tensors(*names: str) -> dict[str, str]:
+        return {f"{name}_ptr": "*bf16" for name in names}
+
+    builds = []
+    for head_dim in (64, 128):
+        tile = tiles(head_dim, torch.bfloat16)
+        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots, "BLOCK_D": tile.hidden}
+        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
+        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
+        heads = {"num_heads": "i32"} | slots
+        forward = tensors("heads", "weight") | {"output_ptr": "*fp32"} | heads
+        backward = tensors("grad", "heads", "weight", "heads_grad") | {"gate_grad_ptr": "*fp32"} | heads
+        weight = tensors("grad", "heads", "weight_grad") | slots
+        name, warps = f"project_scatter d={head_dim}", tile.num_warps
+        builds += [
+            KernelBuild(name, _project_scatter, forward, inner, tile.scatter_warps, 2),
+            KernelBuild(f"{name} heads gradient", _heads_gradient, backward, outer, warps, tile.num_stages),
+            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
+        ]
+    return builds

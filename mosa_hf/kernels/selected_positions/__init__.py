@@ -1,0 +1,1 @@
+"""The selected tokens of each group as slots, in ascending position."""

@@ -1,0 +1,1 @@
+"""Attention of sparse groups over several tokens. `reference` is the specification."""

@@ -1,0 +1,185 @@
+"""Attention of sparse groups wherever PyTorch runs: blocks of queries, each with the keys that it can reach."""
+
+import torch
+import torch.nn.functional as F
+
+from ..attend import scaled
+from ..opaque import opaque_op
+from ..selected_positions.pytorch import selected_positions
+from ..tensors import KeyValues, Runs, gather_slots
+from . import reference
+
+QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked columns
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    near: KeyValues,
+    kept: Runs | None,
+    position: torch.Tensor,
+    segment: torch.Tensor | None,
+    window: int,
+    far_bias: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Same function as `reference.sparse_attention`, block of queries by block: a block scores the kept keys, the
+    selected near keys up to its window, and its window. Relies on padding being on the left of `near` and of the
+    queries.
+    """
+    if torch.compiler.is_compiling():
+        if kept is not None:  # every shape has to be known
+            return reference.sparse_attention(
+                query, near, kept, position, segment, window, far_bias, scale, softcap, sinks
+            )
+        valid = None if near.valid is None else near.valid[:, 0]
+        return opaque_sparse_attention(
+            query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.until,
+            position, segment, window, scale, softcap,
+        )  # fmt: skip
+    batch_size, num_groups, num_heads, num_queries, _ = query.shape
+    num_near = near.key.shape[2]
+    offset = num_near - num_queries  # query i stands at near slot offset + i
+    device = query.device
+    kept = None if kept is None else kept.pad()
+    selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
+
+    block_starts = range(0, num_queries, QUERY_BLOCK)
+    block_ends = [min(start + QUERY_BLOCK, num_queries) for start in block_starts]
+    reach = sure = [0] * len(block_ends)
+    bias = None
+    if num_near > window:  # some near slot is far from some query
+        index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
+        far_key, far_value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
+        bias = None if far_bias is None else far_bias.gather(2, index)
+        far_until = None if near.until is None else near.until.gather(2, index)
+        # How many of the K far slots some query of a block can reach, and how many all of its queries do.
+        count = selected.cumsum(-1)  # [B, G, S]
+        most, least = count.amax((0, 1)).tolist(), count.amin((0, 1)).tolist()
+        reach = [most[last] if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
+        if segment is None and near.until is None:
+            sure = [least[last] if (last := start + offset - window) >= 0 else 0 for start in block_starts]
+    query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
+
+    outputs = []
+    for start, end, num_far, num_sure in zip(block_starts, block_ends, reach, sure, strict=True):
+        queries = slice(start, end)
+        local = slice(max(0, offset + start - window + 1), offset + end) if window else slice(0, 0)
+        positions = position[:, None, queries, None]  # [B, 1, T', 1]
+        keys, values = [], []
+        masks = []  # (first column, last column, what may be read there); all of the other columns may
+        width = 0
+        if kept is not None:
+            keys.append(kept.key)
+            values.append(kept.value)
+            width = kept.key.shape[2]
+            mask = kept.valid[:, :, None]
+            if kept.until is not None:
+                mask = mask & (positions < kept.until[:, :, None])
+            masks.append((0, width, mask))
+        far_start = width
+        if num_far:
+            keys.append(far_key[:, :, :num_far])
+            values.append(far_value[:, :, :num_far])
+            far = index[:, :, None, num_sure:num_far]
+            mask = filled[:, :, None, num_sure:num_far] & (far <= query_slot[queries, None] - window)
+            if near.until is not None:
+                mask = mask & (positions < far_until[:, :, None, :num_far])
+            if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
+                row = torch.arange(batch_size, device=device)[:, None, None, None]
+                mask = mask & (segment[row, far] == segment[:, None, queries, None])
+            masks.append((width + num_sure, width + num_far, mask))
+            width += num_far
+        if window:
+            keys.append(near.key[:, :, local])
+            values.append(near.value[:, :, local])
+            mask = None
+            if end - start > 1 or local.stop - local.start > window:
+                distance = query_slot[queries, None] - torch.arange(num_near, device=device)[local]
+                mask = ((distance >= 0) & (distance < window))[None, None]
+            if near.valid is not None:
+                valid = near.valid[:, :, None, local]
+                mask = valid if mask is None else mask & valid
+            if segment is not None:
+                same = segment[:, None, queries, None] == segment[:, None, None, local]
+                mask = same if mask is None else mask & same
+            masks.append((width, width + keys[-1].shape[2], mask))
+            width += keys[-1].shape[2]
+        if not keys:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
+            keys, values = [near.key[:, :, :1]], [near.value[:, :, :1]]
+            masks, width = [(0, 1, torch.zeros(1, dtype=torch.bool, device=device))], 1
+
+        added = None
+        if bias is not None and num_far:
+            added = F.pad(bias[:, :, :num_far], (far_start, width - far_start - num_far)).to(query.dtype)
+            added = added[:, :, None].repeat(1, 1, end - start, 1)  # [B, G, T', S]
+        elif any(mask is not None for _, _, mask in masks):
+            added = query.new_zeros(batch_size, num_groups, end - start, width)
+        for first, last, mask in masks:
+            if mask is not None:
+                added[..., first:last].masked_fill_(~mask, -torch.inf)
+        keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
+        outputs.append(_attention(query[:, :, :, queries], keys, values, added, scale, softcap, sinks))
+    return torch.cat(outputs, dim=3) if outputs else query.new_zeros(query.shape)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    added: torch.Tensor | None,
+    scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """`query` [B, G, R, T, d] against its group's `key`, `value` [B, G, S, d], `added` [B, G, T, S] to the scores."""
+    num_heads = query.shape[2]
+    if softcap is None and sinks is None:
+        # The R heads share keys and mask, without a copy for each.
+        key, value = (states.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1) for states in (key, value))
+        added = None if added is None else added.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1)
+        heads = F.scaled_dot_product_attention(query.flatten(0, 1), key, value, attn_mask=added, scale=scale)
+        return heads.unflatten(0, query.shape[:2])
+    scores = scaled(query, key, scale, softcap)  # [B, G, R, T, S]
+    if added is not None:
+        scores = scores + added[:, :, None]
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype)[:, :, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(-1, dtype=dtype)[..., :-1]
+    else:
+        nothing = scores.detach().amax(-1, keepdim=True) == -torch.inf
+        weights = scores.masked_fill(nothing, 0.0).softmax(-1, dtype=dtype).masked_fill(nothing, 0.0)
+    return weights.to(value.dtype) @ value[:, :, None]
+
+
+def _run(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    far_bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    near_position: torch.Tensor,
+    valid: torch.Tensor | None,
+    selected: torch.Tensor,
+    until: torch.Tensor | None,
+    position: torch.Tensor,
+    segment: torch.Tensor | None,
+    window: int,
+    scale: float | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    valid = None if valid is None else valid[:, None].expand_as(selected)
+    near = KeyValues(key, value, near_position[:, None].expand_as(selected), valid, selected, until)
+    return sparse_attention(query, near, None, position, segment, window, far_bias, scale, softcap, sinks)
+
+
+opaque_sparse_attention = opaque_op(
+    "sparse_attention",
+    _run,
+    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor near_position, Tensor? valid, "
+    "Tensor selected, Tensor? until, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
+    learn=(0, 1, 2, 3, 4),  # queries, keys, values, bias, sinks
+)

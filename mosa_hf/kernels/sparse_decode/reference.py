@@ -1,0 +1,32 @@
+"""The specification of a decoding step: one query a row and head reads a whole run of a cache."""
+
+import torch
+
+from ..attend import attend
+from ..tensors import Runs
+
+
+def sparse_decode(
+    query: torch.Tensor,
+    runs: Runs,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Attention of one token a row.
+
+    Args:
+        query: `[B, G, R, d]`, rotated.
+        runs: what each row and group reads, all of it: the token's own key included, nothing that it must not read.
+            `runs.until` is None.
+        scale, softcap, sinks: as in `sparse_attention`.
+
+    Returns:
+        `[B, G, R, d]`; zero where a run is empty.
+    """
+    keys = runs.pad()
+    if keys is None:
+        return torch.zeros_like(query)
+    mask = keys.valid[:, :, None]  # [B, G, 1, S]
+    return attend(query[:, :, :, None], keys.key, keys.value, mask, None, scale, softcap, sinks)[:, :, :, 0]

@@ -1,0 +1,151 @@
+"""The tensors that MoSA kernels exchange. Kernels know tensors only, never configs or modules.
+
+Letters used throughout: B rows of the batch, T tokens of this call, S tokens read from a cache, D hidden size,
+d head size, G groups (one router, key head and value head each), R query heads a group, K slots for selected tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+NEVER = torch.iinfo(torch.int64).max  # an `until` that no position reaches
+
+
+class HeadWeights(NamedTuple):
+    """Projections of one layer's MoSA heads, group by group."""
+
+    query: torch.Tensor  # [G, R * d, D]
+    key: torch.Tensor  # [G, d, D]
+    value: torch.Tensor  # [G, d, D]
+    output: torch.Tensor  # [G, D, R * d]
+    query_bias: torch.Tensor | None = None  # [G, R * d]
+    key_bias: torch.Tensor | None = None  # [G, d]
+    value_bias: torch.Tensor | None = None  # [G, d]
+    # Optional: `Tokens.gate` is sigmoid(x · router + bias), so a kernel that gathers the selected tokens anyway may pass
+    # the gate's gradient on to these and to the selected tokens, instead of to `gate`. Float32 at least.
+    router: torch.Tensor | None = None  # [G, D]
+    router_bias: torch.Tensor | None = None  # [G]
+
+
+class Tokens(NamedTuple):
+    """The tokens of one call of the paper's heads: where they stand and what the routers said of them.
+
+    A token's `position` counts the real (not padding) tokens before it in its row, cached ones included, so it does
+    not depend on padding. Rotary angles are separate: they come with `cos` and `sin`.
+    """
+
+    position: torch.Tensor  # [B, T] int64
+    valid: torch.Tensor | None  # [B, T] bool, False on padding; None: no padding. Padding is on the left only.
+    segment: torch.Tensor | None  # [B, T] int64, which packed sequence a token belongs to; None: one sequence a row
+    cos: torch.Tensor  # [B, T, rotary_dim], rotary_dim <= d
+    sin: torch.Tensor  # [B, T, rotary_dim]
+    selected: torch.Tensor  # [B, T, G] bool, False on padding
+    gate: torch.Tensor  # [B, T, G], factor on a selected token's output: sigmoid(z) in the paper
+    score: torch.Tensor | None = None  # [B, T, G], what a cache budget compares: logits, inf if never to be evicted
+    until: torch.Tensor | None = None  # [B, T, G] int64, see `KeyValues`
+
+
+class KeyValues(NamedTuple):
+    """Keys (rotated) and values of some tokens, each group with its own tokens, in ascending position."""
+
+    key: torch.Tensor  # [B, G, S, d]
+    value: torch.Tensor  # [B, G, S, d]
+    position: torch.Tensor  # [B, G, S] int64
+    valid: torch.Tensor | None  # [B, G, S] bool, False on empty slots; None: every slot is filled
+    selected: torch.Tensor | None  # [B, G, S] bool; None: every filled slot holds a selected token
+    # [B, G, S] int64: the first position whose query no longer reads this selected token, because a cache budget has
+    # evicted it (its window still reads it); None: no budget
+    until: torch.Tensor | None = None
+    score: torch.Tensor | None = None  # [B, G, S], see `Tokens`; None: no budget
+
+
+class Runs(NamedTuple):
+    """
+    Keys (rotated) and values as a cache holds them: a run of consecutive entries for each row and group, in no
+    particular order.
+    """
+
+    key: torch.Tensor  # [N, d]
+    value: torch.Tensor  # [N, d]
+    start: torch.Tensor  # [B, G] int64, the first entry of each run
+    count: torch.Tensor  # [B, G] int64, entries of each run
+    max_count: int  # no run has more entries: an upper bound that is known without asking the device
+    # Runs that lie evenly: run i (of B * G) starts at entry `i * stride + offset`. None: they lie anywhere.
+    stride: int | None = None
+    offset: int = 0
+    until: torch.Tensor | None = None  # [N] int64, see `KeyValues`
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The runs, padded to S = `max_count`: entries `[B, G, S]` int64 and which of them are filled."""
+        slot = torch.arange(self.max_count, device=self.count.device)
+        filled = slot < self.count[..., None]
+        return torch.where(filled, self.start[..., None] + slot, 0), filled
+
+    def pad(self) -> KeyValues | None:
+        """
+        The entries with empty slots at the end of each run, and position -1 for want of a position; None if there are
+        no slots.
+        """
+        if self.max_count == 0:
+            return None
+        entries, filled = self.slots()
+        until = None if self.until is None else self.until[entries]
+        # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
+        key, value = (
+            states.index_select(0, entries.flatten()).unflatten(0, entries.shape) for states in (self.key, self.value)
+        )
+        return KeyValues(key, value, torch.full_like(entries, -1), filled, None, until)
+
+    def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Key and value `[B, G, S, d]` and which slots are filled `[B, G, S]`, S = `max_count`; without a copy where runs
+        lie evenly. Slots that are not filled may hold anything finite.
+        """
+        if self.stride is None:
+            entries, filled = self.slots()
+            return self.key[entries], self.value[entries], filled
+        filled = torch.arange(self.max_count, device=self.count.device) < self.count[..., None]
+        slots = slice(self.offset, self.offset + self.max_count)
+        num_entries = self.start.numel() * self.stride
+        key, value = (
+            states[:num_entries].view(*self.start.shape, self.stride, -1)[:, :, slots]
+            for states in (self.key, self.value)
+        )
+        return key, value, filled
+
+
+def join(*parts: KeyValues | None) -> KeyValues:
+    """All of these keys in one, masks spelled out, `until` where any part has one, and scores where all have them."""
+    parts = [part for part in parts if part is not None]
+    true = [torch.ones_like(part.position, dtype=torch.bool) for part in parts]
+    until = score = None
+    if any(part.until is not None for part in parts):
+        until = [torch.full_like(part.position, NEVER) if part.until is None else part.until for part in parts]
+        until = torch.cat(until, dim=2)
+    if all(part.score is not None for part in parts):
+        score = torch.cat([part.score for part in parts], dim=2)
+    return KeyValues(
+        torch.cat([part.key for part in parts], dim=2),
+        torch.cat([part.value for part in parts], dim=2),
+        torch.cat([part.position for part in parts], dim=2),
+        torch.cat([t if part.valid is None else part.valid for part, t in zip(parts, true, strict=True)], dim=2),
+        torch.cat([t if part.selected is None else part.selected for part, t in zip(parts, true, strict=True)], dim=2),
+        until,
+        score,
+    )
+
+
+def gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`states` [B, G, S, ...] at slots `index` [B, G, K], or [B, 1, K] where it is the same for all groups."""
+    channels = states.shape[3:]
+    index = index.expand(-1, states.shape[1], -1)
+    return states.gather(2, index.view(index.shape + (1,) * len(channels)).expand(index.shape + channels))
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of the first `cos.shape[-1]` channels of `states` [..., d]; the others pass through."""
+    rotary_dim = cos.shape[-1]
+    rotated, passed = states[..., :rotary_dim], states[..., rotary_dim:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, passed), dim=-1) if passed.shape[-1] else rotated

@@ -1,0 +1,281 @@
+"""Configurations: what every router has, the native MoSA model, and families with sparse groups (DESIGN 2 to 5)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+from .group_plan import GroupPlan, SparseGroup
+
+# What `per_layer_config` of the native model may set: the rest is the whole model's.
+PER_LAYER_FIELDS = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "sliding_window",
+    "num_mosa_heads",
+    "num_mosa_key_value_heads",
+    "mosa_sparsity",
+    "mosa_include_first",
+    "mosa_min_tokens",
+    "mosa_threshold_momentum",
+    "mosa_cache_budget",
+    "mosa_router_bias",
+)
+
+
+@dataclass(kw_only=True)
+class RoutingConfig:
+    """
+    How tokens are selected (DESIGN section 3); mixed into the configuration of every model with routers.
+
+    Args:
+        mosa_sparsity (`float`):
+            ρ ≥ 1: a group selects one token in ρ.
+        mosa_include_first (`bool`, defaults to `True`):
+            Always select the first token of a sequence (the attention sink).
+        mosa_min_tokens (`int`, defaults to 2):
+            `"expert_choice"` selects at least this many tokens of a sequence.
+        mosa_routing (`str`):
+            How `model.train()` selects. `"expert_choice"`: the highest logits of the whole sequence (not causal).
+            `"threshold"`: the logits at or above the group's learned threshold (causal).
+        mosa_inference_routing (`str`, defaults to `"threshold"`):
+            How `model.eval()` selects. `"expert_choice"` reproduces the paper's teacher-forced figures; `generate`
+            refuses it.
+        mosa_threshold_momentum (`float`, defaults to 0.99):
+            Momentum of the moving average of a group's K-th largest logit, which becomes its threshold.
+        mosa_router_bias (`bool`, defaults to `False`):
+            Whether routers have a bias.
+        mosa_cache_budget (`int`, *optional*):
+            Hard cap on the selected tokens that each row and group remembers, those in the window included: beyond
+            it, the lowest router logit (to bfloat16's precision, ties to the earlier token) is evicted first; the
+            first token never is, under `mosa_include_first`. It is part of the function that the model computes, with
+            a cache or without, in training too.
+        mosa_conversion (`dict`, *optional*):
+            What a converted checkpoint was made from. Informative; never read by the model.
+    """
+
+    mosa_sparsity: int | float = 8
+    mosa_include_first: bool = True
+    mosa_min_tokens: int = 2
+    mosa_routing: Literal["expert_choice", "threshold"] = "threshold"
+    mosa_inference_routing: Literal["expert_choice", "threshold"] = "threshold"
+    mosa_threshold_momentum: int | float = 0.99
+    mosa_router_bias: bool = False
+    mosa_cache_budget: int | None = None
+    mosa_conversion: dict[str, Any] | None = None
+
+    def check_routing(self) -> None:
+        """
+        Raises:
+            ValueError: for a field out of range, by name.
+        """
+        if not 1 <= self.mosa_sparsity < math.inf:
+            raise ValueError(
+                f"`mosa_sparsity` must be finite and at least 1 (select every token), got {self.mosa_sparsity}."
+            )
+        if self.mosa_min_tokens < 1:
+            raise ValueError(f"`mosa_min_tokens` must be at least 1, got {self.mosa_min_tokens}.")
+        if not 0 <= self.mosa_threshold_momentum < 1:
+            raise ValueError(f"`mosa_threshold_momentum` must be in [0, 1), got {self.mosa_threshold_momentum}.")
+        if self.mosa_cache_budget is not None and self.mosa_cache_budget < 1:
+            raise ValueError(
+                f"`mosa_cache_budget` must be at least 1, or None to keep every selected token, got "
+                f"{self.mosa_cache_budget}."
+            )
+
+
+@dataclass(kw_only=True)
+class SparseGroupsConfig(RoutingConfig):
+    """
+    A family's configuration with sparse key/value groups (DESIGN sections 4 and 5): `MosaLlamaConfig` is this and
+    `LlamaConfig`. A sparse group keeps the selected tokens and the last `mosa_window` tokens. Fields of
+    `RoutingConfig`, and:
+
+    Args:
+        mosa_window (`int`, defaults to 64):
+            A query also reads the keys at most `mosa_window - 1` tokens behind it, selected or not.
+        mosa_plan (`list`, *optional*):
+            What each key/value group of each layer is: `None` (dense), or `{"window": ..., "sparsity": ...}`; see
+            `GroupPlan`. By default every group of every layer with global attention is sparse, with `mosa_window` and
+            `mosa_sparsity`. Layers with a sliding window are always dense.
+        mosa_gate_slope (`float`, defaults to 1.0):
+            While training, the scores of selected keys beyond the window are biased by log σ(slope · (z − θ)), which
+            passes a gradient to the routers. 0: no bias, training and evaluation compute the same function, and
+            routers are frozen (what conversion writes).
+    """
+
+    mosa_window: int = 64
+    mosa_plan: list[Any] | None = None
+    mosa_gate_slope: int | float = 1.0
+
+    @classmethod
+    def from_base(cls, config: PreTrainedConfig, **fields) -> "SparseGroupsConfig":
+        """
+        The configuration of a base model with sparse groups.
+
+        Args:
+            config: of the base model.
+            fields: `mosa_*` fields.
+        """
+        values = config.to_dict()
+        for name in ("model_type", "architectures", "transformers_version"):
+            values.pop(name, None)
+        own = cls(**{**values, **fields})
+        own._attn_implementation_internal = config._attn_implementation
+        own._experts_implementation_internal = getattr(config, "_experts_implementation", None)
+        own.name_or_path = config.name_or_path
+        return own
+
+    def to_base(self) -> PreTrainedConfig:
+        """The configuration of the base model: the same, without the `mosa_*` fields."""
+        base_class = next(each for each in type(self).__mro__[1:] if each.__dict__.get("model_type"))
+        values = {name: value for name, value in self.to_dict().items() if not name.startswith("mosa_")}
+        for name in ("model_type", "architectures", "transformers_version"):
+            values.pop(name, None)
+        base = base_class(**values)
+        base._attn_implementation_internal = self._attn_implementation
+        base._experts_implementation_internal = getattr(self, "_experts_implementation", None)
+        base.name_or_path = self.name_or_path
+        return base
+
+    @property
+    def num_groups(self) -> int:
+        """Key/value groups of a layer."""
+        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
+
+    def is_sliding(self, layer_idx: int) -> bool:
+        """Whether a layer's attention has a sliding window of its own, so that its cache is bounded already."""
+        if getattr(self, "layer_types", None) is not None:
+            return self.layer_types[layer_idx] != "full_attention"
+        return getattr(self, "sliding_window", None) is not None
+
+    def groups_of_layer(self, layer_idx: int) -> tuple[SparseGroup | None, ...]:
+        """What each key/value group of a layer is; None: dense."""
+        if self.mosa_plan is not None:
+            return GroupPlan.from_list(self.mosa_plan).layers[layer_idx]
+        if self.is_sliding(layer_idx):
+            return (None,) * self.num_groups
+        return (SparseGroup(window=self.mosa_window, sparsity=self.mosa_sparsity),) * self.num_groups
+
+    def validate_sparse_groups(self):
+        """Part of `@strict`-powered validation."""
+        self.check_routing()
+        if self.mosa_window < 0:
+            raise ValueError(f"`mosa_window` must not be negative, got {self.mosa_window}.")
+        if not 0 <= self.mosa_gate_slope < math.inf:
+            raise ValueError(f"`mosa_gate_slope` must be finite and not negative, got {self.mosa_gate_slope}.")
+        if getattr(self, "use_bidirectional_attention", None):
+            raise ValueError("`use_bidirectional_attention` does not fit sparse groups, which are causal.")
+        if self.mosa_plan is not None:
+            sliding = [layer for layer in range(self.num_hidden_layers) if self.is_sliding(layer)]
+            GroupPlan.from_list(self.mosa_plan).validate(self.num_hidden_layers, self.num_groups, sliding)
+
+
+@strict
+class MosaConfig(RoutingConfig, LlamaConfig):
+    r"""
+    Configuration of the native MoSA model: a Llama-shaped decoder whose layers mix ordinary (dense) attention heads
+    with the paper's MoSA heads, in which selected tokens attend to each other (DESIGN section 2).
+
+    Every `LlamaConfig` field keeps its name and meaning; `num_attention_heads`, `num_key_value_heads` and
+    `sliding_window` describe the dense heads only, and `attention_dropout` acts on them only. `head_dim` is shared by
+    both kinds of heads. Fields of `RoutingConfig`, with `mosa_sparsity` 16 and `mosa_routing` "expert_choice" by
+    default, and:
+
+    Args:
+        num_mosa_heads (`int`, defaults to 28):
+            MoSA query heads per layer.
+        num_mosa_key_value_heads (`int`, *optional*):
+            MoSA groups per layer: one router, one key head and one value head each. Defaults to `num_mosa_heads`.
+        mosa_router_aux_loss_coef (`float`, defaults to 0.0):
+            Weight of a binary cross-entropy that pushes the score of selected tokens above 0.5 and of others below.
+        sliding_window (`int`, *optional*):
+            Window of the dense heads; `None` means global attention. May differ by layer through `per_layer_config`.
+
+    Per-layer differences go through Transformers' `per_layer_config`, e.g.
+    `per_layer_config={0: {"num_mosa_heads": 0, "num_mosa_key_value_heads": 0}}`.
+
+    Raises:
+        `StrictDataclassClassValidationError`, `StrictDataclassFieldValidationError` or `ValueError` when the config is
+        built, naming the offending field.
+
+    ```python
+    >>> from mosa_hf import MosaConfig, MosaForCausalLM
+
+    >>> config = MosaConfig(hidden_size=512, num_attention_heads=4, head_dim=64, num_mosa_heads=32, mosa_sparsity=32)
+    >>> model = MosaForCausalLM(config)
+    ```
+    """
+
+    model_type = "mosa"
+
+    num_attention_heads: int = 4
+    head_dim: int | None = 128
+    sliding_window: int | None = None
+    num_mosa_heads: int = 28
+    num_mosa_key_value_heads: int | None = None
+    mosa_sparsity: int | float = 16
+    mosa_routing: Literal["expert_choice", "threshold"] = "expert_choice"
+    mosa_router_aux_loss_coef: int | float = 0.0
+
+    def __post_init__(self, **kwargs):
+        if self.num_mosa_key_value_heads is None:
+            self.num_mosa_key_value_heads = self.num_mosa_heads
+        if self.head_dim is None and self.num_attention_heads == 0:
+            raise ValueError("`head_dim` must be given when `num_attention_heads` is 0: it cannot be derived.")
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: refuses impossible combinations, layer by layer."""
+        if self.is_heterogeneous:
+            for layer_idx, layer_config in enumerate(self.per_layer_config):
+                try:
+                    layer_config.validate_architecture()
+                except ValueError as error:
+                    raise ValueError(f"`per_layer_config`, layer {layer_idx}: {error}") from error
+            if shared := sorted(self.per_layer_attributes.difference(PER_LAYER_FIELDS)):
+                raise ValueError(
+                    f"`per_layer_config` sets {shared}, which all layers share. Set it for the whole model; only "
+                    f"{', '.join(PER_LAYER_FIELDS)} may differ by layer."
+                )
+            return
+
+        _validate_groups(self, "num_attention_heads", "num_key_value_heads")
+        _validate_groups(self, "num_mosa_heads", "num_mosa_key_value_heads")
+        if self.num_attention_heads == 0 and self.num_mosa_heads == 0:
+            raise ValueError(
+                "`num_attention_heads` and `num_mosa_heads` are both 0: a layer needs a head of either kind."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"`head_dim` must be a positive even number (rotary embeddings pair it), got {self.head_dim}."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"`sliding_window` must be at least 1, or None for global attention, got {self.sliding_window}."
+            )
+        self.check_routing()
+        if not 0 <= self.mosa_router_aux_loss_coef < math.inf:
+            raise ValueError(
+                f"`mosa_router_aux_loss_coef` must be finite and not negative, got {self.mosa_router_aux_loss_coef}."
+            )
+
+
+def _validate_groups(config: MosaConfig, heads: str, key_value_heads: str) -> None:
+    """Query heads must divide evenly over key/value heads, and both may only be 0 together."""
+    num_heads, num_key_value_heads = getattr(config, heads), getattr(config, key_value_heads)
+    if num_heads < 0 or num_key_value_heads < 0:
+        raise ValueError(
+            f"`{heads}` and `{key_value_heads}` must not be negative, got {num_heads}, {num_key_value_heads}."
+        )
+    if (num_heads == 0) != (num_key_value_heads == 0) or (num_heads and num_heads % num_key_value_heads):
+        raise ValueError(
+            f"`{heads}` ({num_heads}) must be a multiple of `{key_value_heads}` ({num_key_value_heads}); "
+            "set both where a layer differs."
+        )
+
+
+__all__ = ["MosaConfig", "RoutingConfig", "SparseGroupsConfig"]

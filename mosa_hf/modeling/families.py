@@ -1,0 +1,171 @@
+"""
+The families whose attention can have sparse groups. **To add one, add a row to `ROWS`**: its model type, and the prefix
+of its class names in Transformers. Everything else about a family (projections, norms, rotary embeddings, experts,
+multipliers) is its own code.
+
+A row `("qwen3", "Qwen3")` makes `MosaQwen3Config`, `MosaQwen3Model`, `MosaQwen3ForCausalLM` and a class for each other
+head, model type "mosa_qwen3". They are attributes of this module.
+"""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration import SparseGroupsConfig
+from .generation import MosaGenerationMixin
+from .sparse_groups import SparseGroupsMixin
+from .sparse_models import SparseModelMixin, SparsePreTrainedMixin
+
+HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+# Model type, prefix of the classes' names, and where a name does not follow from those: its file, or the name itself.
+ROWS = (
+    ("cohere2", "Cohere2", {}),
+    ("gemma2", "Gemma2", {}),
+    (
+        "gemma3_text",
+        "Gemma3Text",
+        {
+            "file": "gemma3",
+            "PreTrainedModel": "Gemma3PreTrainedModel",
+            "Attention": "Gemma3Attention",
+            "ForCausalLM": "Gemma3ForCausalLM",
+        },
+    ),
+    ("gpt_neox", "GPTNeoX", {}),
+    ("gpt_oss", "GptOss", {}),
+    ("granite", "Granite", {}),
+    ("llama", "Llama", {}),
+    ("mistral", "Mistral", {}),
+    ("mixtral", "Mixtral", {}),
+    ("olmo2", "Olmo2", {}),
+    ("olmoe", "Olmoe", {}),
+    ("phi3", "Phi3", {}),
+    ("qwen2", "Qwen2", {}),
+    ("qwen3", "Qwen3", {}),
+    ("qwen3_moe", "Qwen3Moe", {}),
+    ("smollm3", "SmolLM3", {}),
+    ("starcoder2", "Starcoder2", {}),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The classes of one family: the base's, and with sparse groups."""
+
+    name: str  # model type of the base
+    base_config_class: type[PreTrainedConfig]
+    base_attention_class: type[nn.Module]
+    base_model_class: type[PreTrainedModel]
+    config_class: type[SparseGroupsConfig]
+    attention_class: type[nn.Module]
+    model_class: type[PreTrainedModel]
+    base_head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)  # "ForCausalLM" → class
+    head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)
+
+    @property
+    def causal_lm_class(self) -> type[PreTrainedModel]:
+        return self.head_classes["ForCausalLM"]
+
+    def _pairs(self) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
+        heads = [(self.base_head_classes[name], self.head_classes[name]) for name in self.base_head_classes]
+        return [(self.base_model_class, self.model_class), *heads]
+
+    def sparse_class_of(self, base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        """
+        Raises:
+            ValueError: for a class that has no counterpart with sparse groups.
+        """
+        for base, sparse in self._pairs():
+            if base is base_class:
+                return sparse
+        raise ValueError(
+            f"{base_class.__name__} has no MoSA class; of family {self.name!r} these have: "
+            f"{', '.join(base.__name__ for base, _ in self._pairs())}."
+        )
+
+    def base_class_of(self, sparse_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+        """
+        Raises:
+            ValueError: for a class that has no counterpart in the base family.
+        """
+        for base, sparse in self._pairs():
+            if sparse is sparse_class:
+                return base
+        raise ValueError(f"{sparse_class.__name__} has no counterpart in Transformers' family {self.name!r}.")
+
+
+def _class(name: str, bases: tuple[type, ...], **attributes) -> type:
+    """A class of this module."""
+    made = type(name, bases, {"__module__": __name__, "__qualname__": name, **attributes})
+    globals()[name] = made
+    return made
+
+
+def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
+    """The classes of a row."""
+    file = names.get("file", name)
+    modeling: ModuleType = import_module(f"transformers.models.{file}.modeling_{file}")
+    configuration: ModuleType = import_module(f"transformers.models.{file}.configuration_{file}")
+
+    def base(suffix: str) -> type:
+        return getattr(modeling, names.get(suffix, prefix + suffix))
+
+    base_config = getattr(configuration, f"{prefix}Config")
+    config_class = strict(
+        _class(
+            f"Mosa{prefix}Config",
+            (SparseGroupsConfig, base_config),
+            model_type=f"mosa_{name}",
+            __doc__=f"`{base_config.__name__}` with the fields of `SparseGroupsConfig`.",
+            __annotations__={},
+        )
+    )
+    family = Family(
+        name,
+        base_config,
+        base("Attention"),
+        base("Model"),
+        config_class,
+        _class(f"Mosa{prefix}Attention", (SparseGroupsMixin, base("Attention"))),
+        _class(f"Mosa{prefix}Model", (SparseModelMixin, base("Model")), config_class=config_class),
+    )
+    family.model_class.family = family
+    for head in HEADS:
+        mixins: tuple[type, ...] = (SparsePreTrainedMixin,)
+        if head == "ForCausalLM":
+            mixins = (MosaGenerationMixin, SparsePreTrainedMixin)
+        if hasattr(modeling, names.get(head, prefix + head)):
+            family.base_head_classes[head] = base(head)
+            bases = (*mixins, base(head))
+        elif head == "ForSequenceClassification":
+            bases = (*mixins, GenericForSequenceClassification, base("PreTrainedModel"))
+        else:
+            continue
+        made = _class(f"Mosa{prefix}{head}", bases, config_class=config_class, family=family)
+        family.head_classes[head] = made
+    return family
+
+
+FAMILIES: dict[str, Family] = {name: _family(name, prefix, names) for name, prefix, names in ROWS}
+
+
+def family_of(model_type: str) -> Family:
+    """
+    The family of a base model's type.
+
+    Raises:
+        ValueError: for a family that has no row.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"Models of type {model_type!r} cannot have sparse groups; supported: {', '.join(FAMILIES)}. A decoder "
+            "family of Transformers is added as a row of `mosa_hf/modeling/families.py`."
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,111 @@
+"""What `generate` needs to know of models that select tokens."""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+from ..cache import num_overflowed
+from .router import MosaRouter
+
+logger = logging.get_logger(__name__)
+
+
+class MosaGenerationMixin:
+    """Before a causal LM whose decoder is a `MosaCallMixin`."""
+
+    _generation_cache: Cache | None = None  # of the `generate` call that goes on
+
+    def generate(self, *args, **kwargs):
+        """
+        As `GenerationMixin.generate`.
+
+        Raises:
+            ValueError: if the model would route by expert choice, which cannot be computed token by token.
+        """
+        for router in self.modules():
+            if isinstance(router, MosaRouter) and router.routing == "expert_choice":
+                field = "mosa_routing" if self.training else "mosa_inference_routing"
+                raise ValueError(
+                    f"`generate` needs threshold routing, but `{field}='expert_choice'` is in force: which tokens it "
+                    f"selects depends on tokens that are not generated yet. Set `{field}='threshold'` in the config"
+                    + (", or call `model.eval()`" if router.inference_routing == "threshold" else "")
+                    + " (thresholds: `mosa_hf.calibrate_thresholds`)."
+                )
+        try:
+            output = super().generate(*args, **kwargs)
+            if self._generation_cache is not None and (overflow := num_overflowed(self._generation_cache)):
+                logger.warning(
+                    f"The static cache lacked capacity for {overflow} selected tokens (over all layers, rows and "
+                    "groups) and evicted those with the lowest logits, so the result may differ from that of a "
+                    "dynamic cache. Raise `max_cache_len`, use a dynamic cache, or make the limit the model's own "
+                    "with `mosa_cache_budget`."
+                )
+        finally:
+            self._generation_cache = None
+        return output
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """
+        Refused: Transformers packs the requests into one row and keeps their keys and values in pages, which hold no
+        selections. Without this, routers would take the other requests for padding.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not support continuous batching (`generate_batch`, "
+            "`cache_implementation='paged'`, `transformers serve --continuous-batching`): its pages cannot hold a "
+            "sparse cache. Call `generate` with a padded batch."
+        )
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
+        if cache.is_compileable and 0 <= cache.get_max_length() < max_cache_length and not all(cache.is_sliding):
+            raise ValueError(
+                f"The static cache has a capacity of {cache.get_max_length()} tokens, but this call may need "
+                f"{max_cache_length}: raise `max_cache_len`, or lower `max_new_tokens`."
+            )
+        self._generation_cache = cache
+        # Before assisted generation asks the cache to record what it may have to roll back.
+        self.base_model.upgrade_cache(cache, max_cache_length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+
+    def _get_static_cache_init_shape(self):
+        """Upstream's, with each layer's dense groups in place of all its groups."""
+        shape = super()._get_static_cache_init_shape()
+        if shape is None:
+            return None
+        num_heads, head_dim = shape
+        num_layers = self.config.num_hidden_layers
+        num_heads = [num_heads] * num_layers if isinstance(num_heads, int) else list(num_heads)
+        for module in self.base_model.modules():
+            if hasattr(module, "cache_spec") and (dense := module.cache_spec().dense) is not None:
+                num_heads[module.layer_idx] = len(dense)
+        return num_heads, head_dim
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: PreTrainedConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor | None:
+        """
+        For static caches: the 2-D mask, as long as the cache. The 4-D masks that upstream would make here differ by
+        layer, and do not say which tokens are padding once a layer has a window.
+        """
+        if attention_mask is None or past_key_values is None:
+            return attention_mask
+        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)

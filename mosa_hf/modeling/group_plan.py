@@ -1,0 +1,183 @@
+"""Group plans: every layer's key/value groups, dense, or sparse with a window and a sparsity (DESIGN section 6)."""
+
+import json
+import math
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..whole_files import whole_file
+
+
+@dataclass(frozen=True)
+class SparseGroup:
+    """
+    A sparse key/value group.
+
+    Args:
+        window: tokens that a query reads whether selected or not, itself included.
+        sparsity: ρ ≥ 1, one token in ρ is selected.
+
+    Raises:
+        ValueError: naming the field that is out of range.
+    """
+
+    window: int
+    sparsity: float
+
+    def __post_init__(self):
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
+            raise ValueError(f"`window` must be an integer of at least 0, got {self.window!r}.")
+        is_number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
+        if not is_number or not 1 <= self.sparsity < math.inf:
+            raise ValueError(f"`sparsity` must be a finite number of at least 1, got {self.sparsity!r}.")
+
+    def kept_share(self, num_tokens: int) -> float:
+        """The share of `num_tokens` tokens that a cache keeps: the window, and one in ρ of the rest."""
+        near = min(self.window, num_tokens)
+        return (near + (num_tokens - near) / self.sparsity) / num_tokens
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """
+    What every key/value group of a model is. `print(plan)` shows it as a table, `plan.plot(path)` as a picture.
+
+    Args:
+        layers: for each layer, what each of its groups is; None: dense.
+    """
+
+    layers: tuple[tuple[SparseGroup | None, ...], ...]
+
+    @classmethod
+    def uniform(
+        cls, num_layers: int, num_groups: int, group: SparseGroup, dense_layers: Collection[int] = ()
+    ) -> "GroupPlan":
+        """A plan with the same sparse groups in all layers but those that stay dense."""
+        return cls(tuple(((None if layer in dense_layers else group),) * num_groups for layer in range(num_layers)))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "GroupPlan":
+        """
+        From a JSON file, `{"layers": [...]}`, see `from_list`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: naming the file, and the layer and group that cannot be read.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or set(content) != {"layers"}:
+                raise ValueError('a plan is a JSON object with one entry, "layers".')
+            return cls.from_list(content["layers"])
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON file that `load` reads, a line for each layer; it replaces another one at once."""
+        lines = ",\n".join("    " + json.dumps(groups) for groups in self.to_list())
+        with whole_file(Path(path)) as unfinished:
+            unfinished.write_text(f'{{\n  "layers": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
+
+    @classmethod
+    def from_list(cls, layers: list[Any]) -> "GroupPlan":
+        """
+        From JSON: a list of layers, each a list of `null` or `{"window": ..., "sparsity": ...}`.
+
+        Raises:
+            ValueError: naming the layer and group that cannot be read.
+        """
+        if not isinstance(layers, list) or not all(isinstance(groups, list) for groups in layers):
+            raise ValueError("A plan must be a list of layers, each a list of groups (null, or window and sparsity).")
+        return cls(
+            tuple(
+                tuple(_group(entry, layer_idx, group) for group, entry in enumerate(groups))
+                for layer_idx, groups in enumerate(layers)
+            )
+        )
+
+    def to_list(self) -> list[list[dict[str, int | float] | None]]:
+        """As JSON has it, see `from_list`."""
+        return [
+            [None if group is None else {"window": group.window, "sparsity": group.sparsity} for group in groups]
+            for groups in self.layers
+        ]
+
+    def validate(self, num_layers: int, num_groups: int, sliding: list[int]) -> None:
+        """
+        Args:
+            num_layers, num_groups: of the model.
+            sliding: its layers with a sliding window, which stay dense.
+
+        Raises:
+            ValueError: for a plan that does not fit the model, naming layer and group.
+        """
+        if len(self.layers) != num_layers:
+            raise ValueError(f"The plan has {len(self.layers)} layers, but the model has {num_layers}.")
+        for layer_idx, groups in enumerate(self.layers):
+            if len(groups) != num_groups:
+                raise ValueError(
+                    f"The plan names {len(groups)} groups in layer {layer_idx}, but the model has {num_groups}."
+                )
+            if layer_idx in sliding and any(groups):
+                raise ValueError(
+                    f"The plan makes groups of layer {layer_idx} sparse, but its attention has a sliding window, so "
+                    "its cache is bounded already: leave its groups null."
+                )
+
+    def sparse_pairs(self) -> list[tuple[int, int]]:
+        """The `(layer, group)` of every sparse group."""
+        return [(layer, i) for layer, groups in enumerate(self.layers) for i, group in enumerate(groups) if group]
+
+    def __str__(self) -> str:
+        """A table: for each layer and group "window/sparsity", or "dense"."""
+        names = [["dense" if x is None else f"{x.window}/{x.sparsity:g}" for x in groups] for groups in self.layers]
+        rows = [["layer", *(f"group {i}" for i in range(max(map(len, names), default=0)))]]
+        rows += [[str(layer), *row] for layer, row in enumerate(names)]
+        width = max(len(cell) for row in rows for cell in row)
+        table = "\n".join("  ".join(cell.rjust(width) for cell in row) for row in rows)
+        num_groups = sum(map(len, self.layers))
+        return f"{table}\n{len(self.sparse_pairs())} of {num_groups} groups sparse (window/sparsity)"
+
+    def plot(self, path: str | os.PathLike, num_tokens: int = 4096) -> None:
+        """
+        Write a heat map (PNG): what each group's cache keeps of `num_tokens` tokens, layers down, groups across.
+
+        Raises:
+            ImportError: without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("A plan's picture needs matplotlib: `pip install 'mosa-hf[plot]'`.") from error
+        num_groups = max(map(len, self.layers))
+        shares = [[1.0 if x is None else x.kept_share(num_tokens) for x in groups] for groups in self.layers]
+        figure = Figure(figsize=(2.5 + 0.6 * num_groups, 1.2 + 0.25 * len(self.layers)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        for layer, groups in enumerate(self.layers):
+            for i, group in enumerate(groups):
+                if group is not None:
+                    color = "black" if shares[layer][i] > 0.6 else "white"
+                    name = f"{group.window}/{group.sparsity:g}"
+                    axes.text(i, layer, name, ha="center", va="center", color=color, fontsize=6)
+        axes.set(xlabel="group", ylabel="layer", title="window/sparsity", xticks=range(num_groups))
+        figure.colorbar(image, label=f"kept of {num_tokens:,} tokens")
+        with whole_file(Path(path)) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=150)
+
+
+def _group(entry: Any, layer_idx: int, group: int) -> SparseGroup | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, dict) or set(entry) != {"window", "sparsity"}:
+        raise ValueError(
+            f"Layer {layer_idx}, group {group} of the plan must be null or have `window` and `sparsity`, "
+            f"got {entry!r}."
+        )
+    try:
+        return SparseGroup(**entry)
+    except ValueError as error:
+        raise ValueError(f"Layer {layer_idx}, group {group} of the plan: {error}") from error

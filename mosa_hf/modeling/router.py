@@ -1,0 +1,154 @@
+"""The routers of a layer's groups: logits, what they select, and the thresholds that follow them (DESIGN section 3)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..cache import SparseLayer
+from ..routing.layout import CallLayout
+from ..routing.selection import select_by_expert_choice, select_by_threshold
+from .call import ModelCall
+from .configuration import RoutingConfig
+
+
+class MosaRouter(nn.Module):
+    """
+    Linear routers, one a group. Not an `nn.Linear`, since tools that quantise or adapt linear layers must leave routers
+    as they are: selection compares logits with thresholds, in float32 (float64 for a float64 model), whatever the
+    model's dtype or autocast. The buffer `threshold` [G] follows the groups' K-th highest logit while the weights
+    train.
+
+    Args:
+        config: of the model.
+        layer_idx: index of the layer.
+        sparsity: ρ of each group.
+    """
+
+    def __init__(self, config: RoutingConfig, layer_idx: int, sparsity: Sequence[float]):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.sparsity = tuple(sparsity)
+        self.min_tokens = config.mosa_min_tokens
+        self.include_first = config.mosa_include_first
+        self.training_routing = config.mosa_routing
+        self.inference_routing = config.mosa_inference_routing
+        self.momentum = config.mosa_threshold_momentum
+        num_groups = len(self.sparsity)
+        self.weight = nn.Parameter(torch.empty(num_groups, config.hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(num_groups, dtype=torch.float32)) if config.mosa_router_bias else None
+        self.register_buffer("threshold", torch.zeros(num_groups, dtype=torch.float32))
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` must not round the threshold: a moving average would stall between two values.
+        threshold = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != torch.float32:
+            self.threshold = threshold.to(self.threshold.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight.shape[1]}, groups={len(self.sparsity)}"
+
+    @property
+    def routing(self) -> str:
+        """The rule in force: "expert_choice" or "threshold"."""
+        return self.training_routing if self.training else self.inference_routing
+
+    def check_cache(self, cache: SparseLayer | None) -> None:
+        """
+        Raises:
+            ValueError: for expert choice on top of cached tokens.
+        """
+        if cache is not None and self.routing == "expert_choice" and cache.has_tokens():
+            raise ValueError(
+                "'expert_choice' routing selects from a whole sequence at once and cannot continue from a cache. Use "
+                "`model.eval()` with `mosa_inference_routing='threshold'`, or pass `use_cache=False`."
+            )
+
+    def groups_by_sparsity(self) -> dict[float, list[int]]:
+        """ρ → the groups that have it."""
+        groups: dict[float, list[int]] = {}
+        for group, sparsity in enumerate(self.sparsity):
+            groups.setdefault(sparsity, []).append(group)
+        return groups
+
+    def forward(
+        self, hidden_states: torch.Tensor, call: ModelCall, follows: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `[B, T, D]`.
+            call: of the model.
+            follows: whether thresholds may follow this call's logits: they do in training, of whole sequences.
+
+        Returns:
+            logits `[B, T, G]` and selected `[B, T, G]` bool.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
+
+        layout = call.layout
+        valid, segment = (None if x is None else x.to(logits.device) for x in (layout.valid, layout.segment))
+        first = layout.first.to(logits.device) if self.include_first else None
+        if all(sparsity == 1 for sparsity in self.sparsity):  # nothing to choose, whatever the thresholds are
+            selected = torch.ones_like(logits, dtype=torch.bool)
+            return logits, selected if valid is None else selected & valid[..., None]
+        # Gradients mark training: reinforcement learning also generates, and evaluates, in training mode.
+        follows = follows and self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        if follows or self.routing == "expert_choice":
+            selected, last = self._choose(logits.detach(), valid, first, segment)
+        threshold = self._follow(last, call) if follows else call.thresholds.get(self.layer_idx, self.threshold)
+        if self.routing == "threshold":
+            if 1 in self.sparsity:
+                keeps_all = torch.tensor([sparsity == 1 for sparsity in self.sparsity], device=logits.device)
+                threshold = threshold.masked_fill(keeps_all, -torch.inf)
+            selected = select_by_threshold(logits.detach(), threshold, valid, first)
+        return logits, selected
+
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        valid: torch.Tensor | None,
+        first: torch.Tensor | None,
+        segment: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`select_by_expert_choice` for groups of several sparsities."""
+        rates = self.groups_by_sparsity()
+        if len(rates) == 1:
+            return select_by_expert_choice(logits, self.sparsity[0], self.min_tokens, valid, first, segment)
+        selected, last = torch.empty_like(logits, dtype=torch.bool), logits.new_empty(len(self.sparsity))
+        for sparsity, groups in rates.items():
+            selected[..., groups], last[groups] = select_by_expert_choice(
+                logits[..., groups], sparsity, self.min_tokens, valid, first, segment
+            )
+        return selected, last
+
+    @torch.no_grad()
+    def _follow(self, last: torch.Tensor, call: ModelCall) -> torch.Tensor:
+        """Move `threshold` towards `last` [G], once a model call; returns the threshold that the call routes with."""
+        if self.layer_idx not in call.thresholds:
+            call.thresholds[self.layer_idx] = self.threshold.clone()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                seen = last.isfinite().float()
+                last = torch.stack((last.nan_to_num(), seen))
+                torch.distributed.all_reduce(last)
+                last = last[0] / last[1]
+            moved = self.threshold * self.momentum + last * (1 - self.momentum)
+            self.threshold.copy_(torch.where(last.isfinite(), moved, self.threshold))
+        return call.thresholds[self.layer_idx]
+
+    def score(self, logits: torch.Tensor, layout: CallLayout) -> torch.Tensor:
+        """
+        What a cache budget compares, `[B, T, G]`: logits, inf for a token that is never evicted.
+
+        Rounded to bfloat16: a repeated token has the same logit, and float32's last bits, which differ between a
+        prefill and a single step, must not decide which of the two is evicted.
+        """
+        score = logits.detach().bfloat16().float()
+        if self.include_first:
+            score = score.masked_fill(layout.first.to(score.device)[..., None], torch.inf)
+        return score

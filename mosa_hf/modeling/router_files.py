@@ -1,0 +1,244 @@
+"""Routers on their own: a folder of a few MB that makes a base model one with sparse groups (DESIGN section 5)."""
+
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from ..safetensors_files import FLOATING, file_headers
+from ..whole_files import whole_directory
+from .configuration import SparseGroupsConfig
+from .families import family_of
+from .router import MosaRouter
+from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
+
+ROUTERS_NAME = "mosa_routers.safetensors"
+ROUTERS_CONFIG_NAME = "mosa_config.json"
+MOSA_FIELDS = tuple(field.name for field in fields(SparseGroupsConfig) if field.name.startswith("mosa_"))
+
+CARD = """---
+{base_model}library_name: transformers
+tags:
+- mosa
+---
+
+# {title}
+
+{what} for [MoSA](https://arxiv.org/abs/2505.00315) sparse attention: {groups} of {all_groups} key/value groups keep
+the tokens that their routers select, and the last few, instead of all.
+
+```python
+import mosa_hf  # pip install mosa-hf
+{code}
+```
+"""
+
+
+def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_model: str | None = None) -> None:
+    """
+    Write the routers of a model with sparse groups, what they select, and a model card. The base model's weights are
+    not written.
+
+    Args:
+        model: with sparse groups.
+        directory: to create. It appears when it is whole, or not at all.
+        base_model: name of the base model, by default the one that the model was converted from.
+
+    Raises:
+        FileExistsError: if `directory` exists.
+        ValueError: for a model without sparse groups.
+    """
+    check_has_sparse_groups(model)
+    config = model.config
+    base_model = base_model or base_name(config)
+    content = {
+        "model_type": config.model_type,
+        "base_model": base_model,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_groups": config.num_groups,
+        "hidden_size": config.hidden_size,
+        **{name: getattr(config, name) for name in MOSA_FIELDS},
+    }
+    with whole_directory(Path(directory)) as unfinished:
+        save_file(router_tensors(model), unfinished / ROUTERS_NAME, metadata={"format": "pt"})
+        code = f'model = mosa_hf.{type(model).__name__}.from_pretrained("{base_model}", routers="path of this folder")'
+        (unfinished / "README.md").write_text(model_card(config, base_model, "Routers", code), encoding="utf-8")
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        (unfinished / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
+
+
+def load_routers(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrainedModel:
+    """
+    A model with sparse groups that shares the weights of `model`, which is left as it was.
+
+    Args:
+        model: the base model, or one with sparse groups, whose routers are then left out.
+        directory: that `save_routers` wrote, its weight file, or its name on the Hub.
+
+    Raises:
+        FileNotFoundError: if there is no such directory, or a file of it is missing.
+        ValueError: for damaged files, and for routers of another model.
+    """
+    config_file, weights_file = (_router_file(directory, name) for name in (ROUTERS_CONFIG_NAME, ROUTERS_NAME))
+    if isinstance(model, SparsePreTrainedMixin):
+        model = without_sparse_groups(model)
+    family = family_of(model.config.model_type)
+    settings = _read_settings(config_file, family.config_class.from_base(model.config))
+    try:
+        config = family.config_class.from_base(model.config, **settings)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    converted = with_sparse_groups(model, config)
+    _set_router_tensors(converted, weights_file)
+    return converted
+
+
+def load_with_routers(
+    model_class: type[PreTrainedModel], base: str | os.PathLike, routers: str | os.PathLike, **kwargs: Any
+) -> Any:
+    """
+    `model_class.from_pretrained(base, routers=routers, **kwargs)`: the base model as its own class loads it, with
+    routers.
+
+    Args:
+        model_class: of a family in `families`.
+        base: directory or name of the base model.
+        routers: see `load_routers`.
+        kwargs: of the base class' `from_pretrained`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_routers`; also for a base of another family.
+    """
+    family = model_class.family
+    base_class = family.base_class_of(model_class)
+    where = {
+        name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token", "gguf_file") if name in kwargs
+    }
+    model_type = (kwargs.get("config") or AutoConfig.from_pretrained(base, **where)).model_type
+    if model_type != family.name:
+        raise ValueError(
+            f"{base} is a {model_type!r} model, but {model_class.__name__} needs a {family.name!r} model."
+        )
+    loaded = base_class.from_pretrained(base, **kwargs)
+    if kwargs.get("output_loading_info"):
+        return load_routers(loaded[0], routers), loaded[1]
+    return load_routers(loaded, routers)
+
+
+def router_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The routers' tensors, by the names that they have in a model with a head."""
+    return {
+        f"{model.base_model_prefix}.{module_name}.{name}": tensor.detach().cpu().contiguous()
+        for module_name, router in _named_routers(model).items()
+        for name, tensor in router.state_dict().items()
+    }
+
+
+def check_has_sparse_groups(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: for a model without sparse groups.
+    """
+    if not isinstance(model, SparsePreTrainedMixin):
+        raise ValueError(
+            f"{type(model).__name__} has no sparse groups. Convert a model first: `mosa_hf.convert_model`."
+        )
+
+
+def base_name(config: SparseGroupsConfig) -> str:
+    """Name or directory of the model that a model was converted from; empty if unknown."""
+    return (config.mosa_conversion or {}).get("source") or config.name_or_path or ""
+
+
+def model_card(config: SparseGroupsConfig, base_model: str, what: str, code: str) -> str:
+    """Text of a README.md whose front matter names the base model."""
+    groups = [config.groups_of_layer(layer) for layer in range(config.num_hidden_layers)]
+    name = Path(base_model).name
+    return CARD.format(
+        base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
+        title=f"{what}: {name} with sparse attention" if name else what,
+        what=what,
+        groups=sum(group is not None for layer in groups for group in layer),
+        all_groups=sum(map(len, groups)),
+        code=code,
+    )
+
+
+def _named_routers(model: PreTrainedModel) -> dict[str, MosaRouter]:
+    modules = model.base_model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, MosaRouter)}
+
+
+def _router_file(directory: str | os.PathLike, name: str) -> Path:
+    """The path of a file of a router folder, downloaded if it is one of the Hub."""
+    path = Path(directory)
+    if path.is_file():
+        path = path.parent
+    if not path.exists() and not path.is_absolute() and len(path.parts) <= 2:
+        try:
+            return Path(cached_file(os.fspath(directory), name))
+        except OSError as error:
+            raise FileNotFoundError(f"{directory} is neither a folder nor a Hub name with {name}: {error}") from error
+    if not (path / name).is_file():
+        raise FileNotFoundError(f"{path} has no {name}: give a folder that `save_routers` wrote.")
+    return path / name
+
+
+def _read_settings(path: Path, like: SparseGroupsConfig) -> dict[str, Any]:
+    """The `mosa_*` fields of a router folder, whose other entries have to describe a model `like` the one at hand."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    for name in ("model_type", "num_hidden_layers", "num_groups", "hidden_size"):
+        if content.pop(name, None) != (expected := getattr(like, name)):
+            raise ValueError(f"{path}: these routers are of another model; `{name}` of this one is {expected!r}.")
+    content.pop("base_model", None)
+    if unknown := sorted(content.keys() - set(MOSA_FIELDS)):
+        raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}.")
+    if missing := sorted(set(MOSA_FIELDS) - content.keys()):
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    return content
+
+
+@torch.no_grad()
+def _set_router_tensors(model: PreTrainedModel, path: Path) -> None:
+    """
+    Fill a model's routers from a file.
+
+    Raises:
+        ValueError: naming the tensor that is missing, unknown, of another shape or dtype, or not finite.
+    """
+    headers = file_headers(path)
+    targets = {
+        f"{model.base_model_prefix}.{module_name}.{name}": tensor
+        for module_name, router in _named_routers(model).items()
+        for name, tensor in router.state_dict(keep_vars=True).items()
+    }
+    for name in sorted(headers.keys() | targets.keys()):
+        if name not in headers:
+            raise ValueError(f"{path} lacks {name}.")
+        if name not in targets:
+            raise ValueError(f"{path} has {name}, which is no router of the plan.")
+        header, shape = headers[name], tuple(targets[name].shape)
+        if header.shape != shape:
+            raise ValueError(f"{path}: {name} has shape {header.shape}, but the model and the plan need {shape}.")
+        if header.dtype not in FLOATING:
+            raise ValueError(
+                f"{path}: {name} has dtype {header.dtype}, which is none of {', '.join(sorted(FLOATING))}."
+            )
+    for name, tensor in load_file(path).items():
+        # A threshold may be infinite: a group that selects everything, or nothing.
+        if tensor.isnan().any() or (not name.endswith(".threshold") and not tensor.isfinite().all()):
+            raise ValueError(f"{path}: {name} has NaN or infinite values.")
+        targets[name].copy_(tensor)

@@ -1,0 +1,199 @@
+"""Models with sparse groups: a family's own classes, whose attention modules route (DESIGN section 5)."""
+
+import copy
+import os
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import merge_with_config_defaults
+
+from ..safetensors_files import tensor_shapes
+from .call import MosaCallMixin
+from .configuration import SparseGroupsConfig
+from .router import MosaRouter
+from .sparse_groups import SparseGroupsMixin
+
+
+class SparsePreTrainedMixin:
+    """Before every class of a family, base model and heads alike: builds, initialises and checks the routers."""
+
+    # Selection compares logits with thresholds: half precision would make ties of them.
+    _keep_in_fp32_modules_strict = ["mosa_router"]
+    family: Any  # the `Family` of `families`, which sets it
+
+    def __init__(self, config: SparseGroupsConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        add_sparse_groups(self, config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, routers=None, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`, and:
+
+        Args:
+            routers: directory that `save_routers` wrote, or its name on the Hub. The first argument then is the base
+                model's, which is loaded as its own class loads it.
+
+        Raises:
+            FileNotFoundError, ValueError: for a local checkpoint with a missing or a truncated weight file, by name.
+        """
+        if routers is not None:
+            from .router_files import load_with_routers
+
+            return load_with_routers(cls, pretrained_model_name_or_path, routers, *model_args, **kwargs)
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            tensor_shapes(Path(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MosaRouter):
+            init_router(module, getattr(self.config, "initializer_range", 0.02))
+
+    def mosa_routers(self) -> dict[int, MosaRouter]:
+        """Layer index → its router, for the layers that have sparse groups."""
+        return {module.layer_idx: module for module in self.modules() if isinstance(module, MosaRouter)}
+
+
+class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
+    """Before a family's base model."""
+
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        *,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As the family's forward."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None:
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        call, past_key_values, position_ids = self.begin_call(
+            tokens, attention_mask, position_ids, past_key_values, use_cache
+        )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            mosa_call=call,
+            **kwargs,
+        )
+
+
+@torch.no_grad()
+def init_router(router: MosaRouter, std: float) -> None:
+    """Weights of N(0, std²), and thresholds that select one token in ρ of normalised inputs."""
+    init.normal_(router.weight, mean=0.0, std=std)
+    if router.bias is not None:
+        init.zeros_(router.bias)
+    # Fresh logits of a normalised input are about N(0, D std²): start at their (1 - 1/ρ) quantile.
+    rate = 1 - 1 / torch.tensor(router.sparsity, dtype=torch.float64)
+    quantile = torch.special.ndtri(rate).clamp(min=-4.0)  # ρ = 1 selects everything
+    scale = std * router.weight.shape[1] ** 0.5
+    init.copy_(router.threshold, (quantile * scale).to(router.threshold))
+
+
+def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> None:
+    """
+    Give a model of a class in `families`, whose modules are still the base family's, its sparse groups: its decoder
+    and the attention modules of the layers that have any become their MoSA classes, with new routers.
+    """
+    decoder = model.base_model
+    if not isinstance(decoder, SparseModelMixin):
+        _set_class(decoder, model.family.model_class)
+    if not any(isinstance(module, SparseGroupsMixin) for module in decoder.modules()):
+        for module in list(decoder.modules()):
+            if type(module) is model.family.base_attention_class and any(config.groups_of_layer(module.layer_idx)):
+                _set_class(module, model.family.attention_class)
+                module.add_sparse_groups(config)
+        if decoder is not model:
+            decoder.post_init()
+    model.post_init()
+
+
+def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> PreTrainedModel:
+    """
+    A model with sparse groups and freshly initialised routers that shares every weight tensor with `model`, quantised
+    ones too. `model` is left as it was.
+
+    Args:
+        model: of a family in `families`, base model or with any head.
+        config: `family.config_class.from_base(model.config, ...)`.
+
+    Raises:
+        ValueError: for a class that has no MoSA class.
+    """
+    from .families import family_of
+
+    family = family_of(model.config.model_type)
+    converted = _shared_copy(model, config, family.sparse_class_of(type(model)))
+    for module in converted.modules():
+        module._is_hf_initialized = True
+    add_sparse_groups(converted, config)
+    for module in converted.modules():
+        if isinstance(module, SparseGroupsMixin):
+            module.mosa_router.to(_execution_device(module)).train(module.training)
+    return converted
+
+
+def without_sparse_groups(model: PreTrainedModel) -> PreTrainedModel:
+    """The base family's model that shares the weights of `model`, which is left as it was: only routers go."""
+    family = model.family
+    base = _shared_copy(model, model.config.to_base(), family.base_class_of(type(model)))
+    decoder = base.base_model
+    if decoder is not base:
+        _set_class(decoder, family.base_model_class)
+    for module in decoder.modules():
+        if isinstance(module, SparseGroupsMixin):
+            del module.mosa_router
+            for name in ("mosa_groups", "mosa_budget", "mosa_gate_slope"):
+                delattr(module, name)
+            _set_class(module, family.base_attention_class)
+            module.config = base.config
+    for each in {decoder, base}:
+        each.__dict__.pop("_keep_in_fp32_modules_strict", None)
+    if decoder is not base:
+        decoder.post_init()
+    base.post_init()
+    return base
+
+
+def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """A copy of the modules, not of their tensors, with another config and class."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo[id(model.config)] = config
+    result = copy.deepcopy(model, memo)
+    _set_class(result, model_class)
+    return result
+
+
+def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
+    """Make `module` one of another class, also where Accelerate's hooks (`device_map`) remember its forward."""
+    module.__class__ = module_class
+    if "_old_forward" in module.__dict__:
+        module._old_forward = MethodType(module_class.forward, module)
+
+
+def _execution_device(attention: nn.Module) -> torch.device | str | int:
+    """Where an attention module computes: also if its weights are offloaded and lie elsewhere meanwhile."""
+    for module in attention.modules():
+        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
+            return device
+    device = next(attention.parameters()).device
+    return "cpu" if device.type == "meta" else device

@@ -1,0 +1,37 @@
+"""Files and directories that appear when they are whole, or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_directory(destination: Path) -> Iterator[Path]:
+    """
+    A directory to fill: it becomes `destination` when the block ends, and vanishes if the block fails.
+
+    Raises:
+        FileExistsError: if `destination` exists.
+    """
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists: remove it or choose another destination.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)  # mkdtemp's is private
+        os.rename(unfinished, destination)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(destination: Path) -> Iterator[Path]:
+    """A path to write to: the file replaces `destination` when the block ends, and vanishes if the block fails."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
+        yield Path(scratch) / destination.name
+        os.replace(Path(scratch) / destination.name, destination)

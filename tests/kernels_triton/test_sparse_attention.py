@@ -1,0 +1,118 @@
+"""Attention of sparse groups on Triton against the specification: outputs and all gradients."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from mosa_hf.kernels.prefix_attention import triton as prefix  # noqa: E402
+from mosa_hf.kernels.sparse_attention import reference  # noqa: E402
+from mosa_hf.kernels.sparse_attention.triton import sparse_attention  # noqa: E402
+from mosa_hf.kernels.tensors import KeyValues  # noqa: E402
+
+from .common import COMPILER, DEVICE, check, close, random_runs, random_until  # noqa: E402
+
+PLAIN = {"num_tokens": 40, "heads": 2, "head_dim": 16, "kept": 0, "dtype": torch.float32, "scale": None}
+PLAIN |= {"softcap": None, **dict.fromkeys(("padded", "packed", "evicts", "biased", "sinks"), False)}
+CASES = {
+    "no window": (0, {}),
+    "no window, bias": (0, {"biased": True, "heads": 1, "scale": 0.5}),
+    "window of one": (1, {"evicts": True, "num_tokens": 70}),
+    "window": (5, {"biased": True, "softcap": 1.5}),
+    "window longer than the call": (64, {"biased": True, "sinks": True}),
+    "padded": (5, {"padded": True, "heads": 1, "biased": True, "sinks": True}),
+    "packed": (5, {"packed": True, "heads": 3, "biased": True}),
+    "packed, padded, no window": (0, {"packed": True, "padded": True, "softcap": 1.5, "sinks": True}),
+    "kept": (5, {"kept": 13, "num_tokens": 30, "evicts": True, "biased": True}),
+    "kept, no window": (0, {"kept": 13, "num_tokens": 30, "softcap": 1.5, "sinks": True}),
+    "kept, padded": (4, {"kept": 7, "num_tokens": 20, "padded": True, "evicts": True}),
+    "kept, one token": (5, {"kept": 90, "num_tokens": 1, "head_dim": 80}),
+    "half precision": (5, {"kept": 9, "head_dim": 64, "biased": True, "dtype": torch.float16}),
+    "half precision, everything": (
+        5,
+        {
+            "kept": 9, "head_dim": 128, "num_tokens": 24, "biased": True, "evicts": True, "sinks": True,
+            "softcap": 3.0, "scale": 0.2, "dtype": torch.float16,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch):
+    torch.manual_seed(0)
+    if DEVICE == "cpu":  # interpreted, a small tile takes as long as a large one
+        monkeypatch.setattr(prefix, "FLOAT32", dict.fromkeys((64, 128, 256), prefix.Tile(32, 32, 4, 2)))
+    with torch.device(DEVICE):
+        yield
+
+
+def random_call(window: int, case: dict):
+    """Arguments of `sparse_attention`, those of them that take gradients, and which queries are real."""
+    case = PLAIN | case
+    batch_size, num_groups, num_tokens, head_dim, dtype = 2, 2, case["num_tokens"], case["head_dim"], case["dtype"]
+    size = (batch_size, num_groups)
+    recent = max(window - 1, 0) if case["kept"] and not case["padded"] else 0  # the window before the call
+    num_near = recent + num_tokens
+    # Kept tokens have left the window of every query.
+    position = torch.arange(num_near).expand(batch_size, -1)
+    valid = segment = None
+    if case["padded"]:
+        valid = position >= torch.tensor([[num_tokens // 3], [0]])
+        position = (valid.cumsum(1) - 1).clamp(min=0)
+    if case["kept"]:
+        position = position + case["kept"] + (window if case["padded"] else 0)
+    if case["packed"]:
+        segment = (torch.rand(batch_size, num_tokens) < 0.1).long().cumsum(1)
+    per_group = (*size, num_near)
+    near = KeyValues(
+        *(torch.randn(*per_group, head_dim).to(dtype).requires_grad_() for _ in range(2)),
+        position[:, None].expand(per_group),
+        None if valid is None else valid[:, None].expand(per_group),
+        torch.rand(per_group) < 0.3,
+    )
+    inputs, kept, bias, sinks = list(near[:2]), None, None, None
+    if case["evicts"]:
+        near = near._replace(until=random_until(near.position))
+    if case["kept"]:
+        count = torch.randint(0, case["kept"] + 1, size)
+        count[0, 0] = 0
+        kept = random_runs(count, head_dim, dtype)
+        inputs += kept[:2]
+        if case["evicts"]:
+            kept = kept._replace(until=random_until(torch.full((len(kept.key),), int(position.min()))))
+    if case["biased"]:
+        bias = (-torch.rand(per_group)).requires_grad_()
+        inputs.append(bias)
+    if case["sinks"]:
+        sinks = torch.randn(num_groups, case["heads"], requires_grad=True)
+        inputs.append(sinks)
+    query = torch.randn(*size, case["heads"], num_tokens, head_dim).to(dtype).requires_grad_()
+    real = 1.0 if valid is None else valid[:, None, None, recent:, None]
+    arguments = (query, near, kept, position[:, recent:], segment, window, bias)
+    return (*arguments, case["scale"], case["softcap"], sinks), [query, *inputs], real
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sparse_attention(name):
+    call, inputs, real = random_call(*CASES[name])
+    check(sparse_attention(*call), reference.sparse_attention(*call), inputs, real)
+
+
+@pytest.mark.parametrize("name", ["kept, padded", "padded"])
+def test_compiles_into_one_graph(name):
+    call, inputs, real = random_call(*CASES[name])
+    torch.compiler.reset()
+    compiled = torch.compile(sparse_attention, fullgraph=True, backend=COMPILER)
+    check(compiled(*call), reference.sparse_attention(*call), inputs, real)
+
+
+def test_autocast():
+    """Values come in the autocast dtype, rotated queries and keys in float32."""
+    call, _, _ = random_call(5, {"kept": 13, "num_tokens": 20})
+    expected = reference.sparse_attention(*call)
+    query, near, kept, *rest = call
+    near, kept = near._replace(value=near.value.half()), kept._replace(value=kept.value.half())
+    actual = sparse_attention(query, near, kept, *rest)
+    assert actual.dtype == torch.float16
+    close(actual, expected, "output", torch.float16)
