@@ -1,6 +1,6 @@
 """`make demo`: SmolLM2-135M from its package, converted to MoSA, and what that did to quality, memory and speed.
 
-python -m benchmarks.demo [--groups 60] [--keep DIRECTORY]
+python -m benchmarks.demo [--groups 60] [--sparsity 8] [--window 64] [--keep DIRECTORY]
 """
 
 import argparse
@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mosa_hf import ConversionConfig, MosaForCausalLM, convert_model
+from mosa_hf import ConversionConfig, convert_checkpoint
 from mosa_hf.conversion import calibration_windows
-from mosa_hf.conversion.checkpoint import whole_directory
 
 from . import measure, sources
 
@@ -26,7 +25,9 @@ PROMPT = "A file system keeps track of"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=60, help="of the 90 key/value groups, how many to convert")
+    parser.add_argument("--groups", type=int, default=60, help="of the 90 key/value groups, how many become sparse")
+    parser.add_argument("--sparsity", type=float, default=8, help="select one token in this many")
+    parser.add_argument("--window", type=int, default=64, help="recent tokens that are always read")
     parser.add_argument("--keep", type=Path, help="directory to write the converted model to")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
@@ -34,21 +35,18 @@ def main(arguments: list[str] | None = None) -> None:
     source = sources.smollm2_directory()
     tokenizer = AutoTokenizer.from_pretrained(source)
     original = AutoModelForCausalLM.from_pretrained(source)
-    conversion = ConversionConfig(num_groups=options.groups)
-    model = convert_model(original, conversion, measure.calibration(tokenizer))
-    seconds = time.perf_counter() - start
+    conversion = ConversionConfig(groups=options.groups, sparsity=options.sparsity, window=options.window)
     with tempfile.TemporaryDirectory() as scratch:
         destination = options.keep or Path(scratch) / "converted"
-        with whole_directory(destination) as unfinished:
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
+        convert_checkpoint(source, destination, conversion, measure.calibration(tokenizer))
+        seconds = time.perf_counter() - start
         model = AutoModelForCausalLM.from_pretrained(destination)  # the model as its users will load it
 
     held_out = {name: text for name in HELD_OUT if (text := held_out_text(name)) is not None}
     rows = table(original, model, tokenizer, held_out)
     print(
-        f"\nSmolLM2-135M-Instruct, {options.groups} of 90 key/value groups converted in {seconds:.0f} s "
-        f"(form all, one token in {conversion.sparsity:g}, window {conversion.window})\n"
+        f"\nSmolLM2-135M-Instruct, {options.groups} of 90 key/value groups made sparse in {seconds:.0f} s "
+        f"(one token in {conversion.sparsity:g}, window {conversion.window})\n"
         f"{datetime.date.today()}, {os.cpu_count()} x {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32\n"
     )
@@ -71,7 +69,7 @@ def held_out_text(name: str) -> str | None:
 
 def table(
     original: PreTrainedModel,
-    model: MosaForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: dict[str, str],
     num_windows: int = 8,

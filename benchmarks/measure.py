@@ -1,15 +1,16 @@
 """What the demo and the real-model tests measure: perplexity, cache bytes, decoding speed, and the rival."""
 
-import copy
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from mosa_hf import MosaForCausalLM, cache_bytes
+from mosa_hf import GroupPlan, cache_bytes, to_dense, trace_routing
 from mosa_hf.conversion import calibration_windows
-from mosa_hf.modeling.heads import MosaHeads
+from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from . import sources
 
@@ -50,16 +51,37 @@ def kv_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     return sum(cache_bytes(filled_cache(model, input_ids)).values())
 
 
-def formula_bytes(cache: DynamicCache, model: MosaForCausalLM) -> int:
-    """DESIGN section 4: 2 · dtype · (T · KV_dense · d + Σ groups (n_selected + window) · d), for a batch of one."""
-    head_dim, size = model.config.head_dim, model.dtype.itemsize
-    entries = 0
-    for layer, cached in zip(model.model.layers, cache.layers, strict=True):
-        config = model.config.per_layer_config[layer.self_attn.layer_idx]
-        entries += cached.get_seq_length() * config.num_key_value_heads
-        if layer.self_attn.mosa is not None:
-            entries += int(cached.sparse.kept.count.sum()) + config.num_mosa_key_value_heads * config.mosa_window
-    return 2 * size * entries * head_dim
+class Entries(NamedTuple):
+    """Tokens whose keys and values the groups of a model keep, summed over layers and groups."""
+
+    dense: int
+    sparse: int
+    sparse_groups: int
+
+
+def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
+    """
+    What a cache of `model` has to keep of `input_ids` [1, T] by definition (DESIGN section 4), counted from what the
+    routers select: of a sparse group the window, and the selected tokens before it.
+    """
+    with trace_routing(model) as selected:
+        filled_cache(model, input_ids)
+    length = input_ids.shape[1]
+    dense = sparse = num_sparse = 0
+    for layer, groups in enumerate(GroupPlan.of_config(model.config).layers):
+        kept = min(length, model.config.sliding_window) if model.config.is_sliding(layer) else length
+        dense += kept * groups.count(None)
+        for i, group in enumerate(group for group in groups if group is not None):
+            far = torch.cat(selected[layer], dim=1)[0, : max(length - group.window, 0), i]
+            sparse += min(length, group.window) + int(far.sum())
+            num_sparse += 1
+    return Entries(dense, sparse, num_sparse)
+
+
+def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
+    """DESIGN section 4, for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense + Σ groups (n_selected + window))."""
+    counted = entries(model, input_ids)
+    return 2 * model.dtype.itemsize * (counted.dense + counted.sparse) * model.config.head_dim
 
 
 @torch.inference_mode()
@@ -73,19 +95,22 @@ def decode_speed(model: PreTrainedModel, input_ids: torch.Tensor, num_tokens: in
     return num_tokens / (time.perf_counter() - start)
 
 
-def first_token_and_window(model: MosaForCausalLM, window: int) -> MosaForCausalLM:
+def first_token_and_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
     """The rival of selection: the same groups keep the first token and a longer window, and select nothing."""
-    rival = copy.deepcopy(model)
-    for module in rival.modules():
-        if isinstance(module, MosaHeads):
-            module.window = window
-            module.router.threshold.fill_(torch.inf)
+    plan = GroupPlan(
+        tuple(
+            tuple(group and replace(group, window=window) for group in groups)
+            for groups in GroupPlan.of_config(model.config).layers
+        )
+    )
+    base = to_dense(model)
+    rival = with_sparse_groups(base, type(model.config).from_base(base.config, mosa_plan=plan.to_list())).eval()
+    for router in rival.mosa_routers().values():
+        router.threshold.fill_(torch.inf)
     return rival
 
 
-def window_of_equal_bytes(model: MosaForCausalLM, input_ids: torch.Tensor) -> int:
+def window_of_equal_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     """The window with which `first_token_and_window` keeps as many entries as `model` after `input_ids` [1, T]."""
-    caches = [layer.sparse for layer in filled_cache(model, input_ids).layers if hasattr(layer, "sparse")]
-    kept = sum(int(cache.kept.count.sum()) for cache in caches)
-    groups = sum(cache.kept.count.numel() for cache in caches)
-    return round(kept / groups) - 1 + caches[0].window
+    counted = entries(model, input_ids)
+    return round(counted.sparse / counted.sparse_groups) - 1

@@ -9,33 +9,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mosa_hf.kernels.tensors import HeadWeights, rotate
+from mosa_hf.kernels.tensors import rotate
+from mosa_hf.modeling.heads import MosaHeads
 
 
 class PaperLayer(nn.Module):
     """
-    Expert choice and one query head a group, without biases. Computes the same function as `MosaHeads` with these
-    weights while that trains with `mosa_include_first=False`, from parameters of its own in the published layout.
-
-    Args:
-        weights: of the projections, copied.
-        router: `[G, D]`, copied.
-        sparsity: ρ.
-        min_tokens: least K.
+    Expert choice and one query head a group, without biases: the function of `heads` while these train, computed from
+    copies of their weights in the published layout.
 
     Raises:
         ValueError: for heads that the published code does not have.
     """
 
-    def __init__(self, weights: HeadWeights, router: torch.Tensor, sparsity: float, min_tokens: int = 2):
+    def __init__(self, heads: MosaHeads):
         super().__init__()
-        if weights.query.shape != weights.key.shape or weights.query_bias is not None:
+        router = heads.router
+        if heads.q_proj.shape != heads.k_proj.shape or heads.q_bias is not None or router.bias is not None:
             raise ValueError("The published layer has one query head a group and no biases.")
-        self.sparsity, self.min_tokens = sparsity, min_tokens
-        self.router = nn.Parameter(router.detach().clone())  # [G, D]
-        joint = torch.cat((weights.query, weights.key, weights.value), dim=1).detach()
-        self.input = nn.Parameter(joint.transpose(1, 2).contiguous())  # [G, D, 3 * d]
-        self.output = nn.Parameter(weights.output.detach().transpose(1, 2).contiguous())  # [G, d, D]
+        if router.include_first or router.training_routing != "expert_choice":
+            raise ValueError("The rival selects by expert choice alone: `mosa_include_first` has to be False.")
+        self.sparsity, self.min_tokens = router.sparsity[0], router.min_tokens
+        self.router = nn.Parameter(router.weight.detach().clone())  # [G, D]
+        self.input, self.output = (
+            nn.Parameter(weight.detach())
+            for weight in published_layout(heads.q_proj, heads.k_proj, heads.v_proj, heads.o_proj)
+        )
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """
@@ -63,15 +62,20 @@ class PaperLayer(nn.Module):
         heads = heads[:, :, 0] * gate[..., None]
 
         update = torch.einsum("bgkd,gdn->bgkn", heads, self.output).flatten(1, 2)  # [B, G * K, D]
-        return torch.zeros_like(hidden_states).scatter_add_(1, tokens, update)
+        place = index[..., None].expand(-1, -1, -1, hidden_size).flatten(1, 2)
+        return torch.zeros_like(hidden_states).scatter_add_(1, place, update)
 
     @staticmethod
-    def _rotate_slots(
-        states: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
+    def _rotate_slots(states: torch.Tensor, index: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Rotary embedding of `states` [B, G, K, d] at the positions `index` [B, G, K]."""
         place = index[..., None].expand(-1, -1, -1, cos.shape[-1])
-        cos, sin = (
-            angle[:, None].expand(-1, index.shape[1], -1, -1).gather(2, place) for angle in (cos, sin)
-        )
+        cos, sin = (angle[:, None].expand(-1, index.shape[1], -1, -1).gather(2, place) for angle in (cos, sin))
         return rotate(states, cos, sin)
+
+
+def published_layout(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (or gradients) `[G, d, D]`, three of them, and `[G, D, d]` as `[G, D, 3 * d]` and `[G, d, D]`."""
+    joint = torch.cat((query, key, value), dim=1).transpose(1, 2).contiguous()
+    return joint, output.transpose(1, 2).contiguous()

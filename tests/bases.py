@@ -1,4 +1,4 @@
-"""Tiny base models of several families, which tests convert."""
+"""Tiny base models of every family, each with the features on that set it apart, which tests convert."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -13,34 +13,91 @@ SHAPE = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
     "initializer_range": 0.3,  # large, so that what heads do shows in the logits
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-# Llama's names; others' names, and a layer with a sliding window; fused projections; experts tensor by tensor on disk.
+# The middle layer has a sliding window.
+LOCAL_LAYER = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 16}
+
+
+def rope(theta: float = 100.0, **fields) -> dict:
+    """Rotary embeddings whose base is small enough that all frequencies show within a few dozen tokens."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **fields}}
+
+
+# By family, what `SHAPE` lacks. A family without an entry is tested as its configuration is by default.
 FIELDS = {
-    "llama": {"head_dim": 8},
-    "gpt_neox": {"num_key_value_heads": None},
-    "gemma3_text": {
-        "head_dim": 8,
-        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
-        "sliding_window": 16,
+    "cohere2": {**LOCAL_LAYER, **rope(), "head_dim": 8, "logit_scale": 0.5, "attention_bias": True},
+    "gemma2": {
+        **LOCAL_LAYER,
+        **rope(),
+        "head_dim": 16,
+        "query_pre_attn_scalar": 4,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 20.0,
     },
-    "phi3": {},
-    "mixtral": {"num_local_experts": 4},
+    "gemma3_text": {
+        **LOCAL_LAYER,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+        },
+    },
+    "gpt_neox": {"num_key_value_heads": None, **rope(partial_rotary_factor=0.5)},
+    "gpt_oss": {**LOCAL_LAYER, **rope(), "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": {
+        **rope(),
+        "attention_multiplier": 0.7,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "llama": {
+        "head_dim": 8,
+        "attention_bias": True,
+        **rope(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    },
+    "mistral": {**rope(), "head_dim": 16, "sliding_window": None},
+    "mixtral": {**rope(), "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {**rope()},
+    "olmoe": {**rope(), "num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 1.0},
+    "phi3": {**rope(partial_rotary_factor=0.5)},
+    "qwen2": {**LOCAL_LAYER, **rope(), "use_sliding_window": True},
+    "qwen3": {**rope(), "head_dim": 16, "attention_bias": True},
+    "qwen3_moe": {
+        **rope(),
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [1],
+    },
+    "smollm3": {**rope(), "no_rope_layers": [1, 0, 1]},
+    "starcoder2": {**rope()},
 }
 
 
 def tiny_base(family: str = "llama", head: str | None = "ForCausalLM", seed: int = 0, **fields) -> PreTrainedModel:
-    """A base model with random weights, float32."""
-    shape = {name: value for name, value in {**SHAPE, **FIELDS[family], **fields}.items() if value is not None}
+    """A base model with random weights, biases, norms and sinks, float32."""
     row = FAMILIES[family]
     torch.manual_seed(seed)
-    model = (row.base_head_classes[head] if head else row.base_model_class)(row.base_config_class(**shape))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
+    model_class = row.base_head_classes[head] if head else row.base_model_class
+    model = model_class(row.base_config_class(**{**SHAPE, **FIELDS.get(family, {}), **fields}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # which start at 0 or 1, or nearly
+                parameter += 0.3 * torch.randn_like(parameter)
     return model.eval()
 
 

@@ -1,9 +1,12 @@
-"""What the tests share: tiny models, and the real one."""
+"""What the tests share: tiny models of both forms."""
 
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from dataclasses import dataclass, field  # noqa: E402
+from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -11,11 +14,12 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mosa_hf import MosaConfig, MosaForCausalLM  # noqa: E402
+from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel  # noqa: E402
+from mosa_hf.modeling.families import FAMILIES  # noqa: E402
 
 collect_ignore = ["upstream"]  # suites to inherit from: `test_upstream.py` does
 
-TINY = {
+SHAPE = {
     "vocab_size": 97,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -23,19 +27,12 @@ TINY = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "num_mosa_heads": 6,
-    "num_mosa_key_value_heads": 3,
-    "mosa_sparsity": 4,
     "initializer_range": 0.3,  # large, so that what heads do shows in the logits
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": None,
 }
-FORMS = {
-    "selected": {"mosa_query_tokens": "selected"},
-    "all": {"mosa_query_tokens": "all", "mosa_window": 5},
-    "all_no_window": {"mosa_query_tokens": "all", "mosa_window": 0},
-}
+TINY = {**SHAPE, "num_mosa_heads": 6, "num_mosa_key_value_heads": 3, "mosa_sparsity": 4}
 # A layer without MoSA heads, one without dense heads, one with both.
 MIXED_LAYERS = {
     "per_layer_config": {
@@ -43,17 +40,58 @@ MIXED_LAYERS = {
         1: {"num_attention_heads": 0, "num_key_value_heads": 0},
     }
 }
+# The same of sparse groups, with several windows: none, of a token, of more.
+PLAN = [
+    [None] * 3,
+    [{"window": 5, "sparsity": 4}, {"window": 1, "sparsity": 3}, {"window": 5, "sparsity": 4}],
+    [{"window": 0, "sparsity": 4}, None, {"window": 5, "sparsity": 3}],
+]
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to sparse attention: classes, and what makes a tiny model of them."""
+
+    config_class: type
+    model_class: type
+    causal_lm_class: type
+    classifier_class: type
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, **fields):
+        return self.config_class(**{**self.fields, **fields})
+
+    def model(self, seed: int = 0, **fields):
+        """A causal language model of random weights."""
+        torch.manual_seed(seed)
+        return self.causal_lm_class(self.config(**fields)).eval()
+
+
+def native_form(**fields) -> Form:
+    """The native model: dense heads and the paper's heads."""
+    classes = (MosaConfig, MosaModel, MosaForCausalLM, MosaForSequenceClassification)
+    return Form(*classes, {**TINY, **fields})
+
+
+def sparse_form(family: str = "llama", **fields) -> Form:
+    """A family with sparse groups."""
+    row = FAMILIES[family]
+    heads = (row.head_classes[name] for name in ("ForCausalLM", "ForSequenceClassification"))
+    shape = {**SHAPE, "num_attention_heads": 6, "num_key_value_heads": 3, "mosa_plan": PLAN}
+    return Form(row.config_class, row.model_class, *heads, {**shape, **fields})
+
+
+FORMS = {"native": native_form(**MIXED_LAYERS), "sparse": sparse_form()}
 
 
 @pytest.fixture(params=FORMS)
-def form(request) -> dict:
+def form(request) -> Form:
     return FORMS[request.param]
 
 
 def tiny_config(**fields) -> MosaConfig:
-    return MosaConfig(**{**TINY, **fields})
+    return native_form().config(**fields)
 
 
 def tiny_model(seed: int = 0, **fields) -> MosaForCausalLM:
-    torch.manual_seed(seed)
-    return MosaForCausalLM(tiny_config(**fields)).eval()
+    return native_form().model(seed, **fields)

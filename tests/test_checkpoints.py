@@ -17,6 +17,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.initialization import no_init_weights
 
 import mosa_hf
 from mosa_hf import (
@@ -32,8 +33,11 @@ from mosa_hf import (
 )
 from mosa_hf.modeling.group_plan import SparseGroup
 
-from .bases import FIELDS, byte_tokenizer, random_tokens, tiny_base
+from .bases import byte_tokenizer, random_tokens, tiny_base
 
+# Llama's names; others, one of which changes on disk; a layer with a sliding window; fused projections; experts, which
+# are tensor by tensor on disk.
+FAMILIES = ("llama", "gpt_neox", "gemma3_text", "phi3", "mixtral")
 CONVERSION = ConversionConfig(sparsity=4, window=8)
 TEXT = random_tokens(3, 48)
 PROMPT = random_tokens(2, 40, seed=1)
@@ -62,7 +66,7 @@ def routers(tmp_path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", FIELDS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_all_ways_give_the_same_logits(family, tied, dtype, tmp_path):
     model = tiny_base(family, tie_word_embeddings=tied).to(dtype)
     model.save_pretrained(tmp_path / "base", max_shard_size="20kB" if tied else "5GB")
@@ -130,13 +134,13 @@ def test_heads(head, tmp_path):
     if head:
         auto = AutoModelForSequenceClassification.from_pretrained(tmp_path / "converted")
         assert type(auto) is type(in_memory)
-    # Routers do not depend on the head.
-    assert (
-        torch.equal(
-            logits_of(load_routers(tiny_base(), tmp_path / "routers")),
-            logits_of(convert_model(tiny_base(), CONVERSION, TEXT)),
-        )
-        or head
+
+
+def test_routers_do_not_depend_on_the_head(tmp_path):
+    model = tiny_base()
+    save_routers(convert_model(model.model, CONVERSION, TEXT), tmp_path / "routers")
+    assert torch.equal(
+        logits_of(load_routers(model, tmp_path / "routers")), logits_of(convert_model(model, CONVERSION, TEXT))
     )
 
 
@@ -214,7 +218,7 @@ def test_routers_of_another_model(base, routers, tmp_path):
     convert_checkpoint(base, tmp_path / "converted", routers=routers)
     with pytest.raises(ValueError, match="'mosa_llama' model, but MosaLlamaForCausalLM needs a 'llama' model"):
         MosaLlamaForCausalLM.from_pretrained(tmp_path / "converted", routers=routers)
-    with pytest.raises(ValueError, match="converted model already: convert its base"):
+    with pytest.raises(ValueError, match="is a converted one already: convert its base"):
         convert_checkpoint(tmp_path / "converted", tmp_path / "again", routers=routers)
 
 
@@ -318,7 +322,7 @@ def test_killed_at_any_point(base, routers, tmp_path):
     before = {file.name: file.read_bytes() for file in base.iterdir()}
     num_events = converts_until(-1, base, tmp_path / "whole", routers=routers)
     whole = {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}
-    assert num_events > 20 and torch.equal(
+    assert num_events >= 10 and torch.equal(
         logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "whole")), expected
     )
     outcomes = set()
@@ -350,21 +354,28 @@ def test_an_interrupted_conversion_leaves_nothing(error, base, routers, tmp_path
 
 
 PEAK = """
-import resource, sys
+import re, sys
+from pathlib import Path
 import mosa_hf
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def kilobytes(name):
+    return int(re.search(name + r":\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
+before = kilobytes("VmRSS")
 mosa_hf.convert_checkpoint(sys.argv[1], sys.argv[2], routers=sys.argv[3])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((kilobytes("VmHWM") - before) / 1024)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_of_a_large_checkpoint(tmp_path):
     """4 GB in 8 shards, whose files are sparse: the tensors' numbers are holes that read as zeros."""
     shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
     config = LlamaConfig(
         vocab_size=32000, num_hidden_layers=32, **shape, dtype="bfloat16", architectures=["LlamaForCausalLM"]
     )
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = LlamaForCausalLM(config)
     config.save_pretrained(tmp_path / "base")
     shards = write_sparse_shards(tmp_path / "base", model, num_shards=8)
@@ -384,7 +395,7 @@ def test_memory_of_a_large_checkpoint(tmp_path):
         [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[1]
     )
     assert result.returncode == 0, result.stderr
-    assert float(result.stdout) < 300
+    assert 0 < float(result.stdout) < 300
     links = sorted((tmp_path / "converted").glob("model-base-*"))
     assert all(link.samefile(shard) for link, shard in zip(links, shards, strict=True))
     routers = load_file(tmp_path / "converted" / "mosa_routers.safetensors")

@@ -1,4 +1,4 @@
-"""Conversion of Llama checkpoints: lossless where nothing is selected, recorded, and refused where it cannot work."""
+"""Conversion in memory and by command: lossless where nothing is selected, recorded, refused where it cannot work."""
 
 import json
 import subprocess
@@ -8,113 +8,96 @@ from pathlib import Path
 import pytest
 import torch
 from mosa_hf.conversion_scripts import convert as command
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    PreTrainedTokenizerFast,
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForQuestionAnswering
+
+from mosa_hf import (
+    ConversionConfig,
+    GroupPlan,
+    MosaForCausalLM,
+    MosaLlamaForCausalLM,
+    convert_checkpoint,
+    convert_model,
+    load_routers,
+    trace_routing,
 )
+from mosa_hf.conversion import calibration_windows, convert_to_native
+from mosa_hf.modeling.group_plan import SparseGroup
 
-from mosa_hf import ConversionConfig, MosaForCausalLM, convert_checkpoint, convert_model, trace_routing
-from mosa_hf.conversion import calibration_windows, checkpoint
+from .bases import byte_tokenizer, random_tokens, tiny_base
 
-from .conftest import TINY
-
-FORMS = {"all": {"window": 5}, "selected": {"query_tokens": "selected", "window": 0}}
 TEXT = " ".join(f"the {i}th word of a text that is long enough;" for i in range(60))
-
-
-def tiny_llama(seed: int = 0, **fields) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    shape = {name: value for name, value in TINY.items() if "mosa" not in name}
-    shape |= {"vocab_size": 256, "num_attention_heads": 6, "num_key_value_heads": 3}
-    model = LlamaForCausalLM(LlamaConfig(**shape, **fields))
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
-    return model.eval()
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+FAMILIES = ("llama", "gpt_neox", "gemma3_text", "phi3", "mixtral")  # others: `test_families`
+SOME = ((0, 0), (0, 1), (2, 1))
 
 
 @pytest.fixture
 def source(tmp_path) -> Path:
     """A Llama checkpoint in several shards, with a tokenizer."""
     path = tmp_path / "source"
-    tiny_llama().save_pretrained(path, max_shard_size="60kB")
+    tiny_base().save_pretrained(path, max_shard_size="30kB")
     byte_tokenizer().save_pretrained(path)
     return path
 
 
-@pytest.mark.parametrize("fields", [{}, {"attention_bias": True}, {"tie_word_embeddings": True}], ids=str)
-@pytest.mark.parametrize("groups", [None, ((0, 0), (0, 1), (0, 2), (2, 1))], ids=["all_groups", "some_groups"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("groups", [None, SOME], ids=["all_groups", "some_groups"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_lossless_without_sparsity(form, groups, fields):
+def test_lossless_without_sparsity(family, groups):
     """ρ = 1: the converted model computes what the original computes, cached or not."""
-    model = tiny_llama(**fields)
-    converted = convert_model(model, ConversionConfig(sparsity=1, groups=groups, **FORMS[form]))
-    input_ids = torch.randint(256, (2, 40))
-    expected = model(input_ids).logits
-    assert (converted(input_ids).logits - expected).abs().max() < 1e-4
-    assert torch.equal(
-        converted.generate(input_ids, max_new_tokens=16, do_sample=False),
-        model.generate(input_ids, max_new_tokens=16, do_sample=False),
-    )
-    assert converted.num_parameters() >= model.num_parameters()
-    for parameter in converted.parameters():
-        parameter.add_(1.0)  # the two models share no memory
-    assert torch.equal(model(input_ids).logits, expected)
+    model = tiny_base(family)
+    converted = convert_model(model, ConversionConfig(sparsity=1, groups=groups, window=5))
+    input_ids = random_tokens(2, 40)
+    assert (converted(input_ids).logits - model(input_ids).logits).abs().max() < 1e-4
+    options = {"attention_mask": torch.ones_like(input_ids), "max_new_tokens": 16, "do_sample": False}
+    assert torch.equal(converted.generate(input_ids, **options), model.generate(input_ids, **options))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_conversion_ranks_fits_and_records(form):
-    model = tiny_llama()
-    calibration = torch.randint(256, (6, 64), generator=torch.Generator().manual_seed(0))
-    converted = convert_model(model, ConversionConfig(num_groups=5, sparsity=4, **FORMS[form]), calibration)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma3_text"])
+def test_conversion_ranks_fits_and_records(family):
+    model = tiny_base(family)
+    calibration = random_tokens(6, 64)
+    converted = convert_model(model, ConversionConfig(groups=3, sparsity=4, window=5), calibration)
     record = converted.config.mosa_conversion
     scores = {(i, j): score for i, layer in enumerate(record["scores"]) for j, score in enumerate(layer)}
-    assert len(record["groups"]) == 5 and record["calibration"] == {"windows": 6, "tokens": 64}
-    taken = [scores[tuple(pair)] for pair in record["groups"]]
-    left = [score for pair, score in scores.items() if list(pair) not in record["groups"]]
-    assert min(taken) >= max(left)
+    assert len(record["groups"]) == 3 and record["calibration"] == {"windows": 6, "tokens": 64}
+    taken = [scores.pop(tuple(pair)) for pair in record["groups"]]
+    left = [score for score in scores.values() if score is not None]
+    assert left and min(taken) >= max(left)
+    # Layers with a sliding window are no candidates.
+    none = [pair for pair, score in scores.items() if score is None]
+    assert none == ([(1, 0), (1, 1)] if family == "gemma3_text" else [])
     assert json.loads(converted.config.to_json_string())["mosa_conversion"] == record
-    for layer in range(3):
-        config = converted.config.per_layer_config[layer]
-        assert config.num_mosa_key_value_heads == sum(pair[0] == layer for pair in record["groups"])
-        assert config.num_mosa_key_value_heads + config.num_key_value_heads == 3
+    plan = GroupPlan.of_config(converted.config)
+    assert [list(pair) for pair in plan.sparse_pairs()] == record["groups"]
     with torch.no_grad(), trace_routing(converted) as selected:
         converted(calibration, use_cache=False)
-    for calls in selected.values():
-        assert 0.2 < calls[0].float().mean() < 0.35  # one in four, and the first tokens
+    rates = torch.cat([calls[0].float().mean((0, 1)) for calls in selected.values()])
+    assert len(rates) == 3 and ((0.2 < rates) & (rates < 0.35)).all()  # one in four, and the first tokens
 
-    # The routers pass a gradient when healing starts.
-    converted.train()(calibration, labels=calibration).loss.backward()
-    gradients = [p.grad for name, p in converted.named_parameters() if "router" in name]
-    assert gradients and all(gradient.abs().max() > 0 for gradient in gradients)
+
+def test_routers_are_frozen_until_healing():
+    """As converted, training leaves the routers alone; with a gate they get a gradient."""
+    model = tiny_base()
+    calibration = random_tokens(2, 64)
+    converted = convert_model(model, ConversionConfig(sparsity=4, window=5), calibration)
+    assert not any(p.requires_grad for name, p in converted.named_parameters() if "mosa_router" in name)
+    before = [router.threshold.clone() for router in converted.mosa_routers().values()]
+    converted.train()(calibration, labels=calibration, use_cache=False).loss.backward()
+    assert all(torch.equal(x, y.threshold) for x, y in zip(before, converted.mosa_routers().values(), strict=True))
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0  # the weights are the same
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"num_groups": 0}, "`num_groups` must be at least 1"),
-        ({"num_groups": 2, "groups": ((0, 0),)}, "exclude each other"),
+        ({"groups": 0}, "`groups` must be at least 1"),
         ({"groups": ((0, 0), (0, 0))}, "twice"),
-        ({"sparsity": 0.5}, "`sparsity` must be at least 1"),
-        ({"query_tokens": "some"}, "`query_tokens` must be"),
-        ({"query_tokens": "selected"}, "`window` must be 0 or more, and 0 for"),
-        ({"window": -1}, "`window` must be 0 or more"),
+        ({"groups": ((0, 0, 0),)}, "`groups` must be a number or"),
+        ({"sparsity": 0.5}, "`sparsity` must be a finite number of at least 1"),
+        ({"sparsity": float("nan")}, "`sparsity` must be a finite number of at least 1"),
+        ({"window": -1}, "`window` must be an integer of at least 0"),
+        ({"window": 8.0}, "`window` must be an integer of at least 0"),
+        ({"plan": GroupPlan(((None,),)), "groups": 3, "window": 3}, "leave out `window`, `groups`"),
     ],
 )
 def test_impossible_conversions(fields, message):
@@ -124,90 +107,109 @@ def test_impossible_conversions(fields, message):
 
 def test_models_that_cannot_be_converted():
     lossless = ConversionConfig(sparsity=1)
-    with pytest.raises(ValueError, match="'gpt2' cannot be converted; supported: .*llama"):
+    with pytest.raises(ValueError, match="'gpt2' cannot have sparse groups; supported: .*llama.*families.py"):
         convert_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), lossless)
-    with pytest.raises(ValueError, match="no language-modeling head.*AutoModelForCausalLM"):
-        convert_model(LlamaModel(tiny_llama().config), lossless)
     with pytest.raises(ValueError, match="`calibration` is needed to fit routers"):
-        convert_model(tiny_llama(), ConversionConfig())
-    with pytest.raises(ValueError, match="`num_groups=10`: the model has 3 x 3"):
-        convert_model(tiny_llama(), ConversionConfig(num_groups=10, sparsity=1))
+        convert_model(tiny_base(), ConversionConfig())
+    with pytest.raises(
+        ValueError, match="`groups=7`: the model has 6 key/value groups that can be sparse, 2 in each of 3"
+    ):
+        convert_model(tiny_base(), ConversionConfig(groups=7, sparsity=1))
     with pytest.raises(ValueError, match=r"`groups` names \[\(3, 0\)\]"):
-        convert_model(tiny_llama(), ConversionConfig(groups=((3, 0),), sparsity=1))
+        convert_model(tiny_base(), ConversionConfig(groups=((3, 0),), sparsity=1))
+    with pytest.raises(ValueError, match=r"`groups` names \[\(1, 0\)\].*layers \[1\] have a sliding window"):
+        convert_model(tiny_base("gemma3_text"), ConversionConfig(groups=((1, 0),), sparsity=1))
     with pytest.raises(ValueError, match="needed to rank groups"):
-        convert_model(tiny_llama(), ConversionConfig(num_groups=2, sparsity=1))
+        convert_model(tiny_base(), ConversionConfig(groups=2, sparsity=1))
+    with pytest.raises(ValueError, match="Every layer has a sliding window"):
+        convert_model(tiny_base("gemma3_text", layer_types=["sliding_attention"] * 3), lossless)
+    with pytest.raises(ValueError, match="leaves every group dense"):
+        convert_model(tiny_base(), ConversionConfig(plan=GroupPlan(((None, None),) * 3)))
+    with pytest.raises(ValueError, match="The plan has 1 layers, but the model has 3"):
+        convert_model(tiny_base(), ConversionConfig(plan=GroupPlan(((None, SparseGroup(8, 1)),))))
+    with pytest.raises(ValueError, match="layer 1 sparse, but its attention has a sliding window"):
+        convert_model(tiny_base("gemma3_text"), ConversionConfig(plan=GroupPlan.uniform(3, 2, SparseGroup(8, 1))))
+    converted = convert_model(tiny_base(), lossless)
+    with pytest.raises(ValueError, match="'mosa_llama' cannot have sparse groups"):
+        convert_model(converted, lossless)
+    assert isinstance(convert_model(LlamaForQuestionAnswering(tiny_base().config), lossless).config.mosa_window, int)
 
 
 def test_convert_a_directory(source, tmp_path):
     destination = tmp_path / "deep" / "converted"
-    convert_checkpoint(source, destination, ConversionConfig(num_groups=4, window=8), TEXT, 3, 64)
+    plan = convert_checkpoint(
+        source, destination, ConversionConfig(groups=4, window=8), TEXT, num_windows=3, window_length=64
+    )
     model, tokenizer = AutoModelForCausalLM.from_pretrained(destination), AutoTokenizer.from_pretrained(destination)
-    assert type(model) is MosaForCausalLM
+    assert type(model) is MosaLlamaForCausalLM
     assert model.config.mosa_conversion["source"] == "source"
+    assert plan == GroupPlan.of_config(model.config) and len(plan.sparse_pairs()) == 4
     assert tokenizer("hello")["input_ids"] == byte_tokenizer()("hello")["input_ids"]
     assert [path.name for path in destination.parent.iterdir()] == ["converted"]
     with pytest.raises(FileExistsError, match="exists: remove it"):
         convert_checkpoint(source, destination, ConversionConfig(sparsity=1))
+    with pytest.raises(ValueError, match="`routers` bring their own plan"):
+        convert_checkpoint(source, tmp_path / "other", ConversionConfig(), routers=tmp_path)
 
 
 def test_the_command(source, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
-    arguments = [source, tmp_path / "converted", "--calibration", text, "--groups=9", "--window=8", "--windows=2"]
-    subprocess.run(
-        [sys.executable, "conversion_scripts/convert.py", *arguments, "--window-length=64"],
+    calibration = ["--calibration", text, "--windows=2", "--window-length=64"]
+    result = subprocess.run(
+        [
+            *(sys.executable, "conversion_scripts/convert.py", source, tmp_path / "routers"),
+            *("--routers-only", "--groups=3", "--window=8", "--save-plan", tmp_path / "plan.json", *calibration),
+        ],
         check=True,
+        capture_output=True,
+        text=True,
         cwd=Path(__file__).parents[1],
     )
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "converted").config.mosa_window == 8
-    with pytest.raises(SystemExit, match="mosa-convert: .*exists: remove it"):
-        command.main([str(source), str(tmp_path / "converted")])
-    with pytest.raises(SystemExit, match="mosa-convert: .*does not exist"):
-        command.main([str(tmp_path / "nowhere"), str(tmp_path / "other")])
+    assert "3 of 6 groups sparse" in result.stdout and "from_pretrained(base, routers=...)" in result.stdout
+    assert "Fitting routers" in result.stderr  # progress
+    command.main([str(source), str(tmp_path / "converted"), "--routers", str(tmp_path / "routers")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    assert GroupPlan.of_config(model.config) == GroupPlan.load(tmp_path / "plan.json")
+    input_ids = random_tokens(1, 30)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, load_routers(tiny_base(), tmp_path / "routers")(input_ids).logits)
+    command.main(
+        [str(source), str(tmp_path / "planned"), "--plan", str(tmp_path / "plan.json"), *map(str, calibration)]
+    )
+    assert GroupPlan.of_config(AutoModelForCausalLM.from_pretrained(tmp_path / "planned").config) == GroupPlan.load(
+        tmp_path / "plan.json"
+    )
 
 
-def truncate(source: Path) -> None:
-    shard = sorted(source.glob("*.safetensors"))[-1]
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def remove_a_shard(source: Path) -> None:
-    sorted(source.glob("*.safetensors"))[-1].unlink()
-
-
-def change_a_shape(source: Path) -> None:
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
-
-
-def drop_a_tensor(source: Path) -> None:
-    for shard in source.glob("*.safetensors"):
-        tensors = load_file(shard)
-        if tensors.pop("model.norm.weight", None) is not None:
-            save_file(tensors, shard, metadata={"format": "pt"})
-
-
-DAMAGES = {
-    "truncated": (truncate, ValueError, "damaged or truncated.*download it again"),
-    "shard_missing": (remove_a_shard, FileNotFoundError, "lacks the weight file model-0000.*download it again"),
-    "shapes": (change_a_shape, ValueError, "has shape .*config.json asks for.*different models"),
-    "tensor_missing": (drop_a_tensor, ValueError, "lack model.norm.weight"),
-    "no_config": (lambda source: (source / "config.json").unlink(), FileNotFoundError, "no config.json"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_sources(damage, source, tmp_path):
-    inflict, error, message = DAMAGES[damage]
-    inflict(source)
-    with pytest.raises(error, match=message):
-        convert_checkpoint(source, tmp_path / "converted", ConversionConfig(sparsity=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["source", "source"], "exists: remove it"),
+        (["nowhere", "new"], "nowhere does not exist"),
+        (["source", "new"], "`calibration` is needed"),
+        (["source", "new", "--plan", "missing.json"], "missing.json"),
+        (["source", "new", "--plan", "broken.json"], "broken.json: Expecting"),
+        (["source", "new", "--routers", "source"], "source has no mosa_config.json"),
+        (["source", "new", "--routers", "source", "--window=3"], "`routers` bring their own plan"),
+        (["source", "new", "--calibration", "broken.json"], "has 1 tokens, fewer than one window of 1024"),
+    ],
+)
+def test_the_command_fails_in_one_line(arguments, message, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("broken.json").write_text("{")
+    with pytest.raises(SystemExit, match=f"^mosa-convert: .*{message}") as caught:
+        command.main(arguments)
+    assert "\n" not in str(caught.value) and not Path("new").exists()
 
 
 def test_short_calibration_text(source, tmp_path):
     with pytest.raises(ValueError, match="has 10 tokens, fewer than one window of 64.*`window_length`"):
-        convert_checkpoint(source, tmp_path / "converted", ConversionConfig(), "ten bytes.", 2, 64)
+        convert_checkpoint(source, tmp_path / "converted", ConversionConfig(), "ten bytes.", window_length=64)
+    for file in source.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="(?s)no tokenizer that can be loaded.*give the calibration as token ids"):
+        convert_checkpoint(source, tmp_path / "converted", ConversionConfig(), TEXT)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -219,27 +221,34 @@ def test_calibration_windows_spread_over_the_text():
     assert torch.equal(windows[2], everything[last * 100 : last * 100 + 100])
 
 
-@pytest.mark.parametrize("moment", ["save_pretrained", "convert_model"])
-def test_an_interrupted_conversion_leaves_nothing(moment, source, tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        if moment == "save_pretrained":  # halfway: some files are written
-            (Path(args[1]) / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("fields", [{}, {"attention_bias": True}, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize("groups", [None, ((0, 0), (0, 1), (2, 1))], ids=["all_groups", "some_groups"])
+@torch.no_grad()
+def test_native_without_sparsity(groups, fields):
+    """ρ = 1: the paper's heads compute what the Llama computes, on weights of their own."""
+    model = tiny_base(**fields)
+    native = convert_to_native(model, ConversionConfig(sparsity=1, groups=groups, window=0))
+    assert type(native) is MosaForCausalLM
+    input_ids = random_tokens(2, 40)
+    expected = model(input_ids).logits
+    assert (native(input_ids).logits - expected).abs().max() < 1e-4
+    for parameter in native.parameters():
+        parameter.add_(1.0)
+    assert torch.equal(model(input_ids).logits, expected)
 
-    owner = MosaForCausalLM if moment == "save_pretrained" else checkpoint
-    monkeypatch.setattr(owner, moment, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(source, tmp_path / "converted", ConversionConfig(sparsity=1))
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
-
-@pytest.mark.parametrize("damage", ["truncated", "shard_missing", "shapes"])
-def test_loading_a_damaged_mosa_checkpoint(damage, tmp_path):
-    converted = convert_model(tiny_llama(), ConversionConfig(sparsity=1, window=5))
-    converted.save_pretrained(tmp_path, max_shard_size="60kB")
-    DAMAGES[damage][0](tmp_path)
-    error, message = DAMAGES[damage][1:]
-    if damage == "shapes":  # upstream's own error, which comes with a report
-        error, message = RuntimeError, "mismatched"
-    with pytest.raises(error, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+def test_native_conversion_fits_routers():
+    calibration = random_tokens(6, 64)
+    native = convert_to_native(tiny_base(), ConversionConfig(groups=4, sparsity=4, window=0), calibration)
+    with torch.no_grad(), trace_routing(native) as selected:
+        native(calibration, use_cache=False)
+    assert sum(calls[0].shape[-1] for calls in selected.values()) == 4
+    for calls in selected.values():
+        assert 0.2 < calls[0].float().mean() < 0.35
+    native.train()(calibration, labels=calibration).loss.backward()  # healing can start
+    gradients = [p.grad for name, p in native.named_parameters() if "router.weight" in name]
+    assert gradients and all(gradient.abs().max() > 0 for gradient in gradients)
+    with pytest.raises(ValueError, match="weights of a LlamaForCausalLM, not of a Gemma3ForCausalLM"):
+        convert_to_native(tiny_base("gemma3_text"), ConversionConfig(sparsity=1, window=0))
+    with pytest.raises(ValueError, match="set `window=0`"):
+        convert_to_native(tiny_base(), ConversionConfig(sparsity=1))

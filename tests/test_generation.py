@@ -1,6 +1,7 @@
 """Every decoding mode of `generate` on sparse caches, growing or static, gives what it gives without any cache."""
 
 import copy
+from functools import lru_cache
 
 import pytest
 import torch
@@ -8,69 +9,111 @@ from transformers import DynamicCache, StaticCache, set_seed
 
 from mosa_hf import trace_routing
 
-from .conftest import tiny_model
+from .conftest import FORMS, tiny_model
+from .contract import random_ids
 
 NEW_TOKENS = 12
-MODES = {
+LENGTH = {"max_new_tokens": NEW_TOKENS}
+SEEDS = range(4)  # every second one with a cache budget
+DECODING = {
     "greedy": {"do_sample": False},
-    "sampling": {"do_sample": True},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
     "beams": {"do_sample": False, "num_beams": 3},
     "beam_sampling": {"do_sample": True, "num_beams": 3},
-    "several_sequences": {"do_sample": True, "num_return_sequences": 3},
-    "chunked_prefill": {"do_sample": False, "prefill_chunk_size": 3},
-    "prompt_lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
-    "assisted": {"do_sample": False, "assistant_model": None},
-    "static": {"do_sample": False, "cache_implementation": "static"},
-    "static_sampling": {"do_sample": True, "num_return_sequences": 2, "cache_implementation": "static"},
-    "static_beams": {"do_sample": False, "num_beams": 3, "cache_implementation": "static"},
-    "static_chunked_prefill": {"do_sample": False, "prefill_chunk_size": 3, "cache_implementation": "static"},
 }
-# How, not what, is generated.
-CACHE_ONLY = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model", "cache_implementation")
+STATIC = {"cache_implementation": "static"}
+# How the same is generated: the decoding, and what must not change its tokens.
+MODES = {
+    "greedy": ("greedy", {}),
+    "sampling": ("sampling", {}),
+    "beams": ("beams", {}),
+    "beam_sampling": ("beam_sampling", {}),
+    "chunked_prefill": ("greedy", {"prefill_chunk_size": 3}),
+    "static": ("greedy", STATIC),
+    "static_sampling": ("sampling", STATIC),
+    "static_beams": ("beams", STATIC),
+    "static_chunked_prefill": ("greedy", {"prefill_chunk_size": 3, **STATIC}),
+    "training": ("greedy", {}),
+}
+
+
+def model_of(name: str, seed: int, **fields):
+    return FORMS[name].model(seed, mosa_cache_budget=3 if seed % 2 else None, **fields)
+
+
+def prompts(seed: int) -> dict[str, torch.Tensor]:
+    """Rows of which two have padding on the left."""
+    mask = (torch.arange(11) >= torch.tensor([[0], [4], [10]])).long()
+    return {"input_ids": random_ids(3, 11, seed=seed), "attention_mask": mask}
+
+
+@lru_cache
+def uncached(name: str, seed: int, decoding: str) -> torch.Tensor:
+    """What to compare with; the modes share it."""
+    model, options = model_of(name, seed), DECODING[decoding] | LENGTH | {"use_cache": False}
+    set_seed(seed)
+    return model.generate(**prompts(seed), **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_cached_generation_equals_uncached(form, mode):
-    for seed in range(10):
-        budget = {"mosa_cache_budget": 3 if seed % 2 else None}
-        model = tiny_model(seed, **form, **budget)
-        input_ids = torch.randint(1, 97, (2, 11), generator=torch.Generator().manual_seed(seed))
-        mask = torch.ones_like(input_ids)
-        mask[0, :4] = 0
-        if mode in ("assisted", "prompt_lookup"):  # upstream's are for one row
-            input_ids, mask = input_ids[1:], mask[1:]
-        options = dict(MODES[mode])
-        if "assistant_model" in options:
-            options["assistant_model"] = tiny_model(seed + 100, **form, **budget)
-        plain = {name: value for name, value in options.items() if name not in CACHE_ONLY}
+@pytest.mark.parametrize("name", FORMS)
+def test_cached_generation_equals_uncached(name, mode):
+    decoding, options = MODES[mode]
+    for seed in SEEDS:
+        model = model_of(name, seed, mosa_routing="threshold").train(mode == "training")
+        thresholds = [x.clone() for x in model.buffers()]
         set_seed(seed)
-        cached = model.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, **options)
-        set_seed(seed)
-        uncached = model.generate(input_ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, use_cache=False, **plain)
-        assert torch.equal(cached, uncached), seed
+        tokens = model.generate(**prompts(seed), **DECODING[decoding], **options, **LENGTH)
+        assert torch.equal(tokens, uncached(name, seed, decoding)), seed
+        assert all(map(torch.equal, thresholds, model.buffers()))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_uncached_generation_equals_a_plain_loop(name):
+    model, batch = model_of(name, 0), prompts(0)
+    input_ids, mask = batch["input_ids"], batch["attention_mask"]
+    for _ in range(NEW_TOKENS):
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(input_ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        input_ids = torch.cat((input_ids, logits[:, -1:].argmax(-1)), dim=1)
+        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+    assert torch.equal(input_ids, uncached(name, 0, "greedy"))
+
+
+@pytest.mark.parametrize("assistant", ["prompt_lookup", "model"])
+@pytest.mark.parametrize("name", FORMS)
+def test_assisted_generation_equals_uncached(name, assistant):
+    """Upstream's is for one row: drafts are rejected, and cropped from the cache."""
+    for seed in SEEDS:
+        model, options = model_of(name, seed), {"prompt_lookup_num_tokens": 3}
+        if assistant == "model":
+            options = {"assistant_model": model_of(name, seed + 100)}
+        tokens = model.generate(prompts(seed)["input_ids"][1:2, 4:], **DECODING["greedy"], **options, **LENGTH)
+        assert torch.equal(tokens[0], uncached(name, seed, "greedy")[1, 4:]), seed
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
-def test_continuing_from_a_returned_cache(form, cache_implementation):
+@pytest.mark.parametrize("name", FORMS)
+def test_continuing_from_a_returned_cache(name, cache_implementation):
     """Several turns on one cache equal one long prompt."""
-    for seed in range(10):
-        options = {"max_new_tokens": 5, "do_sample": False}
-        model = tiny_model(seed, **form, mosa_cache_budget=3 if seed % 2 else None)
-        first, later = torch.randint(1, 97, (2, 16)).split((9, 7), dim=1)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    for seed in SEEDS:
+        model = model_of(name, seed)
+        first, later = random_ids(3, 16, seed=seed).split((9, 7), dim=1)
         cache = {"cache_implementation": cache_implementation, "max_cache_len": 32}
         turn = model.generate(first, **options, **cache, return_dict_in_generate=True)
         second = torch.cat((turn.sequences, later), dim=1)
-        options["attention_mask"] = torch.ones_like(second)  # or a generated pad token would be taken for padding
-        continued = model.generate(second, past_key_values=turn.past_key_values, **options)
-        assert torch.equal(continued, model.generate(second, use_cache=False, **options)), seed
+        mask = {"attention_mask": torch.ones_like(second)}  # or a generated pad token would be taken for padding
+        continued = model.generate(second, past_key_values=turn.past_key_values, **options, **mask)
+        assert torch.equal(continued, model.generate(second, use_cache=False, **options, **mask)), seed
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 @torch.no_grad()
 def test_a_step_reads_the_weights_of_active_groups_only(cache_class):
-    """Form "selected": what inactive groups' weights are makes no difference, were they not even numbers."""
-    model = tiny_model(mosa_query_tokens="selected", mosa_sparsity=3)
-    input_ids = torch.randint(1, 97, (1, 30), generator=torch.Generator().manual_seed(0))
+    """The paper's heads: what inactive groups' weights are makes no difference, were they not even numbers."""
+    model, input_ids = tiny_model(mosa_sparsity=3), random_ids(1, 30)
     cache = cache_class(config=model.config, **({} if cache_class is DynamicCache else {"max_cache_len": 32}))
     model(input_ids[:, :-1], past_key_values=cache)
     with trace_routing(model) as selected:
@@ -79,8 +122,7 @@ def test_a_step_reads_the_weights_of_active_groups_only(cache_class):
     for layer, (selection,) in zip(model.model.layers, selected.values(), strict=True):
         for group in (~selection[0, 0]).nonzero()[:, 0].tolist():
             num_inactive += 1
-            for weight in (layer.self_attn.mosa.q_proj, layer.self_attn.mosa.k_proj, layer.self_attn.mosa.v_proj):
-                weight[group] = torch.nan
-            layer.self_attn.mosa.o_proj[group] = torch.nan
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                getattr(layer.self_attn.mosa, name)[group] = torch.nan
     assert 0 < num_inactive < 9
     assert torch.equal(model(input_ids[:, -1:], past_key_values=cache).logits, expected)

@@ -1,223 +1,152 @@
-"""The fast paths against the specification: outputs and all gradients, on random shapes."""
+"""Attention of sparse groups, PyTorch against the specification: outputs and all gradients, on random shapes."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mosa_hf.kernels import backend, portable, reference, use_backend
-from mosa_hf.kernels.layout import NEVER, HeadWeights, KeyValues, RaggedKeyValues, Tokens
+from mosa_hf import use_backend
+from mosa_hf.kernels import backend
+from mosa_hf.kernels.sparse_attention import pytorch as sparse_attention
+from mosa_hf.kernels.sparse_decode import pytorch as sparse_decode
+from mosa_hf.kernels.tensors import KeyValues, Runs
 
-FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
-shapes = st.fixed_dictionaries(
-    {
-        "batch_size": st.integers(1, 3),
-        "num_tokens": st.integers(1, 70),
-        "num_groups": st.integers(1, 5),
-        "heads_per_group": st.integers(1, 3),
-        "sparsity": st.integers(1, 9),
-        "head_dim": st.sampled_from([2, 6, 16]),
-        "rotary_share": st.sampled_from([0.5, 1.0]),
-        "bias": st.booleans(),
-        "padded": st.booleans(),
-        "packed": st.booleans(),
-        "num_past": st.sampled_from([0, 0, 1, 13]),
-        "evicts": st.booleans(),
-        "seed": st.integers(0, 2**16),
-    }
+from .kernels_triton.common import random_runs, random_until
+
+FAST = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+OPTIONS = {
+    "scale": st.sampled_from([None, 0.3]),
+    "softcap": st.sampled_from([None, 2.0]),
+    "has_sinks": st.booleans(),
+}
+SHAPES = {
+    "batch_size": st.integers(1, 3),
+    "num_groups": st.integers(1, 4),
+    "heads_per_group": st.integers(1, 3),
+    "head_dim": st.sampled_from([2, 6, 16]),
+    "seed": st.integers(0, 2**16),
+}
+
+
+def normal(*size: int) -> torch.Tensor:
+    return torch.randn(*size, dtype=torch.float64).requires_grad_()
+
+
+def random_kept(batch_size: int, num_groups: int, most: int, head_dim: int) -> Runs | None:
+    """Runs of up to `most` entries, some empty."""
+    if not most:
+        return None
+    count = torch.randint(0, most + 1, (batch_size, num_groups))
+    return random_runs(count * (torch.rand(count.shape) < 0.8), head_dim, torch.float64)
+
+
+def check(name: str, arguments: tuple, options: dict, real: torch.Tensor | float = 1.0) -> None:
+    """One operation of both backends: the same output where `real` is not 0, and the same gradients from there."""
+    flat = [x for part in (*arguments, *options.values()) for x in (part if isinstance(part, tuple) else [part])]
+    inputs = [x for x in flat if isinstance(x, torch.Tensor) and x.requires_grad]
+    results, upstream = [], None
+    for which in ("reference", "torch"):
+        with use_backend(which):
+            output = getattr(backend(arguments[0]), name)(*arguments, **options) * real
+        upstream = torch.randn_like(output) if upstream is None else upstream
+        gradients = [None] * len(inputs)
+        if output.requires_grad:
+            gradients = torch.autograd.grad(output, inputs, upstream, allow_unused=True)
+        results.append([output, *(0 * x if grad is None else grad for x, grad in zip(inputs, gradients, strict=True))])
+    for i, (expected, actual) in enumerate(zip(*results, strict=True)):
+        scale = max(1.0, expected.nan_to_num().abs().max().item())
+        actual, expected = actual.nan_to_num(), expected.nan_to_num()  # of entries between runs: what is never read
+        assert (actual - expected).abs().max() < 1e-10 * scale, "output" if i == 0 else f"gradient {i - 1}"
+
+
+@settings(max_examples=120, **FAST)
+@given(
+    num_tokens=st.integers(1, 70) | st.just(1),
+    sparsity=st.integers(1, 9),
+    window=st.integers(0, 9),
+    padding=st.sampled_from(["none", "left", "packed"]),
+    num_kept=st.sampled_from([0, 0, 1, 13]),
+    evicts=st.booleans(),
+    biased=st.booleans(),
+    small_blocks=st.booleans(),
+    **SHAPES,
+    **OPTIONS,
 )
-HIDDEN_SIZE = 12
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, name: str) -> None:
-    """1e-5 relative to the tensor's own scale: sums over tokens grow with T."""
-    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
-    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5, msg=lambda m: f"{name}: {m}")
-
-
-def random_call(shape: dict, num_keys_before: int) -> Tokens:
-    """Random selections, gates, rotary angles and padding, as the routers would hand them over."""
-    batch_size, num_tokens, num_groups = shape["batch_size"], shape["num_tokens"], shape["num_groups"]
-    valid = segment = None
-    if shape["padded"]:
-        num_padding = torch.randint(0, num_tokens + 1, (batch_size, 1))
-        valid = torch.arange(num_tokens) >= num_padding
-        position = (valid.cumsum(1) - 1).clamp(min=0)
-    else:
-        position = torch.arange(num_tokens).expand(batch_size, -1)
-    if shape["packed"] and not num_keys_before and valid is None:
-        segment = torch.randint(0, 2, (batch_size, num_tokens)).cumsum(1) // 4
-    rotary_dim = max(2, int(shape["head_dim"] * shape["rotary_share"]) // 2 * 2)
-    angle = torch.rand(batch_size, num_tokens, rotary_dim)
-    selected = torch.rand(batch_size, num_tokens, num_groups) < 1 / shape["sparsity"]
-    if valid is not None:
-        selected = selected & valid[..., None]
-    gate = torch.rand(batch_size, num_tokens, num_groups, requires_grad=True)
-    position = position + num_keys_before
-    until = random_until(position[..., None].expand_as(selected)) if shape["evicts"] else None
-    score = torch.randn(selected.shape) if shape["evicts"] else None
-    return Tokens(position, valid, segment, angle.cos(), angle.sin(), selected, gate, score, until)
-
-
-def random_until(position: torch.Tensor) -> torch.Tensor:
-    """When a budget evicts the tokens of these positions: never, or any time from the token's own on."""
-    until = position + (torch.rand(position.shape) * 20).long()
-    return until.masked_fill(torch.rand(position.shape) < 0.3, NEVER)
-
-
-def random_kept(shape: dict, num_before: int) -> KeyValues | None:
-    """Cached selected tokens of positions below `num_before`, a different number for each row and group."""
-    if not num_before:
-        return None
-    size = (shape["batch_size"], shape["num_groups"], num_before)
-    filled = torch.arange(num_before) < torch.randint(0, num_before + 1, (*size[:2], 1))
-    position = torch.arange(num_before).expand(size)
-    key, value = (torch.randn(*size, shape["head_dim"], requires_grad=True) for _ in range(2))
-    until = random_until(position) if shape["evicts"] else None
-    return KeyValues(key, value, position, filled, None, until)
-
-
-def ragged(kept: KeyValues | None) -> RaggedKeyValues | None:
-    """The same entries as a cache holds them: runs with room between them."""
-    if kept is None or not kept.valid.any():
-        return None
-    count = kept.valid.sum(-1)
-    room = count + torch.randint(0, 4, count.shape)
-    start = room.flatten().cumsum(0).view_as(room) - room
-    where = (start[..., None] + kept.valid.cumsum(-1) - 1)[kept.valid]
-    size = int(room.sum())
-    key, value = (
-        states.new_zeros(size, states.shape[-1]).index_copy(0, where, states[kept.valid].detach())
-        for states in (kept.key, kept.value)
-    )
-    position = torch.zeros(size, dtype=torch.int32).index_copy(0, where, kept.position[kept.valid].to(torch.int32))
-    until = None
-    if kept.until is not None:
-        until = torch.full((size,), NEVER).index_copy(0, where, kept.until[kept.valid])
-    return RaggedKeyValues(key.requires_grad_(), value.requires_grad_(), position, start, count, until)
-
-
-def gradients(output: torch.Tensor, weight: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-    if not output.requires_grad:  # nothing was read
-        return [torch.zeros_like(x) for x in inputs]
-    grads = torch.autograd.grad((output * weight).sum(), inputs, allow_unused=True)
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True)]
-
-
-def all_form_call(shape: dict, window: int, biased: bool, fixed: bool = False):
-    """
-    Arguments of `all_attention`, and those of them that take gradients; with `fixed`, kept entries as a cache of fixed
-    size hands them over.
-    """
-    num_recent = min(shape["num_past"], max(window - 1, 0)) if not shape["padded"] else 0
-    num_kept = shape["num_past"] - num_recent
-    # Kept tokens have left the window of every query, if only behind recent ones.
-    tokens = random_call(shape, shape["num_past"] + (window if shape["padded"] else 0))
-    batch_size, num_tokens, groups, head_dim = (
-        shape[name] for name in ("batch_size", "num_tokens", "num_groups", "head_dim")
-    )
+def test_sparse_attention(
+    batch_size, num_groups, heads_per_group, head_dim, seed, num_tokens, sparsity, window, padding, num_kept, evicts,
+    biased, small_blocks, has_sinks, **options,
+):  # fmt: skip
+    torch.manual_seed(seed)
+    kept = None if padding == "packed" else random_kept(batch_size, num_groups, num_kept, head_dim)
+    # Before the call's own tokens, some that the window covers; kept ones have left the window of every query.
+    num_recent = int(torch.randint(0, max(window, 1), ())) if kept is not None else 0
     num_near = num_recent + num_tokens
-    position = torch.cat((torch.arange(num_kept, shape["num_past"]).expand(batch_size, -1), tokens.position), dim=1)
-    recent = torch.rand(batch_size, num_recent, groups) < 1 / shape["sparsity"]
+    valid, slot = None, torch.arange(num_near).expand(batch_size, -1)
+    position = slot if kept is None else slot + num_kept + window
+    if padding == "left":
+        num_empty = torch.randint(0, num_near + 1, (batch_size, 1))
+        valid, position = slot >= num_empty, (position - num_empty).clamp(min=0 if kept is None else window)
+    segment = torch.randint(0, 2, (batch_size, num_tokens)).cumsum(1) // 4 if padding == "packed" else None
+    size = (batch_size, num_groups, num_near)
+    position = position[:, None].expand(size)
     near = KeyValues(
-        *(torch.randn(batch_size, groups, num_near, head_dim, requires_grad=True) for _ in range(2)),
-        position[:, None].expand(-1, groups, -1),
-        None if tokens.valid is None else tokens.valid[:, None].expand(-1, groups, -1),
-        torch.cat((recent, tokens.selected), dim=1).transpose(1, 2),
+        normal(*size, head_dim),
+        normal(*size, head_dim),
+        position,
+        None if valid is None else valid[:, None].expand(size),
+        torch.rand(size) < 1 / sparsity,
+        random_until(position) if evicts else None,
     )
-    if shape["evicts"]:
-        near = near._replace(until=random_until(near.position))
-    kept = random_kept(shape, num_kept)
-    kept = kept if fixed else ragged(kept)
-    query = torch.randn(batch_size, groups, shape["heads_per_group"], num_tokens, head_dim, requires_grad=True)
-    bias = (-torch.rand(batch_size, groups, num_near)).requires_grad_() if biased else None
-    inputs = [query, near.key, near.value, *([bias] if biased else []), *([] if kept is None else kept[:2])]
-    return (query, near, kept, tokens, window, bias), inputs
-
-
-@FAST
-@given(shapes)
-def test_selected_heads(shape):
-    torch.manual_seed(shape["seed"])
-    groups, head_dim = shape["num_groups"], shape["head_dim"]
-    query_dim = shape["heads_per_group"] * head_dim
-    sizes = [(query_dim, HIDDEN_SIZE), (head_dim, HIDDEN_SIZE), (head_dim, HIDDEN_SIZE), (HIDDEN_SIZE, query_dim)]
-    sizes += [(query_dim,), (head_dim,), (head_dim,)] if shape["bias"] else []
-    # Divided by the root of the fan-in, as trained weights are: float32 rounding is measured against values near 1.
-    weights = HeadWeights(*((torch.randn(groups, *size) / size[-1] ** 0.5).requires_grad_() for size in sizes))
-    hidden_states = torch.randn(shape["batch_size"], shape["num_tokens"], HIDDEN_SIZE, requires_grad=True)
-    past = random_kept(shape, shape["num_past"])
-    tokens = random_call(shape, shape["num_past"])
-
-    expected, expected_new = reference.selected_heads(hidden_states, weights, tokens, past)
-    actual, actual_new = portable.selected_heads(hidden_states, weights, tokens, past)
-    close(actual, expected, "output")
-    stored = ("key", "value", "position", "until", "score") if shape["evicts"] else ("key", "value", "position")
-    for name in stored:  # what a cache would append, in its order
-        close(
-            getattr(actual_new, name)[actual_new.valid].double(),
-            getattr(expected_new, name)[expected_new.valid].double(),
-            name,
-        )
-    assert torch.equal(actual_new.valid.sum(-1), expected_new.valid.sum(-1))
-
-    inputs = [hidden_states, tokens.gate, *(w for w in weights if w is not None)]
-    inputs += [past.key, past.value] if past is not None else []
-    upstream = torch.randn_like(expected)
-    for i, pair in enumerate(
-        zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs), strict=True)
-    ):
-        close(*pair, f"gradient {i}")
-
-
-@FAST
-@given(shapes, st.integers(0, 9), st.booleans(), st.booleans())
-def test_all_attention(shape, window, biased, small_blocks):
-    check_all_attention(shape, window, biased, small_blocks)
-
-
-@FAST
-@given(shapes, st.integers(1, 16), st.sampled_from([0, 1, 64]))
-def test_all_attention_of_a_single_token(shape, window, decode_loop):
-    """With the loop over cached entries, and without."""
-    limit, portable.DECODE_LOOP = portable.DECODE_LOOP, decode_loop
+    if evicts and kept is not None:
+        kept = kept._replace(until=random_until(torch.full((len(kept.key),), num_kept + window)))
+    query = normal(batch_size, num_groups, heads_per_group, num_tokens, head_dim)
+    far_bias = -normal(*size).abs().detach().requires_grad_() if biased else None
+    options["sinks"] = normal(num_groups, heads_per_group) if has_sinks else None
+    real = 1.0 if valid is None else valid[:, None, None, num_recent:, None]
+    block, sparse_attention.QUERY_BLOCK = sparse_attention.QUERY_BLOCK, 16 if small_blocks else 64
     try:
-        check_all_attention({**shape, "num_tokens": 1, "num_past": 13}, window, biased=False, small_blocks=False)
+        arguments = (query, near, kept, position[:, 0, num_recent:], segment, window, far_bias)
+        check("sparse_attention", arguments, options, real)
     finally:
-        portable.DECODE_LOOP = limit
+        sparse_attention.QUERY_BLOCK = block
 
 
-def check_all_attention(shape, window, biased, small_blocks):
-    torch.manual_seed(shape["seed"])
-    (query, near, kept, tokens, window, bias), inputs = all_form_call(shape, window, biased)
-
-    block, portable.QUERY_BLOCK = portable.QUERY_BLOCK, 16 if small_blocks else portable.QUERY_BLOCK
+@settings(max_examples=80, **FAST)
+@given(count=st.sampled_from([0, 1, 40]), layout=st.sampled_from(["runs", "loop", "evenly"]), **SHAPES, **OPTIONS)
+def test_sparse_decode(
+    batch_size, num_groups, heads_per_group, head_dim, seed, count, layout, has_sinks, **options
+):  # fmt: skip
+    """Run by run, all at once, and of runs that lie evenly."""
+    torch.manual_seed(seed)
+    runs = random_kept(batch_size, num_groups, count, head_dim)
+    if runs is None:
+        runs = random_runs(torch.zeros(batch_size, num_groups, dtype=torch.int64), head_dim, torch.float64)
+    if layout == "evenly":  # with entries before and behind each, that nothing may read
+        stride, num_runs = count + 5, batch_size * num_groups
+        start = (torch.arange(num_runs) * stride + 2).view(batch_size, num_groups)
+        states = [normal(num_runs * stride + 1, head_dim) for _ in range(2)]
+        runs = Runs(*states, start, runs.count, max(count, 1), stride, offset=2)
+    query = normal(batch_size, num_groups, heads_per_group, head_dim)
+    options["sinks"] = normal(num_groups, heads_per_group) if has_sinks else None
+    loop, sparse_decode.LOOP = sparse_decode.LOOP, 99 if layout == "loop" else 0
     try:
-        actual = portable.all_attention(query, near, kept, tokens, window, bias)
+        check("sparse_decode", (query, runs), options)
     finally:
-        portable.QUERY_BLOCK = block
-    expected = reference.all_attention(query, near, kept, tokens, window, bias)
-    # What padding queries get is free.
-    real = torch.ones(()) if tokens.valid is None else tokens.valid[:, None, None, :, None]
-    close(actual * real, expected * real, "output")
-
-    upstream = torch.randn_like(expected) * real
-    for i, pair in enumerate(
-        zip(gradients(actual, upstream, inputs), gradients(expected, upstream, inputs), strict=True)
-    ):
-        close(*pair, f"gradient {i}")
+        sparse_decode.LOOP = loop
 
 
 def test_use_backend():
-    assert backend() is portable
-    with use_backend("reference"):
-        assert backend() is reference
-        with use_backend("torch"):
-            assert backend() is portable
-        assert backend() is reference
-    assert backend() is portable
+    states, names = torch.zeros(1), []
+    for name in ("reference", "torch"):
+        with use_backend(name):
+            names.append(backend(states).sparse_attention.__module__.rpartition(".")[2])
+            with use_backend("torch"):
+                assert backend(states).sparse_decode is sparse_decode.sparse_decode
+            assert backend(states).sparse_attention.__module__.endswith(names[-1])
+    assert names == ["reference", "pytorch"]
+    default = backend(states)
     with pytest.raises(ValueError, match="'cuda' is not available.*reference.*torch"), use_backend("cuda"):
         pass
     with pytest.raises(RuntimeError, match="inside"), use_backend("reference"):
         raise RuntimeError("inside")
-    assert backend() is portable
+    assert backend(states) is default

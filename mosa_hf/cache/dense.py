@@ -28,6 +28,9 @@ def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     `held` [B, H, S, d] (at first [0]) and then `new` [B, H, T, d]: in the memory of `held` if it has capacity behind
     its entries, else in new memory. Where nothing may change in place, a plain concatenation.
     """
+    if new.shape[1] == 0:  # no dense groups: the layer only counts tokens
+        num_held = held.shape[-2] if held.ndim == 4 else 0
+        return new.new_empty(new.shape[0], 0, num_held + new.shape[2], new.shape[3])
     if held.shape[-2:-1] == (0,):  # cropped to nothing: upstream does not reorder its rows
         held = held.flatten()
     is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()

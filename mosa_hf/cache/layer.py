@@ -28,6 +28,7 @@ class SparseSpec(NamedTuple):
     dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
     sets: tuple[GroupSet, ...]
     budget: int | None = None
+    has_dense: bool = True  # whether the layer has dense groups or heads
 
 
 class Routed(NamedTuple):
@@ -214,7 +215,7 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             ]
         else:
             growths = [Growing() for _ in spec.sets]
-            if isinstance(layer, BaseQuantizedLayer) and spec.dense == ():
+            if isinstance(layer, BaseQuantizedLayer) and not spec.has_dense:
                 layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
             if layer_class is DynamicLayer:
                 layer_class = PreallocatedDynamicLayer
@@ -247,7 +248,9 @@ def num_overflowed(cache: Cache) -> int:
 
 
 def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:
-    """`states` at `indices` of one axis; a view where those are consecutive."""
+    """`states` at the ascending `indices` of one axis; a view where those are consecutive."""
+    if len(indices) == states.shape[dim]:
+        return states
     if not indices or indices == tuple(range(indices[0], indices[0] + len(indices))):
         return states.narrow(dim, indices[0] if indices else 0, len(indices))
     return states.index_select(dim, torch.tensor(indices, device=states.device))

@@ -35,7 +35,7 @@ class SparseStore:
         self.memory = None
         self.key: torch.Tensor | None = None  # [N + 1, d]; the last entry is scrap, for writes that count for nothing
         self.value: torch.Tensor | None = None  # [N + 1, d]
-        self.position: torch.Tensor | None = None  # [N + 1] int32
+        self.position: torch.Tensor | None = None  # [N + 1] int32, of kept entries; only with a budget or no window
         self.selected: torch.Tensor | None = None  # [N + 1] bool; of kept entries True
         self.score: torch.Tensor | None = None  # [N + 1] bfloat16, only with a budget
         self.count: torch.Tensor | None = None  # [B, G] int64, entries of each run
@@ -105,6 +105,11 @@ class SparseStore:
                 self.masks.append(mask)
                 self.lengths.append(num_tokens)
         self.call = selected, score, valid
+
+    @property
+    def _is_uniform(self) -> bool:
+        """Whether all rows have the same number of tokens, `max_tokens`, as far as that is known on the host."""
+        return not self.growth.is_fixed and all(mask is None for mask in self.masks)
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> Runs | tuple[KeyValues, Runs | None]:
         """
@@ -182,36 +187,50 @@ class SparseStore:
     def _append_token(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add a token `[B, G, d]` to every row but those in which it is padding."""
         selected, score, valid = (None if x is None else x[..., 0] for x in self.call)
-        is_traced = torch.compiler.is_compiling()
         if self.free <= 0 and not self.growth.is_fixed:
             self._grow(self.count + 1)
-        scrap = self.key.shape[0] - 1
-        start, num_tokens = self.memory.start, self.num_stored
-        if self.window:
-            entry = start + (num_tokens % self.window)[:, None]  # [B, G], of the ring
-            is_full = (num_tokens >= self.window)[:, None]
-            leaving = self.selected[entry] & is_full
-            if valid is not None:
-                leaving, is_full = leaving & valid[:, None], is_full | ~valid[:, None]
-                entry = torch.where(valid[:, None], entry, scrap)
-            if is_traced or entry.device.type != "cpu" or bool(leaving.any()):
-                self._copy_entries(entry, torch.where(leaving, start + self.count, scrap))
-            self.count.add_(leaving | ~is_full)
-        else:
-            entry = torch.where(selected, start + self.count, scrap)
-            self.count.add_(selected)
-        entry = entry.flatten()
-        self.key.index_copy_(0, entry, key.detach().flatten(0, 1).to(self.key.dtype))
-        self.value.index_copy_(0, entry, value.detach().flatten(0, 1).to(self.value.dtype))
-        self.position.index_copy_(0, entry, num_tokens[:, None].expand_as(selected).flatten().int())
-        self.selected.index_copy_(0, entry, selected.flatten())
+        entry = self._entry_of_token(selected, valid).flatten()
+        new = {"key": key, "value": value, "selected": selected}
+        if self.position is not None:
+            new["position"] = self.num_stored[:, None].expand_as(selected)
+        if self.budget is not None:
+            new["score"] = score
+        for name, states in new.items():
+            own = getattr(self, name)
+            own.index_copy_(0, entry, states.detach().flatten(0, 1).to(own.dtype))
         self.num_stored.add_(1 if valid is None else valid)
         if not self.growth.is_fixed:
             self.free, self.max_count, self.max_tokens = self.free - 1, self.max_count + 1, self.max_tokens + 1
         if self.budget is not None:
-            self.score.index_copy_(0, entry, score.flatten().to(self.score.dtype))
             self.num_selected.add_(selected)
             self._evict_lowest()
+
+    def _entry_of_token(self, selected: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """The entry `[B, G]` for a new token. The token that leaves the window for it is kept if it is selected."""
+        start, scrap = self.memory.start, self.key.shape[0] - 1
+        if not self.window:
+            entry = torch.where(selected, start + self.count, scrap)
+            self.count.add_(selected)
+            return entry
+        if self._is_uniform:  # the same entry of every run, which the host knows
+            entry = start + self.max_tokens % self.window
+            if self.max_tokens < self.window:
+                self.count.add_(1)
+                return entry
+            leaving = self.selected[entry]
+        else:
+            entry = start + (self.num_stored % self.window)[:, None]
+            is_full = (self.num_stored >= self.window)[:, None]
+            leaving, appends = self.selected[entry] & is_full, ~is_full
+            if valid is not None:
+                leaving, appends = leaving & valid[:, None], appends & valid[:, None]
+                entry = torch.where(valid[:, None], entry, scrap)
+        if torch.compiler.is_compiling() or entry.device.type != "cpu" or bool(leaving.any()):
+            self._copy_entries(entry, torch.where(leaving, start + self.count, scrap))
+            self.count.add_(leaving)
+        if not self._is_uniform:
+            self.count.add_(appends)
+        return entry
 
     def _evict_lowest(self) -> None:
         """Where a run has one selected token more than the budget allows: evict the lowest score."""
@@ -327,14 +346,11 @@ class SparseStore:
 
     def _write(self, target: torch.Tensor, writes: torch.Tensor, states: KeyValues) -> None:
         """Write the slots `[B, G, S]` of `states` to the entries `target`, where `writes` is True."""
-        new = {"key": states.key, "value": states.value, "position": states.position, "selected": states.selected}
-        if self.budget is not None:
-            new["score"] = states.score
         for name, own in self._entries().items():
             if torch.compiler.is_compiling():  # no shape may depend on data: the rest goes to the scrap entry
-                index, rows = torch.where(writes, target, len(own) - 1), new[name]
+                index, rows = torch.where(writes, target, len(own) - 1), getattr(states, name)
             else:
-                index, rows = target[writes], new[name][writes]
+                index, rows = target[writes], getattr(states, name)[writes]
             rows = rows.to(own.dtype)
             if self.growth.is_fixed or may_change(own):
                 own.index_put_((index,), rows.detach())
@@ -368,7 +384,8 @@ class SparseStore:
         self.num_evicted = torch.zeros_like(self.count)
         self.num_selected = torch.zeros_like(self.count)
         self.key, self.value = key.new_zeros(0, key.shape[-1]), value.new_zeros(0, value.shape[-1])
-        self.position = self.count.new_zeros(0, dtype=torch.int32)
+        if self.budget is not None or not self.window:
+            self.position = self.count.new_zeros(0, dtype=torch.int32)
         self.selected = self.count.new_zeros(0, dtype=torch.bool)
         if self.budget is not None:
             self.score = key.new_zeros(0, dtype=torch.bfloat16)
@@ -505,12 +522,15 @@ class SparseStore:
     def _crop_runs(self, num_tokens: torch.Tensor) -> None:
         """Forget the tokens at or behind positions `num_tokens` [B], of runs with nothing pending."""
         entries, filled = self._runs().slots()
-        stays = filled & (self.position[entries] < num_tokens[:, None, None])
         if self.window:
-            # Behind a full ring only one token can go; its place stays, holding no selected token, for the next one.
-            stays = stays | (filled & (self.num_stored > self.window)[:, None, None])
-            gone = filled & (self.position[entries] >= num_tokens[:, None, None])
+            # The place of a token that goes from a full ring stays, holding no selected token, for the next one.
+            slot = torch.arange(entries.shape[-1], device=entries.device)
+            newest = self.num_stored[:, None, None] - 1
+            gone = filled & (slot < self.window) & (newest - (newest - slot) % self.window >= num_tokens[:, None, None])
             self._deselect(entries[gone])
+            stays = filled & (~gone | (self.num_stored >= self.window)[:, None, None])
+        else:
+            stays = filled & (self.position[entries] < num_tokens[:, None, None])
         self._lay_out_runs(entries, stays)
         self.num_stored = num_tokens
         if self.budget is not None:

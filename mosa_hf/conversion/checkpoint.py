@@ -11,12 +11,14 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GgufConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.families import Family, family_of
+from ..modeling.group_plan import GroupPlan
 from ..modeling.router_files import ROUTERS_NAME, load_routers, model_card, router_tensors, save_routers
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
 from ..whole_files import whole_directory
@@ -52,7 +54,7 @@ def convert_checkpoint(
     routers_only: bool = False,
     num_windows: int = 24,
     window_length: int = 1024,
-) -> None:
+) -> GroupPlan:
     """
     Convert a checkpoint on disk. The weight files are hard links of the source's (copies where the file system has
     none), byte for byte; beside them are the routers, an index, a config, and the source's tokenizer, if it has one.
@@ -68,6 +70,9 @@ def convert_checkpoint(
         routers: directory that `save_routers` wrote, in place of `conversion` and `calibration`.
         routers_only: write the routers alone, as `save_routers` does.
         num_windows, window_length: how much of a text is read: windows, and tokens of one.
+
+    Returns:
+        What each group has become.
 
     Raises:
         FileExistsError: if `destination` exists.
@@ -99,13 +104,14 @@ def convert_checkpoint(
         converted.config.mosa_conversion["source"] = source.name
     if routers_only:
         save_routers(converted, destination)
-        return
-    with whole_directory(destination) as unfinished:
-        if headers:
-            _write(converted, source, headers, unfinished)
-        else:
-            converted.save_pretrained(unfinished)
-            _tokenizer(source).save_pretrained(unfinished)
+    else:
+        with whole_directory(destination) as unfinished:
+            if headers:
+                _write(converted, source, headers, unfinished)
+            else:
+                converted.save_pretrained(unfinished)
+                _tokenizer(source).save_pretrained(unfinished)
+    return GroupPlan.of_config(converted.config)
 
 
 def calibration_windows(
@@ -142,11 +148,12 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise FileNotFoundError(f"{directory} has no {CONFIG_NAME}: it is not a model directory.")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if not isinstance(config, SparseGroupsConfig):
+            family_of(config.model_type)
     except Exception as error:  # whatever a damaged file makes Transformers raise
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be used: {error}") from error
     if isinstance(config, SparseGroupsConfig):
-        raise ValueError(f"{directory} is a converted model already: convert its base.")
-    family_of(config.model_type)
+        raise ValueError(f"{path}: a {config.model_type!r} model is a converted one already: convert its base.")
     return config
 
 
@@ -178,7 +185,7 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
             f"{min(layers, default=0)} to {max(layers, default=0)}."
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             model = model_class(config)
     except Exception as error:  # sizes that fit nothing, unknown activations, ...
         raise ValueError(f"{path} does not describe a model: {error}") from error

@@ -144,7 +144,7 @@ def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: Conver
         "mosa_gate_slope": 0.0,
     }
     config = config_class.from_base(model.config, **fields)
-    if tuple(map(config.groups_of_layer, range(config.num_hidden_layers))) != plan.layers:
+    if GroupPlan.of_config(config) != plan:
         config = config_class.from_base(model.config, **fields, mosa_plan=plan.to_list())
     return config
 

@@ -21,8 +21,8 @@ class HeadWeights(NamedTuple):
     query_bias: torch.Tensor | None = None  # [G, R * d]
     key_bias: torch.Tensor | None = None  # [G, d]
     value_bias: torch.Tensor | None = None  # [G, d]
-    # Optional: `Tokens.gate` is sigmoid(x · router + bias), so a kernel that gathers the selected tokens anyway may pass
-    # the gate's gradient on to these and to the selected tokens, instead of to `gate`. Float32 at least.
+    # If given, `Tokens.gate` is sigmoid(x · router + router_bias), and a kernel may pass its gradient on to these and
+    # to the selected tokens instead of to `gate`, which costs as much as the logits of all tokens.
     router: torch.Tensor | None = None  # [G, D]
     router_bias: torch.Tensor | None = None  # [G]
 

@@ -15,10 +15,12 @@ class ModelCall(NamedTuple):
 
     `thresholds`: layer index → the thresholds `[G]` that this call routes with in training, so that gradient
     checkpointing recomputes the same selection after the moving average went on.
+    `has_grad`: whether the call records gradients. Layers cannot tell: reentrant checkpointing runs them without.
     """
 
     layout: CallLayout
     thresholds: dict[int, torch.Tensor]
+    has_grad: bool
 
 
 class MosaCallMixin:
@@ -73,7 +75,7 @@ class MosaCallMixin:
             may_be_packed,
             past_length if is_static else None,
         )
-        return ModelCall(layout, {}), past_key_values, position_ids
+        return ModelCall(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
 
     def upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None = None) -> None:
         """Let a cache hold what MoSA heads select; `cache.upgrade_cache` says what it takes and raises."""
@@ -84,4 +86,5 @@ class MosaCallMixin:
                 for module in self.modules()
                 if hasattr(module, "cache_spec") and module.layer_idx < self.config.num_hidden_layers
             }
+            specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.sets}
             upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)

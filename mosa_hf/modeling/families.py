@@ -22,6 +22,7 @@ from .generation import MosaGenerationMixin
 from .sparse_groups import SparseGroupsMixin
 from .sparse_models import SparseModelMixin, SparsePreTrainedMixin
 
+CLASSES: dict[str, type] = {}  # every class that the rows below make, by name
 HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 # Model type, prefix of the classes' names, and where a name does not follow from those: its file, or the name itself.
@@ -73,7 +74,8 @@ class Family:
     def causal_lm_class(self) -> type[PreTrainedModel]:
         return self.head_classes["ForCausalLM"]
 
-    def _pairs(self) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
+    def pairs(self) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
+        """The base's model classes, each with the class with sparse groups."""
         heads = [(self.base_head_classes[name], self.head_classes[name]) for name in self.base_head_classes]
         return [(self.base_model_class, self.model_class), *heads]
 
@@ -82,12 +84,12 @@ class Family:
         Raises:
             ValueError: for a class that has no counterpart with sparse groups.
         """
-        for base, sparse in self._pairs():
+        for base, sparse in self.pairs():
             if base is base_class:
                 return sparse
         raise ValueError(
             f"{base_class.__name__} has no MoSA class; of family {self.name!r} these have: "
-            f"{', '.join(base.__name__ for base, _ in self._pairs())}."
+            f"{', '.join(base.__name__ for base, _ in self.pairs())}."
         )
 
     def base_class_of(self, sparse_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -95,7 +97,7 @@ class Family:
         Raises:
             ValueError: for a class that has no counterpart in the base family.
         """
-        for base, sparse in self._pairs():
+        for base, sparse in self.pairs():
             if sparse is sparse_class:
                 return base
         raise ValueError(f"{sparse_class.__name__} has no counterpart in Transformers' family {self.name!r}.")
@@ -104,7 +106,7 @@ class Family:
 def _class(name: str, bases: tuple[type, ...], **attributes) -> type:
     """A class of this module."""
     made = type(name, bases, {"__module__": __name__, "__qualname__": name, **attributes})
-    globals()[name] = made
+    CLASSES[name] = globals()[name] = made
     return made
 
 

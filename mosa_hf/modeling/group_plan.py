@@ -59,6 +59,11 @@ class GroupPlan:
         return cls(tuple(((None if layer in dense_layers else group),) * num_groups for layer in range(num_layers)))
 
     @classmethod
+    def of_config(cls, config: Any) -> "GroupPlan":
+        """The plan of a model with sparse groups."""
+        return cls(tuple(map(config.groups_of_layer, range(config.num_hidden_layers))))
+
+    @classmethod
     def load(cls, path: str | os.PathLike) -> "GroupPlan":
         """
         From a JSON file, `{"layers": [...]}`, see `from_list`.

@@ -40,8 +40,9 @@ class MosaHeads(nn.Module):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(self.num_groups, size)) if config.attention_bias else None
             )
+        self.has_dense_heads = config.num_attention_heads > 0
         # The layer's output bias belongs to the dense heads' `o_proj`, where there are any.
-        needs_output_bias = config.attention_bias and not config.num_attention_heads
+        needs_output_bias = config.attention_bias and not self.has_dense_heads
         self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if needs_output_bias else None
 
     def forward(
@@ -129,4 +130,5 @@ class MosaHeads(nn.Module):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
-        return SparseSpec(None, (GroupSet(tuple(range(self.num_groups)), 0, self.router.sparsity[0]),), self.budget)
+        groups = GroupSet(tuple(range(self.num_groups)), 0, self.router.sparsity[0])
+        return SparseSpec(None, (groups,), self.budget, self.has_dense_heads)

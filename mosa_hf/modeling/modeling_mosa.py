@@ -315,7 +315,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             valid = valid_tokens(attention_mask, logits.shape[1])
             valid = None if valid is None else valid.to(logits.device)
             target, _ = select_by_expert_choice(
-                logits.detach(), router.sparsity, router.min_tokens, valid, segment=segment
+                logits.detach(), router.sparsity[0], router.min_tokens, valid, segment=segment
             )
             weight = torch.ones_like(logits) if valid is None else valid[..., None].expand_as(logits).to(logits.dtype)
             loss = nn.functional.binary_cross_entropy_with_logits(

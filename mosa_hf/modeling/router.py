@@ -86,14 +86,9 @@ class MosaRouter(nn.Module):
         Returns:
             logits `[B, T, G]` and selected `[B, T, G]` bool.
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            bias = None if self.bias is None else self.bias.to(dtype)
-            logits = F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
-
-        layout = call.layout
-        valid, segment = (None if x is None else x.to(logits.device) for x in (layout.valid, layout.segment))
-        first = layout.first.to(logits.device) if self.include_first else None
+        logits = self._logits(hidden_states)
+        layout = call.layout.to(logits.device)
+        valid, segment, first = layout.valid, layout.segment, layout.first if self.include_first else None
         if all(sparsity == 1 for sparsity in self.sparsity):  # nothing to choose, whatever the thresholds are
             selected = torch.ones_like(logits, dtype=torch.bool)
             return logits, selected if valid is None else selected & valid[..., None]
@@ -108,6 +103,14 @@ class MosaRouter(nn.Module):
                 threshold = threshold.masked_fill(keeps_all, -torch.inf)
             selected = select_by_threshold(logits.detach(), threshold, valid, first)
         return logits, selected
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if torch.is_autocast_enabled(hidden_states.device.type):
+            with torch.autocast(hidden_states.device.type, enabled=False):
+                return self._logits(hidden_states)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
 
     def _choose(
         self,
@@ -149,6 +152,6 @@ class MosaRouter(nn.Module):
         prefill and a single step, must not decide which of the two is evicted.
         """
         score = logits.detach().bfloat16().float()
-        if self.include_first:
+        if self.include_first and layout.first is not None:
             score = score.masked_fill(layout.first.to(score.device)[..., None], torch.inf)
         return score

@@ -17,6 +17,7 @@ from ..safetensors_files import FLOATING, file_headers
 from ..whole_files import whole_directory
 from .configuration import SparseGroupsConfig
 from .families import family_of
+from .group_plan import GroupPlan
 from .router import MosaRouter
 from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 
@@ -69,7 +70,8 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
     }
     with whole_directory(Path(directory)) as unfinished:
         save_file(router_tensors(model), unfinished / ROUTERS_NAME, metadata={"format": "pt"})
-        code = f'model = mosa_hf.{type(model).__name__}.from_pretrained("{base_model}", routers="path of this folder")'
+        base = base_model or "the base model"
+        code = f'model = mosa_hf.{type(model).__name__}.from_pretrained("{base}", routers="path of this folder")'
         (unfinished / "README.md").write_text(model_card(config, base_model, "Routers", code), encoding="utf-8")
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
         (unfinished / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
@@ -160,14 +162,14 @@ def base_name(config: SparseGroupsConfig) -> str:
 
 def model_card(config: SparseGroupsConfig, base_model: str, what: str, code: str) -> str:
     """Text of a README.md whose front matter names the base model."""
-    groups = [config.groups_of_layer(layer) for layer in range(config.num_hidden_layers)]
+    plan = GroupPlan.of_config(config)
     name = Path(base_model).name
     return CARD.format(
         base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
         title=f"{what}: {name} with sparse attention" if name else what,
         what=what,
-        groups=sum(group is not None for layer in groups for group in layer),
-        all_groups=sum(map(len, groups)),
+        groups=len(plan.sparse_pairs()),
+        all_groups=sum(map(len, plan.layers)),
         code=code,
     )
 

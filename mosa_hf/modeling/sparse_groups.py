@@ -48,6 +48,10 @@ class LayerGroups(NamedTuple):
         columns = tuple(tuple(sparse.index(group) for group in each.groups) for each in sets)
         return cls(tuple(group for group, kind in enumerate(groups) if kind is None), sets, columns)
 
+    @property
+    def num_groups(self) -> int:
+        return len(self.dense) + sum(len(each.groups) for each in self.sets)
+
     def of_rank(self, rank: int, num_groups: int) -> "LayerGroups":
         """Those that one process of a tensor-parallel model holds, `num_groups` of them, counted from its first."""
         first = rank * num_groups
@@ -123,10 +127,12 @@ class SparseGroupsMixin:
         if mosa_call is None:
             raise ValueError(f"{type(self).__name__} runs within a MoSA model only: it lacks `mosa_call`.")
         past_key_values: Cache | None = kwargs.get("past_key_values", kwargs.get("layer_past"))
-        cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache = None
+        if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
+            cache = past_key_values.layers[self.layer_idx]
         self.mosa_router.check_cache(cache)
         layout = mosa_call.layout
-        logits, selected = self.mosa_router(hidden_states, mosa_call, follows=cache is None)
+        logits, selected = self.mosa_router(hidden_states, mosa_call, follows=past_key_values is None)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
         score = self.mosa_router.score(logits, layout) if needs_score else None
         gate = self._gate(logits, mosa_call)
@@ -139,25 +145,31 @@ class SparseGroupsMixin:
         if cache is not None:
             cache.begin(layout, routed)
         gates = [of_set(gate, own) for own in columns]
-        return super().forward(hidden_states, *args, mosa=LayerCall(layout, routed, gates, cache), **kwargs)
+        call = LayerCall(layout, routed, gates, cache)
+        output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
+        if gate is not None and not routed:  # the other processes wait for this one's part of the router's gradient
+            output = output + 0.0 * gate.sum()
+        return output, *others
 
     def _gate(self, logits: torch.Tensor, call: ModelCall) -> torch.Tensor | None:
         """
         The routers' gradient `[B, T, G]` (DESIGN section 6): a far key's score rises with its margin over the
         threshold. Hard selection has no gradient, and is what evaluation uses.
         """
-        if not (self.training and self.mosa_gate_slope and torch.is_grad_enabled()):
+        if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
         router = self.mosa_router
         threshold = call.thresholds.get(self.layer_idx, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold))
-        if router.include_first:  # selected in any case: it has no margin to speak of
+        if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin
             gate = gate.masked_fill(call.layout.first.to(gate.device)[..., None], 0.0)
         return gate
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of this layer."""
-        return SparseSpec(self.mosa_groups.dense, self.mosa_groups.sets, self.mosa_budget)
+        return SparseSpec(
+            self.mosa_groups.dense, self.mosa_groups.sets, self.mosa_budget, has_dense=bool(self.mosa_groups.dense)
+        )
 
 
 def mosa_attention_forward(
@@ -206,7 +218,7 @@ def mosa_attention_forward(
 
     groups = module.mosa_groups
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    num_groups = len(groups.dense) + sum(len(each.groups) for each in groups.sets)
+    num_groups = groups.num_groups
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
     outputs, order = [], []
@@ -246,7 +258,8 @@ def mosa_attention_forward(
         mosa.cache.evict()
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     if order != sorted(order):
-        output = take(output, tuple(sorted(range(num_groups), key=order.__getitem__)), dim=1)
+        back = sorted(range(num_groups), key=order.__getitem__)
+        output = output.index_select(1, torch.tensor(back, device=output.device))
     return output.flatten(1, 2).transpose(1, 2), None
 
 

@@ -12,10 +12,12 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..safetensors_files import tensor_shapes
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
+from .parallel import sparse_groups_plan
 from .router import MosaRouter
 from .sparse_groups import SparseGroupsMixin
 
@@ -46,10 +48,15 @@ class SparsePreTrainedMixin:
         if routers is not None:
             from .router_files import load_with_routers
 
-            return load_with_routers(cls, pretrained_model_name_or_path, routers, *model_args, **kwargs)
+            return load_with_routers(cls, pretrained_model_name_or_path, routers, **kwargs)
         if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
             tensor_shapes(Path(pretrained_model_name_or_path))
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Upstream looks for experts in the source of the class's own file.
+        return cls.family.base_model_class._can_set_experts_implementation()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -64,6 +71,10 @@ class SparsePreTrainedMixin:
 
 class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
     """Before a family's base model."""
+
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        self._tp_plan.update(sparse_groups_plan(self, self._tp_plan))
 
     @merge_with_config_defaults
     def forward(
@@ -188,6 +199,8 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
     module.__class__ = module_class
     if "_old_forward" in module.__dict__:
         module._old_forward = MethodType(module_class.forward, module)
+    if isinstance(module, PreTrainedModel):  # as its construction does; else `output_hidden_states` gives none
+        _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
 
 
 def _execution_device(attention: nn.Module) -> torch.device | str | int:

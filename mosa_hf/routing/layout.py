@@ -16,7 +16,7 @@ class CallLayout:
         position: `[B, T]` int64, the number of real tokens before a token in its row, cached ones included.
         valid: `[B, T]` bool, False on padding; None without padding.
         segment: `[B, T]` int64, packed sequences; None for one sequence a row.
-        first: `[B, T]` bool, the first token of each sequence.
+        first: `[B, T]` bool, the first token of each sequence; None if it is known that none is among these.
         order, inverse: `[B, T]` int64, the permutation that moves a row's padding to its left, and back. None where
             padding already is on the left.
     """
@@ -24,7 +24,7 @@ class CallLayout:
     position: torch.Tensor
     valid: torch.Tensor | None
     segment: torch.Tensor | None
-    first: torch.Tensor
+    first: torch.Tensor | None
     order: torch.Tensor | None
     inverse: torch.Tensor | None
 
@@ -75,6 +75,8 @@ class CallLayout:
             first = first & (num_cached_tokens == 0)
         if valid is not None:
             first = first & valid
+        if num_tokens == 1 and first.device.type == "cpu" and not torch.compiler.is_compiling() and not first.any():
+            first = None  # nothing for every layer's router to look at
         return cls(position, valid, segment, first, order, inverse)
 
 

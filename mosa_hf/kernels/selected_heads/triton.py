@@ -45,9 +45,11 @@ def selected_heads(
     filled = slot < count[..., None]  # [B, G, K]
     position = gather(tokens.position)  # [B, G, K]
     new = KeyValues(key, value, position, filled, None, gather(tokens.until), gather(tokens.score))
-    if num_tokens == 1 and past is not None and past.until is None and not torch.is_grad_enabled():
+    has_limits = None if past is None else past.until is not None
+    if num_tokens == 1 and has_limits == (tokens.until is not None) and not torch.is_grad_enabled():
         read = past._replace(count=torch.where(filled[..., 0], past.count, 0))
-        heads = decode_runs(query[..., 0, :], read, key[:, :, 0], value[:, :, 0])[..., None, :]
+        limits = (position[..., 0], new.until[..., 0]) if has_limits else None
+        heads = decode_runs(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
     else:
         start = None
         if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one

@@ -43,20 +43,21 @@ def _run_by_run(
     num_groups = query.shape[1]
     is_fused = softcap is None and sinks is None
     heads = []
-    queries = query.flatten(0, 1)  # [B * G, R, d]
+    queries = query.flatten(0, 1)[:, None]  # [B * G, 1, R, d]: the R heads as rows of one query matrix
+    keys, values = runs.key[None, None], runs.value[None, None]  # [1, 1, N, d]
     places = zip(runs.start.flatten().tolist(), runs.count.flatten().tolist(), strict=True)
     for i, (start, count) in enumerate(places):
+        one = queries.narrow(0, i, 1)
         if count == 0:
-            heads.append(torch.zeros_like(queries[i]))
+            heads.append(torch.zeros_like(one))
             continue
-        key, value = runs.key[start : start + count], runs.value[start : start + count]  # [S, d]
+        key, value = keys.narrow(2, start, count), values.narrow(2, start, count)
         if is_fused:
-            # The R heads as rows of one query matrix.
-            heads.append(F.scaled_dot_product_attention(queries[None, i], key[None], value[None], scale=scale)[0])
+            heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale))
         else:
-            scores = scaled(queries[i, :, None], key, scale, softcap)[:, 0]  # [R, S]
-            heads.append(_softmax(scores, None if sinks is None else sinks[i % num_groups]) @ value)
-    return torch.stack(heads).view(query.shape)
+            scores = scaled(one[:, :, :, None], key, scale, softcap)[..., 0, :]  # [1, 1, R, S]
+            heads.append(_softmax(scores, None if sinks is None else sinks[i % num_groups, None, None]) @ value)
+    return torch.cat(heads).view(query.shape)
 
 
 def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:

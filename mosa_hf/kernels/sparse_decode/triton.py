@@ -40,25 +40,27 @@ def sparse_decode(
     """Same function as `reference.sparse_decode`, for d <= 256; where gradients are wanted, that of `pytorch`."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, runs.key, runs.value)):
         return pytorch.sparse_decode(query, runs, scale, softcap, sinks)
-    return decode_runs(query, runs, None, None, scale, softcap, sinks)
+    return decode_runs(query, runs, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def decode_runs(
     query: torch.Tensor,
     runs: Runs,
-    last_key: torch.Tensor | None = None,
-    last_value: torch.Tensor | None = None,
+    last: tuple[torch.Tensor, torch.Tensor] | None = None,
+    limits: tuple[torch.Tensor, torch.Tensor] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    `reference.sparse_decode`, not differentiable, of runs that have one more entry elsewhere.
+    `reference.sparse_decode`, not differentiable, of runs that may have one more entry elsewhere, and limits.
 
     Args:
         query: `[B, G, R, d]`.
-        runs: without `until`.
-        last_key, last_value: `[B, G, d]`, the entry that follows each run, also an empty one; None: none.
+        runs: what each row and group reads.
+        last: key and value `[B, G, d]` that each run is read with, also an empty one; None: none.
+        limits: `[B, G]` int64 each, given with `runs.until` and `last`: the query's position, and the `until` of
+            `last` (see `KeyValues`).
         scale, softcap, sinks: as in `reference.sparse_attention`.
 
     Returns:
@@ -77,8 +79,8 @@ def decode_runs(
         runs.start.contiguous(),
         runs.count.contiguous(),
         runs.max_count,
-        None if last_key is None else last_key.to(dtype).contiguous(),
-        None if last_value is None else last_value.to(dtype).contiguous(),
+        *((None, None) if last is None else (states.to(dtype).contiguous() for states in last)),
+        *((None,) * 3 if limits is None else (x.contiguous() for x in (runs.until, *limits))),
         head_dim**-0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
         None if sinks is None else sinks.float().contiguous(),
@@ -92,6 +94,8 @@ def decode_attend(
     key, value,  # [N, d]
     start, count,  # [B, G]
     last_key, last_value,  # [B, G, d]
+    until,  # [N]
+    position, last_until,  # [B, G]
     sinks,  # [G, R]
     output,  # [B, G, splits, R, d], of each split by itself; not written where one reads nothing
     lse,  # [B, G, splits, R], base 2; -inf where a split reads nothing. None: there is one split
@@ -125,21 +129,27 @@ def decode_attend(
             k_last = tl.load(last_key + last, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
             v_last = tl.load(last_value + last, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
             score = scaled_scores(tl.sum(q.to(tl.float32) * k_last[None, :], 1), SCALE, SOFTCAP)[0]  # [M]
-            score = tl.where(is_first, score, float("-inf"))
+            is_read = is_first
+            if until is not None:
+                is_read = is_read & (tl.load(position + group) < tl.load(last_until + group))
+            score = tl.where(is_read, score, float("-inf"))
             new_max = tl.maximum(row_max, score)
             weight = tl.exp2(score - new_max)
             row_sum = row_sum * tl.exp2(row_max - new_max) + weight
             weighted = weight[:, None] * v_last[None, :]
             row_max = new_max
-        run = tl.load(start + group).to(tl.int64) * HEAD_DIM
+        run = tl.load(start + group).to(tl.int64)
         for block in range(begin, stop, BLOCK_SLOTS):
             slot = block + tl.arange(0, BLOCK_SLOTS)
             filled = slot < stop
-            k = load_rows(key + run, slot, filled, HEAD_DIM, BLOCK_DIM)  # [N, d]
+            k = load_rows(key + run * HEAD_DIM, slot, filled, HEAD_DIM, BLOCK_DIM)  # [N, d]
             scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
-            scores = tl.where(filled[None, :], scores, float("-inf"))
+            reads = filled
+            if until is not None:
+                reads = reads & (tl.load(position + group) < tl.load(until + run + slot, mask=filled, other=0))
+            scores = tl.where(reads[None, :], scores, float("-inf"))
             row_max, row_sum, weighted = add_to_softmax(
-                scores, value + run, slot, filled, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
+                scores, value + run * HEAD_DIM, slot, filled, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
             )
         row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # nothing read: zeros
         weighted = weighted / row_sum[:, None]
@@ -183,6 +193,9 @@ def _decode(
     max_count: int,
     last_key: torch.Tensor | None,
     last_value: torch.Tensor | None,
+    until: torch.Tensor | None,
+    position: torch.Tensor | None,
+    last_until: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -204,9 +217,9 @@ def _decode(
     sizes = {"HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
     with torch.cuda.device_of(query):
         decode_attend[(num_runs, num_splits, row_blocks)](
-            query, key, value, start, count, last_key, last_value, sinks, split_output, lse, num_groups,
-            SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=BLOCK_SLOTS, **sizes,
-            num_warps=4, num_stages=NUM_STAGES,
+            query, key, value, start, count, last_key, last_value, until, position, last_until, sinks,
+            split_output, lse, num_groups, SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=BLOCK_SLOTS,
+            **sizes, num_warps=4, num_stages=NUM_STAGES,
         )  # fmt: skip
         if num_splits > 1:
             decode_combine[(num_runs, num_heads)](split_output, lse, output, NUM_SPLITS=num_splits, **sizes)
@@ -220,12 +233,16 @@ def _(query, *others):
 
 def production_builds() -> list[KernelBuild]:
     """bfloat16, in splits: sparse groups, also of many heads with softcap and sinks; and the paper's heads."""
-    types = {"*bf16": "query key value last_key last_value", "*fp32": "sinks output lse", "*i64": "start count"}
+    types = {
+        "*bf16": "query key value last_key last_value",
+        "*fp32": "sinks output lse",
+        "*i64": "start count until position last_until",
+    }
     types = {name: kind for kind, names in types.items() for name in names.split()} | {"num_groups": "i32"}
-    none = dict.fromkeys(("sinks", "last_key", "last_value", "SOFTCAP"))
+    run_only = dict.fromkeys(("last_key", "last_value", "until", "position", "last_until"))
     forms = (
-        ("sparse", 4, none),
-        ("sparse softcap sinks", MAX_ROWS, {"last_key": None, "last_value": None, "SOFTCAP": 50.0}),
+        ("sparse", 4, {"sinks": None, "SOFTCAP": None, **run_only}),
+        ("sparse softcap sinks", MAX_ROWS, {"SOFTCAP": 50.0, **run_only}),
         ("paper", 1, {"sinks": None, "SOFTCAP": None}),
     )
     builds = []

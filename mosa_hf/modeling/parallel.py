@@ -1,0 +1,51 @@
+"""Tensor parallelism: every process holds its share of a layer's key/value groups (DESIGN section 5)."""
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
+from transformers.distributed.tensor_parallel import TensorParallelLayer, get_kv_heads_per_rank
+
+from .sparse_groups import SparseGroupsMixin
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class SparseGroupsParallel(TensorParallelLayer):
+    """
+    Style of an attention module whose projections are column-parallel. The router is the same in all processes, which
+    take from its logits what concerns their groups; so each has its part of their gradient.
+    """
+
+    def install_forward(self, module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
+        """
+        Raises:
+            ValueError: if the processes cannot have the same number of groups.
+        """
+        from transformers.distributed.parallel_utils import _AllReduceBackward  # builds without `distributed` lack it
+
+        if not isinstance(module, SparseGroupsMixin):  # a layer without sparse groups
+            return module
+        num_groups, size = module.mosa_groups.num_groups, mesh.size()
+        if num_groups % size:
+            raise ValueError(f"{size} processes cannot share {num_groups} key/value groups evenly.")
+        module.mosa_groups = module.mosa_groups.of_rank(mesh.get_local_rank(), num_groups // size)
+        group = mesh.get_group()
+        module.mosa_router.register_forward_hook(
+            lambda router, args, output: (_AllReduceBackward.apply(output[0], group), output[1])
+        )
+        return module
+
+
+def sparse_groups_plan(decoder: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """What sparse groups add to the tensor-parallel plan of a decoder: nothing if it splits no attention heads."""
+    if get_kv_heads_per_rank(plan, 2, 2) == 2:
+        return {}
+    names = [name for name, module in decoder.named_modules() if isinstance(module, SparseGroupsMixin)]
+    return dict.fromkeys(map(replace_layer_number_by_wildcard, names), "sparse_groups")
+
+
+def register_style() -> None:
+    """Make the style known to Transformers."""
+    ALL_PARALLEL_STYLES.register("sparse_groups", SparseGroupsParallel())

@@ -1,0 +1,22 @@
+"""Every test here starts from the same random numbers, on the GPU if there is one."""
+
+import importlib
+
+import pytest
+import torch
+
+from .common import DEVICE
+
+
+@pytest.fixture(autouse=True)
+def on_device(monkeypatch):
+    torch.manual_seed(0)
+    if DEVICE == "cpu":  # interpreted, a small tile takes as long as a large one
+        prefix = importlib.import_module("mosa_hf.kernels.prefix_attention.triton")
+        monkeypatch.setattr(prefix, "FLOAT32", dict.fromkeys((64, 128, 256), prefix.Tile(32, 32, 4, 2)))
+        tiles = importlib.import_module("mosa_hf.kernels.triton_slots").tiles
+        for name in ("gather_project", "project_scatter"):
+            module = importlib.import_module(f"mosa_hf.kernels.{name}.triton")
+            monkeypatch.setattr(module, "tiles", lambda head_dim, dtype: tiles(head_dim, torch.float16))
+    with torch.device(DEVICE):
+        yield
