@@ -64,11 +64,14 @@ def _register_model(
     AutoConfig.register(name, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
     modeling_auto.MODEL_MAPPING_NAMES[name] = model_class.__name__
+    remote = {"AutoConfig": config_class, "AutoModel": model_class}
     for head in HEADS:
         if head in head_classes:
             auto_class, names = AUTO[head]
             auto_class.register(config_class, head_classes[head], exist_ok=True)
             names[name] = head_classes[head].__name__
+            remote[auto_class.__name__] = head_classes[head]
+    config_class.remote_classes = {auto: each.__name__ for auto, each in remote.items()}
     for each in (config_class, model_class, *head_classes.values()):  # tools look classes up as transformers.<name>
         setattr(transformers, each.__name__, each)
     if like in TOKENIZER_MAPPING_NAMES:

@@ -276,13 +276,42 @@ def test_saving_over_a_converted_folder_spares_the_base(base, routers, tmp_path)
         assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "converted")), expected)
 
 
-def test_a_converted_folder_without_the_package(base, routers, tmp_path):
-    """Where mosa_hf was not imported, an error names the model type; nothing loads as a dense model."""
-    convert_checkpoint(base, tmp_path / "converted", routers=routers)
-    code = "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / "converted"], capture_output=True, text=True)
-    assert result.returncode != 0 and "mosa_llama" in result.stderr.splitlines()[-1] + result.stderr
-    assert "pip install mosa-hf" in (tmp_path / "converted" / "README.md").read_text()
+LOAD = """
+import sys
+
+class Hidden:
+    def find_spec(name, path=None, target=None):
+        if name == "mosa_hf":
+            raise ImportError("No module named 'mosa_hf'")
+
+if sys.argv[2] == "without":
+    sys.meta_path.insert(0, Hidden)
+import transformers
+options = {} if sys.argv[3] == "untrusted" else {"trust_remote_code": True}
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
+model.save_pretrained(sys.argv[1] + "-again")
+print(type(model).__name__)
+"""
+
+
+def test_a_converted_folder_without_importing_the_package(base, routers, tmp_path):
+    """It loads with `trust_remote_code=True`, also when saved again; else an error says so, or what to install."""
+    folder = tmp_path / "converted"
+    convert_checkpoint(base, folder, routers=routers)
+    assert "pip install mosa-hf" in (folder / "README.md").read_text()
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def load(path: str, *how: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", LOAD, path, *how]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+
+    untrusted = load(str(folder), "with", "untrusted")
+    assert untrusted.returncode != 0 and "trust_remote_code=True" in untrusted.stderr
+    missing = load(str(folder), "without", "trusted")
+    assert missing.returncode != 0 and "pip install mosa_hf" in missing.stderr
+    for path in (str(folder), f"{folder}-again"):
+        result = load(path, "with", "trusted")
+        assert result.stdout.strip() == "MosaLlamaForCausalLM", result.stderr
 
 
 # What touches the file system, as Python reports it to audit hooks.

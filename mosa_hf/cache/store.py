@@ -133,6 +133,7 @@ class SparseStore:
 
     def evict(self) -> None:
         """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
+        self.call = None
         if self.pending is not None and not (self.record_past and self.window):
             self._commit()
 
@@ -167,7 +168,7 @@ class SparseStore:
             self._allocate(new.key, new.value, selected.shape[1])
         self._count_tokens(selected.shape[2], valid)
         if new is None:
-            self.num_stored, self.num_pending = self._replaced(self.num_stored, self.num_tokens), 0
+            self.num_stored, self.num_pending, self.call = self._replaced(self.num_stored, self.num_tokens), 0, None
             return
         filled = torch.ones_like(new.position, dtype=torch.bool) if new.valid is None else new.valid
         new = new._replace(valid=filled, selected=filled)
@@ -373,8 +374,8 @@ class SparseStore:
         target = torch.where(filled, target, len(self.key) - 1)
         for name, states in old.items():
             rows = states.index_select(0, entries.flatten()).unflatten(0, entries.shape)
-            own = getattr(self, name)
-            setattr(self, name, own.index_put_((target,), rows) if self.growth.is_fixed else own.index_put((target,), rows))
+            put = getattr(self, name).index_put_ if self.growth.is_fixed else getattr(self, name).index_put
+            setattr(self, name, put((target,), rows))
 
     # Memory
 

@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from .group_plan import GroupPlan, SparseGroup
+from .remote_code import InstalledCodeConfigMixin
 
 # What `per_layer_config` of the native model may set: the rest is the whole model's.
 PER_LAYER_FIELDS = (
@@ -27,7 +28,7 @@ PER_LAYER_FIELDS = (
 
 
 @dataclass(kw_only=True)
-class RoutingConfig:
+class RoutingConfig(InstalledCodeConfigMixin):
     """
     How tokens are selected (DESIGN section 3); mixed into the configuration of every model with routers.
 
@@ -121,7 +122,7 @@ class SparseGroupsConfig(RoutingConfig):
             fields: `mosa_*` fields.
         """
         values = config.to_dict()
-        for name in ("model_type", "architectures", "transformers_version"):
+        for name in ("model_type", "architectures", "auto_map", "transformers_version"):
             values.pop(name, None)
         own = cls(**{**values, **fields})
         own._attn_implementation_internal = config._attn_implementation
@@ -133,7 +134,7 @@ class SparseGroupsConfig(RoutingConfig):
         """The configuration of the base model: the same, without the `mosa_*` fields."""
         base_class = next(each for each in type(self).__mro__[1:] if each.__dict__.get("model_type"))
         values = {name: value for name, value in self.to_dict().items() if not name.startswith("mosa_")}
-        for name in ("model_type", "architectures", "transformers_version"):
+        for name in ("model_type", "architectures", "auto_map", "transformers_version"):
             values.pop(name, None)
         base = base_class(**values)
         base._attn_implementation_internal = self._attn_implementation

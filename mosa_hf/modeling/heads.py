@@ -119,7 +119,10 @@ class MosaHeads(nn.Module):
         return output
 
     def _weights(self) -> HeadWeights:
-        return HeadWeights(self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.q_bias, self.k_bias, self.v_bias)
+        # Of a router that an adapter wraps or FSDP shards, the weight may be read in its own forward only.
+        router = (self.router.weight, self.router.bias) if type(self.router) is MosaRouter else (None, None)
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.q_bias, self.k_bias, self.v_bias)
+        return HeadWeights(*projections, *router)
 
     def _evictions(self, tokens: Tokens) -> torch.Tensor | None:
         """`[B, T, G]`: when the budget evicts the tokens of a call without a cache."""

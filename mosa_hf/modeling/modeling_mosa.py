@@ -35,6 +35,7 @@ from .call import ModelCall, MosaCallMixin
 from .configuration import MosaConfig
 from .generation import MosaGenerationMixin
 from .heads import MosaHeads
+from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter
 from .sparse_models import init_router
 from .thresholds import mosa_routers
@@ -107,7 +108,7 @@ class MosaDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class MosaPreTrainedModel(LlamaPreTrainedModel):
+class MosaPreTrainedModel(InstalledCodeModelMixin, LlamaPreTrainedModel):
     config: MosaConfig
     config_class = MosaConfig
     _no_split_modules = ["MosaDecoderLayer"]

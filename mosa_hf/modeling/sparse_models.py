@@ -18,11 +18,12 @@ from ..safetensors_files import tensor_shapes
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .parallel import sparse_groups_plan
+from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter
 from .sparse_groups import SparseGroupsMixin
 
 
-class SparsePreTrainedMixin:
+class SparsePreTrainedMixin(InstalledCodeModelMixin):
     """Before every class of a family, base model and heads alike: builds, initialises and checks the routers."""
 
     # Selection compares logits with thresholds: half precision would make ties of them.

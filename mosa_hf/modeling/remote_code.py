@@ -1,0 +1,50 @@
+"""
+The file beside a saved model through which Transformers loads it where `mosa_hf` was not imported, given
+`trust_remote_code=True`: it imports the installed package, and says what to install where there is none.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import ClassVar
+
+from ..whole_files import whole_file
+
+MODULE = "modeling_mosa_hf"
+CODE = '''"""The code of this model is the package mosa-hf: `pip install mosa-hf`."""
+
+from mosa_hf import {names}
+
+__all__ = [{quoted}]
+'''
+
+
+class InstalledCodeConfigMixin:
+    """For a configuration whose classes are those of this package."""
+
+    remote_classes: ClassVar[dict[str, str]] = {}  # "AutoModel" → the name of its class; `registration` fills it
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As `PreTrainedConfig.save_pretrained`, with the file that loads the model by `trust_remote_code=True`."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = Path(save_directory) / "config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in self.remote_classes.items()}
+        names = sorted(set(self.remote_classes.values()))
+        code = CODE.format(names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names))
+        with whole_file(path.with_name(f"{MODULE}.py")) as unfinished:
+            unfinished.write_text(code, encoding="utf-8")
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: saving would copy the package's own files beside the model."""
+
+
+class InstalledCodeModelMixin:
+    """For a model of this package."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: saving would copy the package's own files beside the model."""
