@@ -1,50 +1,56 @@
-"""`import mosa_hf` makes Transformers and PEFT know the models, in a process of its own."""
+"""`import mosa_hf` makes Transformers and PEFT know the models."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import mosa_hf
 from mosa_hf.registration import register
 
-from .conftest import tiny_config, tiny_model
+from .conftest import FORMS
+from .contract import random_ids
 
 
-def test_auto_classes():
+def test_auto_classes(form):
     register()  # again: nothing changes and nothing is refused
-    config = tiny_config()
-    assert isinstance(AutoConfig.for_model("mosa"), mosa_hf.MosaConfig)
-    assert type(AutoModel.from_config(config)) is mosa_hf.MosaModel
-    assert type(AutoModelForCausalLM.from_config(config)) is mosa_hf.MosaForCausalLM
-    assert type(AutoModelForSequenceClassification.from_config(config)) is mosa_hf.MosaForSequenceClassification
+    config = form.config()
+    assert type(AutoConfig.for_model(config.model_type)) is form.config_class
+    assert type(AutoModel.from_config(config)) is form.model_class
+    assert type(AutoModelForCausalLM.from_config(config)) is form.causal_lm_class
+    assert type(AutoModelForSequenceClassification.from_config(config)) is form.classifier_class
+    for each in (form.config_class, form.model_class, form.causal_lm_class, form.classifier_class):
+        assert getattr(transformers, each.__name__) is each  # where tools look them up
+    assert {mosa_hf.MosaConfig, mosa_hf.MosaForCausalLM} <= {vars(mosa_hf)[name] for name in mosa_hf.__all__}
 
 
 SCRIPT = """
 import sys, torch, mosa_hf
 from transformers import AutoModel, AutoModelForCausalLM
-path = sys.argv[1]
-input_ids = torch.arange(1, 31)[None]
-logits = []
-for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):
-    model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-    hidden = AutoModel.from_pretrained(path, **kwargs)(input_ids).last_hidden_state
-    logits.append(model(input_ids).logits)
-    assert torch.allclose(model.lm_head(hidden), logits[-1], atol=1e-4)
-    assert torch.allclose(logits[-1], logits[0], atol=1e-4), kwargs
-torch.save(logits[0], sys.argv[2])
+for path in sys.argv[1:]:
+    input_ids, logits = torch.arange(1, 31)[None], []
+    for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):
+        model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        hidden = AutoModel.from_pretrained(path, **kwargs)(input_ids).last_hidden_state
+        logits.append(model(input_ids).logits)
+        assert torch.allclose(model.lm_head(hidden), logits[-1], atol=1e-4)
+        assert torch.allclose(logits[-1], logits[0], atol=1e-4), kwargs
+    torch.save(logits[0], path + "/logits.pt")
 """
 
 
-def test_loading_in_a_fresh_process(form, tmp_path):
-    model = tiny_model(**form)
-    model.save_pretrained(tmp_path)
-    subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, tmp_path / "logits.pt"], check=True)
-    logits = torch.load(tmp_path / "logits.pt")
-    assert torch.allclose(logits, model(torch.arange(1, 31)[None]).logits, atol=1e-4)
+def test_loading_in_a_fresh_process(tmp_path):
+    models = {name: form.model() for name, form in FORMS.items()}
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+    subprocess.run([sys.executable, "-c", SCRIPT, *(str(tmp_path / name) for name in models)], check=True)
+    for name, model in models.items():
+        logits = torch.load(tmp_path / name / "logits.pt")
+        assert torch.allclose(logits, model(torch.arange(1, 31)[None]).logits, atol=1e-4)
 
 
 def test_label_smoothing_shifts_labels(form, tmp_path):
@@ -52,22 +58,21 @@ def test_label_smoothing_shifts_labels(form, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(output_dir=tmp_path, label_smoothing_factor=1e-9, report_to=[], use_cpu=True)
-    model = tiny_model(**form)
-    input_ids = torch.randint(1, 97, (2, 20))
+    model, input_ids = form.model(), random_ids(2, 20)
     trainer = Trainer(model=model, args=arguments)
     smoothed = trainer.compute_loss(model, {"input_ids": input_ids, "labels": input_ids})
     assert abs(smoothed - model(input_ids, labels=input_ids).loss) < 1e-5
 
 
+HEADS = {"target_modules": ["q_proj"], "target_parameters": ["mosa.q_proj", "mosa.v_proj"]}
+
+
 @pytest.mark.parametrize(
-    "targets",
-    [{}, {"target_modules": ["q_proj"], "target_parameters": ["mosa.q_proj", "mosa.v_proj"]}],
-    ids=["default", "heads"],
+    "name, targets", [("native", {}), ("native", HEADS), ("sparse", {})], ids=["native", "native heads", "sparse"]
 )
-def test_lora(form, targets, tmp_path):
-    """LoRA trains, reloads and merges, on the default targets and on the MoSA heads' projections."""
-    model = tiny_model(**form)
-    input_ids = torch.randint(1, 97, (2, 20))
+def test_lora(name, targets, tmp_path):
+    """LoRA trains, reloads and merges, on the default targets and on the native model's MoSA heads."""
+    model, input_ids = FORMS[name].model(), random_ids(2, 20)
     before = model(input_ids).logits
     peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, **targets)).train()
     optimizer = torch.optim.Adam([p for p in peft_model.parameters() if p.requires_grad], lr=0.1)
@@ -78,7 +83,7 @@ def test_lora(form, targets, tmp_path):
     trained = peft_model(input_ids).logits
     assert not torch.allclose(trained, before, atol=1e-2)
     peft_model.save_pretrained(tmp_path)
-    fresh = tiny_model(**form)  # frozen routers kept their thresholds: an adapter does not hold buffers
+    fresh = FORMS[name].model()  # frozen routers kept their thresholds: an adapter does not hold buffers
     reloaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
     assert torch.allclose(reloaded(input_ids).logits, trained, atol=1e-4)
     assert torch.allclose(reloaded.merge_and_unload()(input_ids).logits, trained, atol=1e-3)

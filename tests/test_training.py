@@ -5,13 +5,22 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from torch.utils.data import TensorDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from mosa_hf import MosaForCausalLM, calibrate_thresholds, trace_routing
+from mosa_hf import calibrate_thresholds, trace_routing
 
-from .conftest import tiny_config
+from .conftest import native_form, sparse_form
 
 LENGTH = 128
+SMALL = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.02, "mosa_threshold_momentum": 0.9,
+}  # fmt: skip
+PLAN = [[{"window": 5, "sparsity": 4}, None], [{"window": 8, "sparsity": 4}, {"window": 2, "sparsity": 4}]]
+SMALL_FORMS = {
+    "native": native_form(**SMALL, num_mosa_heads=6, num_mosa_key_value_heads=6),
+    "sparse": sparse_form(**SMALL, mosa_plan=PLAN),
+}
 
 
 def windows_of_bytes() -> torch.Tensor:
@@ -19,17 +28,6 @@ def windows_of_bytes() -> torch.Tensor:
     text = "\n\n".join(topics[key] for key in sorted(topics)).encode()
     windows = torch.tensor(list(text[: len(text) // LENGTH * LENGTH])).view(-1, LENGTH)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-
-
-def small_model(**fields) -> MosaForCausalLM:
-    set_seed(0)
-    return MosaForCausalLM(
-        tiny_config(
-            vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=16, num_mosa_heads=6, num_mosa_key_value_heads=6, initializer_range=0.02,
-            mosa_threshold_momentum=0.9, **fields,
-        )
-    )  # fmt: skip
 
 
 class StopAt(TrainerCallback):
@@ -40,12 +38,12 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def train(model, output_dir, resume: bool = False, stop_at: int | None = None, **arguments) -> Trainer:
+def train(model, output_dir, resume: bool = False, stop_at: int | None = None) -> Trainer:
     torch.manual_seed(0)
     arguments = TrainingArguments(
-        output_dir=output_dir, max_steps=80, per_device_train_batch_size=8, learning_rate=5e-3,
-        lr_scheduler_type="cosine", logging_steps=5, save_steps=40, report_to=[], use_cpu=True, seed=0,
-        disable_tqdm=True, **arguments,
+        output_dir=output_dir, max_steps=60, per_device_train_batch_size=8, learning_rate=5e-3,
+        lr_scheduler_type="cosine", logging_steps=5, save_steps=30, report_to=[], use_cpu=True, seed=0,
+        disable_tqdm=True,
     )  # fmt: skip
     dataset = TensorDataset(windows_of_bytes()[:1000])
 
@@ -59,43 +57,39 @@ def train(model, output_dir, resume: bool = False, stop_at: int | None = None, *
     return trainer
 
 
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
 @torch.no_grad()
 def selection_rates(model, input_ids: torch.Tensor) -> torch.Tensor:
-    """Per layer and group, the share of tokens selected."""
+    """The share of tokens that every group of every layer selects."""
     with trace_routing(model.eval()) as selected:
         model(input_ids, use_cache=False)
-    return torch.stack([calls[0].float().mean((0, 1)) for calls in selected.values()])
+    return torch.cat([calls[0].float().mean((0, 1)) for calls in selected.values()])
 
 
-@pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
-def test_trainer(form, routing, tmp_path):
-    model = small_model(**form, mosa_routing=routing)
+@pytest.mark.parametrize("name, routing", [("native", "expert_choice"), ("native", "threshold"), ("sparse", "threshold")])
+def test_trainer(name, routing, tmp_path):
+    """Interrupted at step 30 and resumed, training ends at the model that uninterrupted training ends at."""
+    form = SMALL_FORMS[name]
+    model = form.model(mosa_routing=routing)
     trainer = train(model, tmp_path / "run")
-    history = losses(trainer)
-    assert history[-1] < history[0] - 1.5
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert history[-1] < history[0] - 1.3
 
     held_out = windows_of_bytes()[-64:]
     rates = selection_rates(model, held_out)
     assert (rates.mean() * 4 - 1).abs() < 0.2, rates
     logits = model(held_out).logits
     trainer.save_model(tmp_path / "saved")
-    assert torch.equal(MosaForCausalLM.from_pretrained(tmp_path / "saved")(held_out).logits, logits)
+    assert torch.equal(form.causal_lm_class.from_pretrained(tmp_path / "saved")(held_out).logits, logits)
 
-    # Interrupted at step 40 and resumed, training ends at the same model.
-    resumed = small_model(**form, mosa_routing=routing)
-    train(resumed, tmp_path / "other", stop_at=40)
-    resumed = small_model(**form, mosa_routing=routing)
+    train(form.model(mosa_routing=routing), tmp_path / "other", stop_at=30)
+    resumed = form.model(mosa_routing=routing)
     train(resumed, tmp_path / "other", resume=True)
     assert torch.equal(resumed.eval()(held_out).logits, logits)
 
 
-def test_calibration_sets_the_selection_rate(form):
+def test_calibration_sets_the_selection_rate():
     """Wrong thresholds, on purpose; one pass over text puts every group's rate right."""
-    model = small_model(**form, mosa_routing="threshold")
+    model = SMALL_FORMS["native"].model(mosa_routing="threshold")
     text = torch.randint(256, (128, LENGTH), generator=torch.Generator().manual_seed(0))
     for layer in model.model.layers:
         layer.self_attn.mosa.router.threshold.fill_(3.0)

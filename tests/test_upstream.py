@@ -1,5 +1,6 @@
 """
-Transformers' own test suites, on the MoSA models in both forms and, with the same harness, on Llama.
+Transformers' own test suites, on the native model and on Llama with sparse groups; with the same harness on Llama
+itself where the environment sets MOSA_TEST_LLAMA, to compare with.
 
 What holds: the MoSA models fail nothing that Llama passes, but for the tests marked `xfail` here, with the reason. On
 a CPU, 128 tests run for each model and about 60 skip themselves: they need a GPU, flash attention, DeepSpeed, torchao
@@ -7,6 +8,7 @@ or a model of another kind. The suites of modeling, configuration, training, ten
 apply. The suites of exporters and generation are not distributed; `test_generation_behaviours.py` is for the latter.
 """
 
+import os
 import unittest
 
 import pytest
@@ -15,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from benchmarks.sources import SourceUnavailable
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
+from mosa_hf.modeling.families import FAMILIES
 
 pytest.importorskip("parameterized")
 try:
@@ -90,8 +93,9 @@ class Suites(
 
 
 LLAMA = (LlamaConfig, LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification)
-MOSA = (MosaConfig, MosaModel, MosaForCausalLM, MosaForSequenceClassification)
-HEADS = {"num_mosa_heads": 4, "num_mosa_key_value_heads": 2, "mosa_sparsity": 2}
+NATIVE = (MosaConfig, MosaModel, MosaForCausalLM, MosaForSequenceClassification)
+FAMILY = FAMILIES["llama"]
+SPARSE = (FAMILY.config_class, FAMILY.model_class, FAMILY.causal_lm_class, FAMILY.head_classes["ForSequenceClassification"])
 AVERAGED = pytest.mark.xfail(
     strict=True,
     reason="a threshold in training follows the mean of the ranks' K-th logits, which is not the K-th logit of all "
@@ -99,14 +103,17 @@ AVERAGED = pytest.mark.xfail(
 )
 
 
+@unittest.skipUnless("MOSA_TEST_LLAMA" in os.environ, "to compare with: set MOSA_TEST_LLAMA")
 class TestLlama(Suites, unittest.TestCase):
     all_model_classes = LLAMA[1:]
     model_tester = ModelTester(*LLAMA)
 
 
-class TestMosaSelected(Suites, unittest.TestCase):
-    all_model_classes = MOSA[1:]
-    model_tester = ModelTester(*MOSA, **HEADS, mosa_routing="threshold")
+class TestNative(Suites, unittest.TestCase):
+    all_model_classes = NATIVE[1:]
+    model_tester = ModelTester(
+        *NATIVE, num_mosa_heads=4, num_mosa_key_value_heads=2, mosa_sparsity=2, mosa_routing="threshold"
+    )
 
     @AVERAGED
     def test_hsdp_grad_accumulation_vs_single_device_0_replicate_and_shard(self):
@@ -117,6 +124,6 @@ class TestMosaSelected(Suites, unittest.TestCase):
         super().test_hsdp_grad_accumulation_vs_single_device_1_replicate_only()
 
 
-class TestMosaAll(Suites, unittest.TestCase):
-    all_model_classes = MOSA[1:]
-    model_tester = ModelTester(*MOSA, **HEADS, mosa_query_tokens="all", mosa_window=3)
+class TestSparseGroups(Suites, unittest.TestCase):
+    all_model_classes = SPARSE[1:]
+    model_tester = ModelTester(*SPARSE, mosa_window=3, mosa_sparsity=2)

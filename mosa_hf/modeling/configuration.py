@@ -27,7 +27,7 @@ PER_LAYER_FIELDS = (
 )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class RoutingConfig(InstalledCodeConfigMixin):
     """
     How tokens are selected (DESIGN section 3); mixed into the configuration of every model with routers.
@@ -88,7 +88,7 @@ class RoutingConfig(InstalledCodeConfigMixin):
             )
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, repr=False)
 class SparseGroupsConfig(RoutingConfig):
     """
     A family's configuration with sparse key/value groups (DESIGN sections 4 and 5): `MosaLlamaConfig` is this and

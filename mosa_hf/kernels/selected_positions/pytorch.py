@@ -17,9 +17,8 @@ def selected_positions(selected: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     selected = selected.transpose(1, 2)  # [B, G, T]
     count = selected.sum(-1)  # [B, G]
     filled = torch.arange(int(count.max()), device=selected.device) < count[..., None]
-    index = (
-        selected.flatten().nonzero()[:, 0] % num_tokens
-    )  # row by row, group by group, ascending, as filled slots lie
+    # Row by row, group by group, ascending, as filled slots lie.
+    index = selected.flatten().nonzero()[:, 0] % num_tokens
     if index.numel() < filled.numel():
         index = torch.zeros(filled.shape, dtype=index.dtype, device=index.device).masked_scatter(filled, index)
     return index.view(filled.shape), filled
