@@ -100,7 +100,9 @@ def largest_leak(model) -> float:
     return max(leaks)
 
 
-def training_step(model, padding: str = "left", compiler: str = "", **checkpointing) -> tuple[torch.Tensor, dict, dict]:
+def training_step(
+    model, padding: str = "left", compiler: str = "", **checkpointing
+) -> tuple[torch.Tensor, dict, dict]:
     """Loss, gradients and buffers after a step on a padded batch, of a copy of `model` in training."""
     model, batch = copy.deepcopy(model).train(), padded_batch(padding)
     if checkpointing:

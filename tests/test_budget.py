@@ -8,7 +8,7 @@ from mosa_hf.kernels.tensors import NEVER
 from mosa_hf.routing.budget import evicted_at, lowest_score, within_budget
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     num_slots=st.integers(1, 14),
     budget=st.integers(1, 6),
@@ -45,7 +45,9 @@ def test_streaming_top_k(num_slots, budget, num_values, is_packed, seed):
             if not is_packed:
                 held[slot] = selected[row, group, slot]
                 if held.sum() > budget:
-                    lowest = lowest_score(score[row, group, None, None], position[row, group, None, None], held[None, None])
+                    lowest = lowest_score(
+                        score[row, group, None, None], position[row, group, None, None], held[None, None]
+                    )
                     held[lowest] = False
                 assert set(held.nonzero()[:, 0].tolist()) == alive
         if not is_packed:

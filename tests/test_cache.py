@@ -120,7 +120,9 @@ def test_most_new_tokens_copy_nothing(form):
     assert in_place >= 20  # of 40
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), sparse_form(**ONE_WINDOW, mosa_window=0)], ids=[*FORMS, "no window"])
+@pytest.mark.parametrize(
+    "form", [*FORMS.values(), sparse_form(**ONE_WINDOW, mosa_window=0)], ids=[*FORMS, "no window"]
+)
 def test_gradients_survive_later_tokens(form):
     """What a training step has read of a cache does not change under it."""
     model, input_ids = form.model(), random_ids(1, 24)
@@ -179,7 +181,9 @@ NO_DENSE_HEADS = {"num_attention_heads": 0, "num_key_value_heads": 0}
 
 
 @pytest.mark.parametrize(
-    "form", [FORMS["native"], native_form(**NO_DENSE_HEADS), sparse_form(mosa_plan=ALL_SPARSE)], ids=str
+    "form",
+    [FORMS["native"], native_form(**NO_DENSE_HEADS), sparse_form(mosa_plan=ALL_SPARSE)],
+    ids=["native", "none at all", "sparse"],
 )
 def test_layers_without_dense_heads_count_tokens(form):
     model, input_ids = form.model(), random_ids(2, 20)

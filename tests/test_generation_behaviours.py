@@ -53,7 +53,14 @@ def shapes(outputs) -> object:
 
 @pytest.mark.parametrize(
     "strategy, use_cache",
-    [("greedy", True), ("greedy", False), ("sampling", True), ("beams", True), ("beams", False), ("beam_sampling", True)],
+    [
+        ("greedy", True),
+        ("greedy", False),
+        ("sampling", True),
+        ("beams", True),
+        ("beams", False),
+        ("beam_sampling", True),
+    ],
 )
 @pytest.mark.parametrize("name", FORMS)
 def test_outputs_are_shaped_as_llamas(name, strategy, use_cache):
@@ -119,9 +126,7 @@ def test_continuing_from_embeddings(form):
     model = form.model()
     embed, options = model.get_input_embeddings(), {"do_sample": False}
     whole = model.generate(inputs_embeds=embed(prompt()), max_new_tokens=9, **options)
-    first = model.generate(
-        inputs_embeds=embed(prompt()), max_new_tokens=4, return_dict_in_generate=True, **options
-    )
+    first = model.generate(inputs_embeds=embed(prompt()), max_new_tokens=4, return_dict_in_generate=True, **options)
     seen = torch.cat((embed(prompt()), embed(first.sequences)), dim=1)
     rest = model.generate(inputs_embeds=seen, past_key_values=first.past_key_values, max_new_tokens=5, **options)
     assert torch.equal(torch.cat((first.sequences, rest), dim=1), whole)

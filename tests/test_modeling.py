@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
 
 from mosa_hf import MosaConfig, MosaForCausalLM, trace_routing, use_backend
+from mosa_hf.modeling import sparse_groups
 
 from .conftest import FORMS, MIXED_LAYERS, SHAPE, native_form, sparse_form, tiny_model
 from .contract import (
@@ -82,6 +83,42 @@ def test_training_step(form, routing, padding, budget):
     check_training(model, padding)
 
 
+def test_training_without_a_gate_computes_what_evaluation_does():
+    """So do the keys' margins over a gate so steep that it is a step."""
+    batch, form = padded_batch("left"), FORMS["sparse"]
+    expected = form.model()(**batch, use_cache=False).logits
+    for slope, is_same in ((0, True), (1e5, True), (1, False)):
+        model = form.model(mosa_gate_slope=slope).train()
+        difference = max_difference(model(**batch, use_cache=False).logits, expected, batch)
+        assert (difference < 1e-3) == is_same, slope
+        thresholds = {name: buffer for name, buffer in model.named_buffers() if name.endswith("threshold")}
+        fresh = dict(form.model().named_buffers())  # without a gradient, routers stay, and so do thresholds
+        assert all(torch.equal(buffer, fresh[name]) for name, buffer in thresholds.items()) == (slope == 0)
+
+
+def test_the_gate_is_the_logarithm_of_the_sigmoid_of_the_margin(monkeypatch):
+    """Log σ(slope · (z − θ)); none for the first token, which has no margin to speak of."""
+    model, gates = sparse_form(**ONE_WINDOW, mosa_gate_slope=0.7).model(), []
+    thresholds = [router.threshold.clone() for router in model.mosa_routers().values()]
+    inner = sparse_groups.sparse_attention
+
+    def record(query, read, layout, window, gate, **options):
+        gates.append(gate)
+        return inner(query, read, layout, window, gate, **options)
+
+    monkeypatch.setattr(sparse_groups, "sparse_attention", record)
+    logits = []
+    for router in model.mosa_routers().values():
+        router.register_forward_hook(lambda module, args, output: logits.append(output[0]))
+    model.train()(random_ids(2, 20), use_cache=False)
+    for gate, z, threshold in zip(gates, logits, thresholds, strict=True):
+        expected = torch.log(torch.sigmoid(0.7 * (z - threshold)))
+        expected[:, 0] = 0
+        torch.testing.assert_close(gate, expected)
+    model.eval()(random_ids(2, 20))
+    assert gates[3:] == [None] * 3  # evaluation has none
+
+
 def test_training_step_with_the_auxiliary_loss():
     model = tiny_model(mosa_router_aux_loss_coef=0.5, **BIASES)
     for options in ({}, {"use_reentrant": False}):
@@ -92,7 +129,7 @@ def test_training_step_with_the_auxiliary_loss():
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     form=st.sampled_from(["native", "sparse"]),
     training=st.booleans(),

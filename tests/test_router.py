@@ -174,7 +174,9 @@ def test_ranks_average_their_thresholds(tmp_path: Path):
     last = []
     for batch in batches:
         outputs = routed(model, batch, use_cache=False)
-        last.append([choice(logits, router)[1] for (logits, _), router in zip(outputs, routers_of(model), strict=True)])
+        last.append(
+            [choice(logits, router)[1] for (logits, _), router in zip(outputs, routers_of(model), strict=True)]
+        )
     torch.multiprocessing.start_processes(train_on_rank, (str(tmp_path), form), nprocs=2, start_method="fork")
     for layer, (threshold, one, two) in enumerate(zip(start, *last, strict=True)):
         expected = 0.5 * (0.5 * threshold + 0.5 * (one + two) / 2) + 0.5 * one

@@ -47,7 +47,7 @@ def converted_directory(tmp_path_factory):
     topics = sources.text("python_topics")
     text = topics + "\n\n" + literature[: len(topics)]
     conversion = ConversionConfig(groups=60)
-    convert_checkpoint(fetched(sources.smollm2_directory), destination, conversion, text, num_windows=16)
+    convert_checkpoint(fetched(sources.smollm2_directory), destination, conversion, text, num_windows=12)
     return destination
 
 
@@ -70,16 +70,15 @@ import sys, torch, mosa_hf
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 path = sys.argv[1]
 input_ids = torch.arange(1000, 1150)[None]
-logits, texts = [], []
+logits = []
 for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
     logits.append(model(input_ids).logits)
     hidden = AutoModel.from_pretrained(path, **kwargs)(input_ids).last_hidden_state
     assert (model.lm_head(hidden) - logits[0]).abs().max() < 1e-4, kwargs
     assert (logits[-1] - logits[0]).abs().max() < 1e-4, kwargs
-    generator = pipeline("text-generation", model=path, model_kwargs=kwargs)
-    texts.append(generator("The capital of France is", max_new_tokens=5, do_sample=False)[0]["generated_text"])
-assert len(set(texts)) == 1 and "Paris" in texts[0], texts
+generator = pipeline("text-generation", model=path)
+assert "Paris" in generator("The capital of France is", max_new_tokens=5, do_sample=False)[0]["generated_text"]
 """
 
 
@@ -96,9 +95,9 @@ def test_lossless_without_sparsity(original, tokenizer):
     ]
     for prompt in PROMPTS:
         input_ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        tokens = original.generate(input_ids, max_new_tokens=32, do_sample=False)
+        tokens = original.generate(input_ids, max_new_tokens=NEW_TOKENS, do_sample=False)
         for model in models:
-            assert torch.equal(model.generate(input_ids, max_new_tokens=32, do_sample=False), tokens)
+            assert torch.equal(model.generate(input_ids, max_new_tokens=NEW_TOKENS, do_sample=False), tokens)
             assert (model(tokens).logits - original(tokens).logits).abs().max() < 1e-4
 
 
@@ -140,13 +139,13 @@ def test_decode_parity(dtype, bound, converted, original, tokenizer, monkeypatch
             lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon),
         )
     model, dense = (copy.deepcopy(each).to(dtype) for each in (converted, original))
-    text = calibration_windows(tokenizer, sources.text("python_topics"), 2, 200)
+    text = calibration_windows(tokenizer, sources.text("python_topics"), 2, 140)
     mask = torch.ones_like(text)
-    mask[1, :70] = 0
+    mask[1, :50] = 0
     batch = {"input_ids": text, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
     full, dense_full = (each(**batch, use_cache=False).logits for each in (model, dense))
     with trace_routing(model) as selected:
-        for sizes in ([175, *[1] * 25], [64], [7, 100, 1]):
+        for sizes in ([120, *[1] * 20], [48], [7, 110, 1]):
             rounding = max_difference(dense_full, in_chunks(dense, batch, sizes), batch)
             for cache in (None, StaticCache(config=model.config, max_cache_len=text.shape[1])):
                 difference = max_difference(full, in_chunks(model, batch, sizes, cache), batch)
@@ -160,7 +159,7 @@ def test_decode_parity(dtype, bound, converted, original, tokenizer, monkeypatch
 
 @pytest.fixture(scope="module")
 def native(original, tokenizer):
-    """The paper's heads in a third of the groups: hardly a language model any more, but its decoding has to be exact."""
+    """The paper's heads in a third of the groups: hardly a language model, but its decoding has to be exact."""
     calibration = calibration_windows(tokenizer, sources.text("python_topics"), 4, 512)
     return convert_to_native(original, ConversionConfig(groups=30, window=0), calibration)
 

@@ -65,7 +65,9 @@ def selection_rates(model, input_ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([calls[0].float().mean((0, 1)) for calls in selected.values()])
 
 
-@pytest.mark.parametrize("name, routing", [("native", "expert_choice"), ("native", "threshold"), ("sparse", "threshold")])
+@pytest.mark.parametrize(
+    "name, routing", [("native", "expert_choice"), ("native", "threshold"), ("sparse", "threshold")]
+)
 def test_trainer(name, routing, tmp_path):
     """Interrupted at step 30 and resumed, training ends at the model that uninterrupted training ends at."""
     form = SMALL_FORMS[name]

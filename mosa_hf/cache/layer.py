@@ -1,5 +1,5 @@
-"""The Transformers cache layer of a layer with sparse groups or MoSA heads: upstream's for dense groups, stores for the
-others. A layer of whatever cache the user brings is upgraded in place."""
+"""The Transformers cache layer of a layer with sparse groups or MoSA heads: upstream's for dense groups, stores for
+the others. A layer of whatever cache the user brings is upgraded in place."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple

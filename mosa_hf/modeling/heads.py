@@ -1,4 +1,4 @@
-"""The paper's heads of one layer (DESIGN section 2): routers, projections of selected tokens only, and their output."""
+"""The paper's heads of one layer (DESIGN section 2): routers, projections of selected tokens only, their output."""
 
 import torch
 from torch import nn
@@ -8,7 +8,6 @@ from ..cache import GroupSet, Routed, SparseLayer, SparseSpec
 from ..kernels import backend
 from ..kernels.tensors import HeadWeights, Tokens
 from ..routing.budget import evicted_at
-from ..routing.layout import CallLayout
 from .call import ModelCall
 from .router import MosaRouter
 

@@ -3,7 +3,6 @@ The file beside a saved model through which Transformers loads it where `mosa_hf
 `trust_remote_code=True`: it imports the installed package, and says what to install where there is none.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import ClassVar
@@ -26,16 +25,12 @@ class InstalledCodeConfigMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As `PreTrainedConfig.save_pretrained`, with the file that loads the model by `trust_remote_code=True`."""
+        self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in self.remote_classes.items()}
         super().save_pretrained(save_directory, **kwargs)
-        path = Path(save_directory) / "config.json"
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values["auto_map"] = {auto: f"{MODULE}.{name}" for auto, name in self.remote_classes.items()}
         names = sorted(set(self.remote_classes.values()))
         code = CODE.format(names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names))
-        with whole_file(path.with_name(f"{MODULE}.py")) as unfinished:
+        with whole_file(Path(save_directory) / f"{MODULE}.py") as unfinished:
             unfinished.write_text(code, encoding="utf-8")
-        with whole_file(path) as unfinished:
-            unfinished.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
