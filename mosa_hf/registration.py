@@ -15,7 +15,7 @@ from .modeling.families import FAMILIES, HEADS
 from .modeling.parallel import register_style
 from .modeling.sparse_groups import mosa_attention_forward
 
-# A head's Auto class, and where Transformers looks its classes up by name: Trainer's label smoothing, pipelines, cards.
+# A head's Auto class, and where Transformers looks its classes up by name: label smoothing, pipelines, cards.
 AUTO = {
     "ForCausalLM": (transformers.AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     "ForSequenceClassification": (

@@ -299,7 +299,11 @@ def test_a_converted_folder_without_importing_the_package(base, routers, tmp_pat
     folder = tmp_path / "converted"
     convert_checkpoint(base, folder, routers=routers)
     assert "pip install mosa-hf" in (folder / "README.md").read_text()
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
 
     def load(path: str, *how: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", LOAD, path, *how]

@@ -175,7 +175,9 @@ class Case:
                 row.num_lost[group] = max(row.num_lost[group], count - window)
                 chosen = sum(token[1][group] for token in row.tokens)
                 if self.limit is not None and chosen > self.limit:
-                    dead = {j for j in range(count) if row.tokens[j][1][group]} - row.alive(group, count - 1, self.limit)
+                    dead = {j for j in range(count) if row.tokens[j][1][group]} - row.alive(
+                        group, count - 1, self.limit
+                    )
                     died = max((self.death(row, group, j) for j in dead), default=0)
                     row.num_final[group] = max(row.num_final[group], died + 1)
 
@@ -267,9 +269,10 @@ def test_against_a_list_of_tuples(is_static, is_paper):
                 elif step == "select":
                     case.select()
                 elif step == "copy":
-                    original, case.cache = case.cache, case.pick(
-                        [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
-                    )(case.cache)
+                    original, case.cache = (
+                        case.cache,
+                        case.pick([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])(case.cache),
+                    )
                     with torch.inference_mode():
                         for store in original.layers[0].stores:  # the two share nothing
                             for tensor in store.tensors():

@@ -1,5 +1,7 @@
-"""The sparse KV cache (DESIGN section 4): real memory, not a mask. What no group selected, and has left the window, is in
-no tensor."""
+"""
+The sparse KV cache (docs/design.md, section 4): real memory, not a mask. What no group selected, and has left the
+window, is in no tensor.
+"""
 
 from .bytes import cache_bytes
 from .layer import (

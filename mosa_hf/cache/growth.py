@@ -1,4 +1,4 @@
-"""How the memory of a sparse store grows: with what is appended, or not at all. This is all in which the two differ."""
+"""How the memory of a sparse store grows: with what is appended, or not at all. In nothing else do the two differ."""
 
 import math
 from typing import NamedTuple

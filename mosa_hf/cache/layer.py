@@ -210,9 +210,7 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
             if length is None:
                 raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
-            growths = [
-                Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets
-            ]
+            growths = [Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets]
         else:
             growths = [Growing() for _ in spec.sets]
             if isinstance(layer, BaseQuantizedLayer) and not spec.has_dense:

@@ -1,4 +1,4 @@
-"""What one set of a layer's groups remembers: the last tokens, and the selected ones before them (DESIGN section 4)."""
+"""What one set of a layer's groups remembers: the last tokens, and selected ones before them (DESIGN section 4)."""
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from .growth import Fixed, Growing, Memory
 
 class SparseStore:
     """
-    A run of entries for each row and group, in one flat memory. Its first `window` entries are a ring, token p in entry
-    p % window; while there are fewer tokens, as many entries. Behind it come the *kept* entries, selected tokens that
+    A run of entries for each row and group, in one flat memory. Its first `window` entries are a ring, token p in
+    entry p % window; while there are fewer tokens, as many entries. Behind it come the *kept* entries, selected tokens that
     have left the window, in no particular order. So the whole of a run is what the next token reads.
 
     Of a model call: `begin` (what the routers said), `extend` (what its queries may read), `evict` when they have.
@@ -176,7 +176,9 @@ class SparseStore:
             size = (len(filled), selected.shape[1])
             new = KeyValues(
                 *(
-                    None if states is None else states.new_zeros(*size, *states.shape[2:]).index_copy(1, groups, states)
+                    None
+                    if states is None
+                    else states.new_zeros(*size, *states.shape[2:]).index_copy(1, groups, states)
                     for states in new
                 )
             )
@@ -527,7 +529,9 @@ class SparseStore:
             # The place of a token that goes from a full ring stays, holding no selected token, for the next one.
             slot = torch.arange(entries.shape[-1], device=entries.device)
             newest = self.num_stored[:, None, None] - 1
-            gone = filled & (slot < self.window) & (newest - (newest - slot) % self.window >= num_tokens[:, None, None])
+            gone = (
+                filled & (slot < self.window) & (newest - (newest - slot) % self.window >= num_tokens[:, None, None])
+            )
             self._deselect(entries[gone])
             stays = filled & (~gone | (self.num_stored >= self.window)[:, None, None])
         else:

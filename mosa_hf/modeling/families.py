@@ -1,6 +1,6 @@
 """
-The families whose attention can have sparse groups. **To add one, add a row to `ROWS`**: its model type, and the prefix
-of its class names in Transformers. Everything else about a family (projections, norms, rotary embeddings, experts,
+The families whose attention can have sparse groups. **To add one, add a row to `ROWS`**: its model type, and the
+prefix of its class names in Transformers. Everything else about a family (projections, norms, rotary embeddings, experts,
 multipliers) is its own code.
 
 A row `("qwen3", "Qwen3")` makes `MosaQwen3Config`, `MosaQwen3Model`, `MosaQwen3ForCausalLM` and a class for each other

@@ -1,4 +1,4 @@
-"""The routers of a layer's groups: logits, what they select, and the thresholds that follow them (DESIGN section 3)."""
+"""The routers of a layer's groups: logits, what they select, and thresholds that follow them (DESIGN section 3)."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ from .configuration import RoutingConfig
 
 class MosaRouter(nn.Module):
     """
-    Linear routers, one a group. Not an `nn.Linear`, since tools that quantise or adapt linear layers must leave routers
-    as they are: selection compares logits with thresholds, in float32 (float64 for a float64 model), whatever the
+    Linear routers, one a group. Not an `nn.Linear`, since tools that quantise or adapt linear layers must leave
+    routers as they are: selection compares logits with thresholds, in float32 (float64 for a float64 model), whatever the
     model's dtype or autocast. The buffer `threshold` [G] follows the groups' K-th highest logit while the weights
     train.
 

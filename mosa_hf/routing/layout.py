@@ -79,7 +79,6 @@ class CallLayout:
             first = None  # nothing for every layer's router to look at
         return cls(position, valid, segment, first, order, inverse)
 
-
     def to(self, device: torch.device) -> "CallLayout":
         """This layout on the device of a layer."""
         if self.position.device == device:
