@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
+OLDEST ?= .venv-oldest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -14,13 +15,23 @@ test: lint
 	$(VENV_PYTHON) -m pytest -q
 	$(VENV_PYTHON) -m pytest -q -m real -n 0
 
+# The oldest versions that pyproject.toml allows, in an environment of their own.
+test-oldest: $(OLDEST)/.mosa-hf-oldest
+	$(OLDEST)/bin/python -m pytest -q
+
+$(OLDEST)/.mosa-hf-oldest: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -r tests/oldest.txt
+	$(OLDEST)/bin/python -m pip install -e ".[test]" -c tests/oldest.txt
+	touch $@
+
 lint: $(VENV)/.mosa-hf-test
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 
 # Never removes VENV when it is yours.
 clean:
-	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra of pyproject.toml, so that a second run installs nothing.

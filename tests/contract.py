@@ -106,7 +106,7 @@ def training_step(
     """Loss, gradients and buffers after a step on a padded batch, of a copy of `model` in training."""
     model, batch = copy.deepcopy(model).train(), padded_batch(padding)
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=checkpointing)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
     is_real = batch["attention_mask"].bool()
     is_real[:, 1:] &= is_real[:, :-1].clone()  # what follows padding is predicted by padding, whose output is free
     step = torch.compile(model, fullgraph=True, backend=compiler) if compiler else model

@@ -33,9 +33,9 @@ def test_conversion_generation_and_bytes():
     assert torch.equal(model.generate(prompt, cache_implementation="static", **options), expected)
 
     text = topics[:, 4 * 512 : 6 * 512]
-    original_cache, cache = measure.filled_cache(original, text), measure.filled_cache(model, text)
-    dense, sparse = cache_bytes(original_cache)["dense"], cache_bytes(cache)
-    print(f"KV bytes after {text.shape[1]} tokens: {dense} -> {sparse}")
-    assert abs(sum(sparse.values()) / measure.formula_bytes(model, text) - 1) < 0.05
-    assert sparse["sparse"] < 0.35 * 3 * text.shape[1] * 2 * 256 * 4  # of what three dense groups would hold
-    assert sum(sparse.values()) < 0.8 * dense
+    dense, held = (cache_bytes(measure.filled_cache(each, text)) for each in (original, model))
+    print(f"KV bytes after {text.shape[1]} tokens: {dense} -> {held}")
+    entry = 2 * 256 * 4  # bytes of a key and a value
+    assert held["dense"] == dense["dense"] - 3 * text.shape[1] * entry  # what the layers with global attention held
+    assert 1 <= held["sparse"] / (measure.entries(model, text).sparse * entry) < 1.05
+    assert held["sparse"] < 0.35 * 3 * text.shape[1] * entry

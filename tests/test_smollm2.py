@@ -47,7 +47,7 @@ def converted_directory(tmp_path_factory):
     topics = sources.text("python_topics")
     text = topics + "\n\n" + literature[: len(topics)]
     conversion = ConversionConfig(groups=60)
-    convert_checkpoint(fetched(sources.smollm2_directory), destination, conversion, text, num_windows=12)
+    convert_checkpoint(fetched(sources.smollm2_directory), destination, conversion, text, num_windows=6)
     return destination
 
 
@@ -151,7 +151,7 @@ def test_decode_parity(dtype, bound, converted, original, tokenizer, monkeypatch
                 difference = max_difference(full, in_chunks(model, batch, sizes, cache), batch)
                 assert difference <= max(bound, 1.5 * rounding), (sizes, cache)
         model(**batch, use_cache=False)
-    assert 0.05 < torch.stack([calls[-1].float().mean() for calls in selected.values()]).mean() < 0.2
+    assert 0.03 < torch.stack([calls[-1].float().mean() for calls in selected.values()]).mean() < 0.2
     for row, real in enumerate(mask.bool()):
         alone = model(text[row : row + 1, real], use_cache=False).logits[0]
         assert (full[row, real] - alone).abs().max() <= max(bound, 1.5 * rounding)

@@ -11,8 +11,8 @@ from .growth import Fixed, Growing, Memory
 class SparseStore:
     """
     A run of entries for each row and group, in one flat memory. Its first `window` entries are a ring, token p in
-    entry p % window; while there are fewer tokens, as many entries. Behind it come the *kept* entries, selected tokens that
-    have left the window, in no particular order. So the whole of a run is what the next token reads.
+    entry p % window; while there are fewer tokens, as many entries. Behind it come the *kept* entries, selected tokens
+    that have left the window, in no particular order. So the whole of a run is what the next token reads.
 
     Of a model call: `begin` (what the routers said), `extend` (what its queries may read), `evict` when they have.
 
@@ -533,7 +533,7 @@ class SparseStore:
                 filled & (slot < self.window) & (newest - (newest - slot) % self.window >= num_tokens[:, None, None])
             )
             self._deselect(entries[gone])
-            stays = filled & (~gone | (self.num_stored >= self.window)[:, None, None])
+            stays = filled & (~gone | (self.num_stored > self.window)[:, None, None])
         else:
             stays = filled & (self.position[entries] < num_tokens[:, None, None])
         self._lay_out_runs(entries, stays)

@@ -1,7 +1,7 @@
 """
 The families whose attention can have sparse groups. **To add one, add a row to `ROWS`**: its model type, and the
-prefix of its class names in Transformers. Everything else about a family (projections, norms, rotary embeddings, experts,
-multipliers) is its own code.
+prefix of its class names in Transformers. Everything else about a family (projections, norms, rotary embeddings,
+experts, multipliers) is its own code.
 
 A row `("qwen3", "Qwen3")` makes `MosaQwen3Config`, `MosaQwen3Model`, `MosaQwen3ForCausalLM` and a class for each other
 head, model type "mosa_qwen3". They are attributes of this module.

@@ -7,6 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from ..cache import num_overflowed
+from ..compat import CACHE, takes_cache
 from .router import MosaRouter
 
 logger = logging.get_logger(__name__)
@@ -66,7 +67,7 @@ class MosaGenerationMixin:
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         if cache is None:
             return
         if cache.is_compileable and 0 <= cache.get_max_length() < max_cache_length and not all(cache.is_sliding):
@@ -94,6 +95,7 @@ class MosaGenerationMixin:
         return num_heads, head_dim
 
     @staticmethod
+    @takes_cache
     def create_masks_for_generate(
         config: PreTrainedConfig,
         inputs_embeds: torch.Tensor,

@@ -29,6 +29,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ..compat import CACHE, takes_cache
 from ..routing import select_by_expert_choice, valid_tokens
 from ..safetensors_files import tensor_shapes
 from .call import ModelCall, MosaCallMixin
@@ -39,6 +40,22 @@ from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter
 from .sparse_models import init_router
 from .thresholds import mosa_routers
+
+
+class LayerConfig:
+    """
+    A model's config with the window of one layer, for masks. `config.per_layer_config[i]` is that too, but copies,
+    which PyTorch 2.9 cannot compile.
+    """
+
+    def __init__(self, config: MosaConfig, sliding_window: int | None):
+        self.model_config = config
+        self.sliding_window = sliding_window
+
+    def __getattr__(self, name: str):
+        if name == "model_config":  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.model_config, name)
 
 
 class MosaAttention(LlamaAttention):
@@ -53,10 +70,12 @@ class MosaAttention(LlamaAttention):
             self.layer_idx = layer_idx
             self.head_dim = layer_config.head_dim
         self.has_dense_heads = layer_config.num_attention_heads > 0
+        self.mask_config = LayerConfig(config, layer_config.sliding_window)
         self.config = config  # the model's own: `set_attn_implementation` changes that one
         self.sliding_window = layer_config.sliding_window
         self.mosa = MosaHeads(layer_config, layer_idx) if layer_config.num_mosa_heads else None
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -83,7 +102,7 @@ class MosaAttention(LlamaAttention):
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 sliding_window=self.sliding_window,  # flash attention takes the window as a number
                 **kwargs,
             )
@@ -161,6 +180,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -189,13 +209,13 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
                 attention_mask=causal_masks.get(decoder_layer.self_attn.sliding_window),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 use_cache=use_cache,
                 mosa_call=call,
                 **kwargs,
             )
         hidden_states = self.norm(hidden_states)
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
 
     def _active_layers(self) -> nn.ModuleList:
         """The layers that run: all, except while `generate(assistant_early_exit=...)` drafts and lowers the number."""
@@ -216,10 +236,10 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
                 continue
             create_mask = create_causal_mask if window is None else create_sliding_window_causal_mask
             masks[window] = create_mask(
-                config=self.config.per_layer_config[layer_idx],
+                config=layer.self_attn.mask_config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 position_ids=position_ids,
                 layer_idx=layer_idx,
             )
@@ -241,6 +261,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -268,7 +289,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_router_logits=bool(output_router_logits or coefficient),
@@ -282,7 +303,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if coefficient:
             segment = None
-            if attention_mask is None and outputs.past_key_values is None and position_ids is not None:
+            if attention_mask is None and outputs.get(CACHE) is None and position_ids is not None:
                 segment = find_packed_sequence_indices(position_ids.expand(len(logits), -1))
             aux_loss = self._router_aux_loss(outputs.router_logits, attention_mask, segment)
             loss = loss + coefficient * aux_loss.to(loss.device)
@@ -290,7 +311,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,

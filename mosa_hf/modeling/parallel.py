@@ -3,8 +3,12 @@
 from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
-from transformers.distributed.tensor_parallel import TensorParallelLayer, get_kv_heads_per_rank
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    TensorParallelLayer,
+    get_kv_heads_per_rank,
+    replace_layer_number_by_wildcard,
+)
 
 from .sparse_groups import SparseGroupsMixin
 
@@ -23,7 +27,7 @@ class SparseGroupsParallel(TensorParallelLayer):
         Raises:
             ValueError: if the processes cannot have the same number of groups.
         """
-        from transformers.distributed.parallel_utils import _AllReduceBackward  # builds without `distributed` lack it
+        from transformers.distributed.tensor_parallel import _AllReduceBackward  # builds without `distributed` lack it
 
         if not isinstance(module, SparseGroupsMixin):  # a layer without sparse groups
             return module

@@ -26,11 +26,11 @@ class InstalledCodeConfigMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As `PreTrainedConfig.save_pretrained`, with the file that loads the model by `trust_remote_code=True`."""
         self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in self.remote_classes.items()}
-        super().save_pretrained(save_directory, **kwargs)
         names = sorted(set(self.remote_classes.values()))
         code = CODE.format(names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names))
         with whole_file(Path(save_directory) / f"{MODULE}.py") as unfinished:
             unfinished.write_text(code, encoding="utf-8")
+        super().save_pretrained(save_directory, **kwargs)  # last: without a config nothing loads
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

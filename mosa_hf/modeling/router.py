@@ -16,8 +16,8 @@ from .configuration import RoutingConfig
 class MosaRouter(nn.Module):
     """
     Linear routers, one a group. Not an `nn.Linear`, since tools that quantise or adapt linear layers must leave
-    routers as they are: selection compares logits with thresholds, in float32 (float64 for a float64 model), whatever the
-    model's dtype or autocast. The buffer `threshold` [G] follows the groups' K-th highest logit while the weights
+    routers as they are: selection compares logits with thresholds, in float32 (float64 for a float64 model), whatever
+    the model's dtype or autocast. The buffer `threshold` [G] follows the groups' K-th highest logit while the weights
     train.
 
     Args:

@@ -18,6 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import GroupSet, Routed, SparseSpec, take
+from ..compat import CACHE
 from ..kernels import backend
 from ..kernels.tensors import KeyValues, Runs
 from ..routing.budget import evicted_at
@@ -126,7 +127,7 @@ class SparseGroupsMixin:
         """
         if mosa_call is None:
             raise ValueError(f"{type(self).__name__} runs within a MoSA model only: it lacks `mosa_call`.")
-        past_key_values: Cache | None = kwargs.get("past_key_values", kwargs.get("layer_past"))
+        past_key_values: Cache | None = kwargs.get(CACHE, kwargs.get("layer_past"))
         cache = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
             cache = past_key_values.layers[self.layer_idx]
@@ -137,7 +138,7 @@ class SparseGroupsMixin:
         score = self.mosa_router.score(logits, layout) if needs_score else None
         gate = self._gate(logits, mosa_call)
 
-        def of_set(states: torch.Tensor | None, columns: tuple[int, ...]) -> torch.Tensor | None:
+        def of_set(states, columns):
             return None if states is None else take(states, columns, dim=2)
 
         columns = self.mosa_groups.columns

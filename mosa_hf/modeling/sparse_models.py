@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from ..compat import CACHE, takes_cache
 from ..safetensors_files import tensor_shapes
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
@@ -77,6 +78,7 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
         super().init_parallel_plans()
         self._tp_plan.update(sparse_groups_plan(self, self._tp_plan))
 
+    @takes_cache
     @merge_with_config_defaults
     def forward(
         self,
@@ -100,7 +102,7 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mosa_call=call,
@@ -201,7 +203,7 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
     if "_old_forward" in module.__dict__:
         module._old_forward = MethodType(module_class.forward, module)
     if isinstance(module, PreTrainedModel):  # as its construction does; else `output_hidden_states` gives none
-        _CAN_RECORD_REGISTRY[module] = module._can_record_outputs
+        dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
 
 
 def _execution_device(attention: nn.Module) -> torch.device | str | int:

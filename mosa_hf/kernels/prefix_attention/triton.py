@@ -67,7 +67,7 @@ def prefix_attention(
         if keys.key.dtype != query.dtype or keys.value.dtype != query.dtype:
             raise ValueError(f"{name} keys are {keys.key.dtype}, values {keys.value.dtype}, queries {query.dtype}.")
 
-    def per_query(numbers: torch.Tensor | None) -> torch.Tensor | None:
+    def per_query(numbers):
         if numbers is None:
             return None
         return numbers.to(torch.int32).expand(batch_size, num_groups, num_queries).contiguous()

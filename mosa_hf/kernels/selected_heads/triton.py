@@ -35,7 +35,7 @@ def selected_heads(
 
     slots = index.long()
 
-    def gather(states: torch.Tensor | None) -> torch.Tensor | None:  # [B, T] or [B, T, G] -> [B, G, K]
+    def gather(states):  # [B, T] or [B, T, G] -> [B, G, K]
         if states is None:
             return None
         states = states[:, None].expand(-1, slots.shape[1], -1) if states.ndim == 2 else states.transpose(1, 2)

@@ -57,10 +57,10 @@ def sparse_attention(
         far_until = None if near.until is None else near.until.gather(2, index)
         # How many of the K far slots some query of a block can reach, and how many all of its queries do.
         count = selected.cumsum(-1)  # [B, G, S]
-        most, least = count.amax((0, 1)).tolist(), count.amin((0, 1)).tolist()
-        reach = [most[last] if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
+        most, least = count.amax((0, 1)), count.amin((0, 1))
+        reach = [int(most[last]) if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
         if segment is None and near.until is None:
-            sure = [least[last] if (last := start + offset - window) >= 0 else 0 for start in block_starts]
+            sure = [int(least[last]) if (last := start + offset - window) >= 0 else 0 for start in block_starts]
     query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
 
     outputs = []
