@@ -220,7 +220,7 @@ class SparseStore:
             if self.max_tokens < self.window:
                 self.count.add_(1)
                 return entry
-            leaving = self.selected[entry]
+            leaving, appends = self.selected[entry], None
         else:
             entry = start + (self.num_stored % self.window)[:, None]
             is_full = (self.num_stored >= self.window)[:, None]
@@ -231,7 +231,7 @@ class SparseStore:
         if torch.compiler.is_compiling() or entry.device.type != "cpu" or bool(leaving.any()):
             self._copy_entries(entry, torch.where(leaving, start + self.count, scrap))
             self.count.add_(leaving)
-        if not self._is_uniform:
+        if appends is not None:
             self.count.add_(appends)
         return entry
 
@@ -410,21 +410,18 @@ class SparseStore:
         """Room for `count` [B, G] entries at least, where there is less."""
         free = int((self.memory.capacity - count).min())
         if free < 0:
-            self._hold(self._runs(), None, count)
+            self._lay_out(*self._runs().slots(), count)
             free = int((self.memory.capacity - count).min())
         self.free = free + 1
         self.max_count = int(self.count.max())
 
-    def _hold(self, runs: Runs, rows: torch.Tensor | None, count: torch.Tensor) -> None:
-        """Bring `runs`, or those of some rows, to new memory for `count` [B, G] entries."""
+    def _lay_out(self, entries: torch.Tensor, stays: torch.Tensor, count: torch.Tensor) -> None:
+        """Hold those of `entries` [B, G, S] that stay, in their order, in new memory for `count` [B, G] entries."""
         old = self._entries()
-        entries, filled = runs.slots()
-        if rows is not None:
-            entries, filled = entries[rows], filled[rows]
         self._allocate_for(count)
-        target = self.memory.start[..., None] + torch.arange(entries.shape[-1], device=entries.device)
+        target = self.memory.start[..., None] + stays.cumsum(-1) - 1
         for name, states in old.items():
-            setattr(self, name, getattr(self, name).index_put((target[filled],), states[entries[filled]]))
+            setattr(self, name, getattr(self, name).index_put((target[stays],), states[entries[stays]]))
 
     def _runs(self) -> Runs:
         """All entries."""
@@ -536,7 +533,9 @@ class SparseStore:
             stays = filled & (~gone | (self.num_stored > self.window)[:, None, None])
         else:
             stays = filled & (self.position[entries] < num_tokens[:, None, None])
-        self._lay_out_runs(entries, stays)
+        count = stays.sum(-1)
+        self._lay_out(entries, stays, count)
+        self._set_count(count)
         self.num_stored = num_tokens
         if self.budget is not None:
             entries, filled = self._runs().slots()
@@ -544,15 +543,6 @@ class SparseStore:
 
     def _deselect(self, entries: torch.Tensor) -> None:
         self.selected = self.selected.index_fill(0, entries, False)
-
-    def _lay_out_runs(self, entries: torch.Tensor, stays: torch.Tensor) -> None:
-        """Hold of the `entries` [B, G, S] those that stay, in their order."""
-        count, old = stays.sum(-1), self._entries()
-        self._allocate_for(count)
-        target = self.memory.start[..., None] + stays.cumsum(-1) - 1
-        for name, states in old.items():
-            setattr(self, name, getattr(self, name).index_put((target[stays],), states[entries[stays]]))
-        self._set_count(count)
 
     def _recent_or_none(self) -> KeyValues:
         """The ring in sequence order, or no tokens at all."""
@@ -619,8 +609,8 @@ class SparseStore:
         if self.pending is not None:
             self.pending = KeyValues(*(None if states is None else states[rows] for states in self.pending))
         if self.key is not None:
-            runs, count = self._runs(), self.count[rows]
-            self._hold(runs, rows, count)
+            (entries, filled), count = self._runs().slots(), self.count[rows]
+            self._lay_out(entries[rows], filled[rows], count)
             self.num_selected, self.num_evicted = self.num_selected[rows], self.num_evicted[rows]
             self.count = count
             if not self.growth.is_fixed:

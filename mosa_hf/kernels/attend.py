@@ -1,4 +1,4 @@
-"""Softmax attention under a mask, with scale, softcap and sinks: what every reference shares."""
+"""Softmax attention under a mask, with scale, softcap and sinks: what references and PyTorch forms share."""
 
 import torch
 
@@ -15,6 +15,21 @@ def scaled(
     """
     scores = query @ key.unsqueeze(-3).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def softmax(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Weights of `scores` [..., S], -inf for what is not read, in float32 at least; all zero where nothing is read.
+
+    Args:
+        sinks: one more score, whose weight is left out; broadcasts to `[...]`.
+    """
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is None:
+        nothing = (scores == -torch.inf).all(-1, keepdim=True)
+        return scores.masked_fill(nothing, 0.0).softmax(-1, dtype=dtype).masked_fill(nothing, 0.0)
+    sinks = sinks.to(scores.dtype)[..., None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), dim=-1).softmax(-1, dtype=dtype)[..., :-1]
 
 
 def attend(
@@ -46,10 +61,5 @@ def attend(
     if bias is not None:
         scores = scores + bias[:, :, None]
     scores = scores.masked_fill(~mask[:, :, None], -torch.inf)
-    if sinks is not None:
-        sink = sinks.to(dtype)[:, :, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
-    else:
-        nothing = ~mask.any(-1)[:, :, None, :, None]
-        weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    weights = softmax(scores, None if sinks is None else sinks[..., None])
     return (weights @ value.to(dtype)[:, :, None]).to(query.dtype)

@@ -137,11 +137,7 @@ def load_with_routers(
 
 def router_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The routers' tensors, by the names that they have in a model with a head."""
-    return {
-        f"{model.base_model_prefix}.{module_name}.{name}": tensor.detach().cpu().contiguous()
-        for module_name, router in _named_routers(model).items()
-        for name, tensor in router.state_dict().items()
-    }
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in _live_tensors(model).items()}
 
 
 def check_has_sparse_groups(model: PreTrainedModel) -> None:
@@ -174,9 +170,14 @@ def model_card(config: SparseGroupsConfig, base_model: str, what: str, code: str
     )
 
 
-def _named_routers(model: PreTrainedModel) -> dict[str, MosaRouter]:
-    modules = model.base_model.named_modules()
-    return {name: module for name, module in modules if isinstance(module, MosaRouter)}
+def _live_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The routers' parameters and buffers themselves, by the names that they have in a model with a head."""
+    return {
+        f"{model.base_model_prefix}.{module_name}.{name}": tensor
+        for module_name, module in model.base_model.named_modules()
+        if isinstance(module, MosaRouter)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
 
 
 def _router_file(directory: str | os.PathLike, name: str) -> Path:
@@ -222,11 +223,7 @@ def _set_router_tensors(model: PreTrainedModel, path: Path) -> None:
         ValueError: naming the tensor that is missing, unknown, of another shape or dtype, or not finite.
     """
     headers = file_headers(path)
-    targets = {
-        f"{model.base_model_prefix}.{module_name}.{name}": tensor
-        for module_name, router in _named_routers(model).items()
-        for name, tensor in router.state_dict(keep_vars=True).items()
-    }
+    targets = _live_tensors(model)
     for name in sorted(headers.keys() | targets.keys()):
         if name not in headers:
             raise ValueError(f"{path} lacks {name}.")

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..attend import scaled
+from ..attend import scaled, softmax
 from ..opaque import opaque_op
 from ..selected_positions.pytorch import selected_positions
 from ..tensors import KeyValues, Runs, gather_slots
@@ -145,13 +145,7 @@ def _attention(
     scores = scaled(query, key, scale, softcap)  # [B, G, R, T, S]
     if added is not None:
         scores = scores + added[:, :, None]
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    if sinks is not None:
-        sinks = sinks.to(scores.dtype)[:, :, None, None].expand(*scores.shape[:-1], 1)
-        weights = torch.cat((scores, sinks), dim=-1).softmax(-1, dtype=dtype)[..., :-1]
-    else:
-        nothing = scores.detach().amax(-1, keepdim=True) == -torch.inf
-        weights = scores.masked_fill(nothing, 0.0).softmax(-1, dtype=dtype).masked_fill(nothing, 0.0)
+    weights = softmax(scores, None if sinks is None else sinks[..., None])
     return weights.to(value.dtype) @ value[:, :, None]
 
 

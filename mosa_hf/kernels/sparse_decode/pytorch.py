@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..attend import scaled
+from ..attend import scaled, softmax
 from ..tensors import Runs
 
 LOOP = 16  # up to so many runs, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
@@ -32,9 +32,8 @@ def sparse_decode(
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         return heads.view(*runs.start.shape, num_heads, -1)
     scores = scaled(query[:, :, :, None], key, scale, softcap)[:, :, :, 0]  # [B, G, R, S]
-    scores = scores.masked_fill(~filled[:, :, None], torch.finfo(scores.dtype).min)
-    weights = _softmax(scores, None if sinks is None else sinks.expand(len(query), -1, -1))
-    return weights.masked_fill(~filled[:, :, None], 0.0) @ value
+    scores = scores.masked_fill(~filled[:, :, None], -torch.inf)
+    return softmax(scores, sinks).to(value.dtype) @ value
 
 
 def _run_by_run(
@@ -56,14 +55,6 @@ def _run_by_run(
             heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale))
         else:
             scores = scaled(one[:, :, :, None], key, scale, softcap)[..., 0, :]  # [1, 1, R, S]
-            heads.append(_softmax(scores, None if sinks is None else sinks[i % num_groups, None, None]) @ value)
+            weights = softmax(scores, None if sinks is None else sinks[i % num_groups])
+            heads.append(weights.to(value.dtype) @ value)
     return torch.cat(heads).view(query.shape)
-
-
-def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Of `scores` [..., R, S], with one more score `sinks` [..., R] where there are any."""
-    dtype = torch.promote_types(scores.dtype, torch.float32)
-    if sinks is None:
-        return scores.softmax(-1, dtype=dtype).to(scores.dtype)
-    joined = torch.cat((scores, sinks[..., None].to(scores.dtype)), dim=-1)
-    return joined.softmax(-1, dtype=dtype)[..., :-1].to(scores.dtype)
