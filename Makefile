@@ -4,7 +4,7 @@ VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test tools test-oldest lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -14,6 +14,10 @@ demo: $(VENV)/.mosa-hf-gguf
 test: lint
 	$(VENV_PYTHON) -m pytest -q
 	$(VENV_PYTHON) -m pytest -q -m real -n 0
+
+# The tools of docs/tools.md.
+tools: $(VENV)/.mosa-hf-tools
+	$(VENV_PYTHON) -m pytest -q -m tools -n 0 tests/tools
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest: $(OLDEST)/.mosa-hf-oldest
