@@ -15,7 +15,7 @@ from mosa_hf.modeling.sparse_models import with_sparse_groups
 from . import sources
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, num_windows: int = 24, window_length: int = 1024) -> torch.Tensor:
+def calibration(tokenizer: PreTrainedTokenizerBase, num_windows: int = 12, window_length: int = 1024) -> torch.Tensor:
     """Token ids `[N, T]` from texts that pip and the standard library bring: half documentation, half literature."""
     half = num_windows // 2
     windows = [

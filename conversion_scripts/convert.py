@@ -13,14 +13,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("destination", help="directory to create; it appears only when it is whole")
     parser.add_argument("--plan", metavar="FILE", help="JSON plan of which groups are sparse, and how")
     parser.add_argument("--groups", type=int, help="groups that become sparse, over all layers (default: all)")
-    parser.add_argument("--sparsity", type=float, help="select one token in this many (default: 8)")
-    parser.add_argument("--window", type=int, help="recent tokens that are always read (default: 64)")
+    parser.add_argument("--sparsity", type=float, help="select one token in this many, over all groups (default: 8)")
+    parser.add_argument("--window", type=int, help="recent tokens that are always read (default: 512)")
     parser.add_argument("--routers", metavar="DIRECTORY", help="ready routers, in place of a plan and calibration")
     parser.add_argument("--routers-only", action="store_true", help="write routers alone, not the model")
     parser.add_argument(
         "--calibration", nargs="+", type=Path, metavar="FILE", help="UTF-8 text that routers are fitted on"
     )
-    parser.add_argument("--windows", type=int, default=24, help="calibration windows (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=12, help="calibration windows (default: %(default)s)")
     parser.add_argument("--window-length", type=int, default=1024, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--save-plan", metavar="FILE", help="write the plan to a JSON file")
     parser.add_argument("--plot-plan", metavar="FILE", help="draw the plan as a heat map (PNG; needs matplotlib)")

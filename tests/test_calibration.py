@@ -7,7 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mosa_hf import ConversionConfig, GroupPlan, calibrate_thresholds, convert_model
+from mosa_hf.conversion.allocation import choose_groups, mean_losses, one_threshold
 from mosa_hf.conversion.calibration import FLOOR, fit_routers
+from mosa_hf.modeling.families import FAMILIES
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.thresholds import highest_share
 
@@ -41,110 +43,131 @@ def input_ids():
     return torch.randint(64, (5, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def observe(model, input_ids):
-    """Attention weights [layers][N, H, T, T] and inputs of the attention modules [layers][N, T, D], in float64."""
-    inputs = []
-    handles = [
-        layer.self_attn.register_forward_pre_hook(
-            lambda module, args, kwargs: inputs.append(kwargs["hidden_states"].double()), with_kwargs=True
-        )
-        for layer in model.model.layers
-    ]
+def observe(model, row):
+    """Of one window [T]: attention inputs of both readings, values of the first, weights of the second; float64."""
+    inputs, values, attentions = [], [], []
+    handles = []
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        handles += [
+            attention.register_forward_pre_hook(
+                lambda module, args, kwargs: inputs.append(kwargs["hidden_states"][0].double()), with_kwargs=True
+            ),
+            attention.v_proj.register_forward_hook(lambda module, args, output: values.append(output[0].double())),
+        ]
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        attentions = model(input_ids, output_attentions=True).attentions
+        attentions = model(torch.cat((row, row))[None], output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
     for handle in handles:
         handle.remove()
-    return [attention.double() for attention in attentions], inputs
+    return inputs, values, [attention[0].double() for attention in attentions]
 
 
-def slow_fit(attention, hidden_states, group, sparse, include_first):
-    """The docstring of fit_routers, word by word, for one group: attention [N, H, T, T], hidden_states [N, T, D]."""
-    windows, heads, length, _ = attention.shape
-    attention = attention.unflatten(1, (2, heads // 2))[:, group]
-    features, targets = [], []
-    for n in range(windows):
-        for j in range(1 if include_first else 0, length):
-            far = [t for t in range(length) if t - j >= sparse.window]
-            if len(far) < sparse.window:
-                continue
-            mean = sum(attention[n, :, t, j].amax() * (t + 1) for t in far) / len(far)
-            features.append(hidden_states[n, j])
-            targets.append(mean.clamp_min(FLOOR).log())
-    x, y = torch.stack(features), torch.stack(targets)
-    x, y = x - x.mean(0), y - y.mean(0)
+def slow_fit(model, input_ids, layer, group, include_first):
+    """The definition, word by word, for one group: importance [N, T], the router's weight and bias."""
+    output_weight = model.model.layers[layer].self_attn.o_proj.weight.double()
+    heads_per_group, head_dim = 3, 8
+    features, found = [], []
+    for row in input_ids:
+        inputs, values, attentions = observe(model, row)
+        hidden, value, attention = inputs[layer], values[layer], attentions[layer]
+        scores = torch.zeros(LENGTH, dtype=torch.float64)
+        for j in range(LENGTH):
+            for head in range(group * heads_per_group, (group + 1) * heads_per_group):
+                own = value[j, group * head_dim : (group + 1) * head_dim]
+                written = (output_weight[:, head * head_dim : (head + 1) * head_dim] @ own).norm()
+                for i in range(LENGTH, 2 * LENGTH):
+                    scores[j] = max(scores[j], attention[head, i, j] * written / hidden[i].norm())
+        features.append(hidden[:LENGTH])
+        found.append(scores)
+    skip = int(include_first)
+    x = torch.cat([rows[skip:] for rows in features])
+    y = torch.cat([scores[skip:] for scores in found]).clamp_min(FLOOR).log()
+    centred = x - x.mean(0)
     strength = RIDGE * x.var(0, correction=0).mean() * len(x)
-    weight = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
-    z = hidden_states @ weight
-    threshold = z.flatten().sort(descending=True).values[round(windows * length / sparse.sparsity) - 1]
-
-    selected = z >= threshold
-    selected[:, 0] |= include_first
-    kept, queries = 0.0, 0
-    for n in range(windows):
-        for t in range(sparse.window, length):
-            seen = selected[n] | (t - torch.arange(length) < sparse.window)
-            kept = kept + (attention[n, :, t].mean(0) * seen).sum()
-            queries += 1
-    return weight, threshold, kept / queries
+    gram = centred.T @ centred + strength * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(gram, centred.T @ (y - y.mean()))
+    bias = y.mean() - x.mean(0) @ weight
+    return torch.stack(found), weight, bias, torch.stack([rows @ weight + bias for rows in features])
 
 
-@pytest.mark.parametrize("plan", [ALIKE, MIXED], ids=["alike", "mixed"])
-@pytest.mark.parametrize("include_first", [True, False])
+@pytest.mark.parametrize("include_first, plan", [(True, MIXED), (False, ALIKE)])
+@torch.no_grad()
 def test_matches_the_definition(model, input_ids, include_first, plan):
-    fits = fit_routers(model, input_ids, plan, include_first=include_first, ridge=RIDGE)
+    model.model.layers[0].self_attn.o_proj.bias = torch.nn.Parameter(
+        torch.randn(48)
+    )  # not part of what a value writes
+    fits = fit_routers(model, input_ids[:2], plan, include_first=include_first, ridge=RIDGE)
     assert len(fits) == 2
-    for fit, groups, attention, hidden_states in zip(fits, plan.layers, *observe(model, input_ids), strict=True):
+    for layer, (fit, groups) in enumerate(zip(fits, plan.layers, strict=True)):
         sparse = [group for group in range(2) if groups[group] is not None]
-        assert len(fit.weight) == len(fit.threshold) == len(fit.kept_mass) == len(sparse)
+        assert fit.weight.shape == (len(sparse), 48) and fit.importance.shape == (2, LENGTH, len(sparse))
         for i, group in enumerate(sparse):
-            expected = slow_fit(attention, hidden_states, group, groups[group], include_first)
-            weight, threshold, kept_mass = expected
-            torch.testing.assert_close(fit.weight[i].double(), weight, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(fit.threshold[i].double(), threshold, rtol=1e-3, atol=1e-4)
-            torch.testing.assert_close(fit.kept_mass[i].double(), kept_mass, rtol=1e-3, atol=1e-3)
-        assert fit.weight.dtype == fit.threshold.dtype == fit.kept_mass.dtype == torch.float32
+            importance, weight, bias, predicted = slow_fit(model, input_ids[:2], layer, group, include_first)
+            torch.testing.assert_close(fit.importance[..., i].double(), importance, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(fit.weight[i].double(), weight, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(fit.bias[i].double(), bias, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(fit.predicted[..., i].double(), predicted, rtol=1e-2, atol=1e-2)
 
 
 def test_layers_without_sparse_groups(model, input_ids):
     one, both = (fit_routers(model, input_ids, plan) for plan in (GroupPlan(((None, None), (FEW, None))), ALIKE))
-    assert one[0] is None and torch.equal(one[1].weight, both[1].weight[:1])
+    assert one[0] is None and torch.equal(one[1].importance, both[1].importance[..., :1])
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma3_text", "gpt_oss"])
-def test_other_families(family):
-    """Attention modules of any name, with sinks and softcaps; a layer with a sliding window is left out."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    """Attention modules of any name, with biases, sinks and softcaps; layers with a sliding window are left out."""
     base = tiny_base(family)
-    num_groups = base.config.num_attention_heads if family == "gpt_neox" else base.config.num_key_value_heads
-    plan = GroupPlan.uniform(3, num_groups, FEW, [1])
-    fits = fit_routers(base, random_tokens(4, LENGTH), plan)
-    assert fits[1] is None
-    for fit in (fits[0], fits[2]):
-        assert fit.weight.shape == (num_groups, 32) and fit.weight.isfinite().all()
-        assert ((0.2 < fit.kept_mass) & (fit.kept_mass < 1)).all()
+    num_groups = base.config.num_key_value_heads if family != "gpt_neox" else base.config.num_attention_heads
+    sliding = [i for i, kind in enumerate(getattr(base.config, "layer_types", None) or []) if kind[:4] == "slid"]
+    fits = fit_routers(base, random_tokens(4, LENGTH), GroupPlan.uniform(3, num_groups, FEW, sliding))
+    assert [i for i, fit in enumerate(fits) if fit is None] == sliding
+    for fit in fits:
+        if fit is not None:
+            assert fit.weight.shape == (num_groups, 32) and fit.weight.isfinite().all()
+            centred = [states[:, 1:].flatten(0, 1) for states in (fit.predicted, fit.importance.log())]
+            correlation = torch.stack(
+                [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*(x.T for x in centred), strict=True)]
+            )
+            assert (correlation > 0.3).all()  # of in-sample predictions, with 32 features and 188 tokens
 
 
-def test_more_keys_keep_more_mass(model, input_ids):
-    few, many, everything = (
-        fit_routers(model, input_ids, GroupPlan.uniform(2, 2, SparseGroup(8, sparsity))) for sparsity in (16, 2, 1)
-    )
-    for a, b, c in zip(few, many, everything, strict=True):
-        assert (a.kept_mass < b.kept_mass).all()
-        torch.testing.assert_close(c.kept_mass, torch.ones(2))
+def test_one_threshold_serves_all_groups(model, input_ids):
+    """Groups differ in their rates, and together select what was asked for."""
+    fits = fit_routers(model, input_ids, ALIKE)
+    fits[0].predicted[..., 0] += 1.0
+    plan = one_threshold(ALIKE, ALIKE, fits)
+    rates = [1 / kind.sparsity for groups in plan.layers for kind in groups]
+    assert {kind.window for groups in plan.layers for kind in groups} == {8}
+    assert sum(rates) / 4 == pytest.approx(1 / FEW.sparsity, rel=0.03)
+    assert rates[0] == max(rates) and rates[0] > 1.5 / FEW.sparsity
+    logits = torch.cat([fit.predicted[:, 1:].flatten(0, 1) for fit in fits], dim=1)
+    threshold = highest_share(logits.view(-1, 1), [FEW.sparsity])
+    torch.testing.assert_close(torch.tensor(rates), (logits >= threshold).float().mean(0), rtol=0.02, atol=1 / LENGTH)
+    everything = GroupPlan.uniform(2, 2, SparseGroup(8, 1))
+    assert one_threshold(everything, ALIKE, fits) == everything
 
 
-def test_no_window(model, input_ids):
-    fits = fit_routers(model, input_ids, GroupPlan.uniform(2, 2, SparseGroup(0, 4)))
-    assert all(fit.weight.isfinite().all() and (fit.kept_mass < 1).all() for fit in fits)
+def test_groups_that_lose_less_come_first(model, input_ids):
+    fits = fit_routers(model, input_ids, ALIKE)
+    losses = mean_losses(ALIKE, fits)
+    fits[1].importance[..., 0] *= 100
+    worse = mean_losses(ALIKE, fits)
+    assert worse[1][0] == pytest.approx(100 * losses[1][0], rel=1e-3) and worse[0] == losses[0]
+    two = choose_groups(ConversionConfig(groups=3, sparsity=4), ALIKE, fits)
+    assert two == GroupPlan(((FEW, FEW), (None, FEW)))
+    few, many = (mean_losses(each, fits) for each in (ALIKE, GroupPlan.uniform(2, 2, SparseGroup(8, 1.5))))
+    assert sum(map(sum, many)) < sum(map(sum, few))
 
 
 def test_bfloat16_model(model, input_ids):
     exact = fit_routers(model, input_ids, ALIKE)
     rounded = fit_routers(model.to(torch.bfloat16), input_ids, ALIKE)
     for a, b in zip(exact, rounded, strict=True):
-        assert b.weight.dtype == torch.float32
-        torch.testing.assert_close(a.kept_mass, b.kept_mass, rtol=0, atol=0.05)
+        assert b.weight.dtype == b.importance.dtype == torch.float32
+        torch.testing.assert_close(a.importance.mean((0, 1)), b.importance.mean((0, 1)), rtol=0.1, atol=0)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
@@ -157,7 +180,7 @@ def test_leaves_the_model_as_it_was(model, input_ids, error):
     def interrupt(module, args):
         nonlocal calls
         calls += 1
-        if error is not None and calls == 2:
+        if error is not None and calls == 2:  # between the two readings
             raise error
 
     handle = model.model.layers[1].register_forward_pre_hook(interrupt)
@@ -177,7 +200,8 @@ def test_leaves_the_model_as_it_was(model, input_ids, error):
     [
         ((0, LENGTH), 0.1, "`input_ids`.*at least one window"),
         ((LENGTH,), 0.1, "`input_ids`.*at least one window"),
-        ((2, 16), 0.1, "`input_ids`.*more than 16 tokens"),
+        ((2, 1), 0.1, "`input_ids`.*T >= 2 tokens"),
+        ((2, 1025), 0.1, "`input_ids`.*reads twice.*at most 1024 tokens"),
         ((2, LENGTH), 0.0, "`ridge`"),
     ],
 )

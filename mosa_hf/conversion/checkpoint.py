@@ -52,7 +52,7 @@ def convert_checkpoint(
     *,
     routers: str | os.PathLike | None = None,
     routers_only: bool = False,
-    num_windows: int = 24,
+    num_windows: int = 12,
     window_length: int = 1024,
 ) -> GroupPlan:
     """
@@ -115,7 +115,7 @@ def convert_checkpoint(
 
 
 def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, num_windows: int = 24, window_length: int = 1024
+    tokenizer: PreTrainedTokenizerBase, text: str, num_windows: int = 12, window_length: int = 1024
 ) -> torch.Tensor:
     """
     At most `num_windows` windows of `window_length` tokens, spread evenly over `text`: token ids `[N, T]`.

@@ -13,10 +13,11 @@ class ConversionConfig:
     window stay dense in any case.
 
     Args:
-        sparsity: ρ of the sparse groups: one token in ρ is selected.
+        sparsity: ρ: one token in ρ is selected, taken over all sparse groups. One threshold serves them all, so groups
+            whose tokens matter more select more of them.
         window: tokens that a query reads in any case, itself included.
         groups: The `(layer, group)` pairs that become sparse; or their number, summed over layers: those that lose
-            least attention on the calibration text are taken. None: all groups.
+            least on the calibration text are taken. None: all groups.
         include_first: always select the first token (`mosa_include_first`).
         plan: What each group becomes, or the path of a file that `GroupPlan.save` wrote. `sparsity`, `window` and
             `groups` are then left alone.
@@ -27,7 +28,7 @@ class ConversionConfig:
     """
 
     sparsity: float = 8
-    window: int = 64
+    window: int = 512
     groups: int | tuple[tuple[int, int], ...] | None = None
     include_first: bool = True
     plan: GroupPlan | str | os.PathLike | None = None

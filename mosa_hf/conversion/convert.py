@@ -10,7 +10,8 @@ from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
 from ..modeling.sparse_models import with_sparse_groups, without_sparse_groups
 from ..modeling.thresholds import calibrate_thresholds
-from .calibration import RouterFit, fit_routers
+from .allocation import candidate_plan, choose_groups, mean_losses, one_threshold
+from .calibration import fit_routers
 from .configuration import ConversionConfig
 
 
@@ -29,7 +30,7 @@ def convert_model(
 
     Returns:
         The converted model (`MosaLlamaForCausalLM` from `LlamaForCausalLM`, and so on), in eval mode. Its
-        `config.mosa_conversion` records groups, scores and settings.
+        `config.mosa_conversion` records groups, losses and settings.
 
     Raises:
         ValueError: unsupported family, impossible group choice, or missing calibration; the message names the remedy.
@@ -41,13 +42,15 @@ def convert_model(
     if calibration is not None:
         fits = fit_routers(model, calibration, candidates, include_first=conversion.include_first)
     plan = choose_groups(conversion, candidates, fits)
+    if fits is not None and conversion.plan is None:
+        plan = one_threshold(plan, candidates, fits)
 
     config = converted_config(model, plan, conversion)
     config.mosa_conversion = {
         "source": model.config.name_or_path,
         "settings": _settings(conversion),
         "groups": [list(pair) for pair in plan.sparse_pairs()],
-        "scores": None if fits is None else _scores(candidates, fits),
+        "losses": None if fits is None else mean_losses(candidates, fits),
         "calibration": None if calibration is None else {"windows": len(calibration), "tokens": calibration.shape[1]},
     }
     converted = with_sparse_groups(model, config).eval()
@@ -59,9 +62,8 @@ def convert_model(
                 fitted = [group for group, kind in enumerate(candidates.layers[layer]) if kind is not None]
                 own = [fitted.index(group) for group, kind in enumerate(plan.layers[layer]) if kind is not None]
                 router.weight.copy_(fits[layer].weight[own])
-                router.threshold.copy_(fits[layer].threshold[own])
     if fits is not None:
-        # Again on the converted model: what its layers see differs a little from what the original's saw.
+        # On the converted model: what its layers see differs a little from what the original's saw.
         windows = logging.tqdm(calibration.split(1), desc="Setting thresholds", unit="window")
         calibrate_thresholds(converted, windows)
     return converted
@@ -79,63 +81,13 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     return without_sparse_groups(model)
 
 
-def candidate_plan(config: SparseGroupsConfig, conversion: ConversionConfig) -> GroupPlan:
-    """
-    The groups that may become sparse: those that `conversion` names, else all of the layers with global attention.
-
-    Args:
-        config: of the model, without a plan.
-
-    Raises:
-        ValueError: for groups that the model lacks, or that cannot be sparse.
-    """
-    num_layers, num_groups = config.num_hidden_layers, config.num_groups
-    sliding = [layer for layer in range(num_layers) if config.is_sliding(layer)]
-    if conversion.plan is not None:
-        conversion.plan.validate(num_layers, num_groups, sliding)
-        if not conversion.plan.sparse_pairs():
-            raise ValueError("The plan leaves every group dense: there is nothing to convert.")
-        return conversion.plan
-    group = SparseGroup(window=conversion.window, sparsity=conversion.sparsity)
-    plan = GroupPlan.uniform(num_layers, num_groups, group, sliding)
-    possible = plan.sparse_pairs()
-    if not possible:
-        raise ValueError("Every layer has a sliding window, which bounds its cache: there is nothing to convert.")
-    if isinstance(conversion.groups, int) and conversion.groups > len(possible):
-        raise ValueError(
-            f"`groups={conversion.groups}`: the model has {len(possible)} key/value groups that can be sparse, "
-            f"{num_groups} in each of {num_layers - len(sliding)} layers with global attention."
-        )
-    if isinstance(conversion.groups, tuple):
-        if unknown := sorted(set(conversion.groups) - set(possible)):
-            raise ValueError(
-                f"`groups` names {unknown}, but the model has layers < {num_layers}, groups < {num_groups}"
-                + (f", and its layers {sliding} have a sliding window and stay dense." if sliding else ".")
-            )
-        return _only(plan, conversion.groups)
-    return plan
-
-
-def choose_groups(
-    conversion: ConversionConfig, candidates: GroupPlan, fits: list[RouterFit | None] | None
-) -> GroupPlan:
-    """`candidates`; or as many of them as `conversion` asks for, those that keep most of their attention."""
-    pairs = candidates.sparse_pairs()
-    if fits is None and any(candidates.layers[layer][group].sparsity != 1 for layer, group in pairs):
-        raise ValueError("`calibration` is needed to fit routers: pass token ids [windows, tokens] of some text.")
-    if not isinstance(conversion.groups, int) or conversion.groups == len(pairs):
-        return candidates
-    if fits is None:
-        raise ValueError("`calibration` is needed to rank groups: pass it, or name the `groups`.")
-    ranked = sorted(pairs, key=lambda pair: -float(fits[pair[0]].kept_mass[pair[1]]))
-    return _only(candidates, ranked[: conversion.groups])
-
-
 def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: ConversionConfig) -> SparseGroupsConfig:
     """The configuration of `model` with the sparse groups of a plan, which is written out if it is not uniform."""
     config_class = family_of(model.config.model_type).config_class
     kinds = [plan.layers[layer][group] for layer, group in plan.sparse_pairs()]
-    usual = max(kinds, key=kinds.count) if kinds else SparseGroup(conversion.window, conversion.sparsity)
+    usual = max(kinds, key=kinds.count)
+    if conversion.plan is None:
+        usual = SparseGroup(conversion.window, conversion.sparsity)
     fields = {
         "mosa_window": usual.window,
         "mosa_sparsity": usual.sparsity,
@@ -149,27 +101,8 @@ def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: Conver
     return config
 
 
-def _only(plan: GroupPlan, pairs) -> GroupPlan:
-    """The plan with all but some `(layer, group)` pairs dense."""
-    return GroupPlan(
-        tuple(
-            tuple(kind if (layer, group) in pairs else None for group, kind in enumerate(groups))
-            for layer, groups in enumerate(plan.layers)
-        )
-    )
-
-
 def _settings(conversion: ConversionConfig) -> dict:
     if conversion.plan is not None:
         return {"include_first": conversion.include_first}
     settings = {name: getattr(conversion, name) for name in ("sparsity", "window", "include_first")}
     return settings | {"num_groups": conversion.groups if isinstance(conversion.groups, int) else None}
-
-
-def _scores(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[list[float | None]]:
-    """For each layer and group the share of attention that it keeps; None for groups that were no candidates."""
-    scores = []
-    for groups, fit in zip(candidates.layers, fits, strict=True):
-        kept = iter(() if fit is None else fit.kept_mass.tolist())
-        scores.append([None if kind is None else round(next(kept), 6) for kind in groups])
-    return scores

@@ -10,9 +10,9 @@ from ..modeling.configuration import MosaConfig
 from ..modeling.families import family_of
 from ..modeling.modeling_mosa import MosaForCausalLM
 from ..modeling.thresholds import calibrate_thresholds
+from .allocation import candidate_plan, choose_groups
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
-from .convert import candidate_plan, choose_groups
 
 # The gate must be neutral right after conversion and still pass a gradient to the routers. Logits of the size b + ε z
 # leave the gate at sigmoid(b) up to 1e-6, which W_O makes up for.
@@ -122,11 +122,10 @@ def _state_dict(
             state_dict[f"{prefix}mosa.o_bias"] = state_dict.pop(f"{prefix}o_proj.bias")
 
         weight = output.new_zeros(len(mosa), output.shape[1], dtype=torch.float32)
-        threshold = weight.new_zeros(len(mosa))
         if fits is not None:
             own = [[group for i, group in fitted if i == layer].index(group) for group in mosa]
-            weight, threshold = fits[layer].weight[own], fits[layer].threshold[own]
+            weight = fits[layer].weight[own]
         state_dict[f"{prefix}mosa.router.weight"] = weight * GATE_SCALE
-        state_dict[f"{prefix}mosa.router.threshold"] = threshold * GATE_SCALE + GATE_BIAS
-        state_dict[f"{prefix}mosa.router.bias"] = torch.full_like(threshold, GATE_BIAS)
+        state_dict[f"{prefix}mosa.router.bias"] = weight.new_full((len(mosa),), GATE_BIAS)
+        state_dict[f"{prefix}mosa.router.threshold"] = weight.new_full((len(mosa),), GATE_BIAS)
     return state_dict

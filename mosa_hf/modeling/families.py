@@ -25,7 +25,8 @@ from .sparse_models import SparseModelMixin, SparsePreTrainedMixin
 CLASSES: dict[str, type] = {}  # every class that the rows below make, by name
 HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
-# Model type, prefix of the classes' names, and where a name does not follow from those: its file, or the name itself.
+# Model type, prefix of the classes' names, and where a name does not follow from those: its file, or the name itself;
+# the attention module's output projection, where that is not `o_proj`.
 ROWS = (
     ("cohere2", "Cohere2", {}),
     ("gemma2", "Gemma2", {}),
@@ -39,7 +40,7 @@ ROWS = (
             "ForCausalLM": "Gemma3ForCausalLM",
         },
     ),
-    ("gpt_neox", "GPTNeoX", {}),
+    ("gpt_neox", "GPTNeoX", {"output_projection": "dense"}),
     ("gpt_oss", "GptOss", {}),
     ("granite", "Granite", {}),
     ("llama", "Llama", {}),
@@ -69,6 +70,7 @@ class Family:
     model_class: type[PreTrainedModel]
     base_head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)  # "ForCausalLM" → class
     head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)
+    output_projection: str = "o_proj"  # of the attention module
 
     @property
     def causal_lm_class(self) -> type[PreTrainedModel]:
@@ -137,6 +139,7 @@ def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
         config_class,
         _class(f"Mosa{prefix}Attention", (SparseGroupsMixin, base("Attention"))),
         _class(f"Mosa{prefix}Model", (SparseModelMixin, base("Model")), config_class=config_class),
+        output_projection=names.get("output_projection", "o_proj"),
     )
     family.model_class.family = family
     for head in HEADS:
