@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..attend import scaled, softmax
+from ..attend import capped, scaled, softmax
 from ..tensors import Runs
 
 LOOP = 16  # up to so many runs, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
@@ -39,22 +39,19 @@ def sparse_decode(
 def _run_by_run(
     query: torch.Tensor, runs: Runs, scale: float | None, softcap: float | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    num_groups = query.shape[1]
-    is_fused = softcap is None and sinks is None
+    """Plain products: for a few rows and keys, fused attention costs more to call than it saves."""
+    num_groups, head_dim = query.shape[1], query.shape[3]
+    queries = (query * (head_dim**-0.5 if scale is None else scale)).flatten(0, 1).unbind()  # B * G of [R, d]
+    starts, counts = runs.start.flatten().tolist(), runs.count.flatten().tolist()
     heads = []
-    queries = query.flatten(0, 1)[:, None]  # [B * G, 1, R, d]: the R heads as rows of one query matrix
-    keys, values = runs.key[None, None], runs.value[None, None]  # [1, 1, N, d]
-    places = zip(runs.start.flatten().tolist(), runs.count.flatten().tolist(), strict=True)
-    for i, (start, count) in enumerate(places):
-        one = queries.narrow(0, i, 1)
+    for i, (one, start, count) in enumerate(zip(queries, starts, counts, strict=True)):
         if count == 0:
             heads.append(torch.zeros_like(one))
             continue
-        key, value = keys.narrow(2, start, count), values.narrow(2, start, count)
-        if is_fused:
-            heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale))
+        scores = capped(one @ runs.key.narrow(0, start, count).t(), softcap)  # [R, S]
+        if sinks is None:
+            weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         else:
-            scores = scaled(one[:, :, :, None], key, scale, softcap)[..., 0, :]  # [1, 1, R, S]
-            weights = softmax(scores, None if sinks is None else sinks[i % num_groups])
-            heads.append(weights.to(value.dtype) @ value)
-    return torch.cat(heads).view(query.shape)
+            weights = softmax(scores, sinks[i % num_groups])
+        heads.append(weights.to(query.dtype) @ runs.value.narrow(0, start, count))
+    return torch.stack(heads).view(query.shape)
