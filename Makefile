@@ -10,10 +10,9 @@ OLDEST ?= .venv-oldest
 demo: $(VENV)/.mosa-hf-gguf
 	$(VENV_PYTHON) -m benchmarks.demo
 
-# Small models in two processes; then the real one in a single process, with all threads.
+# Everything but the tools, in two processes.
 test: lint
-	$(VENV_PYTHON) -m pytest -q
-	$(VENV_PYTHON) -m pytest -q -m real -n 0
+	$(VENV_PYTHON) -m pytest -q -m "not tools" --no-loadscope-reorder
 
 # The tools of docs/tools.md.
 tools: $(VENV)/.mosa-hf-tools
