@@ -57,6 +57,12 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
         FileExistsError: if `directory` exists.
         ValueError: for a model without sparse groups.
     """
+    with whole_directory(Path(directory)) as unfinished:
+        write_routers(model, unfinished, base_model)
+
+
+def write_routers(model: PreTrainedModel, directory: Path, base_model: str | None = None) -> None:
+    """The files of `save_routers`, into a directory that exists."""
     check_has_sparse_groups(model)
     config = model.config
     base_model = base_model or base_name(config)
@@ -68,13 +74,12 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
         "hidden_size": config.hidden_size,
         **{name: getattr(config, name) for name in MOSA_FIELDS},
     }
-    with whole_directory(Path(directory)) as unfinished:
-        save_file(router_tensors(model), unfinished / ROUTERS_NAME, metadata={"format": "pt"})
-        base = base_model or "the base model"
-        code = f'model = mosa_hf.{type(model).__name__}.from_pretrained("{base}", routers="path of this folder")'
-        (unfinished / "README.md").write_text(model_card(config, base_model, "Routers", code), encoding="utf-8")
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-        (unfinished / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
+    save_file(router_tensors(model), directory / ROUTERS_NAME, metadata={"format": "pt"})
+    base = base_model or "the base model"
+    code = f'model = mosa_hf.{type(model).__name__}.from_pretrained("{base}", routers="path of this folder")'
+    (directory / "README.md").write_text(model_card(config, base_model, "Routers", code), encoding="utf-8")
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    (directory / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def load_routers(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrainedModel:

@@ -1,0 +1,173 @@
+"""Healing: the loss is the divergence from the original, it brings quality back, resumes, and can be loaded."""
+
+import json
+import math
+
+import pytest
+import torch
+from mosa_hf.conversion_scripts import heal
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import TensorDataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from mosa_hf import ConversionConfig, MosaLlamaForCausalLM, convert_model
+from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, mean_divergence, teacher_of
+
+from .bases import byte_tokenizer, random_tokens, tiny_base
+from .test_training import windows_of_bytes
+
+LENGTH = 128
+
+
+def arguments(output_dir, steps: int, **options) -> TrainingArguments:
+    defaults = {"learning_rate": 5e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8}
+    return TrainingArguments(
+        output_dir=output_dir, max_steps=steps, report_to=[], use_cpu=True, seed=0, disable_tqdm=True,
+        logging_steps=10, **{"save_strategy": "no", **defaults, **options},
+    )  # fmt: skip
+
+
+def collate(rows):
+    input_ids = torch.stack([row[0] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return windows_of_bytes()
+
+
+@pytest.fixture(scope="module")
+def original(windows, tmp_path_factory) -> LlamaForCausalLM:
+    """A small model that has learned something."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2 * LENGTH,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    dataset = TensorDataset(windows[:1600])
+    Trainer(model, arguments(tmp_path_factory.mktemp("train"), 200), collate, dataset).train()
+    return model.eval()
+
+
+@torch.no_grad()
+def loss_of(model, windows: torch.Tensor) -> float:
+    return model.eval()(windows, labels=windows, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("learn", ["lora", "full"])
+def test_healing_recovers_what_conversion_lost(learn, original, windows, tmp_path):
+    held_out, text = windows[-32:], TensorDataset(windows[:1600])
+    base = LlamaForCausalLM(original.config)
+    base.load_state_dict(original.state_dict())
+    model = convert_model(base, ConversionConfig(sparsity=16, window=2), windows[:8])
+    before, lost = loss_of(original, held_out), loss_of(model, held_out)
+    assert math.exp(lost) > 1.1 * math.exp(before)
+    thresholds = [router.threshold.clone() for router in model.mosa_routers().values()]
+    model.requires_grad_(learn == "full")
+    teacher = teacher_of(model)
+    for router in model.mosa_routers().values():
+        router.requires_grad_(False)
+    student = model
+    if learn == "lora":
+        student = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    trainer = HealingTrainer(student, teacher, arguments(tmp_path, 150), collate, text)
+    trainer.train()
+    healed = loss_of(student, held_out)
+    assert math.exp(lost) - math.exp(healed) > 0.8 * (math.exp(lost) - math.exp(before))
+    # The teacher is what it was, and routers too.
+    assert loss_of(teacher, held_out) == pytest.approx(before, abs=1e-6)
+    assert all(torch.equal(a, b.threshold) for a, b in zip(thresholds, model.mosa_routers().values(), strict=True))
+    logged = [entry for entry in trainer.state.log_history if "selected" in entry]
+    assert logged and all(0.03 < entry["selected"] < 0.2 for entry in logged)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_divergence(top_k):
+    """Against the formula, at no distance, and its gradient through chunks."""
+    torch.manual_seed(0)
+    actual, expected = torch.randn(600, 20, requires_grad=True), torch.randn(600, 20)
+    p, q = expected.double().softmax(-1), actual.double().softmax(-1)
+    if top_k:
+        index = p.topk(top_k, dim=-1).indices
+        p, q = (torch.cat((x.gather(1, index), 1 - x.gather(1, index).sum(1, keepdim=True)), dim=1) for x in (p, q))
+    reference = (p * (p / q).log()).sum(-1).mean()
+    loss = mean_divergence(actual, expected, top_k)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(loss, actual)
+    (other,) = torch.autograd.grad(reference, actual)
+    torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-7)
+    assert mean_divergence(expected, expected, top_k).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_padding_counts_for_nothing(tmp_path):
+    model = convert_model(tiny_base(), ConversionConfig(sparsity=1, window=2))
+    teacher = teacher_of(tiny_base_converted())
+    trainer = HealingTrainer(model, teacher, arguments(tmp_path, 1))
+    text, mask = random_tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    together = trainer.compute_loss(model, {"input_ids": text, "attention_mask": mask})
+    alone = [
+        trainer.compute_loss(model, {"input_ids": text[i : i + 1, mask[i].bool()]}) * mask[i].sum() for i in range(2)
+    ]
+    assert together.item() == pytest.approx((sum(alone) / mask.sum()).item(), rel=1e-4) and together > 0.01
+
+
+def tiny_base_converted():
+    return convert_model(tiny_base(seed=1), ConversionConfig(sparsity=1))
+
+
+def test_what_cannot_be_healed(tmp_path):
+    model = convert_model(tiny_base(), ConversionConfig(sparsity=1))
+    with pytest.raises(ValueError, match="vocabulary of 64 tokens, the model of 256"):
+        HealingTrainer(model, tiny_base(vocab_size=64), arguments(tmp_path, 1))
+    with pytest.raises(ValueError, match="has no sparse groups"):
+        teacher_of(tiny_base())
+    with pytest.raises(ValueError, match="take the teacher before"):
+        teacher_of(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+    with pytest.raises(ValueError, match="fewer than a window of 100"):
+        TokenWindows(byte_tokenizer(), "short", 100)
+
+
+@pytest.mark.parametrize("learn", ["lora", "full", "routers"])
+def test_the_command(learn, tmp_path):
+    """Interrupted and resumed it writes what an unbroken run writes, and that loads by one line."""
+    base, text = tiny_base(), "A text of some length, which says nothing of interest. " * 60
+    byte_tokenizer().save_pretrained(tmp_path / "converted")
+    base.save_pretrained(tmp_path / "base")
+    calibration = random_tokens(4, 64)
+    convert_model(base, ConversionConfig(sparsity=4, window=4), calibration).save_pretrained(tmp_path / "converted")
+    (tmp_path / "text.txt").write_text(text)
+    common = f"--model {tmp_path / 'converted'} --text {tmp_path / 'text.txt'} --learn {learn} --window_length 64"
+    common += " --use_cpu --report_to none --per_device_train_batch_size 2 --learning_rate 1e-2 --save_steps 2"
+    common += " --lr_scheduler_type constant --disable_tqdm true"
+
+    def run(name: str, steps: int, destination: str) -> None:
+        options = f"--output_dir {tmp_path / name} --max_steps {steps} --destination {tmp_path / destination}"
+        heal.main(f"{common} {options}".split())
+
+    def load(name: str):
+        if learn == "full":
+            return AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model = MosaLlamaForCausalLM.from_pretrained(tmp_path / "base", routers=tmp_path / name)
+        return PeftModel.from_pretrained(model, tmp_path / name) if learn == "lora" else model
+
+    run("whole", 4, "whole.healed")
+    run("parts", 2, "parts.first")
+    run("parts", 4, "parts.healed")
+    inputs = random_tokens(1, 50)
+    with torch.no_grad():
+        logits = {name: load(name).eval()(inputs).logits for name in ("whole.healed", "parts.first", "parts.healed")}
+    torch.testing.assert_close(logits["parts.healed"], logits["whole.healed"], rtol=0, atol=1e-4)
+    assert (logits["parts.first"] - logits["whole.healed"]).abs().max() > 1e-3
+    if learn != "full":
+        assert not (tmp_path / "whole.healed" / "model.safetensors").exists()
+        assert json.loads((tmp_path / "whole.healed" / "mosa_config.json").read_text())["mosa_gate_slope"] == 0
+    if learn == "lora":
+        model = load("whole.healed").eval()
+        with torch.no_grad():
+            merged = model.merge_and_unload()(inputs).logits
+        torch.testing.assert_close(merged, logits["whole.healed"], rtol=0, atol=1e-4)
+    with pytest.raises(SystemExit, match="exists: remove it"):
+        run("parts", 4, "parts.healed")
