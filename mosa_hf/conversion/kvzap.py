@@ -1,0 +1,74 @@
+"""Routers that KVzap (arXiv 2601.07891) published: the same linear predictor of the same importance as ours."""
+
+import json
+import os
+
+import torch
+from safetensors.torch import load_file
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+from ..modeling.families import family_of
+from ..modeling.group_plan import GroupPlan, SparseGroup
+from ..modeling.sparse_models import with_sparse_groups
+
+
+@torch.no_grad()
+def load_kvzap(
+    model: PreTrainedModel,
+    directory: str | os.PathLike,
+    threshold: float,
+    window: int = 128,
+    sparsity: float = 4,
+    include_first: bool = True,
+) -> PreTrainedModel:
+    """
+    A model with sparse groups that shares the weights of `model` and keeps the tokens whose predicted log importance
+    reaches `threshold`. KVzap's own code reads the prompt dense and masks what it drops; here the prompt is read as
+    decoded tokens read, and what is dropped is in no memory.
+
+    Args:
+        model: that the predictor was trained for; every layer has global attention.
+        directory: with `config.json` and `model.safetensors`, or its name on the Hub ("nvidia/KVzap-linear-...").
+        threshold: one for all groups. Theirs are between -6 (keeps more) and -3.
+        window: recent tokens that are always read.
+        sparsity: ρ as far as it is known: static caches have capacity for twice this share.
+        include_first: select the first token in any case. KVzap leaves that to its predictor.
+
+    Raises:
+        OSError: if a file is missing.
+        ValueError: for a predictor of another model, or an MLP, which routers are not.
+    """
+    config_file, weights_file = (cached_file(os.fspath(directory), name) for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME))
+    with open(config_file, encoding="utf-8") as file:
+        settings = json.load(file)
+    if settings.get("hidden_dim") is not None:
+        raise ValueError(f"{directory} is an MLP of {settings['hidden_dim']} hidden units: take the linear predictor.")
+    family = family_of(model.config.model_type)
+    plain = family.config_class.from_base(model.config)
+    num_layers, num_groups = plain.num_hidden_layers, plain.num_groups
+    shape = {"input_dim": plain.hidden_size, "output_dim": num_groups, "n_modules": num_layers}
+    if wrong := [name for name, size in shape.items() if settings.get(name) != size]:
+        raise ValueError(
+            f"{directory} is of another model: `{wrong[0]}` is {settings.get(wrong[0])}, not {shape[wrong[0]]}."
+        )
+    plan = GroupPlan.uniform(num_layers, num_groups, SparseGroup(window, sparsity))
+    plan.validate(num_layers, num_groups, [layer for layer in range(num_layers) if plain.is_sliding(layer)])
+    config = family.config_class.from_base(
+        model.config,
+        mosa_window=window,
+        mosa_sparsity=sparsity,
+        mosa_gate_slope=0.0,
+        mosa_include_first=include_first,
+        mosa_conversion={"source": model.config.name_or_path, "kvzap": str(directory), "threshold": threshold},
+    )
+    converted = with_sparse_groups(model, config).eval()
+    tensors = load_file(weights_file)
+    for layer, router in converted.mosa_routers().items():
+        weight, bias = (tensors.get(f"layers.{layer}.{name}") for name in ("weight", "bias"))
+        if weight is None or bias is None or weight.shape != router.weight.shape or bias.shape != (num_groups,):
+            raise ValueError(f"{weights_file} lacks a linear predictor of {num_groups} groups for layer {layer}.")
+        router.weight.copy_(weight)
+        router.threshold.copy_(threshold - bias.float())  # z + b >= t, and no bias to keep
+    return converted
