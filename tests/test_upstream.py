@@ -13,6 +13,7 @@ import unittest
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from benchmarks.sources import SourceUnavailable
@@ -75,6 +76,12 @@ class ModelTester:
         return self.get_config(), {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+OLD_TORCH = pytest.mark.xfail(
+    Version(torch.__version__).release < (2, 13),
+    reason="with torch 2.9 the norm of FSDP2's gradients differs from DDP's, for Transformers' Llama too",
+)
+
+
 class Suites(
     ModelTesterMixin,
     TrainingTesterMixin,
@@ -90,6 +97,14 @@ class Suites(
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+    @OLD_TORCH
+    def test_fsdp2_plan_vs_ddp_0_untied(self):
+        super().test_fsdp2_plan_vs_ddp_0_untied()
+
+    @OLD_TORCH
+    def test_fsdp2_plan_vs_ddp_1_tied(self):
+        super().test_fsdp2_plan_vs_ddp_1_tied()
 
 
 LLAMA = (LlamaConfig, LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification)
