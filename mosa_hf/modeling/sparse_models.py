@@ -20,7 +20,7 @@ from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
-from .router import MosaRouter
+from .router import MosaRouter, named_routers
 from .sparse_groups import SparseGroupsMixin
 
 
@@ -67,8 +67,8 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
             init_router(module, getattr(self.config, "initializer_range", 0.02))
 
     def mosa_routers(self) -> dict[int, MosaRouter]:
-        """Layer index → its router, for the layers that have sparse groups."""
-        return {module.layer_idx: module for module in self.modules() if isinstance(module, MosaRouter)}
+        """Layer index → its router in force, for the layers that have sparse groups."""
+        return {router.layer_idx: router for _, router in named_routers(self)}
 
 
 class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
