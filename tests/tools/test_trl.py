@@ -170,7 +170,7 @@ def test_by_path_where_nothing_imported_the_package(folders: Folders, tmp_path):
 
 @pytest.mark.parametrize("slope", [0.0, 1.0], ids=["routers frozen", "routers trained"])
 def test_policy_optimisation_at_rate_zero_changes_nothing(slope, folders: Folders, tmp_path):
-    """No weight, no buffer and no token's selection, bit for bit, though routers get gradients and the model samples."""
+    """No weight, no buffer and no token's selection, bit for bit, though routers get gradients and it samples."""
     for folder in folders:
         is_converted = folder == folders.converted
         model = AutoModelForCausalLM.from_pretrained(folder, **({"mosa_gate_slope": slope} if is_converted else {}))
