@@ -108,6 +108,7 @@ def selection_of(model) -> dict[int, torch.Tensor]:
 TRAINERS = {
     "sft": sft,
     "sft, packed": lambda *args: sft(*args, packing=True),
+    "sft, padding-free": lambda *args: sft(*args, padding_free=True, max_length=None),
     "dpo": dpo,
     "grpo": grpo,
     "rloo": rloo,
@@ -185,6 +186,10 @@ def test_policy_optimisation_at_rate_zero_changes_nothing(slope, folders: Folder
         with_routers = any(gradient.any() for name, gradient in gradients.items() if "mosa_router" in name)
         assert with_routers == (is_converted and slope > 0)
         assert changed(before, model) == set()
+        # From the reference, which no gate biases (docs/tools.md).
+        divergences = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+        assert len(divergences) == 2
+        assert max(map(abs, divergences)) < 1e-6 if not with_routers else min(divergences) > 1e-4
         assert torch.equal(logits_of(model), logits)
         if is_converted:
             again = selection_of(model)
