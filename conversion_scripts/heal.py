@@ -49,7 +49,8 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     if destination.exists():
         raise FileExistsError(f"{destination} exists: remove it or choose another destination.")
     text = "\n\n".join(Path(path).read_text(encoding="utf-8") for path in healing.text)
-    gate = {"mosa_gate_slope": 1.0} if healing.learn == "routers" else {}
+    # Routers that learn get a gradient, and thresholds that follow them.
+    gate = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.99} if healing.learn == "routers" else {}
     model = AutoModelForCausalLM.from_pretrained(healing.model, **gate)
     check_has_sparse_groups(model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model)
@@ -70,7 +71,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
-        model.config.mosa_gate_slope = 0.0
+        model.config.mosa_gate_slope, model.config.mosa_threshold_momentum = 0.0, 1.0
         with whole_directory(destination) as unfinished:
             if healing.learn == "full":
                 model.save_pretrained(unfinished)

@@ -157,6 +157,7 @@ def test_plans_in_every_form(base, tmp_path):
         assert torch.equal(logits_of(model), logits_of(in_memory))
         assert tuple(model.config.groups_of_layer(layer) for layer in range(3)) == PLAN.layers
         assert model.mosa_routers().keys() == {0, 1}
+        assert not any(router.weight.requires_grad for router in model.mosa_routers().values())
     with torch.no_grad(), trace_routing(on_disk) as selected:
         on_disk(TEXT, use_cache=False)
     rates = [selected[layer][0][:, 1:].float().mean((0, 1)) for layer in sorted(selected)]

@@ -32,7 +32,7 @@ REFUSED = [
     ({"mosa_sparsity": float("inf")}, r"`mosa_sparsity`.*inf"),
     ({"mosa_sparsity": float("nan")}, r"`mosa_sparsity`.*nan"),
     ({"mosa_min_tokens": 0}, r"`mosa_min_tokens` must be at least 1"),
-    ({"mosa_threshold_momentum": 1}, r"`mosa_threshold_momentum`.*got 1"),
+    ({"mosa_threshold_momentum": 1.1}, r"`mosa_threshold_momentum`.*got 1.1"),
     ({"mosa_threshold_momentum": -0.1}, r"`mosa_threshold_momentum`.*got -0\.1"),
     ({"mosa_router_aux_loss_coef": -0.5}, r"`mosa_router_aux_loss_coef` must be finite and not negative"),
     ({"mosa_cache_budget": 0}, r"`mosa_cache_budget` must be at least 1.*got 0"),

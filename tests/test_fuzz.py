@@ -297,7 +297,7 @@ ROUTER_FIELDS = {
     "mosa_include_first": ["yes", None, 3],
     "mosa_min_tokens": [0, -1, 1.5],
     "mosa_cache_budget": [0, -5, 1.5],
-    "mosa_threshold_momentum": [1, -0.5, "0.9"],
+    "mosa_threshold_momentum": [1.5, -0.5, "0.9"],
     "mosa_gate_slope": [-1, float("nan"), "1"],
     "mosa_router_bias": ["yes", 3],
     "num_hidden_layers": [1, 3, None],

@@ -94,6 +94,7 @@ def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: Conver
         "mosa_include_first": conversion.include_first,
         "mosa_routing": "threshold",
         "mosa_gate_slope": 0.0,
+        "mosa_threshold_momentum": 1.0,  # thresholds are those of the calibration text, also if routers are trained
     }
     config = config_class.from_base(model.config, **fields)
     if GroupPlan.of_config(config) != plan:

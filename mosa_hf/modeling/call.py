@@ -78,8 +78,18 @@ class MosaCallMixin:
         return ModelCall(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
 
     def upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None = None) -> None:
-        """Let a cache hold what MoSA heads select; `cache.upgrade_cache` says what it takes and raises."""
+        """
+        Let a cache hold what MoSA heads select; `cache.upgrade_cache` says what it takes and raises.
+
+        Raises:
+            ValueError: also for an offloading cache of a model on the CPU.
+        """
         if not is_upgraded(past_key_values):
+            if past_key_values.offloading and self.device.type == "cpu":
+                raise ValueError(
+                    "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
+                    "CPU: leave `cache_implementation` out, or set it to 'static'."
+                )
             # Fewer layers run while `generate(assistant_early_exit=...)` drafts.
             specs = {
                 module.layer_idx: module.cache_spec()

@@ -46,7 +46,9 @@ class RoutingConfig(InstalledCodeConfigMixin):
             How `model.eval()` selects. `"expert_choice"` reproduces the paper's teacher-forced figures; `generate`
             refuses it.
         mosa_threshold_momentum (`float`, defaults to 0.99):
-            Momentum of the moving average of a group's K-th largest logit, which becomes its threshold.
+            Momentum of the moving average of a group's K-th largest logit, which becomes its threshold while routers
+            train. 1: thresholds stay as they are, so that routing changes with the weights alone (what conversion
+            writes, since thresholds were set on text).
         mosa_router_bias (`bool`, defaults to `False`):
             Whether routers have a bias.
         mosa_cache_budget (`int`, *optional*):
@@ -79,8 +81,8 @@ class RoutingConfig(InstalledCodeConfigMixin):
             )
         if self.mosa_min_tokens < 1:
             raise ValueError(f"`mosa_min_tokens` must be at least 1, got {self.mosa_min_tokens}.")
-        if not 0 <= self.mosa_threshold_momentum < 1:
-            raise ValueError(f"`mosa_threshold_momentum` must be in [0, 1), got {self.mosa_threshold_momentum}.")
+        if not 0 <= self.mosa_threshold_momentum <= 1:
+            raise ValueError(f"`mosa_threshold_momentum` must be in [0, 1], got {self.mosa_threshold_momentum}.")
         if self.mosa_cache_budget is not None and self.mosa_cache_budget < 1:
             raise ValueError(
                 f"`mosa_cache_budget` must be at least 1, or None to keep every selected token, got "

@@ -9,7 +9,7 @@ from ..kernels import backend
 from ..kernels.tensors import HeadWeights, Tokens
 from ..routing.budget import evicted_at
 from .call import ModelCall
-from .router import MosaRouter
+from .router import MosaRouter, in_force
 
 
 class MosaHeads(nn.Module):
@@ -64,11 +64,12 @@ class MosaHeads(nn.Module):
         Raises:
             ValueError: for expert-choice routing on top of cached tokens.
         """
-        self.router.check_cache(cache)
+        router = in_force(self.router)
+        router.check_cache(cache)
         layout = call.layout.to(hidden_states.device)
         logits, selected = self.router(hidden_states, call, follows=cache is None)
         needs_score = self.budget is not None or (cache is not None and cache.needs_score)
-        score = self.router.score(logits, layout) if needs_score else None
+        score = router.score(logits, layout) if needs_score else None
         if cache is not None:
             cache.begin(layout, [Routed(selected, score)])
         cos, sin = (x.to(hidden_states.device).expand(len(hidden_states), -1, -1) for x in position_embeddings)
@@ -130,5 +131,5 @@ class MosaHeads(nn.Module):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
-        groups = GroupSet(tuple(range(self.num_groups)), 0, self.router.sparsity[0])
+        groups = GroupSet(tuple(range(self.num_groups)), 0, in_force(self.router).sparsity[0])
         return SparseSpec(None, (groups,), self.budget, self.has_dense_heads)

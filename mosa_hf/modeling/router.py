@@ -1,9 +1,11 @@
 """The routers of a layer's groups: logits, what they select, and thresholds that follow them (DESIGN section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..cache import SparseLayer
@@ -93,7 +95,8 @@ class MosaRouter(nn.Module):
             selected = torch.ones_like(logits, dtype=torch.bool)
             return logits, selected if valid is None else selected & valid[..., None]
         # Gradients mark training: reinforcement learning also generates, and evaluates, in training mode.
-        follows = follows and self.training and self.weight.requires_grad and torch.is_grad_enabled()
+        follows = follows and self.momentum < 1 and self.training
+        follows = follows and self.weight.requires_grad and torch.is_grad_enabled()
         if follows or self.routing == "expert_choice":
             selected, last = self._choose(logits.detach(), valid, first, segment)
         threshold = self._follow(last, call) if follows else call.thresholds.get(self.layer_idx, self.threshold)
@@ -155,3 +158,25 @@ class MosaRouter(nn.Module):
         if self.include_first and layout.first is not None:
             score = score.masked_fill(layout.first.to(score.device)[..., None], torch.inf)
         return score
+
+
+def in_force(module: nn.Module) -> nn.Module:
+    """
+    What computes when `module` is called: itself, or what lies within it if an adapter of PEFT is around it, such as
+    the router of `modules_to_save=["mosa_router"]`, or the original one while that adapter is disabled.
+    """
+    if isinstance(module, ModulesToSaveWrapper):
+        active = () if module.disable_adapters else module.active_adapters
+        own = [name for name in active if name in module.modules_to_save]
+        return module.modules_to_save[own[0]] if own else module.original_module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def named_routers(module: nn.Module, name: str = "") -> Iterator[tuple[str, MosaRouter]]:
+    """The routers of a model that are in force, in layer order, each with the name that it has without adapters."""
+    module = in_force(module)
+    if isinstance(module, MosaRouter):
+        yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from named_routers(child, f"{name}.{child_name}" if name else child_name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -18,7 +19,7 @@ from ..whole_files import whole_directory
 from .configuration import SparseGroupsConfig
 from .families import family_of
 from .group_plan import GroupPlan
-from .router import MosaRouter
+from .router import named_routers
 from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 
 ROUTERS_NAME = "mosa_routers.safetensors"
@@ -49,7 +50,7 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
     not written.
 
     Args:
-        model: with sparse groups.
+        model: with sparse groups; of one with an adapter, the routers in force.
         directory: to create. It appears when it is whole, or not at all.
         base_model: name of the base model, by default the one that the model was converted from.
 
@@ -63,6 +64,7 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
 
 def write_routers(model: PreTrainedModel, directory: Path, base_model: str | None = None) -> None:
     """The files of `save_routers`, into a directory that exists."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_has_sparse_groups(model)
     config = model.config
     base_model = base_model or base_name(config)
@@ -82,13 +84,15 @@ def write_routers(model: PreTrainedModel, directory: Path, base_model: str | Non
     (directory / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
-def load_routers(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrainedModel:
+def load_routers(model: PreTrainedModel, directory: str | os.PathLike, **fields: Any) -> PreTrainedModel:
     """
     A model with sparse groups that shares the weights of `model`, which is left as it was.
 
     Args:
         model: the base model, or one with sparse groups, whose routers are then left out.
         directory: that `save_routers` wrote, its weight file, or its name on the Hub.
+        fields: `mosa_*` fields of the config that shall differ from those saved with the routers, such as
+            `mosa_gate_slope=1.0` to train them.
 
     Raises:
         FileNotFoundError: if there is no such directory, or a file of it is missing.
@@ -98,7 +102,7 @@ def load_routers(model: PreTrainedModel, directory: str | os.PathLike) -> PreTra
     if isinstance(model, SparsePreTrainedMixin):
         model = without_sparse_groups(model)
     family = family_of(model.config.model_type)
-    settings = _read_settings(config_file, family.config_class.from_base(model.config))
+    settings = _read_settings(config_file, family.config_class.from_base(model.config)) | fields
     try:
         config = family.config_class.from_base(model.config, **settings)
     except (StrictDataclassError, ValueError, TypeError) as error:
@@ -119,7 +123,7 @@ def load_with_routers(
         model_class: of a family in `families`.
         base: directory or name of the base model.
         routers: see `load_routers`.
-        kwargs: of the base class' `from_pretrained`.
+        kwargs: of the base class' `from_pretrained`, and the fields that `load_routers` takes.
 
     Raises:
         FileNotFoundError, ValueError: see `load_routers`; also for a base of another family.
@@ -134,10 +138,11 @@ def load_with_routers(
         raise ValueError(
             f"{base} is a {model_type!r} model, but {model_class.__name__} needs a {family.name!r} model."
         )
+    fields = {name: kwargs.pop(name) for name in MOSA_FIELDS if name in kwargs}
     loaded = base_class.from_pretrained(base, **kwargs)
     if kwargs.get("output_loading_info"):
-        return load_routers(loaded[0], routers), loaded[1]
-    return load_routers(loaded, routers)
+        return load_routers(loaded[0], routers, **fields), loaded[1]
+    return load_routers(loaded, routers, **fields)
 
 
 def router_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -179,9 +184,8 @@ def _live_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The routers' parameters and buffers themselves, by the names that they have in a model with a head."""
     return {
         f"{model.base_model_prefix}.{module_name}.{name}": tensor
-        for module_name, module in model.base_model.named_modules()
-        if isinstance(module, MosaRouter)
-        for name, tensor in module.state_dict(keep_vars=True).items()
+        for module_name, router in named_routers(model.base_model)
+        for name, tensor in router.state_dict(keep_vars=True).items()
     }
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import logging
 
 from ..cache import GroupSet, Routed, SparseSpec, take
 from ..compat import CACHE
@@ -25,7 +26,9 @@ from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from .call import ModelCall
 from .configuration import SparseGroupsConfig
-from .router import MosaRouter
+from .router import MosaRouter, in_force
+
+logger = logging.get_logger(__name__)
 
 
 class LayerGroups(NamedTuple):
@@ -131,11 +134,16 @@ class SparseGroupsMixin:
         cache = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
             cache = past_key_values.layers[self.layer_idx]
-        self.mosa_router.check_cache(cache)
+        router = in_force(self.mosa_router)
+        router.check_cache(cache)
         layout = mosa_call.layout
-        logits, selected = self.mosa_router(hidden_states, mosa_call, follows=past_key_values is None)
+        trains_routers = bool(self.mosa_gate_slope)
+        if self.training and mosa_call.has_grad and not trains_routers and not torch.compiler.is_compiling():
+            warn_of_idle_routers(router)
+        follows = trains_routers and past_key_values is None
+        logits, selected = self.mosa_router(hidden_states, mosa_call, follows=follows)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
-        score = self.mosa_router.score(logits, layout) if needs_score else None
+        score = router.score(logits, layout) if needs_score else None
         gate = self._gate(logits, mosa_call)
 
         def of_set(states, columns):
@@ -159,7 +167,7 @@ class SparseGroupsMixin:
         """
         if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
-        router = self.mosa_router
+        router = in_force(self.mosa_router)
         threshold = call.thresholds.get(self.layer_idx, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold))
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin
@@ -170,6 +178,15 @@ class SparseGroupsMixin:
         """What a cache has to know of this layer."""
         return SparseSpec(
             self.mosa_groups.dense, self.mosa_groups.sets, self.mosa_budget, has_dense=bool(self.mosa_groups.dense)
+        )
+
+
+def warn_of_idle_routers(router: MosaRouter) -> None:
+    """Say so if someone means to train routers that no gradient reaches."""
+    if any(parameter.requires_grad for parameter in router.parameters()):
+        logger.warning_once(
+            "Routers are set to be trained, but `mosa_gate_slope` is 0, which passes them no gradient: they stay as "
+            "they are. To train them, load the model with `from_pretrained(..., mosa_gate_slope=1.0)`."
         )
 
 

@@ -20,7 +20,7 @@ from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
-from .router import MosaRouter
+from .router import MosaRouter, named_routers
 from .sparse_groups import SparseGroupsMixin
 
 
@@ -53,7 +53,9 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
             return load_with_routers(cls, pretrained_model_name_or_path, routers, **kwargs)
         if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
             tensor_shapes(Path(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        freeze_idle_routers(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info`
+        return loaded
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -67,8 +69,8 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
             init_router(module, getattr(self.config, "initializer_range", 0.02))
 
     def mosa_routers(self) -> dict[int, MosaRouter]:
-        """Layer index → its router, for the layers that have sparse groups."""
-        return {module.layer_idx: module for module in self.modules() if isinstance(module, MosaRouter)}
+        """Layer index → its router in force, for the layers that have sparse groups."""
+        return {router.layer_idx: router for _, router in named_routers(self)}
 
 
 class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
@@ -108,6 +110,13 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
             mosa_call=call,
             **kwargs,
         )
+
+
+def freeze_idle_routers(model: PreTrainedModel) -> None:
+    """Loading makes new parameters, which all want gradients: freeze the routers again that none reaches."""
+    if not model.config.mosa_gate_slope:
+        for router in model.mosa_routers().values():
+            router.requires_grad_(False)
 
 
 @torch.no_grad()

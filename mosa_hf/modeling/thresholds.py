@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .router import MosaRouter
+from .router import MosaRouter, named_routers
 
 
 @torch.no_grad()
@@ -81,12 +81,12 @@ def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tens
 
 def mosa_routers(model: nn.Module) -> list[MosaRouter]:
     """
-    The routers of a model, in layer order.
+    The routers of a model that are in force, in layer order.
 
     Raises:
         ValueError: if it has none.
     """
-    routers = [module for module in model.modules() if isinstance(module, MosaRouter)]
+    routers = [router for _, router in named_routers(model)]
     if not routers:
         raise ValueError(f"{type(model).__name__} has no MoSA heads. Convert it first: `mosa_hf.convert_model`.")
     return routers

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .router import MosaRouter
 from .thresholds import mosa_routers
 
 
@@ -26,11 +27,11 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     rate = selected[0][0].float().mean()
     ```
     """
-    routers = mosa_routers(model)
-    selections: dict[int, list[torch.Tensor]] = {router.layer_idx: [] for router in routers}
+    selections: dict[int, list[torch.Tensor]] = {router.layer_idx: [] for router in mosa_routers(model)}
     hooks = [
         router.register_forward_hook(lambda module, args, output: selections[module.layer_idx].append(output[1].cpu()))
-        for router in routers
+        for router in model.modules()
+        if isinstance(router, MosaRouter)  # those too that an adapter replaces, until it is disabled
     ]
     try:
         yield selections
