@@ -8,7 +8,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import (
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    TOKENIZER_MAPPING_NAMES,
+)
+from transformers.utils.import_utils import is_serve_available
 
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
 from .modeling.families import FAMILIES, HEADS
@@ -51,6 +55,17 @@ def register() -> None:
             mapping = get_checkpoint_conversion_mapping(base_name)
             if mapping is not None:
                 register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    if is_serve_available():
+        _register_response_templates()
+
+
+def _register_response_templates() -> None:
+    """How `transformers serve` finds tool calls and reasoning in what a model writes, which it knows by model type."""
+    from transformers.cli.serving import utils
+
+    for types, template in list(utils._RESPONSE_TEMPLATE_FALLBACKS.items()):
+        if own := tuple(family.config_class.model_type for family in FAMILIES.values() if family.name in types):
+            utils._RESPONSE_TEMPLATE_FALLBACKS[own] = template
 
 
 def _register_model(
@@ -76,4 +91,6 @@ def _register_model(
         setattr(transformers, each.__name__, each)
     if like in TOKENIZER_MAPPING_NAMES:
         TOKENIZER_MAPPING_NAMES.setdefault(name, TOKENIZER_MAPPING_NAMES[like])
+    if like in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(name)
     LORA_TARGETS.setdefault(name, LORA_TARGETS.get(like, ["q_proj", "v_proj", "qkv_proj", "query_key_value"]))
