@@ -73,7 +73,7 @@ def test_cached_generation_equals_uncached(name, mode):
     "mode", ["greedy", "sampling", "beams", "static", "static_beams", "chunked_prefill", "uncached"]
 )
 def test_generating_while_a_converted_model_trains(mode):
-    """With frozen routers, as conversion leaves them, and with trained ones: evaluation's tokens, and nothing moves."""
+    """With frozen routers, as conversion leaves them, and trained ones: evaluation's tokens, and nothing moves."""
     decoding, options = MODES.get(mode, ("greedy", {"use_cache": False}))
     options = {**DECODING[decoding], **options, **LENGTH}
     model = convert_model(tiny_base(), ConversionConfig(sparsity=3, window=4), random_tokens(3, 32))
