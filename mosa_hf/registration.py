@@ -1,5 +1,8 @@
 """Makes Transformers and PEFT know the MoSA classes. Runs at `import mosa_hf`; running it again changes nothing."""
 
+import sys
+from types import ModuleType
+
 import transformers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import AttentionInterface, AutoConfig, AutoModel
@@ -8,7 +11,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import (
+    MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
+    TOKENIZER_MAPPING_NAMES,
+)
+from transformers.utils.import_utils import is_serve_available
 
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
 from .modeling.families import FAMILIES, HEADS
@@ -41,9 +48,11 @@ def register() -> None:
     AttentionMaskInterface.register("mosa", sdpa_mask)
     register_style()
     heads = {"ForCausalLM": MosaForCausalLM, "ForSequenceClassification": MosaForSequenceClassification}
+    classes = [MosaConfig, MosaModel, *heads.values()]
     _register_model(MosaConfig, MosaModel, heads, like="llama")
     for family in FAMILIES.values():
         _register_model(family.config_class, family.model_class, family.head_classes, like=family.name)
+        classes += [family.config_class, family.model_class, *family.head_classes.values()]
         # How checkpoints of the family, or of one of its classes, are laid out on disk: experts tensor by tensor, or
         # a head under another name.
         names = {base.__name__: sparse.__name__ for base, sparse in family.pairs()}
@@ -51,6 +60,30 @@ def register() -> None:
             mapping = get_checkpoint_conversion_mapping(base_name)
             if mapping is not None:
                 register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+    for module in _transformers_modules():
+        for each in classes:  # tools look them up as transformers.<name>
+            setattr(module, each.__name__, each)
+    if is_serve_available():
+        _register_response_templates()
+
+
+def _transformers_modules() -> list[ModuleType]:
+    """
+    What `import transformers` gave to anyone. It is two objects: upstream's `processing_utils` executes the package a
+    second time, and who imported it earlier (a user's script, `transformers serve`) keeps the first.
+    """
+    held = [getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())]
+    found = {id(each): each for each in (transformers, *held) if getattr(each, "__name__", None) == "transformers"}
+    return list(found.values())
+
+
+def _register_response_templates() -> None:
+    """How `transformers serve` finds tool calls and reasoning in what a model writes, which it knows by model type."""
+    from transformers.cli.serving import utils
+
+    for types, template in list(utils._RESPONSE_TEMPLATE_FALLBACKS.items()):
+        if own := tuple(family.config_class.model_type for family in FAMILIES.values() if family.name in types):
+            utils._RESPONSE_TEMPLATE_FALLBACKS[own] = template
 
 
 def _register_model(
@@ -72,8 +105,8 @@ def _register_model(
             names[name] = head_classes[head].__name__
             remote[auto_class.__name__] = head_classes[head]
     config_class.remote_classes = {auto: each.__name__ for auto, each in remote.items()}
-    for each in (config_class, model_class, *head_classes.values()):  # tools look classes up as transformers.<name>
-        setattr(transformers, each.__name__, each)
     if like in TOKENIZER_MAPPING_NAMES:
         TOKENIZER_MAPPING_NAMES.setdefault(name, TOKENIZER_MAPPING_NAMES[like])
+    if like in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(name)
     LORA_TARGETS.setdefault(name, LORA_TARGETS.get(like, ["q_proj", "v_proj", "qkv_proj", "query_key_value"]))

@@ -278,45 +278,61 @@ def test_saving_over_a_converted_folder_spares_the_base(base, routers, tmp_path)
 
 
 LOAD = """
-import sys
+import os, sys, traceback
+import peft, transformers  # which takes longest, once for all forks
 
 class Hidden:
     def find_spec(name, path=None, target=None):
         if name == "mosa_hf":
             raise ImportError("No module named 'mosa_hf'")
 
-if sys.argv[2] == "without":
-    sys.meta_path.insert(0, Hidden)
-import transformers
-options = {} if sys.argv[3] == "untrusted" else {"trust_remote_code": True}
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], **options)
-model.save_pretrained(sys.argv[1] + "-again")
-print(type(model).__name__)
+def load(path, **options):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    model.save_pretrained(path + "-again")
+    return type(model).__name__
+
+def in_a_fork(name, hidden, path, **options):
+    assert "mosa_hf" not in sys.modules
+    process = os.fork()
+    if process == 0:
+        if hidden:
+            sys.meta_path.insert(0, Hidden)
+        try:
+            outcome = load(path, **options)
+        except Exception:
+            outcome = traceback.format_exc()
+        with open(sys.argv[2] + "/" + name, "w") as file:
+            file.write(outcome)
+        os._exit(0)
+    os.waitpid(process, 0)
+
+folder = sys.argv[1]
+in_a_fork("untrusted", False, folder)
+in_a_fork("missing", True, folder, trust_remote_code=True)
+in_a_fork("trusted", False, folder, trust_remote_code=True)
+in_a_fork("again", False, folder + "-again", trust_remote_code=True)
 """
 
 
 def test_a_converted_folder_without_importing_the_package(base, routers, tmp_path):
     """It loads with `trust_remote_code=True`, also when saved again; else an error says so, or what to install."""
-    folder = tmp_path / "converted"
+    folder, outcomes = tmp_path / "converted", tmp_path / "outcomes"
     convert_checkpoint(base, folder, routers=routers)
     assert "pip install mosa-hf" in (folder / "README.md").read_text()
+    outcomes.mkdir()
     environment = {
         **os.environ,
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
         "PYTHONPATH": str(Path(__file__).parents[1]),
     }
-
-    def load(path: str, *how: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", LOAD, path, *how]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
-
-    untrusted = load(str(folder), "with", "untrusted")
-    assert untrusted.returncode != 0 and "trust_remote_code=True" in untrusted.stderr
-    missing = load(str(folder), "without", "trusted")
-    assert missing.returncode != 0 and "pip install mosa_hf" in missing.stderr
-    for path in (str(folder), f"{folder}-again"):
-        result = load(path, "with", "trusted")
-        assert result.stdout.strip() == "MosaLlamaForCausalLM", result.stderr
+    command = [sys.executable, "-c", LOAD, folder, outcomes]
+    subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
+    untrusted = (outcomes / "untrusted").read_text()
+    assert untrusted.startswith("Traceback") and "pass the argument `trust_remote_code=True`" in untrusted
+    missing = (outcomes / "missing").read_text()
+    assert missing.startswith("Traceback") and "Run `pip install mosa_hf`" in missing
+    for name in ("trusted", "again"):
+        assert (outcomes / name).read_text() == "MosaLlamaForCausalLM"
 
 
 # What touches the file system, as Python reports it to audit hooks.

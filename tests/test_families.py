@@ -78,17 +78,22 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @torch.no_grad()
 def test_selecting_everything_is_the_original(family):
-    """ρ = 1, for the base model and every head that the family has, with a cache and without."""
+    """ρ = 1, for the base model and every head that the family has, with a cache and without; hidden states too."""
     row = FAMILIES[family]
     for head in (None, *row.base_head_classes):
         base = shared_base(family) if head == "ForCausalLM" else tiny_base(family, head)
         model = with_sparse_groups(base, row.config_class.from_base(base.config, mosa_sparsity=1, mosa_window=3))
         assert type(model) is (row.head_classes[head] if head else row.model_class)
         batch = padded_batch()
+        tokens = batch["attention_mask"].bool()
         for options in ({"use_cache": False}, {}):
-            output, expected = (each(**batch, **options)[0] for each in (model, base))
-            real = batch["attention_mask"].bool() if output.ndim > 1 and output.shape[:2] == (3, 25) else ...
+            ours, theirs = (each(**batch, **options, output_hidden_states=True) for each in (model, base))
+            output, expected = ours[0], theirs[0]
+            real = tokens if output.ndim > 1 and output.shape[:2] == (3, 25) else ...
             assert difference(output[real], expected[real]) < 1e-4, head
+            assert len(ours.hidden_states) == len(theirs.hidden_states) == model.config.num_hidden_layers + 1, head
+            for state, expected in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+                assert difference(state[tokens], expected[tokens]) < 1e-4, head
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache, set_seed
 
-from mosa_hf import trace_routing
+from mosa_hf import ConversionConfig, convert_model, trace_routing
 
+from .bases import random_tokens, tiny_base
 from .conftest import FORMS, tiny_model
 from .contract import random_ids
 
@@ -66,6 +67,30 @@ def test_cached_generation_equals_uncached(name, mode):
         tokens = model.generate(**prompts(seed), **DECODING[decoding], **options, **LENGTH)
         assert torch.equal(tokens, uncached(name, seed, decoding)), seed
         assert all(map(torch.equal, thresholds, model.buffers()))
+
+
+@pytest.mark.parametrize(
+    "mode", ["greedy", "sampling", "beams", "static", "static_beams", "chunked_prefill", "uncached"]
+)
+def test_generating_while_a_converted_model_trains(mode):
+    """With frozen routers, as conversion leaves them, and trained ones: evaluation's tokens, and nothing moves."""
+    decoding, options = MODES.get(mode, ("greedy", {"use_cache": False}))
+    options = {**DECODING[decoding], **options, **LENGTH}
+    model = convert_model(tiny_base(), ConversionConfig(sparsity=3, window=4), random_tokens(3, 32))
+    batch = {"input_ids": random_tokens(2, 20, seed=1), "attention_mask": torch.ones(2, 20, dtype=torch.long)}
+    set_seed(0)
+    expected = model.generate(**batch, **options)
+    before = [tensor.clone() for tensor in (*model.parameters(), *model.buffers())]
+    for trained in (False, True):
+        for router in model.mosa_routers().values():
+            assert not router.weight.requires_grad or trained
+            router.requires_grad_(trained)
+        set_seed(0)
+        assert torch.equal(model.train().generate(**batch, **options), expected)
+        assert all(map(torch.equal, before, (*model.parameters(), *model.buffers())))
+        assert all(module.training for module in model.modules())
+    model(**batch, use_cache=False)  # in which thresholds do follow
+    assert not all(map(torch.equal, before, (*model.parameters(), *model.buffers())))
 
 
 @pytest.mark.parametrize("name", FORMS)

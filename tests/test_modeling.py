@@ -8,7 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
 
-from mosa_hf import MosaConfig, MosaForCausalLM, trace_routing, use_backend
+from mosa_hf import (
+    ConversionConfig,
+    MosaConfig,
+    MosaForCausalLM,
+    convert_model,
+    to_dense,
+    trace_routing,
+    use_backend,
+)
 from mosa_hf.modeling import sparse_groups
 
 from .conftest import FORMS, MIXED_LAYERS, SHAPE, native_form, sparse_form, tiny_model
@@ -242,11 +250,52 @@ def test_attention_implementations_agree(variant):
 
 @torch.no_grad()
 def test_attentions_are_the_dense_heads():
-    model = FORMS["native"].model()
+    """Of the native model, where every layer has some: one entry a layer, the weights that it computed with."""
+    model, seen = native_form().model(), []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
     model.set_attn_implementation("eager")
     output = model(random_ids(2, 9), output_attentions=True, output_hidden_states=True)
-    assert [tuple(a.shape) for a in output.attentions] == [(2, 4, 9, 9)] * 2  # the second layer has no dense heads
+    assert [tuple(a.shape) for a in output.attentions] == [(2, 4, 9, 9)] * 3
+    assert all(a is b for a, b in zip(output.attentions, seen, strict=True))
     assert len(output.hidden_states) == 4
+
+
+def test_attentions_that_do_not_exist_are_refused(form):
+    """By every way to ask, before anything is computed; each model has layers without and with dense heads."""
+    missing = [1] if form is FORMS["native"] else [1, 2]
+    refused = pytest.raises(ValueError, match=rf"layers \[{', '.join(map(str, missing))}\].*`mosa_hf.trace_routing")
+    model = form.model()
+    model.set_attn_implementation("eager")
+    computed = []
+    model.model.layers[0].register_forward_hook(lambda *_: computed.append(True))
+    for ask in (model, model.model):
+        with refused:
+            ask(random_ids(1, 9), output_attentions=True)
+    for options in ({}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 3}, {"do_sample": True}):
+        with refused:
+            model.generate(
+                random_ids(1, 9), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True, **options
+            )
+    model.config.output_attentions = True
+    with refused:
+        model(random_ids(1, 9))
+    assert not computed
+    assert model(random_ids(1, 9), output_attentions=False).attentions is None  # an argument overrides the config
+    for build in (form.model_class, form.causal_lm_class, form.classifier_class):
+        with refused:
+            build(form.config(output_attentions=True))
+
+
+def test_asking_for_attentions_as_a_model_is_loaded_or_converted(tmp_path):
+    FORMS["sparse"].model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no matrix of attention weights"):
+        FORMS["sparse"].causal_lm_class.from_pretrained(tmp_path, output_attentions=True)
+    base = LlamaForCausalLM(LlamaConfig(**SHAPE, output_attentions=True))
+    with pytest.raises(ValueError, match="no matrix of attention weights"):
+        convert_model(base, ConversionConfig(sparsity=1))
+    base.config.output_attentions = False
+    assert to_dense(convert_model(base, ConversionConfig(sparsity=1))).config.output_attentions is False
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """`import mosa_hf` makes Transformers and PEFT know the models."""
 
+import json
 import subprocess
 import sys
 
@@ -7,11 +8,19 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import mosa_hf
+from mosa_hf.modeling.families import FAMILIES
 from mosa_hf.registration import register
 
+from .bases import byte_tokenizer
 from .conftest import FORMS
 from .contract import random_ids
 
@@ -28,9 +37,25 @@ def test_auto_classes(form):
     assert {mosa_hf.MosaConfig, mosa_hf.MosaForCausalLM} <= {vars(mosa_hf)[name] for name in mosa_hf.__all__}
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "gemma2"])
+def test_tokenizers_are_the_familys(family, tmp_path):
+    """Also where upstream knows by model type not to believe the class that a folder names."""
+    row, classes = FAMILIES[family], []
+    for config in (row.base_config_class(), row.config_class()):
+        byte_tokenizer().save_pretrained(tmp_path)
+        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizer"}))
+        config.save_pretrained(tmp_path)
+        classes.append(type(AutoTokenizer.from_pretrained(tmp_path)))
+    assert classes[0] is classes[1]
+
+
 SCRIPT = """
-import sys, torch, mosa_hf
+import sys, torch, transformers, mosa_hf
 from transformers import AutoModel, AutoModelForCausalLM
+for each in (transformers, sys.modules["transformers"]):  # two, as upstream executes it again: tools hold either
+    assert each.MosaForCausalLM is mosa_hf.MosaForCausalLM
+    assert each.MosaLlamaForSequenceClassification is mosa_hf.MosaLlamaForSequenceClassification
 for path in sys.argv[1:]:
     input_ids, logits = torch.arange(1, 31)[None], []
     for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):

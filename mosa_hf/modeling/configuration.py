@@ -89,6 +89,22 @@ class RoutingConfig(InstalledCodeConfigMixin):
                 f"{self.mosa_cache_budget}."
             )
 
+    def has_attentions(self, layer_idx: int) -> bool:
+        """Whether a layer computes a matrix of attention weights that `output_attentions=True` could return."""
+        raise NotImplementedError
+
+    def check_attentions(self) -> None:
+        """
+        Raises:
+            ValueError: if `output_attentions=True` would leave out a layer.
+        """
+        if missing := [layer for layer in range(self.num_hidden_layers) if not self.has_attentions(layer)]:
+            raise ValueError(
+                f"`output_attentions=True`: layers {missing} have no matrix of attention weights, as each of their "
+                "groups reads tokens of its own. `mosa_hf.trace_routing(model)` records which tokens those are; "
+                "`mosa_hf.to_dense(model)` is a converted model's original, with all of its weights."
+            )
+
 
 @dataclass(kw_only=True, repr=False)
 class SparseGroupsConfig(RoutingConfig):
@@ -122,6 +138,9 @@ class SparseGroupsConfig(RoutingConfig):
         Args:
             config: of the base model.
             fields: `mosa_*` fields.
+
+        Raises:
+            ValueError: for a base whose config asks for attention weights that it would lose.
         """
         values = config.to_dict()
         for name in ("model_type", "architectures", "auto_map", "transformers_version"):
@@ -130,6 +149,8 @@ class SparseGroupsConfig(RoutingConfig):
         own._attn_implementation_internal = config._attn_implementation
         own._experts_implementation_internal = getattr(config, "_experts_implementation", None)
         own.name_or_path = config.name_or_path
+        if own.output_attentions:
+            own.check_attentions()
         return own
 
     def to_base(self) -> PreTrainedConfig:
@@ -162,6 +183,9 @@ class SparseGroupsConfig(RoutingConfig):
         if self.is_sliding(layer_idx):
             return (None,) * self.num_groups
         return (SparseGroup(window=self.mosa_window, sparsity=self.mosa_sparsity),) * self.num_groups
+
+    def has_attentions(self, layer_idx: int) -> bool:
+        return not any(self.groups_of_layer(layer_idx))
 
     def validate_sparse_groups(self):
         """Part of `@strict`-powered validation."""
@@ -230,6 +254,10 @@ class MosaConfig(RoutingConfig, LlamaConfig):
         if self.head_dim is None and self.num_attention_heads == 0:
             raise ValueError("`head_dim` must be given when `num_attention_heads` is 0: it cannot be derived.")
         super().__post_init__(**kwargs)
+
+    def has_attentions(self, layer_idx: int) -> bool:
+        """Those of the dense heads, which are all that is returned of a layer."""
+        return self.per_layer_config[layer_idx].num_attention_heads > 0
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation: refuses impossible combinations, layer by layer."""

@@ -55,10 +55,15 @@ class MosaGenerationMixin:
         Raises:
             NotImplementedError: always.
         """
-        raise NotImplementedError(
+        from transformers.cli.serving.utils import CBWorkerDeadError  # which takes a moment, and servers alone need
+
+        class ContinuousBatchingNotSupported(NotImplementedError, CBWorkerDeadError):
+            """Also the one error whose message `transformers serve` passes on to its client, with status 503."""
+
+        raise ContinuousBatchingNotSupported(
             f"{type(self).__name__} does not support continuous batching (`generate_batch`, "
             "`cache_implementation='paged'`, `transformers serve --continuous-batching`): its pages cannot hold a "
-            "sparse cache. Call `generate` with a padded batch."
+            "sparse cache. Call `generate` with a padded batch; serve without `--continuous-batching`."
         )
 
     def _prepare_cache_for_generation(

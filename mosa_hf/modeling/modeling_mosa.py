@@ -170,6 +170,8 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
     """Decoder of `MosaConfig.num_hidden_layers` layers; outputs hidden states."""
 
     def __init__(self, config: MosaConfig):
+        if config.output_attentions:
+            config.check_attentions()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -193,6 +195,9 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast:
+        """As `LlamaModel.forward`; `output_attentions` is refused where a layer has no dense heads."""
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            self.config.check_attentions()
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:

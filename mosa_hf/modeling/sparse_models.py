@@ -32,6 +32,8 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
     family: Any  # the `Family` of `families`, which sets it
 
     def __init__(self, config: SparseGroupsConfig, *args, **kwargs):
+        if config.output_attentions:
+            config.check_attentions()
         super().__init__(config, *args, **kwargs)
         add_sparse_groups(self, config)
 
@@ -93,7 +95,9 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
         use_cache: bool | None = None,
         **kwargs,
     ):
-        """As the family's forward."""
+        """As the family's forward; `output_attentions` is refused where a layer has no attention weights to give."""
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            self.config.check_attentions()
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")

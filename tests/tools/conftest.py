@@ -49,16 +49,20 @@ def folders(tmp_path_factory) -> Folders:
     return Folders(root / "original", root / "converted")
 
 
+def shell_environment() -> dict[str, str]:
+    """Of a shell in which this environment's commands come first, and no hub is reached."""
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    return {**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}
+
+
 def plain_shell(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     """
     Run a command as from a shell where nothing has imported `mosa_hf`, in this environment and without a hub; what it
     prints is in the result, and shown where it fails.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    path = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # commands of this environment first
     result = subprocess.run(
         [str(each) for each in arguments],
-        env={**environment, "PATH": path},
+        env=shell_environment(),
         text=True,
         capture_output=True,
         timeout=options.pop("timeout", 300),
