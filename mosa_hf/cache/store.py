@@ -225,28 +225,29 @@ class SparseStore:
             entry = torch.where(selected, start + self.count, scrap)
             self.count.add_(selected)
             return entry
+        is_full = None  # None: all rings are
         if self._is_uniform:  # the same entry of every run, which the host knows
             entry = start + self.max_tokens % self.window
             if self.max_tokens < self.window:
                 self.count.add_(1)
                 return entry
-            leaving, appends = self.selected[entry], None
         else:
             entry = start + (self.num_stored % self.window)[:, None]
             is_full = (self.num_stored >= self.window)[:, None]
-            leaving, appends = self.selected[entry] & is_full, ~is_full
+        overwritten = None
+        if step is not None and self.max_tokens >= self.window:
+            step.overwritten = overwritten = self._at(entry)
+        leaving = self.selected[entry] if overwritten is None else overwritten["selected"].view_as(entry)
+        if is_full is not None:
+            leaving, appends = leaving & is_full, ~is_full
             if valid is not None:
                 leaving, appends = leaving & valid[:, None], appends & valid[:, None]
                 entry = torch.where(valid[:, None], entry, scrap)
-        moves = torch.compiler.is_compiling() or entry.device.type != "cpu" or bool(leaving.any())
-        notes = step is not None and self.max_tokens >= self.window
-        overwritten = self._at(entry) if moves or notes else None
-        if notes:
-            step.overwritten = overwritten
-        if moves:
+        if torch.compiler.is_compiling() or entry.device.type != "cpu" or bool(leaving.any()):
+            overwritten = self._at(entry) if overwritten is None else overwritten
             self._put(overwritten, torch.where(leaving, start + self.count, scrap))
             self.count.add_(leaving)
-        if appends is not None:
+        if is_full is not None:
             self.count.add_(appends)
         return entry
 
@@ -275,12 +276,14 @@ class SparseStore:
 
     def _at(self, entries: torch.Tensor) -> dict[str, torch.Tensor]:
         """A copy of what `entries` [B, G] hold, `[B * G, ...]` by name."""
-        return {name: states.index_select(0, entries.flatten()) for name, states in self._entries().items()}
+        entries = entries.flatten()
+        return {name: states.index_select(0, entries) for name, states in self._entries().items()}
 
     def _put(self, rows: dict[str, torch.Tensor], entries: torch.Tensor) -> None:
         """Let `entries` [B, G] hold `rows`, as `_at` gave them."""
+        entries = entries.flatten()
         for name, states in self._entries().items():
-            states.index_copy_(0, entries.flatten(), rows[name])
+            states.index_copy_(0, entries, rows[name])
 
     # What `crop` can undo
 
