@@ -204,8 +204,8 @@ def _check_stores(layers: list[CacheLayerMixin], tokens_to_remove: int) -> None:
     if num_removed > 0 and (possible := min(store.num_croppable(num_removed) for store in stores)) < num_removed:
         raise RuntimeError(
             f"`crop` can take back {possible} tokens here, not {num_removed}: what it needs has left `mosa_window` or "
-            "was evicted by `mosa_cache_budget`. Of tokens fed one at a time, as `generate` does, the last "
-            f"{NUM_STEPS} can always be taken back. For more, or a prompt, call "
+            f"was evicted by `mosa_cache_budget`. Up to {NUM_STEPS} tokens that were fed one at a time, as `generate` "
+            "does, can be taken back without more ado. For more, or a prompt, call "
             "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
         )
 

@@ -582,8 +582,8 @@ class SparseStore:
                 # The ring may be left with a place for which there is no token any more.
                 entries, filled = self._runs().slots()
                 self._deselect(entries[..., : self.window][filled[..., : self.window]])
-        is_over = self.record_past and self.budget is not None and not self.steps  # maybe
-        if self.key is not None and self.pending is None and is_over:
+        may_exceed = self.record_past and self.budget is not None and not self.steps  # the kept entries the budget
+        if self.key is not None and self.pending is None and may_exceed:
             self.pending = self._recent_or_none()
         if self.pending is not None:
             recording, self.record_past = self.record_past, False
@@ -591,7 +591,7 @@ class SparseStore:
             self.record_past = recording
 
     def _undo(self, num_removed: int) -> int:
-        """Undo the last steps if that takes back some of `num_removed` tokens; returns how many of these are left."""
+        """Undo steps, if `num_removed` tokens go beyond what is pending; returns how many of them remain."""
         if not self.steps or num_removed <= self.num_recorded:
             return num_removed
         num_removed -= self.num_recorded
@@ -695,7 +695,7 @@ class SparseStore:
         num_free = self.num_recorded + len(self.steps)
         if num_removed <= num_free:
             return False
-        # Before these there are no more than there ever were.
+        # The rest has to be found in what the store held before them.
         base, num_final = self.num_tokens - self._removed(num_free), self._num_final()
         removed = self._removed(num_removed)
         num_tokens, is_cut = self.num_tokens - removed, removed > self._removed(num_free)
