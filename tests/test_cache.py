@@ -4,7 +4,9 @@ operations.
 """
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from mosa_hf import cache_bytes, trace_routing
 from mosa_hf.cache import GroupSet, SparseLayer, SparseSpec, num_overflowed, upgrade_cache
 from mosa_hf.cache.dense import SLACK, PreallocatedDynamicLayer
 from mosa_hf.cache.growth import static_capacity
+from mosa_hf.cache.steps import NUM_STEPS
 
 from .conftest import FORMS, MIXED_LAYERS, PLAN, SHAPE, native_form, sparse_form, tiny_model
 from .contract import random_ids
@@ -139,15 +142,66 @@ def test_gradients_survive_later_tokens(form):
     assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
 
 
-def test_crop_beyond_the_window_needs_recording():
-    model, input_ids = sparse_form(**ONE_WINDOW, mosa_window=5).model(), random_ids(2, 20)
+REFUSING = {
+    # A dense layer comes first; behind it windows of 5 and 1, and a layer without any.
+    "windows": (
+        FORMS["sparse"],
+        "can take back 1 tokens here, not 3: .*`mosa_window`.* Up to 32 tokens .*activate_past_rec",
+    ),
+    "budget": (native_form(**MIXED_LAYERS, mosa_cache_budget=2), "not 3: .*`mosa_cache_budget`.*activate_past_rec"),
+    # Upstream's own layer refuses, the last of the cache.
+    "sliding": (native_form(per_layer_config={2: {"sliding_window": 4}}), "sliding window size was already reached"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSING)
+def test_a_refused_crop_changes_no_layer(name):
+    form, message = REFUSING[name]
+    model, input_ids = form.model(), random_ids(2, 20)
     cache = DynamicCache(config=model.config)
     logits_after(model, cache, input_ids[:, :18])
     before = cache_bytes(cache)
-    with pytest.raises(RuntimeError, match="activate_past_recording"):
+    with pytest.raises(RuntimeError, match=message):
         cache.crop(-3)
-    assert cache.get_seq_length() == 18 and cache_bytes(cache) == before
+    if name != "sliding":
+        with pytest.raises(ValueError, match="positive value"):  # upstream's, which wants the number of tokens
+            cache.crop(15)
+    assert [layer.get_seq_length() for layer in cache.layers] == [18] * 3 and cache_bytes(cache) == before
     check_continues(model, cache, input_ids)
+
+
+@pytest.mark.parametrize("window, budget", [(5, None), (5, 3), (1, None), (0, 2)])
+def test_single_tokens_are_taken_back_without_ceremony(window, budget):
+    """The last 32 of them, in whatever portions; then no more than a cache without them could."""
+    form = sparse_form(**ONE_WINDOW, mosa_window=window, mosa_cache_budget=budget)
+    model, input_ids = form.model(), random_ids(2, 60)
+    cache = DynamicCache(config=model.config)
+    logits_after(model, cache, input_ids[:, :12])
+    for token in input_ids[:, 12:50].split(1, dim=1):
+        logits_after(model, cache, token)
+    for removed in (1, 20, 0, NUM_STEPS - 21):
+        cache.crop(-removed)
+        check_continues(model, copy.deepcopy(cache), input_ids)
+    assert cache.get_seq_length() == 18
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-5)
+    cache.activate_past_recording()
+    logits_after(model, cache, input_ids[:, 18:])
+    cache.crop(-41)
+    check_continues(model, cache, input_ids)
+
+
+def test_a_cache_dies_with_its_last_name():
+    """Its layers know each other, but not in a circle: memory does not wait for the garbage collector."""
+    model, cache = FORMS["sparse"].model(), DynamicCache()
+    logits_after(model, cache, random_ids(1, 9))
+    layers = [weakref.ref(layer) for layer in cache.layers]
+    gc.disable()
+    try:
+        del cache
+        assert [layer() for layer in layers] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_crop_needs_no_recording_without_a_window():
@@ -201,7 +255,10 @@ def test_layers_without_dense_heads_count_tokens(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMS)
 def test_bytes_held_are_those_of_the_formula(name, dtype):
-    """2 · dtype · (T · dense groups · d + Σ over sparse groups (selected + window) · d), within 5 %."""
+    """
+    2 · dtype · (T · dense groups · d + Σ over sparse groups (selected + window) · d), within 5 %; and the tokens that
+    the last single ones (32 at most) pushed out of the window, which `crop` may bring back.
+    """
     window = 64 if name == "sparse" else 0
     plan = [[None, *[{"window": window, "sparsity": 8}] * 2]] * 2
     fields = {"mosa_plan": plan} if window else {"mosa_sparsity": 8, "per_layer_config": None}
@@ -216,7 +273,8 @@ def test_bytes_held_are_those_of_the_formula(name, dtype):
     dense, sparse = 2 * batch_size * num_tokens * num_dense, 0
     for calls in selected.values():
         chosen = torch.cat(calls, dim=1)[:, : num_tokens - window]  # which have left the window
-        sparse += int(chosen.sum()) + batch_size * chosen.shape[2] * window
+        num_noted = 10 if window else 0  # without a window or a budget, nothing is lost
+        sparse += int(chosen.sum()) + batch_size * chosen.shape[2] * (window + num_noted)
     per_token = 2 * dtype.itemsize * 64
     held = cache_bytes(cache)
     assert dense * per_token <= held["dense"] <= dense * (1 + 1 / SLACK) * per_token

@@ -1,5 +1,6 @@
 """What `generate` promises of any causal model: outputs, inputs, cache arguments, processors, criteria, streamers."""
 
+import copy
 import time
 
 import pytest
@@ -176,6 +177,23 @@ def test_caches_that_generate_takes(form):
         assert cache is None or returned.past_key_values is cache
         assert torch.equal(returned.sequences, expected.sequences)
         assert returned.past_key_values.get_seq_length() == PROMPT_LENGTH + NEW_TOKENS - 1
+
+
+@pytest.mark.parametrize("budget", [None, 3])
+def test_a_reply_is_edited(form, budget):
+    """As a chat does: generate, take some of it back, write something else, go on with the same cache."""
+    model = form.model(mosa_cache_budget=budget)
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    cache, tokens = DynamicCache(config=model.config), prompt()
+    for new_tokens, removed, edit in ((40, 30, 1), (12, 4, 0), (6, 1, 5)):
+        tokens = model.generate(tokens, max_new_tokens=new_tokens, past_key_values=cache, **options).sequences
+        cache.crop(-removed)
+        tokens = torch.cat((tokens[:, : cache.get_seq_length()], random_ids(2, 1 + edit, seed=edit)), dim=1)
+        continued = model.generate(tokens, max_new_tokens=4, past_key_values=copy.deepcopy(cache), **options)
+        afresh = model.generate(tokens, max_new_tokens=4, **options)
+        assert torch.equal(continued.sequences, afresh.sequences)
+        for ours, theirs in zip(continued.logits, afresh.logits, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 def test_generating_leaves_nothing_in_the_model(form):

@@ -12,11 +12,12 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama import LlamaConfig
 
 from mosa_hf.cache import GroupSet, Routed, SparseSpec, cache_bytes, upgrade_cache
+from mosa_hf.cache import store as store_module
 from mosa_hf.cache.growth import SLACK, static_capacity
 from mosa_hf.kernels.tensors import KeyValues, Runs
 from mosa_hf.routing import CallLayout
 
-NUM_CASES = 200
+NUM_CASES = 150
 MAX_LENGTH = 90
 SPARSITY = 8  # of a static cache's capacity, which overflows at times
 
@@ -29,6 +30,7 @@ class Row:
         self.tokens: list[tuple[int, list[bool], list[float]]] = []
         self.num_lost = [0] * num_groups  # of each group, tokens before these have left the window for good
         self.num_final = [0] * num_groups  # ... `crop` cannot go back before these
+        self.steps: list[tuple[list[int], list[int]]] = []  # these two before each of the last calls of one token
 
     def alive(self, group: int, t: int, limit: int | None) -> set[int]:
         """Positions of the selected tokens up to t that the limit has left: streaming top-k, ties to the earlier."""
@@ -39,7 +41,8 @@ class Row:
 class Case:
     """A cache of one layer, and the rows that it should hold."""
 
-    def __init__(self, seed: int, is_static: bool, is_paper: bool):
+    def __init__(self, seed: int, is_static: bool, is_paper: bool, num_steps: int = store_module.NUM_STEPS):
+        self.num_steps, self.num_recorded = num_steps, 0
         self.random = torch.Generator().manual_seed(seed)
         self.is_static, self.is_paper = is_static, is_paper
         self.budget = self.pick([None, None, 1, 3, 6])
@@ -110,7 +113,12 @@ class Case:
             for each, read in zip(self.spec.sets, self.layer.readable(), strict=True):
                 self.check_read(read, each, new)
             self.layer.evict()
-        if not self.layer.record_past:
+        if self.layer.record_past:
+            self.num_recorded += length
+        else:
+            for row in self.rows:
+                step = row.num_lost[:], row.num_final[:]
+                row.steps = [*row.steps, step][-self.num_steps :] if length == 1 else []
             self.settle()
         self.check_bytes()
 
@@ -188,30 +196,42 @@ class Case:
     def crop(self) -> None:
         """Crop some columns, or be refused where what would be needed is gone, and nothing else."""
         num_removed = int(torch.randint(0, self.num_columns + 1, (1,), generator=self.random))
-        if self.pick([False, True]):
-            num_removed = min(num_removed, 1)
+        num_steps = len(self.rows[0].steps)
+        num_removed = min(num_removed, self.pick([self.num_columns, 1, num_steps, num_steps + 1]))
+        num_free = self.num_recorded + num_steps  # so many columns can be taken back in any case
+        undone = min(max(num_removed - self.num_recorded, 0), num_steps)
         lossy, final = False, False
         for row in self.rows:
-            removed = sum(token is not None for token in row.columns[self.num_columns - num_removed :])
-            remaining = len(row.tokens) - removed
+            real = [token is not None for token in row.columns]
+            remaining = sum(real[: self.num_columns - num_removed])
+            if num_removed <= num_free or remaining == sum(real[: self.num_columns - num_free]):
+                continue
+            num_lost, num_final = row.steps[0] if row.steps else (row.num_lost, row.num_final)
             for group, window in self.window.items():
-                lossy |= bool(removed and window and max(0, remaining - window + 1) < row.num_lost[group])
-                final |= bool(removed and remaining < row.num_final[group])
+                lossy |= bool(window and max(0, remaining - window + 1) < num_lost[group])
+                final |= remaining < num_final[group]
         before = [tensor.clone() for store in self.layer.stores for tensor in store.tensors()]
         try:
             self.cache.crop(-num_removed)
         except RuntimeError as error:
             # Evictions are remembered by call, so a call that evicted at all may not be cut into.
             assert lossy or "budget" in str(error) and self.limit is not None
+            assert num_removed > num_steps or self.layer.record_past
             after = [tensor for store in self.layer.stores for tensor in store.tensors()]
             assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
             return
         assert not lossy and not final
         for row in self.rows:
+            if undone:
+                row.num_lost, row.num_final = row.steps[-undone]
+                row.steps = row.steps[:-undone]
+            elif self.num_recorded:
+                row.steps = []
             cut = row.columns[self.num_columns - num_removed :] if num_removed else []
             row.tokens = row.tokens[: len(row.tokens) - sum(token is not None for token in cut)]
         for row in self.rows:
             row.columns = row.columns[: len(row.columns) - num_removed]
+        self.num_recorded = 0
         self.settle()
 
     def select(self) -> None:
@@ -242,6 +262,10 @@ class Case:
             runs = len(self.rows) * len(each.groups)
             held = 0 if store.key is None else len(store.key) - 1
             assert held <= count + 3 * runs + (count + runs) / SLACK * 2
+            noted = [states for step in store.steps for states in (step.overwritten, step.evicted) if states]
+            noted = sum(len(states["key"]) for states in noted)
+            assert noted <= len(self.rows[0].steps) * runs * (1 if self.limit is None else 2)
+            assert self.num_columns > each.window or all(step.overwritten is None for step in store.steps)
         assert cache_bytes(self.cache)["sparse"] == sum(
             tensor.untyped_storage().nbytes() for store in self.layer.stores for tensor in store.tensors()
         )
@@ -249,10 +273,12 @@ class Case:
 
 @pytest.mark.parametrize("is_paper", [False, True], ids=["sparse groups", "paper's heads"])
 @pytest.mark.parametrize("is_static", [False, True], ids=["growing", "fixed"])
-def test_against_a_list_of_tuples(is_static, is_paper):
+def test_against_a_list_of_tuples(is_static, is_paper, monkeypatch):
     modes = [torch.no_grad, torch.inference_mode, torch.enable_grad]
     for seed in range(NUM_CASES):
-        case = Case(seed, is_static, is_paper)
+        num_steps = [32, 4][seed % 2]
+        monkeypatch.setattr(store_module, "NUM_STEPS", num_steps)
+        case = Case(seed, is_static, is_paper, num_steps)
         if is_static:  # upstream's part of it stays in the mode that made it
             modes = [case.pick([torch.no_grad, torch.inference_mode])]
         with modes[0]():
@@ -260,10 +286,13 @@ def test_against_a_list_of_tuples(is_static, is_paper):
         for _ in range(12):
             if case.num_columns > 60:
                 break
-            step = case.pick(["one", "one", "one", "one", "some", "crop", "select", "record", "copy"])
+            step = case.pick(["one", "one", "ones", "ones", "some", "crop", "crop", "select", "record", "copy"])
             with case.pick(modes)():
                 if step == "one":
                     case.call(1)
+                elif step == "ones":
+                    for _ in range(case.pick([2, 3, 5])):
+                        case.call(1)
                 elif step == "some":
                     case.call(case.pick([2, 3, 11]))
                 elif step == "select":

@@ -1,16 +1,25 @@
 """The Transformers cache layer of a layer with sparse groups or MoSA heads: upstream's for dense groups, stores for
 the others. A layer of whatever cache the user brings is upgraded in place."""
 
+import copy
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from transformers.cache_utils import BaseQuantizedLayer, Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    BaseQuantizedLayer,
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from ..kernels.tensors import KeyValues, Runs
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
 from .growth import Fixed, Growing, static_capacity
+from .steps import NUM_STEPS
 from .store import SparseStore
 
 
@@ -38,7 +47,16 @@ class Routed(NamedTuple):
     score: torch.Tensor | None = None  # [B, T, G], what a budget compares, inf for tokens that are never evicted
 
 
-class SparseLayer(CacheLayerMixin):
+class MixedLayer(CacheLayerMixin):
+    """Mixed into the class of a cache layer at run time, so that pickle does not find the result by name."""
+
+    _layer_type = None  # not a layer type of its own: the class it is mixed with keeps its registration
+
+    def __reduce__(self):
+        return _blank, type(self).__bases__, self.__dict__
+
+
+class SparseLayer(MixedLayer):
     """
     Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense groups'.
 
@@ -46,7 +64,6 @@ class SparseLayer(CacheLayerMixin):
     and `evict` when they have.
     """
 
-    _layer_type = None  # not a layer type of its own: the class it is mixed with keeps its registration
     spec: SparseSpec
     stores: tuple[SparseStore, ...]  # one for each set of groups
 
@@ -128,11 +145,16 @@ class SparseLayer(CacheLayerMixin):
             store.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        for store in self.stores:
-            store.check_crop(abs(tokens_to_remove))  # raises before anything has changed
+        """
+        Upstream's. Raises before anything has changed; `FirstLayer` asks all layers of a cache.
+
+        Raises:
+            RuntimeError: if that needs tokens that are no longer held.
+        """
+        _check_stores([self], tokens_to_remove)
         super().crop(tokens_to_remove)
         for store in self.stores:
-            store.crop(abs(tokens_to_remove))
+            store.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -155,21 +177,47 @@ class SparseLayer(CacheLayerMixin):
         for store in self.stores:
             store.select_rows(rows)
 
-    def __reduce__(self):
-        # The class is made at run time, so pickle cannot find it by name.
-        return _restore, (type(self).__bases__[1], self.__dict__)
+
+class FirstLayer(MixedLayer):
+    """
+    Mixed into the class of a cache's first layer by `upgrade_cache`. `Cache.crop` goes from layer to layer: what any
+    of them refuses is refused here, before the first has forgotten anything.
+    """
+
+    others: tuple[CacheLayerMixin, ...]  # behind it; without itself, since a circle would outlive its cache
+
+    def crop(self, tokens_to_remove: int) -> None:
+        _check_stores([self, *self.others], tokens_to_remove)
+        for layer in self.others:
+            if isinstance(layer, DynamicSlidingWindowLayer):  # the one of upstream's that refuses: try it on a copy
+                layer = copy.copy(layer)
+                (super(SparseLayer, layer) if isinstance(layer, SparseLayer) else layer).crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+
+def _check_stores(layers: list[CacheLayerMixin], tokens_to_remove: int) -> None:
+    """Raise a RuntimeError if a store of `layers` cannot forget so many tokens; upstream refuses positive numbers."""
+    stores = [store for layer in layers if isinstance(layer, SparseLayer) for store in layer.stores]
+    if any(store.growth.is_fixed for store in stores):
+        raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")
+    num_removed = -tokens_to_remove
+    if num_removed > 0 and (possible := min(store.num_croppable(num_removed) for store in stores)) < num_removed:
+        raise RuntimeError(
+            f"`crop` can take back {possible} tokens here, not {num_removed}: what it needs has left `mosa_window` or "
+            f"was evicted by `mosa_cache_budget`. Up to {NUM_STEPS} tokens that were fed one at a time, as `generate` "
+            "does, can be taken back without more ado. For more, or a prompt, call "
+            "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
+        )
 
 
 @lru_cache
-def _sparse_class(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    return type(f"Sparse{layer_class.__name__}", (SparseLayer, layer_class), {})
+def _mixed(*bases: type) -> type[CacheLayerMixin]:
+    """A cache layer's class, the last of `bases`, with what is mixed into it."""
+    return type(f"{'Sparse' if SparseLayer in bases else ''}{bases[-1].__name__}", bases, {})
 
 
-def _restore(layer_class: type[CacheLayerMixin], state: dict) -> CacheLayerMixin:
-    """A layer of a class that is not importable by name, unpickled."""
-    layer = object.__new__(_sparse_class(layer_class))
-    layer.__dict__.update(state)
-    return layer
+def _blank(*bases: type) -> CacheLayerMixin:
+    return object.__new__(_mixed(*bases))
 
 
 def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int | None = None) -> None:
@@ -222,8 +270,12 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
         )
         record_past = layer.__dict__.pop("record_past", False)
-        layer.__class__ = _sparse_class(layer_class)
+        layer.__class__ = _mixed(SparseLayer, layer_class)
         layer.record_past = record_past
+    first, *others = cache.layers or [None]
+    if isinstance(first, CacheLayerMixin) and not isinstance(first, FirstLayer) and specs:
+        bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
+        first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(others)
 
 
 def is_upgraded(cache: Cache) -> bool:

@@ -1,11 +1,14 @@
 """What one set of a layer's groups remembers: the last tokens, and selected ones before them (DESIGN section 4)."""
 
+from bisect import bisect_left
+
 import torch
 import torch.nn.functional as F
 
 from ..kernels.tensors import NEVER, KeyValues, Runs, gather_slots
 from ..routing.budget import evicted_at, lowest_score, within_budget
 from .growth import Fixed, Growing, Memory
+from .steps import NUM_STEPS, Step, of_todays_rows
 
 
 class SparseStore:
@@ -43,10 +46,12 @@ class SparseStore:
         self.num_evicted: torch.Tensor | None = None  # [B, G] int64, by the budget
         self.num_stored: torch.Tensor | None = None  # [B] int64, real tokens seen that the memory knows of
         self.num_pending: torch.Tensor | int = 0  # [B] int64, real tokens seen that it does not know of yet
+        self.num_recorded = 0  # of the caller's tokens, padding included, those that it does not know of yet
         self.num_final: torch.Tensor | None = None  # [B] int64: `crop` cannot go back before these
         self.num_lost: torch.Tensor | None = None  # [B] int64: of tokens before these the ring held none any more
         # Tokens of the last calls in sequence order that are not in the memory yet, the ring's included.
         self.pending: KeyValues | None = None
+        self.steps: list[Step] = []  # the last calls that the memory knows of, as long as each was of one token
         # Bounds that are known without asking the device; of a fixed memory they never change.
         self.free = 0  # at least so many more tokens fit into every run
         self.max_count = 0  # at most so many entries has a run
@@ -125,7 +130,8 @@ class SparseStore:
         if self.key is None:
             self._allocate(key, value, key.shape[1])
         is_single = key.shape[2] == 1 and self.pending is None and not self.record_past
-        if is_single and (self.growth.is_fixed or may_change(self.key)):
+        # Several tokens may have been written in place in inference mode, which makes counts that may not change.
+        if is_single and (self.growth.is_fixed or (may_change(self.key) and may_change(self.count))):
             self._append_token(key[:, :, 0], value[:, :, 0])
             memory = self.memory
             return Runs(self.key, self.value, memory.start, self.count, self.max_count, memory.stride)
@@ -135,7 +141,7 @@ class SparseStore:
         """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
         self.call = None
         if self.pending is not None and not (self.record_past and self.window):
-            self._commit()
+            self._commit(self._new_step())
 
     # The paper's heads, which project selected tokens only, and have no window.
 
@@ -168,7 +174,9 @@ class SparseStore:
             self._allocate(new.key, new.value, selected.shape[1])
         self._count_tokens(selected.shape[2], valid)
         if new is None:
+            step = self._new_step()
             self.num_stored, self.num_pending, self.call = self._replaced(self.num_stored, self.num_tokens), 0, None
+            self._note(step)
             return
         filled = torch.ones_like(new.position, dtype=torch.bool) if new.valid is None else new.valid
         new = new._replace(valid=filled, selected=filled)
@@ -192,7 +200,8 @@ class SparseStore:
         selected, score, valid = (None if x is None else x[..., 0] for x in self.call)
         if self.free <= 0 and not self.growth.is_fixed:
             self._grow(self.count + 1)
-        entry = self._entry_of_token(selected, valid).flatten()
+        step = Step() if self._can_note else None
+        entry = self._entry_of_token(selected, valid, step).flatten()
         new = {"key": key, "value": value, "selected": selected}
         if self.position is not None:
             new["position"] = self.num_stored[:, None].expand_as(selected)
@@ -206,36 +215,43 @@ class SparseStore:
             self.free, self.max_count, self.max_tokens = self.free - 1, self.max_count + 1, self.max_tokens + 1
         if self.budget is not None:
             self.num_selected.add_(selected)
-            self._evict_lowest()
+            self._evict_lowest(step)
+        self._note(step)
 
-    def _entry_of_token(self, selected: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    def _entry_of_token(self, selected: torch.Tensor, valid: torch.Tensor | None, step: Step | None) -> torch.Tensor:
         """The entry `[B, G]` for a new token. The token that leaves the window for it is kept if it is selected."""
         start, scrap = self.memory.start, self.key.shape[0] - 1
         if not self.window:
             entry = torch.where(selected, start + self.count, scrap)
             self.count.add_(selected)
             return entry
+        is_full = None  # None: all rings are
         if self._is_uniform:  # the same entry of every run, which the host knows
             entry = start + self.max_tokens % self.window
             if self.max_tokens < self.window:
                 self.count.add_(1)
                 return entry
-            leaving, appends = self.selected[entry], None
         else:
             entry = start + (self.num_stored % self.window)[:, None]
             is_full = (self.num_stored >= self.window)[:, None]
-            leaving, appends = self.selected[entry] & is_full, ~is_full
+        overwritten = None
+        if step is not None and self.max_tokens >= self.window:
+            step.overwritten = overwritten = self._at(entry)
+        leaving = self.selected[entry] if overwritten is None else overwritten["selected"].view_as(entry)
+        if is_full is not None:
+            leaving, appends = leaving & is_full, ~is_full
             if valid is not None:
                 leaving, appends = leaving & valid[:, None], appends & valid[:, None]
                 entry = torch.where(valid[:, None], entry, scrap)
         if torch.compiler.is_compiling() or entry.device.type != "cpu" or bool(leaving.any()):
-            self._copy_entries(entry, torch.where(leaving, start + self.count, scrap))
+            overwritten = self._at(entry) if overwritten is None else overwritten
+            self._put(overwritten, torch.where(leaving, start + self.count, scrap))
             self.count.add_(leaving)
-        if appends is not None:
+        if is_full is not None:
             self.count.add_(appends)
         return entry
 
-    def _evict_lowest(self) -> None:
+    def _evict_lowest(self, step: Step | None) -> None:
         """Where a run has one selected token more than the budget allows: evict the lowest score."""
         over = self.num_selected > self.budget  # [B, G]
         if not torch.compiler.is_compiling() and over.device.type == "cpu" and not bool(over.any()):
@@ -245,21 +261,52 @@ class SparseStore:
         selected = self.selected[entries] & filled
         slot = lowest_score(self.score[entries], self.position[entries], selected)  # [B, G]
         entry = torch.where(over, self.memory.start + slot, scrap)
+        if step is not None:
+            step.evicted, step.is_evicted, step.num_final = self._at(entry), over, self.num_final
         is_kept = over & (slot >= self.window)
         # In the window it stays, no longer selected; a kept entry's place is taken by the last of its run.
         self.selected[entry] = False
         last = torch.where(is_kept, self.memory.start + self.count - 1, scrap)
-        self._copy_entries(last, torch.where(is_kept, entry, scrap))
+        self._put(self._at(last), torch.where(is_kept, entry, scrap))
         self.count.sub_(is_kept.long())
         self.num_selected.sub_(over.long())
         self.num_evicted = self._replaced(self.num_evicted, self.num_evicted + over)
         if not self.growth.is_fixed:
             self.num_final = torch.where(over.any(-1), self.num_stored, self.num_final)
 
-    def _copy_entries(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Entry `target` [B, G] becomes what entry `source` [B, G] is."""
-        for states in self._entries().values():
-            states.index_copy_(0, target.flatten(), states.index_select(0, source.flatten()))
+    def _at(self, entries: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A copy of what `entries` [B, G] hold, `[B * G, ...]` by name."""
+        entries = entries.flatten()
+        return {name: states.index_select(0, entries) for name, states in self._entries().items()}
+
+    def _put(self, rows: dict[str, torch.Tensor], entries: torch.Tensor) -> None:
+        """Let `entries` [B, G] hold `rows`, as `_at` gave them."""
+        entries = entries.flatten()
+        for name, states in self._entries().items():
+            states.index_copy_(0, entries, rows[name])
+
+    # What `crop` can undo
+
+    @property
+    def _can_note(self) -> bool:
+        """Whether single tokens are noted. Without a window or a budget nothing is lost that `crop` could need."""
+        is_plain = not self.growth.is_fixed and not torch.compiler.is_compiling()
+        return is_plain and (self.window > 0 or self.budget is not None)
+
+    def _new_step(self) -> Step | None:
+        """Of what is pending, if that is a single token and no more; before the memory takes it in."""
+        if not self._can_note or self.num_recorded != 1 or self.record_past or self.key is None:
+            return None
+        if not self.window or self.max_tokens <= self.window:
+            return Step()
+        return Step(self._at(self.memory.start + (self.num_stored % self.window)[:, None]))
+
+    def _note(self, step: Step | None) -> None:
+        """The memory has taken a call in; None: not a step, so that nothing can be undone to before it."""
+        if self.growth.is_fixed:
+            return
+        self.num_recorded = 0
+        self.steps = [] if step is None else [*self.steps, step][-NUM_STEPS:]
 
     # Several tokens
 
@@ -314,17 +361,19 @@ class SparseStore:
             selected = torch.cat((filled, selected), dim=-1)
         return score, position, selected, entries
 
-    def _commit(self) -> None:
-        """Bring the pending tokens into the memory, and evict what is no longer read."""
+    def _commit(self, step: Step | None = None) -> None:
+        """Bring the pending tokens into the memory, and evict what is no longer read; `step`: see `_note`."""
         near, self.pending, num_tokens = self.pending, None, self.num_tokens
         kept, selected, kept_stays = self._kept(), near.selected, None
         if self.budget is not None and not self.record_past:
-            score, position, is_selected, _ = self._held(near, kept)
+            score, position, is_selected, entries = self._held(near, kept)
             if torch.compiler.is_compiling() or bool((is_selected.sum(-1) > self.budget).any()):
                 alive = within_budget(score, position, is_selected, self.budget)
-                evicted = (is_selected & ~alive).sum(-1)
-                self.num_evicted = self._replaced(self.num_evicted, self.num_evicted + evicted)
-                self.num_final = torch.where((evicted > 0).any(-1), num_tokens, self.num_final)
+                evicted = is_selected & ~alive
+                if step is not None:
+                    self._note_evicted(step, evicted, position, entries)
+                self.num_evicted = self._replaced(self.num_evicted, self.num_evicted + evicted.sum(-1))
+                self.num_final = torch.where(evicted.any(-1).any(-1), num_tokens, self.num_final)
                 num_kept = alive.shape[-1] - selected.shape[-1]
                 kept_stays, selected = alive[..., :num_kept] if num_kept else None, alive[..., num_kept:]
         num_ring = num_tokens.clamp(max=self.window)[:, None]  # [B, 1]
@@ -346,6 +395,28 @@ class SparseStore:
         self.num_selected = self._replaced(self.num_selected, num_kept + selected.sum(-1))
         self.num_stored, self.num_pending = self._replaced(self.num_stored, num_tokens), 0
         self._set_count(count)
+        self._note(step)
+
+    def _note_evicted(
+        self, step: Step, evicted: torch.Tensor, position: torch.Tensor, entries: torch.Tensor | None
+    ) -> None:
+        """
+        Of each row and group, the one token that is evicted by a step, of those in `position` [B, G, S]: the kept
+        `entries` and then pending ones, of which the ring still has all but the new one, which will be undone anyway.
+        """
+        slot, is_evicted = evicted.int().argmax(-1, keepdim=True), evicted.any(-1)
+        position = position.gather(-1, slot)[..., 0]
+        entry = scrap = torch.full_like(position, len(self.key) - 1)
+        if self.window:
+            entry = torch.where(position < self.num_stored[:, None], self.memory.start + position % self.window, entry)
+        if entries is not None:
+            num_kept = entries.shape[-1]
+            of_kept = entries.gather(-1, slot.clamp(max=num_kept - 1))[..., 0]
+            entry = torch.where(slot[..., 0] < num_kept, of_kept, entry)
+        rows = self._at(torch.where(is_evicted, entry, scrap))
+        rows["position"] = position.flatten().to(rows["position"].dtype)
+        rows["selected"] = torch.ones_like(rows["selected"])
+        step.evicted, step.is_evicted, step.num_final = rows, is_evicted, self.num_final
 
     def _write(self, target: torch.Tensor, writes: torch.Tensor, states: KeyValues) -> None:
         """Write the slots `[B, G, S]` of `states` to the entries `target`, where `writes` is True."""
@@ -464,6 +535,7 @@ class SparseStore:
         new = torch.full_like(self.num_stored, num_new) if valid is None else valid.sum(1)
         self.num_pending = self.num_pending + new
         if not self.growth.is_fixed:
+            self.num_recorded += num_new
             self.max_tokens += num_new
 
     def _set_count(self, count: torch.Tensor) -> None:
@@ -489,15 +561,13 @@ class SparseStore:
 
     def crop(self, num_removed: int) -> None:
         """
-        Forget the last `num_removed` tokens of the cache, padding among them included. What remains is final.
-
-        Raises:
-            RuntimeError: if that needs tokens that are no longer held.
+        Forget the last `num_removed` tokens of the cache, padding among them included, as many as `num_croppable`
+        allows. What `record_past` has kept for this goes.
         """
         if self.num_stored is None:
             return
+        num_removed = self._undo(num_removed)
         if num_removed:
-            self.check_crop(num_removed)
             removed = self._removed(num_removed)  # [B]
             self._forget_masks(num_removed)
             num_tokens = self.num_tokens - removed
@@ -512,12 +582,73 @@ class SparseStore:
                 # The ring may be left with a place for which there is no token any more.
                 entries, filled = self._runs().slots()
                 self._deselect(entries[..., : self.window][filled[..., : self.window]])
-        if self.key is not None and self.pending is None and self.record_past and self.budget is not None:
-            self.pending = self._recent_or_none()  # the kept entries may be more than the budget
+        may_exceed = self.record_past and self.budget is not None and not self.steps  # the kept entries the budget
+        if self.key is not None and self.pending is None and may_exceed:
+            self.pending = self._recent_or_none()
         if self.pending is not None:
             recording, self.record_past = self.record_past, False
             self._commit()
             self.record_past = recording
+
+    def _undo(self, num_removed: int) -> int:
+        """Undo steps, if `num_removed` tokens go beyond what is pending; returns how many of them remain."""
+        if not self.steps or num_removed <= self.num_recorded:
+            return num_removed
+        num_removed -= self.num_recorded
+        self._forget_masks(self.num_recorded)
+        self.pending, self.num_pending, self.num_recorded = None, 0, 0
+        num_steps = min(num_removed, len(self.steps))
+        # Memory of its own, with room for all that may come back.
+        self._lay_out(*self._runs().slots(), self.count + num_steps)
+        self.max_count += num_steps
+        steps = self._steps_of_todays_rows()
+        self.steps = steps[: len(steps) - num_steps]
+        for step in reversed(steps[len(steps) - num_steps :]):
+            self._undo_step(step)
+        entries, filled = self._runs().slots()
+        self._lay_out(entries, filled, self.count)
+        self._set_count(self.count)
+        self.max_tokens = int(self.num_stored.max())
+        if self.budget is not None:
+            entries, filled = self._runs().slots()
+            self.num_selected = (self.selected[entries] & filled).sum(-1)
+        return num_removed - num_steps
+
+    def _undo_step(self, step: Step) -> None:
+        """All of it but what `_undo` does at the end."""
+        start, scrap = self.memory.start, len(self.key) - 1
+        if step.evicted is not None:
+            position = step.evicted["position"].view_as(start)
+            is_kept = step.is_evicted & (position < (self.num_stored - self.window)[:, None])
+            target = torch.where(is_kept, start + self.count, scrap)
+            if self.window:  # it stayed there, no longer selected
+                target = torch.where(step.is_evicted & ~is_kept, start + position % self.window, target)
+            self._put(step.evicted, target)
+            self.count = self.count + is_kept
+            self.num_evicted, self.num_final = self.num_evicted - step.is_evicted.long(), step.num_final
+        removed = self._removed(1)  # [B], 0 where it was padding
+        self._forget_masks(1)
+        self.num_stored = self.num_stored - removed
+        is_real = (removed > 0)[:, None]
+        is_full = is_real & (self.num_stored >= self.window)[:, None]
+        # From the kept entries goes what the step has added to them: the token that left the window for the new one;
+        # where there is no window, the new one.
+        goes = is_full.expand_as(start)
+        if self.window:
+            goes = goes & (False if step.overwritten is None else step.overwritten["selected"].view_as(start))
+        if self.position is not None:  # else nothing is ever evicted, and it is the last of its run
+            entries, filled = self._runs().slots()
+            is_kept = filled & (torch.arange(entries.shape[-1], device=entries.device) >= self.window)
+            added = (self.num_stored - self.window)[:, None, None]
+            found = goes[..., None] & is_kept & (self.position[entries] == added)
+            goes, entry = found.any(-1), (entries * found).sum(-1)  # of one at most
+            self._put(self._at(start + self.count - goes.long()), torch.where(goes, entry, scrap))
+        self.count = self.count - goes.long()
+        if self.window:
+            if step.overwritten is not None:
+                entry = start + (self.num_stored % self.window)[:, None]
+                self._put(step.overwritten, torch.where(is_full, entry, scrap))
+            self.count = self.count - (is_real & ~is_full).long()
 
     def _crop_runs(self, num_tokens: torch.Tensor) -> None:
         """Forget the tokens at or behind positions `num_tokens` [B], of runs with nothing pending."""
@@ -553,27 +684,34 @@ class SparseStore:
         key, value = (states.new_zeros(*shape, states.shape[-1]) for states in (self.key, self.value))
         return KeyValues(key, value, empty, empty.bool(), empty.bool(), None, self.score.new_zeros(shape))
 
-    def check_crop(self, num_removed: int) -> None:
-        """Raise what `crop` would, changing nothing."""
-        if self.growth.is_fixed:
-            raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")
-        if self.num_stored is None or not num_removed:
-            return
+    def num_croppable(self, num_removed: int) -> int:
+        """How many of the last `num_removed` tokens, padding included, `crop` can forget; not of fixed memory."""
+        if self.num_stored is None or not self._is_lost(num_removed):
+            return num_removed
+        return bisect_left(range(num_removed), True, key=self._is_lost) - 1
+
+    def _is_lost(self, num_removed: int) -> bool:
+        """Whether `crop` lacks what it needs to forget so many tokens."""
+        num_free = self.num_recorded + len(self.steps)
+        if num_removed <= num_free:
+            return False
+        # The rest has to be found in what the store held before them.
+        base, num_final = self.num_tokens - self._removed(num_free), self._num_final()
         removed = self._removed(num_removed)
-        num_tokens = self.num_tokens - removed
-        if bool(((num_tokens < self.num_final) & (removed > 0)).any()):
-            raise RuntimeError(
-                "`crop` cannot bring back tokens that `mosa_cache_budget` has evicted. Call "
-                "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
-            )
-        if not self.window:
-            return
+        num_tokens, is_cut = self.num_tokens - removed, removed > self._removed(num_free)
         needed = (num_tokens - self.window + 1).clamp(min=0)  # the first token that the next query's window covers
-        if bool(((needed < self._lost()) & (removed > 0)).any()):
-            raise RuntimeError(
-                "`crop` cannot bring back tokens that have left `mosa_window`. Call "
-                "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
-            )
+        is_lost = num_tokens < num_final
+        if self.window:
+            is_lost = is_lost | (needed < self.num_lost.maximum(base - self.window))
+        return bool((is_lost & is_cut).any())
+
+    def _num_final(self) -> torch.Tensor:
+        """`num_final` as it was before all that is in `steps`."""
+        steps = self._steps_of_todays_rows()
+        return next((step.num_final for step in steps if step.num_final is not None), self.num_final)
+
+    def _steps_of_todays_rows(self) -> list[Step]:
+        return of_todays_rows(self.steps, self.count.shape[1]) if self.steps else []
 
     def _lost(self) -> torch.Tensor:
         """`[B]`: tokens before these are held only if they were selected."""
@@ -605,6 +743,10 @@ class SparseStore:
         if self.num_stored is None:
             return
         rows = rows.to(self.num_stored.device)
+        if self.steps:
+            self.steps[-1].note_rows(rows)
+            if len(rows) < len(self.num_stored):  # memory goes with rows
+                self.steps = self._steps_of_todays_rows()
         self.masks = [None if mask is None else mask[rows] for mask in self.masks]
         if self.pending is not None:
             self.pending = KeyValues(*(None if states is None else states[rows] for states in self.pending))
@@ -624,7 +766,7 @@ class SparseStore:
         """All that is held in memory."""
         pending = [] if self.pending is None else [states for states in self.pending if states is not None]
         held = [] if self.key is None else [*self._states().values(), self.memory.start, self.memory.capacity]
-        return held + pending
+        return held + pending + [states for step in self.steps for states in step.tensors()]
 
 
 def _cropped(pending: KeyValues, num_tokens: torch.Tensor, removed: torch.Tensor) -> KeyValues:
