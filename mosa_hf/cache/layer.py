@@ -180,7 +180,7 @@ class SparseLayer(MixedLayer):
 
 class FirstLayer(MixedLayer):
     """
-    Mixed into the class of a cache's first layer by `upgrade_cache`. `Cache.crop` goes from layer to layer: what any
+    Mixed into the class of a growing cache's first layer by `upgrade_cache`. `Cache.crop` goes from layer to layer: what any
     of them refuses is refused here, before the first has forgotten anything.
     """
 
@@ -273,7 +273,7 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
         layer.__class__ = _mixed(SparseLayer, layer_class)
         layer.record_past = record_past
     first, *others = cache.layers or [None]
-    if isinstance(first, CacheLayerMixin) and not isinstance(first, FirstLayer) and specs:
+    if isinstance(first, CacheLayerMixin) and not isinstance(first, FirstLayer | StaticLayer) and specs:
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
         first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(others)
 
