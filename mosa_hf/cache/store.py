@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from ..kernels.tensors import NEVER, KeyValues, Runs, gather_slots
 from ..routing.budget import evicted_at, lowest_score, within_budget
+from ..routing.layout import padding_first
 from .growth import Fixed, Growing, Memory
 
 
@@ -648,8 +649,7 @@ def _across_padding(valid: torch.Tensor, num_cached: int) -> torch.Tensor:
     Order [B, 1, num_cached + T] that brings the cached tokens of a row up to those of a call, over the padding between
     them. `valid` [B, T] is the call's.
     """
-    real = F.pad(valid, (num_cached, 0), value=True).to(torch.int8)
-    return real.argsort(dim=1, stable=True)[:, None]
+    return padding_first(F.pad(valid, (num_cached, 0), value=True))[0][:, None]
 
 
 def may_change(states: torch.Tensor) -> bool:
