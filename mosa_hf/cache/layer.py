@@ -1,10 +1,12 @@
 """The Transformers cache layer of a layer with sparse groups or MoSA heads: upstream's for dense groups, stores for
 the others. A layer of whatever cache the user brings is upgraded in place."""
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import BaseQuantizedLayer, Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from ..kernels.tensors import KeyValues, Runs
@@ -14,7 +16,8 @@ from .growth import Fixed, Growing, static_capacity
 from .store import SparseStore
 
 
-class GroupSet(NamedTuple):
+@dataclass  # as the others that a cache holds: exporters take caches apart, and build named tuples wrongly
+class GroupSet:
     """Groups of one layer that have the same window, and share a store."""
 
     groups: tuple[int, ...]  # indices among the layer's key/value groups
@@ -22,7 +25,8 @@ class GroupSet(NamedTuple):
     sparsity: float  # the lowest of theirs
 
 
-class SparseSpec(NamedTuple):
+@dataclass
+class SparseSpec:
     """What a cache has to know of a layer."""
 
     dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
@@ -156,17 +160,25 @@ class SparseLayer(CacheLayerMixin):
             store.select_rows(rows)
 
     def __reduce__(self):
-        # The class is made at run time, so pickle cannot find it by name.
+        # The class is made at run time, of one that may be anywhere.
         return _restore, (type(self).__bases__[1], self.__dict__)
 
 
 @lru_cache
 def _sparse_class(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
-    return type(f"Sparse{layer_class.__name__}", (SparseLayer, layer_class), {})
+    return type(f"Sparse{layer_class.__name__}", (SparseLayer, layer_class), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[CacheLayerMixin]:
+    """The class of upgraded layers of Transformers' own, by name: exported programs look for them here."""
+    layer_class = getattr(cache_utils, name.removeprefix("Sparse"), None)
+    if not name.startswith("Sparse") or not isinstance(layer_class, type) or not issubclass(layer_class, CacheLayerMixin):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _sparse_class(layer_class)
 
 
 def _restore(layer_class: type[CacheLayerMixin], state: dict) -> CacheLayerMixin:
-    """A layer of a class that is not importable by name, unpickled."""
+    """An upgraded layer, unpickled."""
     layer = object.__new__(_sparse_class(layer_class))
     layer.__dict__.update(state)
     return layer

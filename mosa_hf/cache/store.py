@@ -392,7 +392,8 @@ class SparseStore:
             self.position = self.count.new_zeros(0, dtype=torch.int32)
         self.selected = self.count.new_zeros(0, dtype=torch.bool)
         if self.budget is not None:
-            self.score = key.new_zeros(0, dtype=torch.bfloat16)
+            # Scores have bfloat16's precision. In the model's dtype, because exporters turn a cache into that.
+            self.score = key.new_zeros(0, dtype=torch.promote_types(key.dtype, torch.bfloat16))
         self._allocate_for(self.count)
         if self.growth.is_fixed:
             self.max_count, self.max_tokens = self.growth.stride, NEVER
