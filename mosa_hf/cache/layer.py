@@ -69,7 +69,8 @@ class SparseLayer(CacheLayerMixin):
 
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
-        self._layout = layout = layout.to(routed[0].selected.device)
+        layout = layout.to(routed[0].selected.device)
+        self._layout = None if self.spec.dense is None else layout  # for `update`, until `evict`
         valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
         for store, (selected, score) in zip(self.stores, routed, strict=True):
             selected, score = (

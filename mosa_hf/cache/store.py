@@ -248,7 +248,7 @@ class SparseStore:
         entry = torch.where(over, self.memory.start + slot, scrap)
         is_kept = over & (slot >= self.window)
         # In the window it stays, no longer selected; a kept entry's place is taken by the last of its run.
-        self.selected[entry] = False
+        self.selected.index_fill_(0, entry.flatten(), False)
         last = torch.where(is_kept, self.memory.start + self.count - 1, scrap)
         self._copy_entries(last, torch.where(is_kept, entry, scrap))
         self.count.sub_(is_kept.long())

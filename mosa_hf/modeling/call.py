@@ -102,9 +102,16 @@ def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:
         raise ValueError(
             "`torch.onnx.export(dynamo=False)` translates some operations of MoSA wrongly: pass `dynamo=True`."
         )
-    is_static = past_key_values is not None and past_key_values.is_compileable
-    if (use_cache or past_key_values is not None) and (torch.jit.is_tracing() or not is_static):
+    if past_key_values is None and not use_cache:
+        return
+    if torch.jit.is_tracing() or past_key_values is None or not past_key_values.is_compileable:
         raise ValueError(
             "How much the growing cache of a MoSA model holds depends on what is selected, which no exported program can "
             "tell: pass `use_cache=False`, or export with a static cache (`torch.jit.trace` takes none)."
+        )
+    if not is_upgraded(past_key_values):
+        raise ValueError(
+            "A static cache needs its sparse part before a model is exported with it. `DynamoExporter` and "
+            "`OnnxExporter` of `transformers.exporters` do that: `export_for_generation` with "
+            "`GenerationConfig(cache_implementation='static', max_cache_len=...)`."
         )

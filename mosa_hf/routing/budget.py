@@ -22,6 +22,10 @@ def within_budget(score: torch.Tensor, position: torch.Tensor, selected: torch.T
     Returns:
         `[B, G, S]` bool.
     """
+    if is_exported():  # every pair, because not all targets have a stable sort
+        own, other = score[..., None], score[..., None, :]
+        higher = (other > own) | ((other == own) & (position[..., None, :] < position[..., None]))
+        return selected & ((higher & selected[..., None, :]).sum(-1) < budget)
     if score.shape[-1] <= budget:
         return selected
     order = position.argsort(dim=-1, stable=True)
