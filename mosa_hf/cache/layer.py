@@ -173,7 +173,11 @@ def _sparse_class(layer_class: type[CacheLayerMixin]) -> type[CacheLayerMixin]:
 def __getattr__(name: str) -> type[CacheLayerMixin]:
     """The class of upgraded layers of Transformers' own, by name: exported programs look for them here."""
     layer_class = getattr(cache_utils, name.removeprefix("Sparse"), None)
-    if not name.startswith("Sparse") or not isinstance(layer_class, type) or not issubclass(layer_class, CacheLayerMixin):
+    if (
+        not name.startswith("Sparse")
+        or not isinstance(layer_class, type)
+        or not issubclass(layer_class, CacheLayerMixin)
+    ):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _sparse_class(layer_class)
 

@@ -5,8 +5,8 @@ import torch
 
 def is_recorded() -> bool:
     """
-    Whether this runs in `torch.compile`, `torch.export` or `torch.jit.trace`. What depends on the values of tensors may
-    not be decided in Python then: the decision would be part of the graph.
+    Whether this runs in `torch.compile`, `torch.export` or `torch.jit.trace`. What depends on the values of tensors
+    may not be decided in Python then: the decision would be part of the graph.
     """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 

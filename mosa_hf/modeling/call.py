@@ -106,8 +106,8 @@ def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:
         return
     if torch.jit.is_tracing() or past_key_values is None or not past_key_values.is_compileable:
         raise ValueError(
-            "How much the growing cache of a MoSA model holds depends on what is selected, which no exported program can "
-            "tell: pass `use_cache=False`, or export with a static cache (`torch.jit.trace` takes none)."
+            "How much the growing cache of a MoSA model holds depends on what is selected, which no exported program "
+            "can tell: pass `use_cache=False`, or export with a static cache (`torch.jit.trace` takes none)."
         )
     if not is_upgraded(past_key_values):
         raise ValueError(

@@ -53,7 +53,12 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
             return load_with_routers(cls, pretrained_model_name_or_path, routers, **kwargs)
         if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
             tensor_shapes(Path(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not model.config.mosa_gate_slope:  # loading makes new parameters, which would all be trained
+            for router in model.mosa_routers().values():
+                router.requires_grad_(False)
+        return loaded
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
