@@ -1,12 +1,14 @@
-"""`accelerate launch` with several processes: sharded (FSDP2) and replicated (DDP) training of an original and a
-converted model, which both save and load as ever."""
+"""Two processes: an original and a converted model train sharded (FSDP2) and replicated (DDP) by `accelerate launch`,
+run in tensor parallelism, and are saved as ever."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..test_parallel import in_two_processes
 from .conftest import Folders, plain_shell
 
 pytestmark = [
@@ -14,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU"),
 ]
 
+TOKENS = torch.randint(2, 256, (16, 24), generator=torch.Generator().manual_seed(0))  # as the script's
 SCRIPT = Path(__file__).with_name("parallel_training.py")
 # "MULTI_GPU" is Accelerate's word for processes of torchrun; the script says that they compute on the CPU.
 CONFIG = """\
@@ -56,9 +59,8 @@ def trained(folders, tmp_path_factory) -> dict[str, Path]:
 def loaded(folder: Path) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
     """A model that a script saved, its logits on the training tokens, and those that it had when it was saved."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    tokens = torch.randint(2, 256, (16, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        return model, model(tokens, use_cache=False).logits, torch.load(folder / "logits.pt")
+        return model, model(TOKENS, use_cache=False).logits, torch.load(folder / "logits.pt")
 
 
 @pytest.mark.parametrize("name", [*Folders._fields, "trained_routers"])
@@ -75,3 +77,28 @@ def test_accelerate_launch(name, folders, trained):
     assert any("q_proj" in key for key in moved)
     learns = {key.rsplit(".", 1)[1] for key in moved if "router" in key}
     assert learns == ({"weight", "threshold"} if name == "trained_routers" else set())
+
+
+def tensor_parallel(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    """Logits of each model in `folder`, split between the processes and then saved to "<its name>_saved"."""
+    logits = {}
+    for name in Folders._fields:
+        model = AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto")
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        with torch.no_grad():
+            logits[name] = model(TOKENS, use_cache=False).logits
+        model.save_pretrained(folder / f"{name}_saved")
+    return logits
+
+
+def test_saving_a_tensor_parallel_model(folders, tmp_path):
+    for name, folder in folders._asdict().items():
+        (tmp_path / name).symlink_to(folder)
+    logits = in_two_processes(tensor_parallel, tmp_path)
+    for name, folder in folders._asdict().items():
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}_saved")
+        with torch.no_grad():
+            assert (saved(TOKENS, use_cache=False).logits - logits[name]).abs().max() < 1e-4
+        expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        assert saved.state_dict().keys() == expected.keys()
+        assert all(torch.equal(states, expected[key]) for key, states in saved.state_dict().items())
