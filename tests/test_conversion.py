@@ -77,12 +77,18 @@ def test_conversion_ranks_fits_and_records(family):
     assert (rates - own).abs().max() < 0.1 and own.max() > 1.2 * own.min()
 
 
-def test_routers_are_frozen_until_healing():
-    """As converted, training leaves the routers alone; with a gate they get a gradient."""
+def test_routers_are_frozen_until_healing(tmp_path):
+    """As converted, and as loaded, training leaves the routers alone; with a gate they get a gradient."""
     model = tiny_base()
     calibration = random_tokens(2, 64)
     converted = convert_model(model, ConversionConfig(sparsity=4, window=5), calibration)
-    assert not any(p.requires_grad for name, p in converted.named_parameters() if "mosa_router" in name)
+    converted.save_pretrained(tmp_path)
+    loaded, info = type(converted).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    for each in (converted, loaded):
+        assert not any(p.requires_grad for name, p in each.named_parameters() if "mosa_router" in name)
+    healed = type(converted).from_pretrained(tmp_path, mosa_gate_slope=1.0)
+    assert all(router.weight.requires_grad for router in healed.mosa_routers().values())
     before = [router.threshold.clone() for router in converted.mosa_routers().values()]
     converted.train()(calibration, labels=calibration, use_cache=False).loss.backward()
     assert all(torch.equal(x, y.threshold) for x, y in zip(before, converted.mosa_routers().values(), strict=True))

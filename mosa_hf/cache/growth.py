@@ -1,14 +1,15 @@
 """How the memory of a sparse store grows: with what is appended, or not at all. In nothing else do the two differ."""
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 SLACK = 64  # one free entry for so many that a run holds: little memory against a copy of all for each new entry
 
 
-class Memory(NamedTuple):
+@dataclass
+class Memory:
     """Where the runs of every row and group lie in a flat memory."""
 
     start: torch.Tensor  # [B, G] int64, first entry of each run

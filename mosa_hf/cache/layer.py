@@ -2,10 +2,12 @@
 the others. A layer of whatever cache the user brings is upgraded in place."""
 
 import copy
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     BaseQuantizedLayer,
     Cache,
@@ -23,7 +25,8 @@ from .steps import NUM_STEPS
 from .store import SparseStore
 
 
-class GroupSet(NamedTuple):
+@dataclass  # as the others that a cache holds: exporters take caches apart, and build named tuples wrongly
+class GroupSet:
     """Groups of one layer that have the same window, and share a store."""
 
     groups: tuple[int, ...]  # indices among the layer's key/value groups
@@ -31,7 +34,8 @@ class GroupSet(NamedTuple):
     sparsity: float  # the lowest of theirs
 
 
-class SparseSpec(NamedTuple):
+@dataclass
+class SparseSpec:
     """What a cache has to know of a layer."""
 
     dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
@@ -82,7 +86,8 @@ class SparseLayer(MixedLayer):
 
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
-        self._layout = layout = layout.to(routed[0].selected.device)
+        layout = layout.to(routed[0].selected.device)
+        self._layout = None if self.spec.dense is None else layout  # for `update`, until `evict`
         valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
         for store, (selected, score) in zip(self.stores, routed, strict=True):
             selected, score = (
@@ -180,8 +185,8 @@ class SparseLayer(MixedLayer):
 
 class FirstLayer(MixedLayer):
     """
-    Mixed into the class of a growing cache's first layer by `upgrade_cache`. `Cache.crop` goes from layer to layer: what any
-    of them refuses is refused here, before the first has forgotten anything.
+    Mixed into the class of a growing cache's first layer by `upgrade_cache`. `Cache.crop` goes from layer to layer:
+    what any of them refuses is refused here, before the first has forgotten anything.
     """
 
     others: tuple[CacheLayerMixin, ...]  # behind it; without itself, since a circle would outlive its cache
@@ -213,11 +218,23 @@ def _check_stores(layers: list[CacheLayerMixin], tokens_to_remove: int) -> None:
 @lru_cache
 def _mixed(*bases: type) -> type[CacheLayerMixin]:
     """A cache layer's class, the last of `bases`, with what is mixed into it."""
-    return type(f"{'Sparse' if SparseLayer in bases else ''}{bases[-1].__name__}", bases, {})
+    return type(f"{'Sparse' if SparseLayer in bases else ''}{bases[-1].__name__}", bases, {"__module__": __name__})
 
 
 def _blank(*bases: type) -> CacheLayerMixin:
     return object.__new__(_mixed(*bases))
+
+
+def __getattr__(name: str) -> type[CacheLayerMixin]:
+    """The class of upgraded layers of Transformers' own, by name: exported programs look for them here."""
+    layer_class = getattr(cache_utils, name.removeprefix("Sparse"), None)
+    if (
+        not name.startswith("Sparse")
+        or not isinstance(layer_class, type)
+        or not issubclass(layer_class, CacheLayerMixin)
+    ):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _mixed(SparseLayer, layer_class)
 
 
 def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int | None = None) -> None:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..kernels.tensors import NEVER, KeyValues, Runs, gather_slots
 from ..routing.budget import evicted_at, lowest_score, within_budget
+from ..routing.layout import padding_first
 from .growth import Fixed, Growing, Memory
 from .steps import NUM_STEPS, Step, of_todays_rows
 
@@ -265,7 +266,7 @@ class SparseStore:
             step.evicted, step.is_evicted, step.num_final = self._at(entry), over, self.num_final
         is_kept = over & (slot >= self.window)
         # In the window it stays, no longer selected; a kept entry's place is taken by the last of its run.
-        self.selected[entry] = False
+        self.selected.index_fill_(0, entry.flatten(), False)
         last = torch.where(is_kept, self.memory.start + self.count - 1, scrap)
         self._put(self._at(last), torch.where(is_kept, entry, scrap))
         self.count.sub_(is_kept.long())
@@ -462,7 +463,8 @@ class SparseStore:
             self.position = self.count.new_zeros(0, dtype=torch.int32)
         self.selected = self.count.new_zeros(0, dtype=torch.bool)
         if self.budget is not None:
-            self.score = key.new_zeros(0, dtype=torch.bfloat16)
+            # Scores have bfloat16's precision. In the model's dtype, because exporters turn a cache into that.
+            self.score = key.new_zeros(0, dtype=torch.promote_types(key.dtype, torch.bfloat16))
         self._allocate_for(self.count)
         if self.growth.is_fixed:
             self.max_count, self.max_tokens = self.growth.stride, NEVER
@@ -790,8 +792,7 @@ def _across_padding(valid: torch.Tensor, num_cached: int) -> torch.Tensor:
     Order [B, 1, num_cached + T] that brings the cached tokens of a row up to those of a call, over the padding between
     them. `valid` [B, T] is the call's.
     """
-    real = F.pad(valid, (num_cached, 0), value=True).to(torch.int8)
-    return real.argsort(dim=1, stable=True)[:, None]
+    return padding_first(F.pad(valid, (num_cached, 0), value=True))[0][:, None]
 
 
 def may_change(states: torch.Tensor) -> bool:

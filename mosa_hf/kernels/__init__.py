@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .recording import is_exported
+
 
 class Backend(NamedTuple):
     """One implementation of every operation."""
@@ -38,10 +40,14 @@ for _name in ("reference", "torch", *(["triton"] if _has_gpu_build else [])):
 
 
 def backend(states: torch.Tensor) -> Backend:
-    """The operations that run on tensors like `states`: what `use_backend` chose; else Triton on a GPU, PyTorch
-    elsewhere."""
+    """
+    The operations that run on tensors like `states`: what `use_backend` chose; else the reference in a program that is
+    exported, which holds PyTorch's own operators then; else Triton on a GPU, PyTorch elsewhere.
+    """
     if _chosen is not None:
         return _backends[_chosen]
+    if is_exported():
+        return _backends["reference"]
     # Triton's kernels add up in float32: a float64 model wants more.
     on_gpu = states.device.type == "cuda" and states.dtype != torch.float64
     return _backends["triton" if on_gpu and _has_gpu_build else "torch"]

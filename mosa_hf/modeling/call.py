@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache import is_upgraded, num_cached_tokens, upgrade_cache
+from ..kernels.recording import is_exported
 from ..routing.layout import CallLayout
 
 
@@ -43,8 +44,10 @@ class MosaCallMixin:
             What layers share; the cache, upgraded, and made if there has to be one; position ids `[B or 1, T]`.
 
         Raises:
-            ValueError: for a static cache that is too short.
+            ValueError: for a static cache that is too short, or what cannot be exported.
         """
+        if is_exported():
+            check_export(past_key_values, use_cache)
         num_tokens = tokens.shape[1]
         may_be_packed = attention_mask is None and past_key_values is None and not use_cache
         if use_cache and past_key_values is None:
@@ -98,3 +101,27 @@ class MosaCallMixin:
             }
             specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.sets}
             upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
+
+
+def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:
+    """
+    Raises:
+        ValueError: for an exporter, or a cache, with which the program would compute something else on other inputs.
+    """
+    if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():
+        raise ValueError(
+            "`torch.onnx.export(dynamo=False)` translates some operations of MoSA wrongly: pass `dynamo=True`."
+        )
+    if past_key_values is None and not use_cache:
+        return
+    if torch.jit.is_tracing() or past_key_values is None or not past_key_values.is_compileable:
+        raise ValueError(
+            "How much the growing cache of a MoSA model holds depends on what is selected, which no exported program "
+            "can tell: pass `use_cache=False`, or export with a static cache (`torch.jit.trace` takes none)."
+        )
+    if not is_upgraded(past_key_values):
+        raise ValueError(
+            "A static cache needs its sparse part before a model is exported with it. `DynamoExporter` and "
+            "`OnnxExporter` of `transformers.exporters` do that: `export_for_generation` with "
+            "`GenerationConfig(cache_implementation='static', max_cache_len=...)`."
+        )

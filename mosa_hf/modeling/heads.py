@@ -72,7 +72,7 @@ class MosaHeads(nn.Module):
         score = router.score(logits, layout) if needs_score else None
         if cache is not None:
             cache.begin(layout, [Routed(selected, score)])
-        cos, sin = (x.to(hidden_states.device).expand(len(hidden_states), -1, -1) for x in position_embeddings)
+        cos, sin = (x.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1) for x in position_embeddings)
         tokens = Tokens(layout.position, layout.valid, layout.segment, cos, sin, selected, logits.sigmoid(), score)
         hidden_states = layout.pad_left(hidden_states, dim=1)
         tokens = Tokens(*(None if x is None else layout.pad_left(x, dim=1) for x in tokens))

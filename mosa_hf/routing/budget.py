@@ -2,6 +2,7 @@
 
 import torch
 
+from ..kernels.recording import is_exported, is_recorded
 from ..kernels.tensors import NEVER
 
 EVICTION_BLOCK = 128  # tokens compared with all others at once
@@ -21,6 +22,10 @@ def within_budget(score: torch.Tensor, position: torch.Tensor, selected: torch.T
     Returns:
         `[B, G, S]` bool.
     """
+    if is_exported():  # every pair, because not all targets have a stable sort
+        own, other = score[..., None], score[..., None, :]
+        higher = (other > own) | ((other == own) & (position[..., None, :] < position[..., None]))
+        return selected & ((higher & selected[..., None, :]).sum(-1) < budget)
     if score.shape[-1] <= budget:
         return selected
     order = position.argsort(dim=-1, stable=True)
@@ -48,21 +53,22 @@ def evicted_at(
         `[B, G, S]` int64, `NEVER` where a token stays; None if nothing can be evicted.
     """
     num_slots = score.shape[-1]
-    if num_slots <= budget or not score.numel():
+    if not is_exported() and (num_slots <= budget or not score.numel()):
         return None
-    if not torch.compiler.is_compiling():
+    if not is_recorded():
         num_slots = int(selected.sum(-1).max())
         if num_slots <= budget:
             return None
     # The selected tokens alone, in ascending position.
-    order = position.masked_fill(~selected, NEVER).argsort(dim=-1, stable=True)[..., :num_slots]  # [B, G, K]
+    order = position.masked_fill(~selected, NEVER).argsort(dim=-1)[..., :num_slots]  # [B, G, K]
     score, position, is_selected = (states.gather(-1, order) for states in (score, position, selected))
     if segment is not None:
         segment = segment.expand_as(selected).gather(-1, order)
     slot = torch.arange(num_slots, device=score.device)
     until = []
-    for start in range(0, num_slots, EVICTION_BLOCK):
-        block = slice(start, start + EVICTION_BLOCK)
+    # An exported program takes any length: the number of blocks cannot be part of it.
+    for start in (0,) if is_exported() else range(0, num_slots, EVICTION_BLOCK):
+        block = slice(start, None if is_exported() else start + EVICTION_BLOCK)
         own, other = score[..., block, None], score[..., None, :]  # [B, G, J, 1], [B, G, 1, K]
         higher = (other > own) | ((other == own) & (slot < slot[block, None]))
         higher = higher & is_selected[..., None, :]

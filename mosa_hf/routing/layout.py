@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
+from ..kernels.recording import is_recorded
+
 
 @dataclass
 class CallLayout:
@@ -48,7 +50,7 @@ class CallLayout:
             past_length: where this call's tokens begin in a mask over a static cache; None: they are its last ones.
         """
         batch_size, num_tokens = inputs_embeds.shape[:2]
-        is_static = past_length is not None or torch.compiler.is_compiling()  # nothing may depend on data
+        is_static = past_length is not None or is_recorded()  # nothing may depend on data
         valid = valid_tokens(attention_mask, num_tokens, past_length)
         if valid is not None:
             valid = valid.to(inputs_embeds.device).expand(batch_size, -1)  # a 4-D mask may have one row for all
@@ -58,24 +60,22 @@ class CallLayout:
         if valid is None:
             position = torch.arange(num_tokens, device=inputs_embeds.device).expand(batch_size, -1)
         else:
-            position = (valid.cumsum(1) - 1).clamp(min=0)
+            position = (valid.long().cumsum(1) - 1).clamp(min=0)
             if num_tokens > 1 and (is_static or bool((valid[:, :-1] & ~valid[:, 1:]).any())):
-                order = valid.to(torch.int8).argsort(dim=1, stable=True)
-                inverse = order.argsort(dim=1)
+                order, inverse = padding_first(valid)
 
         segment = find_packed_sequence_indices(position_ids.expand(batch_size, -1)) if may_be_packed else None
         if segment is None:
             first = position == 0
         else:
-            first = torch.ones_like(segment, dtype=torch.bool)
-            first[:, 1:] = segment[:, 1:] != segment[:, :-1]
+            first = segment.diff(dim=1, prepend=segment[:, :1] - 1) != 0
         if num_cached_tokens is not None:
             num_cached_tokens = num_cached_tokens.to(inputs_embeds.device, copy=True)[:, None]  # a cache counts on
             position = position + num_cached_tokens
             first = first & (num_cached_tokens == 0)
         if valid is not None:
             first = first & valid
-        if num_tokens == 1 and first.device.type == "cpu" and not torch.compiler.is_compiling() and not first.any():
+        if num_tokens == 1 and first.device.type == "cpu" and not is_recorded() and not first.any():
             first = None  # nothing for every layer's router to look at
         return cls(position, valid, segment, first, order, inverse)
 
@@ -99,6 +99,18 @@ def _move(states: torch.Tensor, order: torch.Tensor, dim: int) -> torch.Tensor:
     shape = [1] * states.ndim
     shape[0], shape[dim] = order.shape
     return states.gather(dim, order.view(shape).expand(*states.shape))
+
+
+def padding_first(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The permutation of each row of `valid` [B, T] bool that brings what is False to its left and changes nothing else,
+    and the one that takes it back: `[B, T]` int64. A stable sort, which not all targets of an export have.
+    """
+    valid = valid.long()  # not all of them add up booleans either
+    num_padding = (1 - valid).cumsum(1)
+    inverse = torch.where(valid == 1, num_padding[:, -1:] + valid.cumsum(1), num_padding) - 1
+    slot = torch.arange(valid.shape[1], device=valid.device).expand_as(inverse)
+    return torch.zeros_like(inverse).scatter(1, inverse, slot), inverse
 
 
 def valid_tokens(

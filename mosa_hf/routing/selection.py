@@ -5,6 +5,8 @@ Everything is decided on the float32 router logits z, never on sigmoid(z): the s
 
 import torch
 
+from ..kernels.recording import is_recorded
+
 
 def select_by_threshold(
     logits: torch.Tensor, threshold: torch.Tensor, valid: torch.Tensor | None = None, first: torch.Tensor | None = None
@@ -85,7 +87,7 @@ def _highest_of_rows(
     lowest = best.gather(1, (quota - 1).clamp(min=0)[:, None, None].expand(-1, 1, num_groups))  # [B, 1, G]
     selected = score >= lowest
     # Exact unless tokens tie for the last places. Elsewhere than on a CPU it would cost a synchronisation to look.
-    may_look = score.device.type == "cpu" and not torch.compiler.is_compiling()
+    may_look = score.device.type == "cpu" and not is_recorded()
     if not (may_look and bool((selected.sum(1) == quota[:, None]).all())):
         above = score > lowest
         tie = selected & ~above

@@ -1,0 +1,19 @@
+"""Whether code runs on the data that it computes with, or is recorded for other data that will come."""
+
+import torch
+
+
+def is_recorded() -> bool:
+    """
+    Whether this runs in `torch.compile`, `torch.export` or `torch.jit.trace`. What depends on the values of tensors
+    may not be decided in Python then: the decision would be part of the graph.
+    """
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def is_exported() -> bool:
+    """
+    Whether this is recorded to run elsewhere, `torch.export` or `torch.jit.trace`: on any number of rows and tokens,
+    and maybe where nobody knows our operations.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
