@@ -274,8 +274,8 @@ def unseen_slices(tokenizer: PreTrainedTokenizerBase, text: str, seen: torch.Ten
     unseen = [row for row, words in zip(windows, texts, strict=True) if runs.isdisjoint(_runs(words))]
     if not unseen:
         raise ValueError("All of the text has passages in common with the calibration text: measure on another one.")
-    spread = torch.linspace(0, len(unseen) - 1, min(size.slices, len(unseen))).round().long()
-    return torch.stack(unseen)[spread]
+    num_slices = min(size.slices, len(unseen))
+    return torch.stack([unseen[int((i + 0.5) * len(unseen) / num_slices)] for i in range(num_slices)])
 
 
 def _runs(text: str) -> set[tuple[str, ...]]:

@@ -37,12 +37,19 @@ def by_method(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
     methods: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         methods.setdefault(label(row["method"], row["parameters"]), {})[row["task"]] = row
-    return sorted(methods.values(), key=share, reverse=True)
+    return sorted(methods.values(), key=lambda own: share(own, list(own)), reverse=True)
 
 
-def share(own: dict[str, dict[str, Any]]) -> float:
-    """Of the original's bytes, over a method's tasks."""
-    return sum(row["share"] for row in own.values()) / len(own)
+def share(own: dict[str, dict[str, Any]], tasks: list[str]) -> float:
+    """Of the original's bytes, over those of `tasks` that a method has rows of; nan if it has none."""
+    shares = [own[task]["share"] for task in tasks if task in own]
+    return sum(shares) / len(shares) if shares else math.nan
+
+
+def texts_and_facts(tasks: list[str]) -> tuple[list[str], list[str]]:
+    """The tasks of either kind; they differ in length, and so in what a window is a share of."""
+    texts = [task for task in tasks if task.startswith(PERPLEXITY)]
+    return texts, [task for task in tasks if task not in texts]
 
 
 def perplexity(own: dict[str, dict[str, Any]]) -> float:
@@ -54,13 +61,17 @@ def perplexity(own: dict[str, dict[str, Any]]) -> float:
 def page(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> str:
     """Markdown: how it was measured, and a row for each method."""
     rows = [row for own in methods for row in own.values()]
-    head = ["", "KV bytes", "prompt", *tasks]
-    lines = [head, ["---", "---:", "---", *["---:"] * len(tasks)]]
+    kinds = {
+        f"KV bytes, {name}": own for name, own in zip(("texts", "facts"), texts_and_facts(tasks), strict=True) if own
+    }
+    head = ["", *kinds, "prompt", *tasks]
+    lines = [head, ["---", *["---:"] * len(kinds), "---", *["---:"] * len(tasks)]]
     for own in methods:
         first = next(iter(own.values()))
-        freed = "" if first["frees_memory"] else " (masked, not freed)"
-        cells = [label(first["method"], first["parameters"]), f"{share(own):.3f}{freed}", first["prompt"]]
-        lines.append(cells + [_cell(task, own.get(task)) for task in tasks])
+        freed = "" if first["frees_memory"] else " (masked)"
+        cells = [label(first["method"], first["parameters"])]
+        cells += [f"{share(own, kind):.3f}{freed}" for kind in kinds.values()]
+        lines.append([*cells, first["prompt"]] + [_cell(task, own.get(task)) for task in tasks])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
     for name in ("date", "machine"):
@@ -74,7 +85,8 @@ PAGE = """# Memory against quality
 SmolLM2-135M-Instruct. Perplexity of the tokens that follow a context, on texts that calibration never saw. Facts:
 answers that greedy decoding gives, out of how many, and the mean log-probability of a token of the right answer.
 
-KV bytes are those of live tensors at the end of what is scored, as a share of the original's at the same length.
+KV bytes are those of live tensors at the end of what is scored, as a share of the original's at the same length; texts
+are longer than contexts with facts, so a window is a smaller share of them.
 Methods with a "dense" prompt compute all of it and prune it once, and keep all that follows; meanwhile they hold as
 much as the original. KVzap goes on pruning; it only masks, nothing is freed, and its bytes are those of the entries
 that are not masked; its scorer is trained on our calibration text. "ours": one fit of the routers for all. "random
@@ -99,8 +111,8 @@ def _cell(task: str, row: dict[str, Any] | None) -> str:
 
 def draw(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> Figure:
     """Perplexity, and the log-probability of each kind of facts, against the share of the bytes; a line a method."""
-    facts = [task for task in tasks if not task.startswith(PERPLEXITY)]
-    panels = [("perplexity, all texts", perplexity, [task for task in tasks if task not in facts])]
+    texts, facts = texts_and_facts(tasks)
+    panels = [("perplexity, all texts", perplexity, texts)]
     panels += [
         (f"{task}: mean log-probability", lambda own, task=task: own[task]["log_probability"], [task])
         for task in facts
@@ -112,8 +124,7 @@ def draw(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> Figure:
         for own in methods:
             if all(task in own for task in needed):
                 name = next(iter(own.values()))["method"]
-                place = sum(own[task]["share"] for task in needed) / len(needed)
-                curves.setdefault(name, []).append((place, value(own)))
+                curves.setdefault(name, []).append((share(own, needed), value(own)))
         for i, (name, points) in enumerate(curves.items()):
             places, values = zip(*points, strict=True)
             if name == "original":

@@ -246,8 +246,11 @@ def main() -> None:
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # libraries may print too
-        for answer in answers_to(job):
-            print(json.dumps({**answer, "versions": versions}), file=answers, flush=True)
+        try:
+            for answer in answers_to(job):
+                print(json.dumps({**answer, "versions": versions}), file=answers, flush=True)
+        except KeyboardInterrupt:  # whoever asked has it too, and says so
+            sys.exit(130)
 
 
 if __name__ == "__main__":

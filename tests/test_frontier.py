@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import frontier, frontier_table, measure, retrieval
 from benchmarks.frontier import CacheMemory, Exercise, Method, Results
 from benchmarks.scoring import Continuation, Reading, score
-from mosa_hf import ConversionConfig, convert_model, trace_routing
+from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
 
 from .bases import byte_tokenizer, random_tokens, tiny_base
 
@@ -210,12 +210,39 @@ def test_the_table_and_the_picture(tmp_path, models, exercise):
     frontier_table.write(list(results.rows.values()), tmp_path)
     page = (tmp_path / "frontier.md").read_text()
     table = [line for line in page.splitlines() if line.startswith("|")]
-    assert table[0] == "|  | KV bytes | prompt | perplexity, text | fact |"
-    assert table[2].startswith("| original | 1.000 | sparse |") and len(table) == 4
+    assert table[0] == "|  | KV bytes, texts | KV bytes, facts | prompt | perplexity, text | fact |"
+    assert table[2].startswith("| original | 1.000 | 1.000 | sparse |") and len(table) == 4
     assert table[3].startswith("| KVzap, window 128 |") and "masked" in table[3]
     row = next(row for row in results.rows.values() if row["task"] == "perplexity, text")
     assert f"| {row['perplexity']:.2f} |" in table[2]
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_of_this_process(tmp_path, models, monkeypatch):
+    monkeypatch.setattr(measure, "calibration", lambda tokenizer, windows, window: random_tokens(windows, window))
+    models["original"].save_pretrained(tmp_path / "original")
+    models["converted"].save_pretrained(tmp_path / "converted")
+    save_routers(models["converted"], tmp_path / "routers")
+    GroupPlan.of_config(models["converted"].config).save(tmp_path / "plan.json")
+    size = frontier.Size(windows=2, window=32)
+    own = frontier.Models(tmp_path / "original", byte_tokenizer(), size)
+    methods = own.methods(["5/4", "7/2.5"])
+    methods += own.given([tmp_path / "converted"], [tmp_path / "routers"], [tmp_path / "plan.json"])
+    assert [method.name for method in methods] == [
+        *("original", "ours", "ours", "random selection", "converted", "routers", "plan")
+    ]
+    assert methods[2].parameters == {"window": 7, "sparsity": 2.5, "calibration": "2 x 32"}
+    assert methods[4].parameters["routers"] == methods[5].parameters["routers"]  # the same, of two folders
+    assert str(tmp_path) not in json.dumps([method.parameters for method in methods])
+    windows = [
+        {kind.window for groups in GroupPlan.of_config(method.build().config).layers for kind in groups}
+        for method in methods[1:]
+    ]
+    assert windows == [{5}, {7}, {5}, {5}, {5}, {5}]
+    router = methods[5].build().mosa_routers()[0]
+    before = frontier.digest_of(methods[5].build())
+    router.threshold += 1
+    assert frontier.digest_of(methods[5].build()) != before
 
 
 def test_what_is_recorded_has_no_paths_of_this_machine(tmp_path):
