@@ -12,6 +12,9 @@ kvpress read it in full and prune it once.
 
 Rows are appended to `frontier.jsonl` as they are measured, and a row that is there is not measured again: stop it when
 you like and run it again. `frontier.md` and `frontier.png` show them.
+
+All of it is meant to take less than half an hour on two quiet cores. It needs matplotlib; kvpress gets an environment
+of its own, in the cache of `benchmarks/sources.py`.
 """
 
 import argparse
