@@ -110,6 +110,22 @@ def first_token_and_window(model: PreTrainedModel, window: int) -> PreTrainedMod
     return rival
 
 
+def random_selection(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The rival of routers: the same groups with the same windows select at the same rates, by chance."""
+    rival = with_sparse_groups(to_dense(model), model.config).eval()
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(router, args, output):
+        logits, first = output  # no logit reaches the threshold: what is selected are first tokens
+        rates = 1 / torch.tensor(router.sparsity)
+        return logits, first | (torch.rand(logits.shape, generator=generator) < rates)
+
+    for router in rival.mosa_routers().values():
+        router.threshold.fill_(torch.inf)
+        router.register_forward_hook(draw)
+    return rival
+
+
 def window_of_equal_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     """The window with which `first_token_and_window` keeps as many entries as `model` after `input_ids` [1, T]."""
     counted = entries(model, input_ids)

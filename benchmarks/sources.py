@@ -17,6 +17,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from pydoc_data.topics import topics
 
+KVPRESS = "kvpress==0.5.5"
+
 
 class SourceUnavailable(RuntimeError):
     """A package cannot be fetched here: no network, no such tool, or no such package."""
@@ -87,6 +89,21 @@ def transformers_tests() -> Path:
         return scratch / name / "tests"
 
     return _cached(f"{name}-tests", fetch)
+
+
+def kvpress_python() -> Path:
+    """The Python of an environment with kvpress (Apache-2.0), which wants an older Transformers than this package."""
+
+    def install(scratch: Path) -> Path:
+        environment = scratch / "environment"
+        _run(sys.executable, "-m", "venv", str(environment), folder=scratch)
+        # torch first, so that what is given is found as for the package itself, and kvpress takes it as it is.
+        for requirement in ("torch==2.13.0", KVPRESS):
+            pip = (str(environment / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check")
+            _run(*pip, "install", requirement, folder=scratch)
+        return environment
+
+    return _cached(KVPRESS.replace("==", "-"), install) / "bin" / "python"
 
 
 def text(name: str) -> str:

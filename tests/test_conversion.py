@@ -14,6 +14,7 @@ from mosa_hf import (
     ConversionConfig,
     GroupPlan,
     MosaForCausalLM,
+    MosaLlamaConfig,
     MosaLlamaForCausalLM,
     convert_checkpoint,
     convert_model,
@@ -21,6 +22,8 @@ from mosa_hf import (
     trace_routing,
 )
 from mosa_hf.conversion import calibration_windows, convert_to_native
+from mosa_hf.conversion.allocation import candidate_plan
+from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.modeling.group_plan import SparseGroup
 
 from .bases import byte_tokenizer, random_tokens, tiny_base
@@ -75,6 +78,26 @@ def test_conversion_ranks_fits_and_records(family):
     assert len(rates) == 3 and 0.2 < rates.mean() < 0.35  # one in four over all groups, and the first tokens
     own = torch.tensor([1 / kind.sparsity for groups in plan.layers for kind in groups if kind is not None])
     assert (rates - own).abs().max() < 0.1 and own.max() > 1.2 * own.min()
+
+
+@pytest.mark.parametrize("fields", [{"groups": SOME}, {"groups": 3}, {"plan": None}], ids=["pairs", "number", "plan"])
+def test_conversions_share_one_fit(fields):
+    model, calibration = tiny_base(), random_tokens(4, 64)
+    config = MosaLlamaConfig.from_base(model.config)
+    fits = fit_routers(model, calibration, candidate_plan(config, ConversionConfig()))
+    if "plan" in fields:
+        kind = SparseGroup(window=7, sparsity=3.0)
+        conversion = ConversionConfig(plan=GroupPlan(((kind, None), (None, None), (kind, kind))))
+    else:
+        conversion = ConversionConfig(sparsity=4, window=5, **fields)
+    shared = convert_model(model, conversion, calibration, fits)
+    alone = convert_model(model, conversion, calibration)
+    assert GroupPlan.of_config(shared.config).sparse_pairs() == GroupPlan.of_config(alone.config).sparse_pairs()
+    for layer, router in alone.mosa_routers().items():
+        torch.testing.assert_close(shared.mosa_routers()[layer].weight, router.weight, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(shared.mosa_routers()[layer].threshold, router.threshold, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="thresholds"):
+        convert_model(model, conversion, fits=fits)
 
 
 def test_routers_are_frozen_until_healing(tmp_path):

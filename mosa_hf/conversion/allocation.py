@@ -91,6 +91,26 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
     )
 
 
+def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]) -> list[RouterFit | None]:
+    """
+    The fits of the groups of a plan.
+
+    Args:
+        plan: some or all groups of `candidates`.
+        candidates: the plan that `fits` are of.
+    """
+    own: list[RouterFit | None] = []
+    for groups, all_groups, fit in zip(plan.layers, candidates.layers, fits, strict=True):
+        fitted = [group for group, kind in enumerate(all_groups) if kind is not None]
+        kept = [fitted.index(group) for group, kind in enumerate(groups) if kind is not None]
+        own.append(
+            RouterFit(fit.weight[kept], fit.bias[kept], fit.predicted[..., kept], fit.importance[..., kept])
+            if kept
+            else None
+        )
+    return own
+
+
 def mean_losses(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[list[float | None]]:
     """
     For each layer and group the mean importance of a token that it does not select, under one threshold for all

@@ -10,13 +10,16 @@ from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
 from ..modeling.sparse_models import with_sparse_groups, without_sparse_groups
 from ..modeling.thresholds import calibrate_thresholds
-from .allocation import candidate_plan, choose_groups, mean_losses, one_threshold
-from .calibration import fit_routers
+from .allocation import candidate_plan, choose_groups, fits_of, mean_losses, one_threshold
+from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 
 
 def convert_model(
-    model: PreTrainedModel, conversion: ConversionConfig, calibration: torch.Tensor | None = None
+    model: PreTrainedModel,
+    conversion: ConversionConfig,
+    calibration: torch.Tensor | None = None,
+    fits: list[RouterFit | None] | None = None,
 ) -> PreTrainedModel:
     """
     A model with sparse groups that shares every weight tensor with `model`, quantised ones too, and has routers fitted
@@ -27,6 +30,8 @@ def convert_model(
         conversion: what to produce.
         calibration: token ids `[N, T]`, N windows of the text that routers and thresholds are fitted on; see
             `calibration_windows`. May be left out where every sparsity is 1 and nothing is selected.
+        fits: what `fit_routers` gave for `candidate_plan` without a choice of groups, where several conversions of one
+            model share it. Thresholds are set on `calibration` anyway.
 
     Returns:
         The converted model (`MosaLlamaForCausalLM` from `LlamaForCausalLM`, and so on), in eval mode. Its
@@ -37,9 +42,13 @@ def convert_model(
     """
     family = family_of(model.config.model_type)
     family.sparse_class_of(type(model))
-    candidates = candidate_plan(family.config_class.from_base(model.config), conversion)
-    fits = None
-    if calibration is not None:
+    base_config = family.config_class.from_base(model.config)
+    candidates = candidate_plan(base_config, conversion)
+    if fits is not None:
+        if calibration is None:
+            raise ValueError("`calibration` is needed to set thresholds: pass the token ids that `fits` are of.")
+        fits = fits_of(candidates, candidate_plan(base_config, ConversionConfig()), fits)
+    elif calibration is not None:
         fits = fit_routers(model, calibration, candidates, include_first=conversion.include_first)
     plan = choose_groups(conversion, candidates, fits)
     if fits is not None and conversion.plan is None:
@@ -54,14 +63,13 @@ def convert_model(
         "calibration": None if calibration is None else {"windows": len(calibration), "tokens": calibration.shape[1]},
     }
     converted = with_sparse_groups(model, config).eval()
+    chosen = None if fits is None else fits_of(plan, candidates, fits)
     with torch.no_grad():
         for layer, router in converted.mosa_routers().items():
             router.weight.zero_()
             router.threshold.zero_()
-            if fits is not None:
-                fitted = [group for group, kind in enumerate(candidates.layers[layer]) if kind is not None]
-                own = [fitted.index(group) for group, kind in enumerate(plan.layers[layer]) if kind is not None]
-                router.weight.copy_(fits[layer].weight[own])
+            if chosen is not None:
+                router.weight.copy_(chosen[layer].weight)
     if fits is not None:
         # On the converted model: what its layers see differs a little from what the original's saw.
         windows = logging.tqdm(calibration.split(1), desc="Setting thresholds", unit="window")

@@ -1,0 +1,96 @@
+"""
+What is asked of every method of keeping fewer keys and values: how probable it finds the right tokens after a context
+that it has read, and what its cache holds then. Needs torch only: the rivals run it in an environment of their own.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """
+    Tokens that are read after a context.
+
+    task: what it is scored as.
+    ids: its tokens.
+    answers: `(start, stop)` of the spans of `ids` that are scored. start > 0: what is scored is never predicted by the
+        last logits of the context, which a method may have read in full.
+    """
+
+    task: str
+    ids: list[int]
+    answers: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A context, read once, and the continuations, each of which is read after it and nothing else."""
+
+    context: list[int]
+    continuations: list[Continuation]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Reading":
+        """From `to_dict`, or JSON of it."""
+        continuations = [
+            Continuation(each["task"], each["ids"], [tuple(span) for span in each["answers"]])
+            for each in content["continuations"]
+        ]
+        return cls(content["context"], continuations)
+
+
+@dataclass(frozen=True)
+class Score:
+    """
+    Of one continuation.
+
+    log_probability: of the answers' tokens, summed.
+    tokens: how many these are.
+    right: how many answers greedy decoding gives, each after what precedes it in the continuation.
+    answers: out of how many.
+    length: tokens read in all.
+    kv_bytes: what the keys and values of these take then.
+    """
+
+    task: str
+    log_probability: float
+    tokens: int
+    right: int
+    answers: int
+    length: int
+    kv_bytes: float
+
+
+class Memory(Protocol):
+    """What a method remembers of a context."""
+
+    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """The logits `[T, V]` of tokens `[1, T]` that follow the context, and the bytes held after them. The memory
+        itself stays as it was."""
+
+
+def score(memory: Memory, reading: Reading) -> list[Score]:
+    """The scores of each continuation, after `memory` of the reading's context."""
+    return [_score(memory, len(reading.context), each) for each in reading.continuations]
+
+
+def _score(memory: Memory, num_before: int, continuation: Continuation) -> Score:
+    ids = torch.tensor(continuation.ids)
+    logits, kv_bytes = memory.read(ids[None])
+    log_probability, num_tokens, right = 0.0, 0, 0
+    for start, stop in continuation.answers:
+        predictions, answer = logits[start - 1 : stop - 1].float(), ids[start:stop]
+        log_probability -= torch.nn.functional.cross_entropy(predictions, answer, reduction="sum").item()
+        num_tokens += stop - start
+        right += int((predictions.argmax(-1) == answer).all())
+    length = num_before + len(ids)
+    return Score(
+        continuation.task, log_probability, num_tokens, right, len(continuation.answers), length, float(kv_bytes)
+    )

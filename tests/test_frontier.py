@@ -1,0 +1,250 @@
+"""The evaluation of memory against quality: what it scores, what it asks, and what it measures again."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import decoders
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks import frontier, frontier_table, measure, retrieval
+from benchmarks.frontier import CacheMemory, Exercise, Method, Results
+from benchmarks.scoring import Continuation, Reading, score
+from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
+
+from .bases import byte_tokenizer, random_tokens, tiny_base
+
+SENTENCES = " ".join(f"Boat number {i} left the harbour at {7 * i} and came back with nothing." for i in range(400))
+ORIGIN = {
+    "command": "python -m benchmarks.frontier",
+    "date": "2026-01-01",
+    "machine": "one",
+    "versions": {"torch": "2"},
+}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict:
+    original = tiny_base(vocab_size=256)
+    converted = convert_model(original, ConversionConfig(sparsity=4, window=5), random_tokens(4, 64))
+    return {"original": original, "converted": converted}
+
+
+@pytest.mark.parametrize("name", ["original", "converted"])
+def test_scores_are_a_plain_forwards_loss(name, models):
+    model, ids = models[name], random_tokens(1, 61, seed=3)
+    (own,) = score(CacheMemory(model, ids[0, :40].tolist()), frontier.following(ids[0], 40, "text"))
+    labels = ids.clone()
+    labels[:, :41] = -100  # the context, and the first token after it, which is read only
+    with torch.no_grad():
+        loss = model(ids, labels=labels, use_cache=False).loss
+    assert own.tokens == 20 and own.length == 61
+    assert own.log_probability / own.tokens == pytest.approx(-loss.item(), abs=1e-5)
+    dense = 61 * frontier.bytes_per_token(model)
+    assert own.kv_bytes == dense if name == "original" else own.kv_bytes < 0.8 * dense
+    assert own.kv_bytes == measure.kv_bytes(model, ids) if name == "original" else own.kv_bytes > 0
+
+
+def test_right_is_what_greedy_decoding_gives(models):
+    model, context = models["converted"], random_tokens(1, 30, seed=4)
+    question = torch.tensor([[5, 6, 7]])
+    answer = model.generate(torch.cat([context, question], dim=1), max_new_tokens=4, do_sample=False)[0, 33:].tolist()
+    wrong = [*answer[:-1], (answer[-1] + 1) % 256]
+    asked = [Continuation("fact", [5, 6, 7, *each], [(3, 7)]) for each in (answer, wrong, answer)]
+    scores = score(CacheMemory(model, context[0].tolist()), Reading(context[0].tolist(), asked))
+    assert [each.right for each in scores] == [1, 0, 1]
+    assert scores[0] == scores[2]  # the context is remembered as it was, whatever was asked before
+    assert scores[1].log_probability < scores[0].log_probability
+
+
+def test_needles_are_in_their_context():
+    tokenizer = text_tokenizer()
+    reading = retrieval.needles(tokenizer, SENTENCES, 3000, seed=1)
+    assert 2700 < len(reading.context) <= 3100
+    context = tokenizer.decode(reading.context)
+    single = [each for each in reading.continuations if each.task == "needle"]
+    together = [each for each in reading.continuations if each.task == "needles together"]
+    assert len(single) == 8 and len(together) == 2
+    codes, places = {}, []
+    for each in single:
+        asked = tokenizer.decode(each.ids)
+        (answer,) = answers_of(tokenizer, each)
+        assert asked.startswith("\nThe code of the ") and asked.endswith(answer) and len(answer) == len(" 12345")
+        assert context.count(f"{asked[1:]}.") == 1
+        codes[asked.removeprefix("\nThe code of the ").partition(" is ")[0]] = answer
+        places.append(context.index(asked[1:]) / len(context))
+    assert len(set(codes.values())) == 8
+    assert max(abs(place - (i + 0.5) / 8) for i, place in enumerate(places)) < 0.05  # eight depths
+    for each in together:
+        asked, answers = tokenizer.decode(each.ids), answers_of(tokenizer, each)
+        named = asked.partition(" are ")[0].removeprefix("\nThe codes of the ").replace(" and the ", ", the ")
+        assert answers == [codes[place] for place in named.split(", the ")] and len(answers) == 3
+
+
+def test_keys_are_in_their_context():
+    tokenizer = text_tokenizer()
+    reading = retrieval.key_values(tokenizer, SENTENCES, 2000, seed=1)
+    context = tokenizer.decode(reading.context)
+    assert len(reading.continuations) == 8
+    for each in reading.continuations:
+        line = tokenizer.decode(each.ids).removeprefix("\nFrom the dictionary:\n")
+        assert context.count(f"\n{line}\n") == 1
+        assert answers_of(tokenizer, each) == [line.partition(":")[2]]
+    assert Reading.from_dict(json.loads(json.dumps(reading.to_dict()))) == reading
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """That gives the text back."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def answers_of(tokenizer, continuation: Continuation) -> list[str]:
+    return [tokenizer.decode(continuation.ids[start:stop]) for start, stop in continuation.answers]
+
+
+def test_a_text_that_is_too_short_is_refused():
+    with pytest.raises(ValueError, match="fewer"):
+        retrieval.needles(byte_tokenizer(), "One sentence. Another.", 3000, seed=0)
+
+
+def test_slices_share_no_run_of_words_with_what_was_seen():
+    tokenizer = text_tokenizer()
+    seen = torch.tensor([tokenizer(SENTENCES[: len(SENTENCES) // 2])["input_ids"]])
+    size = frontier.Size(prompt=900, scored=99, slices=4)
+    slices = frontier.unseen_slices(tokenizer, SENTENCES, seen, size)
+    assert 1 <= len(slices) <= 4 and slices.shape[1] == 1000
+    for text in tokenizer.batch_decode(slices):
+        assert SENTENCES.index(text) >= len(SENTENCES) // 2 - 100  # but for the first words of it
+    everything = torch.tensor([tokenizer(SENTENCES)["input_ids"]])
+    with pytest.raises(ValueError, match="in common"):
+        frontier.unseen_slices(tokenizer, SENTENCES, everything, size)
+
+
+def test_random_selection_has_the_rates_of_the_groups_that_it_replaces(models):
+    rival, ids = measure.random_selection(models["converted"]), random_tokens(4, 400, seed=5)
+    with torch.no_grad(), trace_routing(rival) as selected:
+        rival(ids, use_cache=False)
+    for layer, router in rival.mosa_routers().items():
+        drawn = selected[layer][0]
+        assert drawn[:, 0].all()
+        rates = drawn[:, 1:].float().mean((0, 1))
+        torch.testing.assert_close(rates, 1 / torch.tensor(router.sparsity), atol=0.05, rtol=0)
+
+
+@pytest.fixture
+def exercise() -> Exercise:
+    ids = random_tokens(61, seed=6)
+    fact = Continuation("fact", [3, 4, 5, 6], [(2, 4)])
+    following = frontier.following(ids, 40, "perplexity, text")
+    return Exercise({"prompt": 40}, [following, Reading(ids[:30].tolist(), [fact])])
+
+
+def test_what_is_there_is_not_measured_again(tmp_path, models, exercise):
+    built = []
+
+    def method(name, **parameters):
+        return Method(name, parameters, lambda: built.append((name, parameters)) or models[name])
+
+    def measure_all(*methods, asked=exercise):
+        built.clear()
+        results = Results(tmp_path / "frontier.jsonl")
+        frontier.measure_here(list(methods), [asked], results, ORIGIN)
+        return results
+
+    original, converted = method("original"), method("converted", window=5)
+    results = measure_all(original, converted)
+    assert [name for name, _ in built] == ["original", "converted"]
+    rows = (tmp_path / "frontier.jsonl").read_text().splitlines()
+    assert len(rows) == 4 and list(map(json.loads, rows)) == list(results.rows.values())
+    original_rows = [row for row in results.rows.values() if row["method"] == "original"]
+    assert [row["task"] for row in original_rows] == ["perplexity, text", "fact"]
+    assert all(row["share"] == 1 and row["settings"]["prompt"] == 40 for row in original_rows)
+
+    measure_all(original, converted)
+    assert not built
+    measure_all(original, converted, method("converted", window=6))
+    assert built == [("converted", {"window": 6})]
+    measure_all(original, asked=Exercise({"prompt": 40}, exercise.readings[:1]))  # other tokens
+    assert [name for name, _ in built] == ["original"]
+    measure_all(original, asked=Exercise({"prompt": 41}, exercise.readings))
+    assert [name for name, _ in built] == ["original"]
+    (tmp_path / "frontier.jsonl").write_text("\n".join(rows[1:]) + "\n")  # as a run that was stopped leaves it
+    measure_all(original, converted)
+    assert [name for name, _ in built] == ["original"]
+
+
+def test_rivals_are_asked_for_what_is_lacking(tmp_path, models, exercise, monkeypatch):
+    scores = [
+        vars(each) for reading in exercise.readings for each in score(CacheMemory(models["original"], [1]), reading)
+    ]
+    jobs = []
+
+    def answers(job):
+        jobs.append(job)
+        for i, asked in enumerate(job["exercises"]):
+            for method in asked["methods"]:
+                yield {"exercise": i, "method": method, "scores": scores, "versions": {"transformers": "5.2"}}
+
+    monkeypatch.setattr(frontier, "rivals_answers", answers)
+
+    class TinyModels:
+        directory, original, calibration = tmp_path, models["original"], random_tokens(2, 8)
+
+    snap, tova = (Method(name, {"kept": 0.4}, prompt="dense") for name in ("SnapKV", "TOVA"))
+    other = Exercise({"prompt": 39}, exercise.readings)
+    results = Results(tmp_path / "frontier.jsonl")
+    for asked, methods in (([exercise], [snap]), ([exercise, other], [snap, tova]), ([exercise, other], [snap, tova])):
+        frontier.measure_rivals(methods, asked, results, ORIGIN, TinyModels, byte_tokenizer())
+    assert [[each["methods"] for each in job["exercises"]] for job in jobs] == [[[0]], [[1], [0, 1]]]
+    assert json.loads(json.dumps(jobs)) and len(results.rows) == 8
+    assert all(row["versions"]["kvpress"] and row["prompt"] == "dense" for row in results.rows.values())
+
+
+def test_the_table_and_the_picture(tmp_path, models, exercise):
+    results = Results(tmp_path / "frontier.jsonl")
+    masked = Method("KVzap", {"window": 128}, lambda: models["converted"], frees_memory=False)
+    methods = [Method("original", {}, lambda: models["original"]), masked]
+    frontier.measure_here(methods, [exercise], results, ORIGIN)
+    frontier_table.write(list(results.rows.values()), tmp_path)
+    page = (tmp_path / "frontier.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert table[0] == "|  | KV bytes, texts | KV bytes, facts | prompt | perplexity, text | fact |"
+    assert table[2].startswith("| original | 1.000 | 1.000 | sparse |") and len(table) == 4
+    assert table[3].startswith("| KVzap, window 128 |") and "masked" in table[3]
+    row = next(row for row in results.rows.values() if row["task"] == "perplexity, text")
+    assert f"| {row['perplexity']:.2f} |" in table[2]
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_methods_of_this_process(tmp_path, models, monkeypatch):
+    monkeypatch.setattr(measure, "calibration", lambda tokenizer, windows, window: random_tokens(windows, window))
+    models["original"].save_pretrained(tmp_path / "original")
+    models["converted"].save_pretrained(tmp_path / "converted")
+    save_routers(models["converted"], tmp_path / "routers")
+    GroupPlan.of_config(models["converted"].config).save(tmp_path / "plan.json")
+    size = frontier.Size(windows=2, window=32)
+    own = frontier.Models(tmp_path / "original", byte_tokenizer(), size)
+    methods = own.methods(["5/4", "7/2.5"])
+    methods += own.given([tmp_path / "converted"], [tmp_path / "routers"], [tmp_path / "plan.json"])
+    assert [method.name for method in methods] == [
+        *("original", "ours", "ours", "random selection", "converted", "routers", "plan")
+    ]
+    assert methods[2].parameters == {"window": 7, "sparsity": 2.5, "calibration": "2 x 32"}
+    assert methods[4].parameters["routers"] == methods[5].parameters["routers"]  # the same, of two folders
+    assert str(tmp_path) not in json.dumps([method.parameters for method in methods])
+    windows = [
+        {kind.window for groups in GroupPlan.of_config(method.build().config).layers for kind in groups}
+        for method in methods[1:]
+    ]
+    assert windows == [{5}, {7}, {5}, {5}, {5}, {5}]
+    router = methods[5].build().mosa_routers()[0]
+    before = frontier.digest_of(methods[5].build())
+    router.threshold += 1
+    assert frontier.digest_of(methods[5].build()) != before
+
+
+def test_what_is_recorded_has_no_paths_of_this_machine(tmp_path):
+    command = frontier.origin_of(["--converted", str(tmp_path), "--ours", "512/8"])["command"]
+    assert command == f"python -m benchmarks.frontier --converted {tmp_path.name} --ours 512/8"
