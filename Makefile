@@ -4,7 +4,7 @@ VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test tools test-oldest lint clean
+.PHONY: demo test tools notebooks test-oldest lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -17,6 +17,10 @@ test: lint
 # The tools of docs/tools.md.
 tools: $(VENV)/.mosa-hf-tools
 	$(VENV_PYTHON) -m pytest -q -m tools -n 0 tests/tools
+
+# Runs the notebooks as they are; their committed outputs stay. They find `benchmarks` through the path.
+notebooks: $(VENV)/.mosa-hf-notebooks
+	PYTHONPATH=$(CURDIR) $(VENV_PYTHON) -m pytest -q -o addopts="" --nbmake --nbmake-timeout=600 notebooks
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest: $(OLDEST)/.mosa-hf-oldest
