@@ -70,12 +70,17 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
 
 
 def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tensor:
-    """`[G]`: the value that one in `sparsity[g]` of `logits[:, g]` [N, G] reaches, group by group."""
+    """
+    `[G]`: the value that one in `sparsity[g]` of `logits[:, g]` [N, G] reaches, group by group. Half-way to the next
+    lower one: at a logit itself, rounding would decide whether its token is selected.
+    """
     values = logits.new_empty(len(sparsity))
     for group, rate in enumerate(sparsity):
         rank = max(round(len(logits) / rate), 1)
         # kthvalue counts from the lowest; torch.quantile would refuse more than 16 M values.
         values[group] = logits[:, group].kthvalue(len(logits) - rank + 1).values
+        if rank < len(logits):
+            values[group] = (values[group] + logits[:, group].kthvalue(len(logits) - rank).values) / 2
     return values
 
 
