@@ -146,9 +146,9 @@ REFUSING = {
     # A dense layer comes first; behind it windows of 5 and 1, and a layer without any.
     "windows": (
         FORMS["sparse"],
-        "can take back 1 tokens here, not 3: .*`mosa_window`.* Up to 32 tokens .*activate_past_rec",
+        "can take back 1 tokens here, not 3: .*`mosa_window`.* Up to 32 tokens .*record_past",
     ),
-    "budget": (native_form(**MIXED_LAYERS, mosa_cache_budget=2), "not 3: .*`mosa_cache_budget`.*activate_past_rec"),
+    "budget": (native_form(**MIXED_LAYERS, mosa_cache_budget=2), "not 3: .*`mosa_cache_budget`.*record_past"),
     # Upstream's own layer refuses, the last of the cache.
     "sliding": (native_form(per_layer_config={2: {"sliding_window": 4}}), "sliding window size was already reached"),
 }
@@ -183,7 +183,7 @@ def test_single_tokens_are_taken_back_without_ceremony(window, budget):
         cache.crop(-removed)
         check_continues(model, copy.deepcopy(cache), input_ids)
     assert cache.get_seq_length() == 18
-    with pytest.raises(RuntimeError, match="activate_past_recording"):
+    with pytest.raises(RuntimeError, match="record_past"):
         cache.crop(-5)
     cache.activate_past_recording()
     logits_after(model, cache, input_ids[:, 18:])
@@ -242,8 +242,7 @@ NO_DENSE_HEADS = {"num_attention_heads": 0, "num_key_value_heads": 0}
 def test_layers_without_dense_heads_count_tokens(form):
     model, input_ids = form.model(), random_ids(2, 20)
     cache = DynamicCache(config=model.config)
-    model.model.upgrade_cache(cache)
-    cache.activate_past_recording()
+    model.record_past(cache)
     for tokens, expected in ((input_ids[:, :9], 9), (input_ids[:, 9:10], 10), (input_ids[:, 10:12], 12)):
         logits_after(model, cache, tokens)
         assert [layer.get_seq_length() for layer in cache.layers] == [expected] * 3

@@ -211,7 +211,7 @@ def _check_stores(layers: list[CacheLayerMixin], tokens_to_remove: int) -> None:
             f"`crop` can take back {possible} tokens here, not {num_removed}: what it needs has left `mosa_window` or "
             f"was evicted by `mosa_cache_budget`. Up to {NUM_STEPS} tokens that were fed one at a time, as `generate` "
             "does, can be taken back without more ado. For more, or a prompt, call "
-            "`past_key_values.activate_past_recording()` before the tokens that may be cropped are added."
+            "`model.record_past(past_key_values)` before the tokens that may be cropped are added."
         )
 
 

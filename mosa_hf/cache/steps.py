@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-NUM_STEPS = 32  # so many tokens, fed one at a time, can be rolled back without `activate_past_recording`
+NUM_STEPS = 32  # so many tokens, fed one at a time, can be rolled back without `record_past`
 
 
 @dataclass

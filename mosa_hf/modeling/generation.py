@@ -47,6 +47,15 @@ class MosaGenerationMixin:
             self._generation_cache = None
         return output
 
+    def record_past(self, past_key_values: Cache) -> None:
+        """
+        From here on until its next `crop`, a cache keeps all tokens that it is given, so that `crop` can take back any
+        number of them. `past_key_values.activate_past_recording()` does that of a cache that this model has seen; a
+        fresh one does not know yet that there is anything to record.
+        """
+        self.base_model.upgrade_cache(past_key_values)
+        past_key_values.activate_past_recording()
+
     def init_continuous_batching(self, *args, **kwargs):
         """
         Refused: Transformers packs the requests into one row and keeps their keys and values in pages, which hold no
@@ -84,7 +93,7 @@ class MosaGenerationMixin:
         # Before assisted generation asks the cache to record what it may have to roll back.
         self.base_model.upgrade_cache(cache, max_cache_length)
         if generation_config.is_assistant:
-            cache.activate_past_recording()
+            self.record_past(cache)
 
     def _get_static_cache_init_shape(self):
         """Upstream's, with each layer's dense groups in place of all its groups."""
