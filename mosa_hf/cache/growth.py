@@ -8,7 +8,7 @@ import torch
 SLACK = 64  # one free entry for so many that a run holds: little memory against a copy of all for each new entry
 
 
-@dataclass
+@dataclass  # not a named tuple, which exporters that take a cache apart would build wrongly
 class Memory:
     """Where the runs of every row and group lie in a flat memory."""
 

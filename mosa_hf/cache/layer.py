@@ -2,7 +2,6 @@
 the others. A layer of whatever cache the user brings is upgraded in place."""
 
 import copy
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ from .steps import NUM_STEPS
 from .store import SparseStore
 
 
-@dataclass  # as the others that a cache holds: exporters take caches apart, and build named tuples wrongly
-class GroupSet:
+class GroupSet(NamedTuple):
     """Groups of one layer that have the same window, and share a store."""
 
     groups: tuple[int, ...]  # indices among the layer's key/value groups
@@ -34,8 +32,7 @@ class GroupSet:
     sparsity: float  # the lowest of theirs
 
 
-@dataclass
-class SparseSpec:
+class SparseSpec(NamedTuple):
     """What a cache has to know of a layer."""
 
     dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
@@ -68,7 +65,9 @@ class SparseLayer(MixedLayer):
     and `evict` when they have.
     """
 
-    spec: SparseSpec
+    # Plain tuples: exporters take a cache apart, and would build named ones wrongly.
+    dense_groups: tuple[int, ...] | None  # as in `SparseSpec`
+    sparse_groups: tuple[tuple[int, ...], ...]  # of each set
     stores: tuple[SparseStore, ...]  # one for each set of groups
 
     @property
@@ -87,7 +86,7 @@ class SparseLayer(MixedLayer):
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
         layout = layout.to(routed[0].selected.device)
-        self._layout = None if self.spec.dense is None else layout  # for `update`, until `evict`
+        self._layout = None if self.dense_groups is None else layout  # for `update`, until `evict`
         valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
         for store, (selected, score) in zip(self.stores, routed, strict=True):
             selected, score = (
@@ -103,15 +102,15 @@ class SparseLayer(MixedLayer):
         Returns:
             keys and values of the dense groups `[B, G_dense, S, d]`.
         """
-        if self.spec.dense is None:
+        if self.dense_groups is None:
             return super().update(key_states, value_states, *args, **kwargs)
         self._read = []
-        for store, each in zip(self.stores, self.spec.sets, strict=True):
+        for store, groups in zip(self.stores, self.sparse_groups, strict=True):
             key, value = (
-                self._layout.pad_left(take(states, each.groups, dim=1), dim=2) for states in (key_states, value_states)
+                self._layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states)
             )
             self._read.append(store.extend(key, value))
-        key_states, value_states = (take(states, self.spec.dense, dim=1) for states in (key_states, value_states))
+        key_states, value_states = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
         return super().update(key_states, value_states, *args, **kwargs)
 
     def readable(self) -> list[Runs | tuple[KeyValues, Runs | None]]:
@@ -282,7 +281,7 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
                 layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
             if layer_class is DynamicLayer:
                 layer_class = PreallocatedDynamicLayer
-        layer.spec = spec
+        layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
         layer.stores = tuple(
             SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
         )

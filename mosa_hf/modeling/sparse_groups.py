@@ -8,7 +8,6 @@ as it is. `SparseGroupsMixin` routes before it, the cache layer keeps what is se
 """
 
 import sys
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +66,7 @@ class LayerGroups(NamedTuple):
         sets, columns = [], []
         for each, own in zip(self.sets, self.columns, strict=True):
             if members := local(each.groups):
-                sets.append(replace(each, groups=tuple(each.groups[i] - first for i in members)))
+                sets.append(each._replace(groups=tuple(each.groups[i] - first for i in members)))
                 columns.append(tuple(own[i] for i in members))
         dense = tuple(self.dense[i] - first for i in local(self.dense))
         return LayerGroups(dense, tuple(sets), tuple(columns))

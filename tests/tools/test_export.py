@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, OnnxConfig, OnnxExporter
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-from mosa_hf import ConversionConfig, convert_model
+from mosa_hf import ConversionConfig, convert_model, use_backend
 
 from ..bases import random_tokens, tiny_base
 from ..conftest import native_form
@@ -83,6 +83,12 @@ def check_program(model: PreTrainedModel, program: Callable, shapes=SHAPES) -> N
         assert difference < 1e-4, (shape, padding, difference)
 
 
+def namespaces(program: torch.export.ExportedProgram) -> set[str]:
+    """Whose operators a program consists of."""
+    targets = [node.target for node in program.graph.nodes]
+    return {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
+
+
 def exported(model: PreTrainedModel, has_mask: bool = True) -> torch.export.ExportedProgram:
     ids, mask = batch(*SAMPLE)
     inputs = {"input_ids": ids, "use_cache": False}
@@ -100,12 +106,21 @@ def test_torch_export(pair):
     """Any batch and length, and PyTorch's own operators only."""
     for model in pair:
         program = exported(model)
-        operators = {node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
-        assert operators and {operator.namespace for operator in operators} == {"aten"}
+        assert namespaces(program) == {"aten"}
         run = program.module()
         check_program(
             model, lambda ids, mask, run=run: run(input_ids=ids, attention_mask=mask, use_cache=False).logits
         )
+
+
+def test_our_kernels_in_an_exported_program(models):
+    """For those who run it where this package is."""
+    model = models["converted"]
+    with use_backend("torch"):
+        program = exported(model)
+    assert namespaces(program) == {"aten", "mosa"}
+    run = program.module()
+    check_program(model, lambda ids, mask: run(input_ids=ids, attention_mask=mask, use_cache=False).logits)
 
 
 @torch.no_grad()
@@ -146,6 +161,7 @@ def test_jit_trace(pair):
         check_program(model, traced)
 
 
+@pytest.mark.parametrize("pair", ["budget", "native"], indirect=True)
 def test_onnx(pair):
     sizes = {0: Dim("batch", max=64), 1: Dim("length", max=512)}
     shapes = {"input_ids": sizes, "attention_mask": sizes}
