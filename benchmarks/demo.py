@@ -1,6 +1,6 @@
 """`make demo`: SmolLM2-135M from its package, converted to MoSA, and what that did to quality, memory and speed.
 
-python -m benchmarks.demo [--groups 60] [--sparsity 8] [--window 64] [--keep DIRECTORY]
+python -m benchmarks.demo [--groups 90] [--sparsity 8] [--window 512] [--keep DIRECTORY]
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mosa_hf import ConversionConfig, convert_checkpoint
+from mosa_hf import ConversionConfig, cache_bytes, convert_checkpoint
 from mosa_hf.conversion import calibration_windows
 
 from . import measure, sources
@@ -25,9 +25,9 @@ PROMPT = "A file system keeps track of"
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--groups", type=int, default=60, help="of the 90 key/value groups, how many become sparse")
-    parser.add_argument("--sparsity", type=float, default=8, help="select one token in this many")
-    parser.add_argument("--window", type=int, default=64, help="recent tokens that are always read")
+    parser.add_argument("--groups", type=int, default=90, help="of the 90 key/value groups, how many become sparse")
+    parser.add_argument("--sparsity", type=float, default=8, help="select one token in this many, over all groups")
+    parser.add_argument("--window", type=int, default=512, help="recent tokens that are always read")
     parser.add_argument("--keep", type=Path, help="directory to write the converted model to")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
@@ -72,23 +72,28 @@ def table(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: dict[str, str],
-    num_windows: int = 8,
+    num_windows: int = 4,
+    length: int = 2048,
 ) -> list[list[str]]:
-    """Rows of a Markdown table; the rival's window makes its cache as large as the MoSA model's at 1024 tokens."""
-    windows = {name: calibration_windows(tokenizer, text, num_windows, 1024) for name, text in held_out.items()}
-    prompt = calibration_windows(tokenizer, held_out[HELD_OUT[0]], 1, 4096)
-    rival = measure.first_token_and_window(model, measure.window_of_equal_bytes(model, prompt[:, :1024]))
-    head = ["", *(f"perplexity, {name}" for name in windows), "KV bytes, 1 k", "KV bytes, 4 k", "tokens/s after 1 k"]
+    """
+    Rows of a Markdown table. Windows of `length` tokens are read for the perplexity, a prompt of twice that for the
+    cache; the rival's window makes its cache as large as the MoSA model's.
+    """
+    windows = {name: calibration_windows(tokenizer, text, num_windows, length) for name, text in held_out.items()}
+    prompt = calibration_windows(tokenizer, held_out[HELD_OUT[0]], 1, 2 * length)
+    rival = measure.first_token_and_window(model, measure.window_of_equal_bytes(model, prompt))
+    head = ["", *(f"perplexity, {name}" for name in windows), f"KV bytes, {2 * length} tokens", "tokens/s after them"]
     rows = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for name, each in (("original", original), ("MoSA", model), ("first token + window, same groups", rival)):
         perplexities = [measure.perplexity(each, rows_of_text) for rows_of_text in windows.values()]
         if name == "original":
             base = perplexities
+        cache = measure.filled_cache(each, prompt)
         rows.append(
             [name]
             + [f"{p:.2f} ({p / b - 1:+.1%})" for p, b in zip(perplexities, base, strict=True)]
-            + [f"{measure.kv_bytes(each, prompt[:, :length]):,}" for length in (1024, 4096)]
-            + [f"{measure.decode_speed(each, prompt[:, :1024]):.1f}"]
+            + [f"{sum(cache_bytes(cache).values()):,}"]
+            + [f"{measure.decode_speed(each, cache, prompt[:, -1:]):.1f}"]
         )
     return rows
 

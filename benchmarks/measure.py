@@ -85,10 +85,8 @@ def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
 
 
 @torch.inference_mode()
-def decode_speed(model: PreTrainedModel, input_ids: torch.Tensor, num_tokens: int = 32) -> float:
-    """Tokens per second of greedy decoding after `input_ids` [1, T]; the prompt's reading is not timed."""
-    cache = filled_cache(model, input_ids[:, :-1])
-    token = input_ids[:, -1:]
+def decode_speed(model: PreTrainedModel, cache: Cache, token: torch.Tensor, num_tokens: int = 32) -> float:
+    """Tokens per second of greedy decoding of `token` [1, 1] and what follows it, after what `cache` holds."""
     start = time.perf_counter()
     for _ in range(num_tokens):
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
