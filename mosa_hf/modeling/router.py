@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..cache import SparseLayer
+from ..kernels.recording import is_exported
 from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .call import ModelCall
@@ -85,6 +86,9 @@ class MosaRouter(nn.Module):
 
         Returns:
             logits `[B, T, G]` and selected `[B, T, G]` bool.
+
+        Raises:
+            ValueError: in an export, for what is only there to train, or for expert choice.
         """
         logits = self._logits(hidden_states)
         layout = call.layout.to(logits.device)
@@ -95,6 +99,11 @@ class MosaRouter(nn.Module):
         # Gradients mark training: reinforcement learning also generates, and evaluates, in training mode.
         follows = follows and self.training and self.weight.requires_grad and torch.is_grad_enabled()
         if follows or self.routing == "expert_choice":
+            if is_exported():  # how many tokens are chosen is a number, and would be the samples'
+                raise ValueError(
+                    "An exported program selects by thresholds: call `model.eval()`, with "
+                    "`mosa_inference_routing='threshold'`, before the export."
+                )
             selected, last = self._choose(logits.detach(), valid, first, segment)
         threshold = self._follow(last, call) if follows else call.thresholds.get(self.layer_idx, self.threshold)
         if self.routing == "threshold":
