@@ -41,7 +41,7 @@ class SparseStore:
         self.value: torch.Tensor | None = None  # [N + 1, d]
         self.position: torch.Tensor | None = None  # [N + 1] int32, of kept entries; only with a budget or no window
         self.selected: torch.Tensor | None = None  # [N + 1] bool; of kept entries True
-        self.score: torch.Tensor | None = None  # [N + 1] bfloat16, only with a budget
+        self.score: torch.Tensor | None = None  # [N + 1] of bfloat16's precision, only with a budget
         self.count: torch.Tensor | None = None  # [B, G] int64, entries of each run
         self.num_selected: torch.Tensor | None = None  # [B, G] int64, selected entries, only with a budget
         self.num_evicted: torch.Tensor | None = None  # [B, G] int64, by the budget

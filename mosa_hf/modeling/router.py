@@ -9,6 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..cache import SparseLayer
+from ..kernels.recording import is_exported
 from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .call import ModelCall
@@ -87,6 +88,9 @@ class MosaRouter(nn.Module):
 
         Returns:
             logits `[B, T, G]` and selected `[B, T, G]` bool.
+
+        Raises:
+            ValueError: in an export, for what is only there to train, or for expert choice.
         """
         logits = self._logits(hidden_states)
         layout = call.layout.to(logits.device)
@@ -98,6 +102,11 @@ class MosaRouter(nn.Module):
         follows = follows and self.momentum < 1 and self.training
         follows = follows and self.weight.requires_grad and torch.is_grad_enabled()
         if follows or self.routing == "expert_choice":
+            if is_exported():  # how many tokens are chosen is a number, and would be the samples'
+                raise ValueError(
+                    "An exported program selects by thresholds: call `model.eval()`, with "
+                    "`mosa_inference_routing='threshold'`, before the export."
+                )
             selected, last = self._choose(logits.detach(), valid, first, segment)
         threshold = self._follow(last, call) if follows else call.thresholds.get(self.layer_idx, self.threshold)
         if self.routing == "threshold":

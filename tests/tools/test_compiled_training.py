@@ -1,9 +1,6 @@
 """`Trainer(torch_compile=True)`: a converted model trains compiled as it trains uncompiled, in as many graphs as the
 original. `benchmarks/compile_training.py` prints how long that takes to compile."""
 
-import os
-from unittest.mock import patch
-
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -29,8 +26,6 @@ class Tokens(Dataset):
 def fresh_compiler():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    with patch.dict(os.environ):  # where `TrainingArguments` tells Accelerate to compile
-        yield
 
 
 def losses(model: PreTrainedModel, folder, **options) -> torch.Tensor:
@@ -59,5 +54,4 @@ def test_trainer(slope, folders, tmp_path):
         graphs.append((counters["stats"]["unique_graphs"], dict(counters["graph_break"])))
         torch._dynamo.reset()
         counters.clear()
-        os.environ.pop("ACCELERATE_DYNAMO_BACKEND")
     assert graphs[0][0] and graphs[0] == graphs[1] and not graphs[1][1], graphs

@@ -230,6 +230,9 @@ def test_what_cannot_be_exported_says_what_can(models):
         torch.jit.trace(model, (ids,))
     with pytest.raises(ValueError, match="pass `dynamo=True`"):
         torch.onnx.export(Logits(model), (ids, mask), io.BytesIO(), dynamo=False)
+    for chooses in (native_form(mosa_inference_routing="expert_choice").model(), native_form().model().train()):
+        with pytest.raises(ValueError, match="selects by thresholds"):
+            torch.jit.trace(Logits(chooses), (ids % 97, mask))
     model.generation_config.cache_implementation = "static"
     try:
         recipe = TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=32)
