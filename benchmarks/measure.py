@@ -1,7 +1,6 @@
 """What the demo and the real-model tests measure: perplexity, cache bytes, decoding speed, and the rival."""
 
 import time
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokeniz
 
 from mosa_hf import GroupPlan, cache_bytes, to_dense, trace_routing
 from mosa_hf.conversion import calibration_windows
+from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from . import sources
@@ -93,11 +93,14 @@ def decode_speed(model: PreTrainedModel, cache: Cache, token: torch.Tensor, num_
     return num_tokens / (time.perf_counter() - start)
 
 
+NEVER = 1e6  # a sparsity: of 1, a group would keep everything whatever its threshold is
+
+
 def first_token_and_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
     """The rival of selection: the same groups keep the first token and a longer window, and select nothing."""
     plan = GroupPlan(
         tuple(
-            tuple(group and replace(group, window=window) for group in groups)
+            tuple(group and SparseGroup(window, NEVER) for group in groups)
             for groups in GroupPlan.of_config(model.config).layers
         )
     )

@@ -112,6 +112,11 @@ def _class(name: str, bases: tuple[type, ...], **attributes) -> type:
     return made
 
 
+def _recordable(base: type[PreTrainedModel]) -> dict:
+    """What `output_hidden_states` and the like can record: all but attention weights, which sparse groups lack."""
+    return {name: what for name, what in (base._can_record_outputs or {}).items() if name != "attentions"}
+
+
 def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
     """The classes of a row."""
     file = names.get("file", name)
@@ -138,7 +143,12 @@ def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
         base("Model"),
         config_class,
         _class(f"Mosa{prefix}Attention", (SparseGroupsMixin, base("Attention"))),
-        _class(f"Mosa{prefix}Model", (SparseModelMixin, base("Model")), config_class=config_class),
+        _class(
+            f"Mosa{prefix}Model",
+            (SparseModelMixin, base("Model")),
+            config_class=config_class,
+            _can_record_outputs=_recordable(base("Model")),
+        ),
         output_projection=names.get("output_projection", "o_proj"),
     )
     family.model_class.family = family
@@ -153,7 +163,10 @@ def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
             bases = (*mixins, GenericForSequenceClassification, base("PreTrainedModel"))
         else:
             continue
-        made = _class(f"Mosa{prefix}{head}", bases, config_class=config_class, family=family)
+        recordable = _recordable(base("PreTrainedModel"))
+        made = _class(
+            f"Mosa{prefix}{head}", bases, config_class=config_class, family=family, _can_record_outputs=recordable
+        )
         family.head_classes[head] = made
     return family
 
