@@ -18,6 +18,13 @@ from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, 
 from mosa_hf.modeling.families import FAMILIES  # noqa: E402
 
 collect_ignore = ["upstream"]  # suites to inherit from: `test_upstream.py` does
+LONGEST = ("test_upstream.py", "test_compile.py", "test_triton_compile.py", "test_gemma3.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that none is left for one process at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
 
 SHAPE = {
     "vocab_size": 97,
