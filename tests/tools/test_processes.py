@@ -44,7 +44,8 @@ def trained(folders, tmp_path_factory) -> dict[str, Path]:
     """Where the script left the models that each kind of parallelism trained, "trained_routers" among them."""
     root = tmp_path_factory.mktemp("trained")
     routers = root / "trained_routers"
-    AutoModelForCausalLM.from_pretrained(folders.converted, mosa_gate_slope=1.0).save_pretrained(routers)
+    trained = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.9}  # routers learn, thresholds follow
+    AutoModelForCausalLM.from_pretrained(folders.converted, **trained).save_pretrained(routers)
     results = {}
     for name, config in {"ddp": CONFIG.format(kind="MULTI_GPU"), "fsdp2": CONFIG.format(kind="FSDP") + FSDP2}.items():
         results[name] = root / name
