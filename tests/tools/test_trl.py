@@ -207,7 +207,8 @@ def test_where_training_and_evaluation_differ(folders: Folders, tmp_path):
     """The gate that trains routers is no part of what evaluation computes, except for keys within the window."""
     gated = partial(AutoModelForCausalLM.from_pretrained, folders.converted, mosa_gate_slope=1.0)
     assert abs(first_loss(gated(), tmp_path) - math.log(2)) > 1e-4
-    wide = partial(gated, mosa_window=64)
+    plan = [[{**group, "window": 64} for group in layer] for layer in gated().config.mosa_plan]
+    wide = partial(gated, mosa_plan=plan)
     assert abs(first_loss(wide(), tmp_path, ref_model=wide()) - math.log(2)) < 1e-6
 
 
