@@ -16,4 +16,5 @@ def is_exported() -> bool:
     Whether this is recorded to run elsewhere, `torch.export` or `torch.jit.trace`: on any number of rows and tokens,
     and maybe where nobody knows our operations.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # What `torch.compiler.is_exporting()` returns: within `torch.compile`, torch 2.9 takes that function for True.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
