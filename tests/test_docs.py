@@ -55,6 +55,12 @@ def test_leak_figures_are_those_of_the_result():
     assert "python -m benchmarks.leak" in result and "python -m benchmarks.leak" in page
 
 
+def test_the_readme_has_the_frontier_of_the_result():
+    result, page = (path.read_text(encoding="utf-8") for path in (RESULTS / "frontier.md", DOCS.parent / "README.md"))
+    table = "\n".join(line for line in result.splitlines() if line.startswith("|"))
+    assert table in page and len(table.splitlines()) > 4
+
+
 def test_benchmarks_page_names_every_command_and_result():
     page = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
     for path in RESULTS.glob("*.md"):
