@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, teacher_of
 from mosa_hf.modeling.router_files import check_has_sparse_groups, write_routers
-from mosa_hf.whole_files import whole_directory
+from mosa_hf.whole_files import check_absent, whole_directory
 
 
 @dataclass
@@ -46,8 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     destination = Path(healing.destination)
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists: remove it or choose another destination.")
+    check_absent(destination)
     text = "\n\n".join(Path(path).read_text(encoding="utf-8") for path in healing.text)
     # Routers that learn get a gradient, and thresholds that follow them.
     gate = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.99} if healing.learn == "routers" else {}

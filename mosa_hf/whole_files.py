@@ -8,6 +8,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def check_absent(destination: Path) -> None:
+    """
+    For long work to ask before it begins; `whole_directory` asks too.
+
+    Raises:
+        FileExistsError: if `destination` exists.
+    """
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists: remove it or choose another destination.")
+
+
 @contextmanager
 def whole_directory(destination: Path) -> Iterator[Path]:
     """
@@ -16,8 +27,7 @@ def whole_directory(destination: Path) -> Iterator[Path]:
     Raises:
         FileExistsError: if `destination` exists.
     """
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists: remove it or choose another destination.")
+    check_absent(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
     try:

@@ -21,7 +21,7 @@ from ..modeling.families import Family, family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router_files import ROUTERS_NAME, load_routers, model_card, router_tensors, save_routers
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
-from ..whole_files import whole_directory
+from ..whole_files import check_absent, whole_directory
 from .configuration import ConversionConfig
 from .convert import convert_model
 
@@ -81,8 +81,7 @@ def convert_checkpoint(
             a plan that does not fit, a short text, or a text without a tokenizer.
     """
     source, destination = Path(source), Path(destination)
-    if destination.exists():
-        raise FileExistsError(f"{destination} exists: remove it or choose another destination.")
+    check_absent(destination)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a model directory or a .gguf file.")
     if routers is not None and (conversion is not None or calibration is not None):

@@ -56,9 +56,9 @@ def dpo(model, directory, ref_model=None, peft_config=None, **fields):
     )
 
 
-def grpo(model, directory, peft_config=None, **fields):
-    config = arguments(trl.GRPOConfig, directory, num_generations=2, max_completion_length=8, beta=0.1, **fields)
-    return trl.GRPOTrainer(
+def rewarded(trainer_class, config_class, model, directory, peft_config=None, **fields):
+    config = arguments(config_class, directory, num_generations=2, max_completion_length=8, beta=0.1, **fields)
+    return trainer_class(
         model,
         reward_funcs=reward,
         args=config,
@@ -68,15 +68,8 @@ def grpo(model, directory, peft_config=None, **fields):
     )
 
 
-def rloo(model, directory, **fields):
-    config = arguments(trl.RLOOConfig, directory, num_generations=2, max_completion_length=8, beta=0.1, **fields)
-    return trl.RLOOTrainer(
-        model,
-        reward_funcs=reward,
-        args=config,
-        train_dataset=datasets.Dataset.from_list(PROMPTS),
-        processing_class=tokenizer_of(model),
-    )
+grpo = partial(rewarded, trl.GRPOTrainer, trl.GRPOConfig)
+rloo = partial(rewarded, trl.RLOOTrainer, trl.RLOOConfig)
 
 
 def tokenizer_of(model):
