@@ -10,13 +10,13 @@ OLDEST ?= .venv-oldest
 demo: $(VENV)/.mosa-hf-gguf
 	$(VENV_PYTHON) -m benchmarks.demo
 
-# Everything but the tools, in two processes.
+# Everything but what needs the extra `tools` or starts tools' own commands, in two processes.
 test: lint
 	$(VENV_PYTHON) -m pytest -q -m "not tools" --no-loadscope-reorder
 
 # The tools of docs/tools.md.
 tools: $(VENV)/.mosa-hf-tools
-	$(VENV_PYTHON) -m pytest -q -m tools -n 0 tests/tools
+	$(VENV_PYTHON) -m pytest -q -m "" -n 0 tests/tools
 
 # Runs the notebooks as they are; their committed outputs stay. They find `benchmarks` through the path.
 notebooks: $(VENV)/.mosa-hf-notebooks

@@ -6,7 +6,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wa
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import dataclass, field  # noqa: E402
-from importlib.util import find_spec  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -19,8 +18,6 @@ from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, 
 from mosa_hf.modeling.families import FAMILIES  # noqa: E402
 
 collect_ignore = ["upstream"]  # suites to inherit from: `test_upstream.py` does
-if find_spec("onnxruntime") is None or find_spec("trl") is None:  # of the extra `tools`
-    collect_ignore.append("tools")
 LONGEST = ("test_upstream.py", "test_compile.py", "test_triton_compile.py", "test_gemma3.py")
 
 

@@ -8,7 +8,6 @@ from mosa_hf import ConversionConfig, GroupPlan, cache_bytes, convert_model
 
 from ..bases import random_tokens, tiny_base
 
-pytestmark = pytest.mark.tools
 IDS = random_tokens(2, 40)
 GROUP = {"window": 8, "sparsity": 4}
 

@@ -9,8 +9,6 @@ from mosa_hf import ConversionConfig, convert_model, to_dense
 
 from ..bases import random_tokens
 
-pytestmark = pytest.mark.tools
-
 TOKENS = random_tokens(2, 24)
 PARTS = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
 HALF_ON_DISK = {

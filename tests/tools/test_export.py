@@ -5,6 +5,7 @@ import io
 import logging
 from collections.abc import Callable
 
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from ..bases import random_tokens, tiny_base
 from ..conftest import native_form
 from .conftest import plain_shell
 
-onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = [
     pytest.mark.tools,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # PyTorch's own about `torch.jit`

@@ -11,7 +11,6 @@ from mosa_hf.modeling.families import FAMILIES
 
 from ..bases import byte_tokenizer, random_tokens, tiny_base
 
-pytestmark = pytest.mark.tools
 AUTO = {
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,

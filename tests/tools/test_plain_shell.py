@@ -10,8 +10,6 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from .conftest import TEXT, plain_shell
 
-pytestmark = pytest.mark.tools
-
 # Each way runs in a fork, as fresh as the process that has imported nothing but what takes longest to import.
 SCRIPT = """
 import json, os, sys

@@ -15,7 +15,6 @@ from mosa_hf.modeling.router import MosaRouter
 from ..bases import byte_tokenizer, random_tokens, tiny_base
 from .conftest import TEXT, Folders
 
-pytestmark = pytest.mark.tools
 IDS = random_tokens(2, 40)
 CONVERSION = ConversionConfig(sparsity=4, window=8)
 
