@@ -30,6 +30,7 @@ def wide(tmp_path_factory) -> Folders:
 
 
 def torchao_int8() -> Any:
+    pytest.importorskip("torchao", minversion="0.18")  # what 0.16 makes, Transformers does not save
     return TorchAoConfig(pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig())
 
 
@@ -271,7 +272,7 @@ def test_gguf(tmp_path):
     assert torch.equal(logits_of(on_the_fly), logits_of(converted))
     assert torch.equal(generate(on_the_fly), generate(converted))
     for model in (original, on_the_fly):
-        with pytest.raises(ValueError, match="quantized with gguf and is not serializable"):
+        with pytest.raises(ValueError, match="(?i)quantized with .*gguf and is not serializable"):
             model.save_pretrained(tmp_path / "saved")
     converted.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")), logits_of(converted))
