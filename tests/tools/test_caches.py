@@ -49,11 +49,11 @@ def test_quanto(num_bits, num_beams, models):
             assert 0 < held["dense"] < 0.75 * expected["dense"]
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="PyTorch's builds for GPUs fail as the cache is made")
 def test_offloaded_caches_need_a_gpu(models):
     """The original fails within PyTorch, the converted model says why."""
     for name, model in models.items():
-        cuda = (AssertionError, RuntimeError), "CUDA|cuda"  # without a build for it, without a driver
-        expected = cuda if name == "original" else (ValueError, "this model is on the CPU")
+        expected = (AssertionError, "CUDA|cuda") if name == "original" else (ValueError, "this model is on the CPU")
         for implementation in ("offloaded", "offloaded_static"):
             with pytest.raises(expected[0], match=expected[1]):
                 generate(model, cache_implementation=implementation)
