@@ -221,7 +221,8 @@ def digest_of(model: PreTrainedModel) -> str:
     """Of the routers of a model with sparse groups, and of its plan."""
     digest = hashlib.sha256(json.dumps(GroupPlan.of_config(model.config).to_list()).encode())
     for router in model.mosa_routers().values():
-        digest.update(router.weight.detach().numpy().tobytes() + router.threshold.numpy().tobytes())
+        for tensor in router.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
