@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"mosa-evaluate: {' '.join(str(error).split())}")
     except KeyboardInterrupt:
-        kept = f" {options.output} has what was measured: the same command goes on from there." * bool(options.output)
+        is_kept = options.output is not None and options.output.exists()
+        kept = f" {options.output} has what was measured: the same command goes on from it." if is_kept else ""
         print(f"Stopped.{kept}", file=sys.stderr)
         sys.exit(130)
 

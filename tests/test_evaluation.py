@@ -319,3 +319,28 @@ def test_command_names_what_is_wrong(arguments, message, folders, monkeypatch):
     monkeypatch.chdir(folders)
     with pytest.raises(SystemExit, match=f"^mosa-evaluate: .*({message})"):
         command.main([*arguments, "--text", "boats.txt"])
+
+
+def test_a_changed_folder_is_another_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = command.identity([str(tmp_path)])
+    assert command.identity([str(tmp_path)]) == before != command.identity(["someone/model"])
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert command.identity([str(tmp_path)]) != before
+
+
+def test_an_interrupted_command_says_what_is_kept(folders, capsys, monkeypatch):
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    arguments = [str(folders / "original"), "--text", str(folders / "boats.txt"), "--context", "100", "--scored", "10"]
+    for keeps in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as caught:
+            patch.setattr(report, "score", stop)
+            command.main([*arguments, "--output", str(folders / "stopped.json")])
+        assert caught.value.code == 130
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("Stopped.") and said.endswith("the same command goes on from it.") == keeps
+        if not keeps:
+            command.main([*arguments, "--slices", "1", "--output", str(folders / "stopped.json")])
+            capsys.readouterr()
