@@ -6,9 +6,9 @@ Memory against quality: what is lost for how many bytes of keys and values, by c
     python -m benchmarks.frontier --smoke
 
 SmolLM2-135M-Instruct reads a context; then the log-probability of what follows it is measured on unseen texts, and
-whether facts in the context are found again (`benchmarks/retrieval.py`). Each method is measured as it would decode,
-and its bytes at the end of what is scored. Conversions read the prompt as sparsely as all else; rivals by the code of
-kvpress read it in full and prune it once.
+whether facts in the context are found again (`mosa_hf/evaluation/retrieval.py`). Each method is measured as it would
+decode, and its bytes at the end of what is scored. Conversions read the prompt as sparsely as all else; rivals by the
+code of kvpress read it in full and prune it once.
 
 Rows are appended to `frontier.jsonl` as they are measured, and a row that is there is not measured again: stop it when
 you like and run it again. `frontier.md` and `frontier.png` show them.
@@ -18,11 +18,9 @@ of its own, in the cache of `benchmarks/sources.py`.
 """
 
 import argparse
-import copy
 import datetime
 import hashlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -41,15 +39,15 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import mosa_hf
-from mosa_hf import ConversionConfig, GroupPlan, cache_bytes, convert_model, load_routers
+from mosa_hf import ConversionConfig, GroupPlan, convert_model, load_routers
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
+from mosa_hf.evaluation import PERPLEXITY, CacheMemory, Reading, Score, following, retrieval, score, summary
 from mosa_hf.modeling.families import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
-from . import frontier_table, measure, retrieval, sources
-from .scoring import Continuation, Reading, Score, score
+from . import frontier_table, measure, sources
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("debian_handbook", "python_docs")  # the first has contexts for facts too
@@ -141,20 +139,6 @@ def row_key(row: dict[str, Any]) -> str:
     return json.dumps([row[name] for name in ("method", "parameters", "task", "settings")], sort_keys=True)
 
 
-class CacheMemory:
-    """`scoring.Memory` of a model's own cache."""
-
-    def __init__(self, model: PreTrainedModel, context: list[int]):
-        self.model = model
-        self.cache = measure.filled_cache(model, torch.tensor([context]))
-
-    @torch.inference_mode()
-    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
-        cache = copy.deepcopy(self.cache)
-        logits = self.model(ids, past_key_values=cache, use_cache=True).logits[0]
-        return logits, sum(cache_bytes(cache).values())
-
-
 class Models:
     """The original, and what is made of it. Routers are fitted once, when they are first needed."""
 
@@ -221,7 +205,8 @@ def digest_of(model: PreTrainedModel) -> str:
     """Of the routers of a model with sparse groups, and of its plan."""
     digest = hashlib.sha256(json.dumps(GroupPlan.of_config(model.config).to_list()).encode())
     for router in model.mosa_routers().values():
-        digest.update(router.weight.detach().numpy().tobytes() + router.threshold.numpy().tobytes())
+        for tensor in router.state_dict().values():
+            digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -250,7 +235,7 @@ def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size
     for name in TEXTS:
         slices = unseen_slices(tokenizer, sources.text(name)[: size.characters], seen, size)
         settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
-        found.append(Exercise(settings, [following(row, size.prompt, f"perplexity, {name}") for row in slices]))
+        found.append(Exercise(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
     text = sources.text(TEXTS[0])[: size.characters]
     for make in (retrieval.needles, retrieval.key_values):
         # Each context has a stretch of the text of its own.
@@ -258,15 +243,6 @@ def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size
         readings = [make(tokenizer, text[start:], size.context, seed) for seed, start in enumerate(starts)]
         found.append(Exercise({"context": size.context, "contexts": size.contexts}, readings))
     return found
-
-
-def following(ids: torch.Tensor, prompt: int, task: str) -> Reading:
-    """
-    The first `prompt` of `ids` [T] as a context, and all but one of the others scored. That one is read only, so that
-    what is scored was predicted with what the method has left of the prompt.
-    """
-    context, rest = ids[:prompt].tolist(), ids[prompt:].tolist()
-    return Reading(context, [Continuation(task, rest, [(1, len(rest))])])
 
 
 def unseen_slices(tokenizer: PreTrainedTokenizerBase, text: str, seen: torch.Tensor, size: Size) -> torch.Tensor:
@@ -299,23 +275,14 @@ def make_rows(
     """
     rows = []
     for task in exercise.tasks:
-        own = [each for each in scores if each.task == task]
-        sums = {
-            name: sum(getattr(each, name) for each in own)
-            for name in ("log_probability", "tokens", "right", "answers", "length", "kv_bytes")
-        }
-        result = {"log_probability": sums["log_probability"] / sums["tokens"], "tokens": sums["tokens"]}
-        if task.startswith(frontier_table.PERPLEXITY):
-            result["perplexity"] = math.exp(-result["log_probability"])
-        else:
-            result |= {"right": sums["right"], "answers": sums["answers"]}
+        result = summary(task, scores)
+        length = result.pop("length")
         rows.append(
             {
                 "method": method.name,
                 "parameters": method.parameters,
                 "task": task,
-                "share": sums["kv_bytes"] / (sums["length"] * bytes_per_token),
-                "kv_bytes": sums["kv_bytes"] / len(own),
+                "share": result["kv_bytes"] / (length * bytes_per_token),
                 **result,
                 "prompt": method.prompt,
                 "frees_memory": method.frees_memory,

@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mosa_hf.evaluation import PERPLEXITY
 from mosa_hf.whole_files import whole_file
 
-PERPLEXITY = "perplexity"
 OMITTED = ("calibration",)  # parameters that rows have and labels do without
 
 

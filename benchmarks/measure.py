@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import GroupPlan, cache_bytes, to_dense, trace_routing
 from mosa_hf.conversion import calibration_windows
+from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
@@ -33,17 +34,6 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
         for row in tqdm(windows, desc="Reading held-out text", unit="window", leave=False)
     ]
     return float(torch.tensor(losses).mean().exp())
-
-
-@torch.inference_mode()
-def filled_cache(
-    model: PreTrainedModel, input_ids: torch.Tensor, chunk: int = 1024, cache: Cache | None = None
-) -> Cache:
-    """The cache (a dynamic one by default) after reading `input_ids` [1, T]."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    for part in input_ids.split(chunk, dim=1):
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return cache
 
 
 def kv_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:

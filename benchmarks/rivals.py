@@ -1,6 +1,6 @@
 """
 The rivals of `benchmarks.frontier`, by the code of kvpress. `python -m benchmarks.rivals JOB` runs in an environment
-of its own, for kvpress wants an older Transformers than `mosa_hf`, of which nothing is imported here.
+of its own, for kvpress wants an older Transformers than `mosa_hf`, of which one file alone is loaded here.
 
 JOB is a JSON file: the model's folder, methods, exercises, and the text to train KVzap on (see `main`). A line of JSON
 on stdout is one method's scores in one exercise. Prompts are read in full attention, once for all methods: each takes
@@ -9,10 +9,12 @@ from a layer's keys and values what it keeps.
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import transformers
@@ -29,7 +31,10 @@ from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from .scoring import Reading, Score, score
+SCORING = Path(__file__).parent.parent / "mosa_hf" / "evaluation" / "scoring.py"
+_spec = importlib.util.spec_from_file_location("scoring", SCORING)
+scoring = sys.modules["scoring"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(scoring)
 
 PRUNING = {
     "StreamingLLM": StreamingLLMPress,
@@ -222,12 +227,12 @@ def answers_to(job: dict) -> Iterator[dict]:
     total = sum(len(exercise["readings"]) * len(exercise["methods"]) for exercise in job["exercises"])
     with tqdm(total=total, desc="Rivals", unit="reading") as progress:
         for i, exercise in enumerate(job["exercises"]):
-            scores: dict[int, list[Score]] = {method: [] for method in exercise["methods"]}
-            for reading in map(Reading.from_dict, exercise["readings"]):
+            scores: dict[int, list[scoring.Score]] = {method: [] for method in exercise["methods"]}
+            for reading in map(scoring.Reading.from_dict, exercise["readings"]):
                 own = [(presses[method], job["methods"][method]["parameters"].get("step")) for method in scores]
                 memories = read_pressed(model, own, torch.tensor([reading.context]))
                 for method, memory in zip(scores, memories, strict=True):
-                    scores[method] += score(memory, reading)
+                    scores[method] += scoring.score(memory, reading)
                     progress.update()
             for method, own in scores.items():
                 answer = {"exercise": i, "method": method, "scores": list(map(dataclasses.asdict, own))}

@@ -1,7 +1,7 @@
 """Tiny base models of every family, each with the features on that set it apart, which tests convert."""
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mosa_hf.modeling.families import FAMILIES
@@ -21,6 +21,10 @@ SHAPE = {
 }
 # The middle layer has a sliding window.
 LOCAL_LAYER = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 16}
+
+
+# A text in which every sentence is another one.
+SENTENCES = " ".join(f"Boat number {i} left the harbour at {7 * i} and came back with nothing." for i in range(400))
 
 
 def rope(theta: float = 100.0, **fields) -> dict:
@@ -106,6 +110,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """That gives the text back."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -153,10 +153,16 @@ def test_one_threshold_serves_all_groups(model, input_ids):
 def test_groups_that_lose_less_come_first(model, input_ids):
     fits = fit_routers(model, input_ids, ALIKE)
     losses = mean_losses(ALIKE, fits)
+    logits, importance = (
+        torch.cat([getattr(fit, name)[:, 1:].flatten(0, 1) for fit in fits], dim=1)
+        for name in ("predicted", "importance")
+    )
+    left_out = logits < highest_share(logits.view(-1, 1), [FEW.sparsity])  # one threshold for all four
+    torch.testing.assert_close(torch.tensor(losses).flatten(), (importance * left_out).mean(0))
     fits[1].importance[..., 0] *= 100
     worse = mean_losses(ALIKE, fits)
     assert worse[1][0] == pytest.approx(100 * losses[1][0], rel=1e-3) and worse[0] == losses[0]
-    two = choose_groups(ConversionConfig(groups=3, sparsity=4), ALIKE, fits)
+    two = choose_groups(ConversionConfig(groups=3, sparsity=4), ALIKE, worse)
     assert two == GroupPlan(((FEW, FEW), (None, FEW)))
     few, many = (mean_losses(each, fits) for each in (ALIKE, GroupPlan.uniform(2, 2, SparseGroup(8, 1.5))))
     assert sum(map(sum, many)) < sum(map(sum, few))

@@ -163,6 +163,8 @@ REFUSED_OF_SPARSE = [
     ({"mosa_window": -1}, r"`mosa_window` must not be negative, got -1"),
     ({"mosa_gate_slope": -1}, r"`mosa_gate_slope` must be finite and not negative, got -1"),
     ({"mosa_gate_slope": float("inf")}, r"`mosa_gate_slope`.*inf"),
+    ({"mosa_router_hidden_size": 0}, r"`mosa_router_hidden_size` must be at least 1.*got 0"),
+    ({"mosa_router_hidden_size": -8}, r"`mosa_router_hidden_size` must be at least 1.*got -8"),
     ({"mosa_plan": [[GROUP] * 3] * 2}, r"plan has 2 layers, but the model has 3"),
     ({"mosa_plan": [[GROUP] * 3, [GROUP] * 2, [GROUP] * 3]}, r"plan names 2 groups in layer 1, but the model has 3"),
     ({"mosa_plan": [[None] * 3, [None] * 3, [None, {"window": 3}, None]]}, r"Layer 2, group 1 of the plan"),
@@ -186,6 +188,7 @@ def test_impossible_sparse_groups_are_refused(fields, message):
         ("mosa_window", 1.5),
         ("mosa_plan", "all"),
         ("mosa_gate_slope", "1"),
+        ("mosa_router_hidden_size", 8.0),
     ],
 )
 def test_wrong_types_of_sparse_groups_are_refused(field, value):
@@ -217,6 +220,7 @@ def test_which_groups_are_sparse():
 
 def test_sparse_groups_to_disk_and_to_the_base_family_and_back(tmp_path):
     fields = {"mosa_cache_budget": 9, "mosa_gate_slope": 0, "mosa_router_bias": True, "mosa_conversion": {"a": [1]}}
+    fields |= {"mosa_router_hidden_size": 8}
     config = sparse_form().config(**fields)
     config.save_pretrained(tmp_path)
     for cls in (MosaLlamaConfig, AutoConfig):

@@ -40,7 +40,7 @@ def test_example_runs(block, tmp_path, monkeypatch):
         exec(compile("\n" * block.line + block.code, str(DOCS / block.page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("page", ["routing.md", "choosing.md", "benchmarks.md", "limits.md"])
+@pytest.mark.parametrize("page", ["routing.md", "choosing.md", "evaluating.md", "benchmarks.md", "limits.md"])
 def test_page_has_an_example(page):
     assert any(block.page == page and block.mark == "runnable" for block in BLOCKS)
 

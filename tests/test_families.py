@@ -54,11 +54,12 @@ def graded_plan(config) -> list:
 
 
 @lru_cache(2)
-def sparse_model(family: str, budget: int | None = None):
+def sparse_model(family: str, budget: int | None = None, router_size: int | None = None):
     """A model with sparse groups that shares the weights of `shared_base`."""
     row, base = FAMILIES[family], shared_base(family)
     plan = graded_plan(row.config_class.from_base(base.config))
-    config = row.config_class.from_base(base.config, mosa_plan=plan, mosa_cache_budget=budget)
+    fields = {"mosa_plan": plan, "mosa_cache_budget": budget, "mosa_router_hidden_size": router_size}
+    config = row.config_class.from_base(base.config, **fields)
     torch.manual_seed(1)
     model = with_sparse_groups(base, config)
     calibrate_thresholds(model, [random_tokens(4, 32, seed=2)])

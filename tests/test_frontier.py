@@ -1,20 +1,17 @@
-"""The evaluation of memory against quality: what it scores, what it asks, and what it measures again."""
+"""The evaluation of memory against quality: what it measures on, what it measures again, and what it shows."""
 
 import json
 
 import pytest
 import torch
-from tokenizers import decoders
-from transformers import PreTrainedTokenizerFast
 
-from benchmarks import frontier, frontier_table, measure, retrieval
-from benchmarks.frontier import CacheMemory, Exercise, Method, Results
-from benchmarks.scoring import Continuation, Reading, score
+from benchmarks import frontier, frontier_table, measure
+from benchmarks.frontier import Exercise, Method, Results
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
+from mosa_hf.evaluation import CacheMemory, Continuation, Reading, following, score
 
-from .bases import byte_tokenizer, random_tokens, tiny_base
+from .bases import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
-SENTENCES = " ".join(f"Boat number {i} left the harbour at {7 * i} and came back with nothing." for i in range(400))
 ORIGIN = {
     "command": "python -m benchmarks.frontier",
     "date": "2026-01-01",
@@ -28,85 +25,6 @@ def models() -> dict:
     original = tiny_base(vocab_size=256)
     converted = convert_model(original, ConversionConfig(sparsity=4, window=5), random_tokens(4, 64))
     return {"original": original, "converted": converted}
-
-
-@pytest.mark.parametrize("name", ["original", "converted"])
-def test_scores_are_a_plain_forwards_loss(name, models):
-    model, ids = models[name], random_tokens(1, 61, seed=3)
-    (own,) = score(CacheMemory(model, ids[0, :40].tolist()), frontier.following(ids[0], 40, "text"))
-    labels = ids.clone()
-    labels[:, :41] = -100  # the context, and the first token after it, which is read only
-    with torch.no_grad():
-        loss = model(ids, labels=labels, use_cache=False).loss
-    assert own.tokens == 20 and own.length == 61
-    assert own.log_probability / own.tokens == pytest.approx(-loss.item(), abs=1e-5)
-    dense = 61 * frontier.bytes_per_token(model)
-    assert own.kv_bytes == dense if name == "original" else own.kv_bytes < 0.8 * dense
-    assert own.kv_bytes == measure.kv_bytes(model, ids) if name == "original" else own.kv_bytes > 0
-
-
-def test_right_is_what_greedy_decoding_gives(models):
-    model, context = models["converted"], random_tokens(1, 30, seed=4)
-    question = torch.tensor([[5, 6, 7]])
-    answer = model.generate(torch.cat([context, question], dim=1), max_new_tokens=4, do_sample=False)[0, 33:].tolist()
-    wrong = [*answer[:-1], (answer[-1] + 1) % 256]
-    asked = [Continuation("fact", [5, 6, 7, *each], [(3, 7)]) for each in (answer, wrong, answer)]
-    scores = score(CacheMemory(model, context[0].tolist()), Reading(context[0].tolist(), asked))
-    assert [each.right for each in scores] == [1, 0, 1]
-    assert scores[0] == scores[2]  # the context is remembered as it was, whatever was asked before
-    assert scores[1].log_probability < scores[0].log_probability
-
-
-def test_needles_are_in_their_context():
-    tokenizer = text_tokenizer()
-    reading = retrieval.needles(tokenizer, SENTENCES, 3000, seed=1)
-    assert 2700 < len(reading.context) <= 3100
-    context = tokenizer.decode(reading.context)
-    single = [each for each in reading.continuations if each.task == "needle"]
-    together = [each for each in reading.continuations if each.task == "needles together"]
-    assert len(single) == 8 and len(together) == 2
-    codes, places = {}, []
-    for each in single:
-        asked = tokenizer.decode(each.ids)
-        (answer,) = answers_of(tokenizer, each)
-        assert asked.startswith("\nThe code of the ") and asked.endswith(answer) and len(answer) == len(" 12345")
-        assert context.count(f"{asked[1:]}.") == 1
-        codes[asked.removeprefix("\nThe code of the ").partition(" is ")[0]] = answer
-        places.append(context.index(asked[1:]) / len(context))
-    assert len(set(codes.values())) == 8
-    assert max(abs(place - (i + 0.5) / 8) for i, place in enumerate(places)) < 0.05  # eight depths
-    for each in together:
-        asked, answers = tokenizer.decode(each.ids), answers_of(tokenizer, each)
-        named = asked.partition(" are ")[0].removeprefix("\nThe codes of the ").replace(" and the ", ", the ")
-        assert answers == [codes[place] for place in named.split(", the ")] and len(answers) == 3
-
-
-def test_keys_are_in_their_context():
-    tokenizer = text_tokenizer()
-    reading = retrieval.key_values(tokenizer, SENTENCES, 2000, seed=1)
-    context = tokenizer.decode(reading.context)
-    assert len(reading.continuations) == 8
-    for each in reading.continuations:
-        line = tokenizer.decode(each.ids).removeprefix("\nFrom the dictionary:\n")
-        assert context.count(f"\n{line}\n") == 1
-        assert answers_of(tokenizer, each) == [line.partition(":")[2]]
-    assert Reading.from_dict(json.loads(json.dumps(reading.to_dict()))) == reading
-
-
-def text_tokenizer() -> PreTrainedTokenizerFast:
-    """That gives the text back."""
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def answers_of(tokenizer, continuation: Continuation) -> list[str]:
-    return [tokenizer.decode(continuation.ids[start:stop]) for start, stop in continuation.answers]
-
-
-def test_a_text_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match="fewer"):
-        retrieval.needles(byte_tokenizer(), "One sentence. Another.", 3000, seed=0)
 
 
 def test_slices_share_no_run_of_words_with_what_was_seen():
@@ -137,8 +55,8 @@ def test_random_selection_has_the_rates_of_the_groups_that_it_replaces(models):
 def exercise() -> Exercise:
     ids = random_tokens(61, seed=6)
     fact = Continuation("fact", [3, 4, 5, 6], [(2, 4)])
-    following = frontier.following(ids, 40, "perplexity, text")
-    return Exercise({"prompt": 40}, [following, Reading(ids[:30].tolist(), [fact])])
+    text = following(ids, 40, "perplexity, text")
+    return Exercise({"prompt": 40}, [text, Reading(ids[:30].tolist(), [fact])])
 
 
 def test_what_is_there_is_not_measured_again(tmp_path, models, exercise):

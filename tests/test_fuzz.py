@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mosa_hf import ConversionConfig, GroupPlan, convert_checkpoint, convert_model, save_routers
 from mosa_hf.modeling.group_plan import SparseGroup
+from mosa_hf.modeling.router_files import LATER_FIELDS
 
 from .bases import random_tokens, tiny_base
 
@@ -234,9 +235,8 @@ def unknown_router_field(work: Path, rng: random.Random) -> str:
 
 
 def missing_router_field(work: Path, rng: random.Random) -> str:
-    field = rng.choice(
-        [name for name in json.loads((work / "routers" / ROUTERS_CONFIG).read_text()) if "mosa" in name]
-    )
+    content = json.loads((work / "routers" / ROUTERS_CONFIG).read_text())
+    field = rng.choice([name for name in content if "mosa" in name and name not in LATER_FIELDS])
     edit_json(work / "routers" / ROUTERS_CONFIG, lambda content: content.pop(field))
     return field
 
@@ -300,6 +300,7 @@ ROUTER_FIELDS = {
     "mosa_threshold_momentum": [1.5, -0.5, "0.9"],
     "mosa_gate_slope": [-1, float("nan"), "1"],
     "mosa_router_bias": ["yes", 3],
+    "mosa_router_hidden_size": [0, -1, 8, 1.5, "8"],
     "num_hidden_layers": [1, 3, None],
     "num_groups": [1, 4, "2"],
     "hidden_size": [31, 64, None],

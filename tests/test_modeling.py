@@ -49,6 +49,7 @@ VARIANTS = {
     "sparse, one window": sparse_form(**ONE_WINDOW),
     "sparse, no window": sparse_form(**NO_WINDOW),
     "sparse biased": sparse_form(**BIASES),
+    "sparse, MLP routers": sparse_form(mosa_router_hidden_size=20),
 }
 
 
@@ -89,6 +90,10 @@ def test_training_step(form, routing, padding, budget):
     # A fast average: a layer that ran twice, to recompute, would select other tokens the second time.
     model = form.model(mosa_routing=routing, mosa_threshold_momentum=0.1, mosa_cache_budget=budget)
     check_training(model, padding)
+
+
+def test_training_step_of_mlp_routers():
+    check_training(VARIANTS["sparse, MLP routers"].model(mosa_threshold_momentum=0.1), "anywhere")
 
 
 def test_training_without_a_gate_computes_what_evaluation_does():
@@ -356,7 +361,7 @@ def test_save_and_reload(form, tied, tmp_path):
     check_saving(form, tmp_path, tie_word_embeddings=tied)
 
 
-@pytest.mark.parametrize("variant", ["native biased", "sparse biased"])
+@pytest.mark.parametrize("variant", ["native biased", "sparse biased", "sparse, MLP routers"])
 @torch.no_grad()
 def test_initialisation(variant):
     """Every weight is initialised, and thresholds give about the rate that is asked for before any training."""

@@ -27,12 +27,12 @@ TOKENS = random_tokens(2, 24, seed=4)  # no padding: both rows weigh the same in
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint of each family."""
+    """A checkpoint of each family; one has MLPs for routers."""
     from .test_families import sparse_model
 
     path = tmp_path_factory.mktemp("parallel")
     for family in FAMILIES:
-        sparse_model(family).save_pretrained(path / family)
+        sparse_model(family, router_size=8 if family == "qwen3" else None).save_pretrained(path / family)
     return path
 
 

@@ -47,17 +47,16 @@ def candidate_plan(config: SparseGroupsConfig, conversion: ConversionConfig) -> 
 
 
 def choose_groups(
-    conversion: ConversionConfig, candidates: GroupPlan, fits: list[RouterFit | None] | None
+    conversion: ConversionConfig, candidates: GroupPlan, losses: list[list[float | None]] | None
 ) -> GroupPlan:
-    """`candidates`; or as many of them as `conversion` asks for, those that lose least."""
+    """`candidates`; or as many of them as `conversion` asks for, those with the least of `mean_losses`."""
     pairs = candidates.sparse_pairs()
-    if fits is None and any(candidates.layers[layer][group].sparsity != 1 for layer, group in pairs):
+    if losses is None and any(candidates.layers[layer][group].sparsity != 1 for layer, group in pairs):
         raise ValueError("`calibration` is needed to fit routers: pass token ids [windows, tokens] of some text.")
     if not isinstance(conversion.groups, int) or conversion.groups == len(pairs):
         return candidates
-    if fits is None:
+    if losses is None:
         raise ValueError("`calibration` is needed to rank groups: pass it, or name the `groups`.")
-    losses = mean_losses(candidates, fits)
     ranked = sorted(pairs, key=lambda pair: losses[pair[0]][pair[1]])
     return _only(candidates, ranked[: conversion.groups])
 
@@ -71,17 +70,12 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
         plan: some or all groups of `candidates`.
         candidates: the plan that `fits` are of.
     """
-    predicted = _of_groups(candidates, [None if fit is None else fit.predicted for fit in fits])
-    pairs = plan.sparse_pairs()
-    logits = torch.stack([predicted[pair][:, 1:].flatten() for pair in pairs])  # first tokens: a case of their own
-    kinds = [plan.layers[layer][group] for layer, group in pairs]
-    overall = len(kinds) / sum(1 / kind.sparsity for kind in kinds)
-    threshold = highest_share(logits.view(-1, 1), [overall])
-    least = 1 / predicted[pairs[0]].shape[1]  # a token of each window
-    rates = (logits >= threshold).float().mean(1).clamp(min=least).tolist()
+    logits = _tokens(plan, candidates, fits, "predicted")
+    least = 1 / next(fit.predicted.shape[1] for fit in fits if fit is not None)  # a token of each window
+    rates = (logits >= _threshold(plan, logits)).float().mean(1).clamp(min=least).tolist()
     sparse = {
-        pair: SparseGroup(kind.window, max(round(1 / rate, 2), 1.0))
-        for pair, kind, rate in zip(pairs, kinds, rates, strict=True)
+        (layer, group): SparseGroup(plan.layers[layer][group].window, max(round(1 / rate, 2), 1.0))
+        for (layer, group), rate in zip(plan.sparse_pairs(), rates, strict=True)
     }
     return GroupPlan(
         tuple(
@@ -116,20 +110,28 @@ def mean_losses(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[lis
     For each layer and group the mean importance of a token that it does not select, under one threshold for all
     candidates; None for groups that are none.
     """
-    predicted, importance = (
-        _of_groups(candidates, [None if fit is None else getattr(fit, name) for fit in fits])
-        for name in ("predicted", "importance")
-    )
-    rates = one_threshold(candidates, candidates, fits)
+    logits, importance = (_tokens(candidates, candidates, fits, name) for name in ("predicted", "importance"))
+    lost = (importance * (logits < _threshold(candidates, logits))).mean(1).tolist()
     losses: list[list[float | None]] = [[None] * len(groups) for groups in candidates.layers]
-    for (layer, group), logits in predicted.items():
-        logits, tokens = logits[:, 1:].flatten(), importance[layer, group][:, 1:].flatten()
-        threshold = highest_share(logits[:, None], [rates.layers[layer][group].sparsity])
-        losses[layer][group] = float((tokens * (logits < threshold)).mean())
+    for (layer, group), loss in zip(candidates.sparse_pairs(), lost, strict=True):
+        losses[layer][group] = loss
     return losses
 
 
-def _of_groups(candidates: GroupPlan, states: list[torch.Tensor | None]) -> dict[tuple[int, int], torch.Tensor]:
+def _tokens(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None], name: str) -> torch.Tensor:
+    """What the fits of a plan's groups have as `name`, `[groups, tokens]`; first tokens are a case of their own."""
+    states = of_groups(candidates, [None if fit is None else getattr(fit, name) for fit in fits])
+    return torch.stack([states[pair][:, 1:].flatten() for pair in plan.sparse_pairs()])
+
+
+def _threshold(plan: GroupPlan, logits: torch.Tensor) -> torch.Tensor:
+    """The one with which `logits` [groups, tokens] select as many tokens as the plan's own sparsities would."""
+    kinds = [plan.layers[layer][group] for layer, group in plan.sparse_pairs()]
+    overall = len(kinds) / sum(1 / kind.sparsity for kind in kinds)
+    return highest_share(logits.view(-1, 1), [overall])
+
+
+def of_groups(candidates: GroupPlan, states: list[torch.Tensor | None]) -> dict[tuple[int, int], torch.Tensor]:
     """`states` [N, T, G] of each layer's candidates as `(layer, group)` → `[N, T]`."""
     found = {}
     for layer, (groups, own) in enumerate(zip(candidates.layers, states, strict=True)):

@@ -123,12 +123,17 @@ def calibration_windows(
         ValueError: if the text is shorter than one window.
     """
     input_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    available = len(input_ids) // window_length
-    if available == 0:
+    if len(input_ids) < window_length:
         raise ValueError(
             f"The calibration text has {len(input_ids)} tokens, fewer than one window of {window_length}: give more "
             "text, or set a smaller `window_length`."
         )
+    return spread_windows(input_ids, num_windows, window_length)
+
+
+def spread_windows(input_ids: torch.Tensor, num_windows: int, window_length: int) -> torch.Tensor:
+    """At most `num_windows` windows of `window_length` tokens, spread evenly over `input_ids` [T]: `[N, T]`."""
+    available = len(input_ids) // window_length
     windows = input_ids[: available * window_length].view(available, window_length)
     chosen = torch.linspace(0, available - 1, min(num_windows, available)).round().long()
     return windows[chosen]

@@ -50,7 +50,8 @@ def convert_model(
         fits = fits_of(candidates, candidate_plan(base_config, ConversionConfig()), fits)
     elif calibration is not None:
         fits = fit_routers(model, calibration, candidates, include_first=conversion.include_first)
-    plan = choose_groups(conversion, candidates, fits)
+    losses = None if fits is None else mean_losses(candidates, fits)
+    plan = choose_groups(conversion, candidates, losses)
     if fits is not None and conversion.plan is None:
         plan = one_threshold(plan, candidates, fits)
 
@@ -59,7 +60,7 @@ def convert_model(
         "source": model.config.name_or_path,
         "settings": _settings(conversion),
         "groups": [list(pair) for pair in plan.sparse_pairs()],
-        "losses": None if fits is None else mean_losses(candidates, fits),
+        "losses": losses,
         "calibration": None if calibration is None else {"windows": len(calibration), "tokens": calibration.shape[1]},
     }
     converted = with_sparse_groups(model, config).eval()

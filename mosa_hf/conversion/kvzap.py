@@ -1,4 +1,4 @@
-"""Routers that KVzap (arXiv 2601.07891) published: the same linear predictor of the same importance as ours."""
+"""Routers that KVzap (arXiv 2601.07891) published, linear ones and MLPs: they predict the same importance as ours."""
 
 import json
 import os
@@ -30,7 +30,8 @@ def load_kvzap(
 
     Args:
         model: that the predictor was trained for; every layer has global attention.
-        directory: with `config.json` and `model.safetensors`, or its name on the Hub ("nvidia/KVzap-linear-...").
+        directory: with `config.json` and `model.safetensors`, or its name on the Hub ("nvidia/KVzap-linear-...",
+            "nvidia/KVzap-mlp-...").
         threshold: one for all groups. Theirs are between -6 (keeps more) and -3.
         window: recent tokens that are always read.
         sparsity: ρ as far as it is known: static caches have capacity for twice this share.
@@ -38,13 +39,11 @@ def load_kvzap(
 
     Raises:
         OSError: if a file is missing.
-        ValueError: for a predictor of another model, or an MLP, which routers are not.
+        ValueError: for a predictor of another model, and for tensors that are missing or of another shape.
     """
     config_file, weights_file = (cached_file(os.fspath(directory), name) for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME))
     with open(config_file, encoding="utf-8") as file:
         settings = json.load(file)
-    if settings.get("hidden_dim") is not None:
-        raise ValueError(f"{directory} is an MLP of {settings['hidden_dim']} hidden units: take the linear predictor.")
     family = family_of(model.config.model_type)
     plain = family.config_class.from_base(model.config)
     num_layers, num_groups = plain.num_hidden_layers, plain.num_groups
@@ -61,14 +60,23 @@ def load_kvzap(
         mosa_sparsity=sparsity,
         mosa_gate_slope=0.0,
         mosa_include_first=include_first,
+        mosa_router_hidden_size=settings.get("hidden_dim"),
         mosa_conversion={"source": model.config.name_or_path, "kvzap": str(directory), "threshold": threshold},
     )
     converted = with_sparse_groups(model, config).eval()
     tensors = load_file(weights_file)
     for layer, router in converted.mosa_routers().items():
-        weight, bias = (tensors.get(f"layers.{layer}.{name}") for name in ("weight", "bias"))
-        if weight is None or bias is None or weight.shape != router.weight.shape or bias.shape != (num_groups,):
-            raise ValueError(f"{weights_file} lacks a linear predictor of {num_groups} groups for layer {layer}.")
-        router.weight.copy_(weight)
-        router.threshold.copy_(threshold - bias.float())  # z + b >= t, and no bias to keep
+        targets = {"weight": router.weight, "bias": router.threshold}
+        if router.hidden_weight is not None:  # names of an `nn.Sequential`
+            targets = {f"2.{name}": target for name, target in targets.items()}
+            targets |= {"0.weight": router.hidden_weight, "0.bias": router.hidden_bias}
+        for name, target in targets.items():
+            tensor = tensors.get(f"layers.{layer}.{name}")
+            if tensor is None or tensor.shape != target.shape:
+                found = "no" if tensor is None else f"{list(tensor.shape)} as"
+                raise ValueError(
+                    f"{weights_file} has {found} layers.{layer}.{name}, which must be {list(target.shape)}."
+                )
+            target.copy_(tensor)
+        router.threshold.copy_(threshold - router.threshold)  # z + b >= t, and no bias to keep
     return converted

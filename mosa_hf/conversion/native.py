@@ -10,7 +10,7 @@ from ..modeling.configuration import MosaConfig
 from ..modeling.families import family_of
 from ..modeling.modeling_mosa import MosaForCausalLM
 from ..modeling.thresholds import calibrate_thresholds
-from .allocation import candidate_plan, choose_groups
+from .allocation import candidate_plan, choose_groups, mean_losses
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 
@@ -44,7 +44,7 @@ def convert_to_native(
     fits = None
     if calibration is not None:
         fits = fit_routers(model, calibration, candidates, include_first=conversion.include_first)
-    plan = choose_groups(conversion, candidates, fits)
+    plan = choose_groups(conversion, candidates, None if fits is None else mean_losses(candidates, fits))
     converted = plan.sparse_pairs()
     native = MosaForCausalLM.from_pretrained(
         None,

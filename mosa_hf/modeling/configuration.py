@@ -124,11 +124,14 @@ class SparseGroupsConfig(RoutingConfig):
             While training, the scores of selected keys beyond the window are biased by log σ(slope · (z − θ)), which
             passes a gradient to the routers. 0: no bias, training and evaluation compute the same function, and
             routers are frozen (what conversion writes).
+        mosa_router_hidden_size (`int`, *optional*):
+            Units of a hidden layer (GELU) that the routers of a layer share. By default routers are linear.
     """
 
     mosa_window: int = 64
     mosa_plan: list[Any] | None = None
     mosa_gate_slope: int | float = 1.0
+    mosa_router_hidden_size: int | None = None
 
     @classmethod
     def from_base(cls, config: PreTrainedConfig, **fields) -> "SparseGroupsConfig":
@@ -194,6 +197,11 @@ class SparseGroupsConfig(RoutingConfig):
             raise ValueError(f"`mosa_window` must not be negative, got {self.mosa_window}.")
         if not 0 <= self.mosa_gate_slope < math.inf:
             raise ValueError(f"`mosa_gate_slope` must be finite and not negative, got {self.mosa_gate_slope}.")
+        if self.mosa_router_hidden_size is not None and self.mosa_router_hidden_size < 1:
+            raise ValueError(
+                f"`mosa_router_hidden_size` must be at least 1, or None for linear routers, got "
+                f"{self.mosa_router_hidden_size}."
+            )
         if getattr(self, "use_bidirectional_attention", None):
             raise ValueError("`use_bidirectional_attention` does not fit sparse groups, which are causal.")
         if self.mosa_plan is not None:

@@ -18,18 +18,22 @@ from .configuration import RoutingConfig
 
 class MosaRouter(nn.Module):
     """
-    Linear routers, one a group. Not an `nn.Linear`, since tools that quantise or adapt linear layers must leave
-    routers as they are: selection compares logits with thresholds, in float32 (float64 for a float64 model), whatever
-    the model's dtype or autocast. The buffer `threshold` [G] follows the groups' K-th highest logit while the weights
-    train.
+    Routers, one a group: linear, or an MLP whose hidden layer the groups share. No `nn.Linear`s, since tools that
+    quantise or adapt linear layers must leave routers as they are: selection compares logits with thresholds, in
+    float32 (float64 for a float64 model), whatever the model's dtype or autocast. The buffer `threshold` [G] follows
+    the groups' K-th highest logit while the weights train.
 
     Args:
         config: of the model.
         layer_idx: index of the layer.
         sparsity: ρ of each group.
+        hidden_size: units of the hidden layer, H: logits are weight [G, H] · GELU(hidden_weight [H, D] · x +
+            hidden_bias). None: weight [G, D] · x.
     """
 
-    def __init__(self, config: RoutingConfig, layer_idx: int, sparsity: Sequence[float]):
+    def __init__(
+        self, config: RoutingConfig, layer_idx: int, sparsity: Sequence[float], hidden_size: int | None = None
+    ):
         super().__init__()
         self.layer_idx = layer_idx
         self.sparsity = tuple(sparsity)
@@ -39,7 +43,12 @@ class MosaRouter(nn.Module):
         self.inference_routing = config.mosa_inference_routing
         self.momentum = config.mosa_threshold_momentum
         num_groups = len(self.sparsity)
-        self.weight = nn.Parameter(torch.empty(num_groups, config.hidden_size, dtype=torch.float32))
+        self.in_features, width = config.hidden_size, hidden_size or config.hidden_size
+        self.hidden_weight = self.hidden_bias = None
+        if hidden_size is not None:
+            self.hidden_weight = nn.Parameter(torch.empty(hidden_size, self.in_features, dtype=torch.float32))
+            self.hidden_bias = nn.Parameter(torch.empty(hidden_size, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.empty(num_groups, width, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(num_groups, dtype=torch.float32)) if config.mosa_router_bias else None
         self.register_buffer("threshold", torch.zeros(num_groups, dtype=torch.float32))
 
@@ -52,7 +61,8 @@ class MosaRouter(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, groups={len(self.sparsity)}"
+        hidden = "" if self.hidden_weight is None else f"hidden_features={len(self.hidden_weight)}, "
+        return f"in_features={self.in_features}, {hidden}groups={len(self.sparsity)}"
 
     @property
     def routing(self) -> str:
@@ -100,7 +110,7 @@ class MosaRouter(nn.Module):
             return logits, selected if valid is None else selected & valid[..., None]
         # Gradients mark training: reinforcement learning also generates, and evaluates, in training mode.
         follows = follows and self.momentum < 1 and self.training
-        follows = follows and self.weight.requires_grad and torch.is_grad_enabled()
+        follows = follows and self._learns() and torch.is_grad_enabled()
         if follows or self.routing == "expert_choice":
             if is_exported():  # how many tokens are chosen is a number, and would be the samples'
                 raise ValueError(
@@ -121,8 +131,14 @@ class MosaRouter(nn.Module):
             with torch.autocast(hidden_states.device.type, enabled=False):
                 return self._logits(hidden_states)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return F.linear(hidden_states.to(dtype), self.weight.to(dtype), bias)
+        states = hidden_states.to(dtype)
+        if self.hidden_weight is not None:
+            states = F.gelu(F.linear(states, self.hidden_weight.to(dtype), self.hidden_bias.to(dtype)))
+        return F.linear(states, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+
+    def _learns(self) -> bool:
+        weights = (self.weight, self.hidden_weight)
+        return any(weight is not None and weight.requires_grad for weight in weights)
 
     def _choose(
         self,

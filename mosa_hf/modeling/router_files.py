@@ -25,6 +25,7 @@ from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sp
 ROUTERS_NAME = "mosa_routers.safetensors"
 ROUTERS_CONFIG_NAME = "mosa_config.json"
 MOSA_FIELDS = tuple(field.name for field in fields(SparseGroupsConfig) if field.name.startswith("mosa_"))
+LATER_FIELDS = ("mosa_router_hidden_size",)  # that older folders lack, and of which they mean the default
 
 CARD = """---
 {base_model}library_name: transformers
@@ -218,7 +219,7 @@ def _read_settings(path: Path, like: SparseGroupsConfig) -> dict[str, Any]:
     content.pop("base_model", None)
     if unknown := sorted(content.keys() - set(MOSA_FIELDS)):
         raise ValueError(f"{path} has unknown fields: {', '.join(unknown)}.")
-    if missing := sorted(set(MOSA_FIELDS) - content.keys()):
+    if missing := sorted(set(MOSA_FIELDS) - set(LATER_FIELDS) - content.keys()):
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
     return content
 

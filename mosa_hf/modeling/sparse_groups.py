@@ -111,7 +111,7 @@ class SparseGroupsMixin:
         self.mosa_budget = config.mosa_cache_budget
         self.mosa_gate_slope = config.mosa_gate_slope
         sparsity = [group.sparsity for group in config.groups_of_layer(self.layer_idx) if group is not None]
-        self.mosa_router = MosaRouter(config, self.layer_idx, sparsity)
+        self.mosa_router = MosaRouter(config, self.layer_idx, sparsity, config.mosa_router_hidden_size)
         if not config.mosa_gate_slope:  # nothing passes them a gradient
             self.mosa_router.requires_grad_(False)
 

@@ -125,15 +125,23 @@ def freeze_idle_routers(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def init_router(router: MosaRouter, std: float) -> None:
-    """Weights of N(0, std²), and thresholds that select one token in ρ of normalised inputs."""
+    """Weights of N(0, std²), biases of 0, and thresholds that select one token in ρ of normalised inputs."""
     init.normal_(router.weight, mean=0.0, std=std)
     if router.bias is not None:
         init.zeros_(router.bias)
     # Fresh logits of a normalised input are about N(0, D std²): start at their (1 - 1/ρ) quantile.
     rate = 1 - 1 / torch.tensor(router.sparsity, dtype=torch.float64)
     quantile = torch.special.ndtri(rate).clamp(min=-4.0)  # ρ = 1 selects everything
-    scale = std * router.weight.shape[1] ** 0.5
-    init.copy_(router.threshold, (quantile * scale).to(router.threshold))
+    scale, shift = std * router.in_features**0.5, 0.0
+    if router.hidden_weight is not None:
+        init.normal_(router.hidden_weight, mean=0.0, std=std)
+        init.zeros_(router.hidden_bias)
+        # Hidden units are GELU(N(0, D std²)), whose mean shifts all logits of a group alike.
+        ranks = (torch.arange(1024, dtype=torch.float64) + 0.5) / 1024
+        units = nn.functional.gelu(scale * torch.special.ndtri(ranks))
+        scale = std * (router.weight.shape[1] * units.var()) ** 0.5
+        shift = units.mean().to(router.weight) * router.weight.sum(1)
+    init.copy_(router.threshold, (quantile * scale).to(router.threshold) + shift)
 
 
 def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> None:

@@ -1,6 +1,7 @@
 """
 What is asked of every method of keeping fewer keys and values: how probable it finds the right tokens after a context
-that it has read, and what its cache holds then. Needs torch only: the rivals run it in an environment of their own.
+that it has read, and what its cache holds then. Needs torch only: `benchmarks/rivals.py` loads this file alone, in an
+environment that has no `mosa_hf`.
 """
 
 import dataclasses
@@ -68,6 +69,15 @@ class Score:
     kv_bytes: float
 
 
+def following(ids: torch.Tensor, context: int, task: str) -> Reading:
+    """
+    The first `context` of `ids` [T] as a context, and all but one of the others scored. That one is read only, so that
+    what is scored was predicted with what the method has left of the context.
+    """
+    before, rest = ids[:context].tolist(), ids[context:].tolist()
+    return Reading(before, [Continuation(task, rest, [(1, len(rest))])])
+
+
 class Memory(Protocol):
     """What a method remembers of a context."""
 
@@ -86,7 +96,7 @@ def _score(memory: Memory, num_before: int, continuation: Continuation) -> Score
     logits, kv_bytes = memory.read(ids[None])
     log_probability, num_tokens, right = 0.0, 0, 0
     for start, stop in continuation.answers:
-        predictions, answer = logits[start - 1 : stop - 1].float(), ids[start:stop]
+        predictions, answer = logits[start - 1 : stop - 1].float(), ids[start:stop].to(logits.device)
         log_probability -= torch.nn.functional.cross_entropy(predictions, answer, reduction="sum").item()
         num_tokens += stop - start
         right += int((predictions.argmax(-1) == answer).all())

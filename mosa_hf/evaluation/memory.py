@@ -1,0 +1,40 @@
+"""A model's own cache after a context, as what it remembers of it."""
+
+import copy
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..cache import cache_bytes
+from ..compat import CACHE
+
+
+@torch.inference_mode()
+def filled_cache(
+    model: PreTrainedModel, input_ids: torch.Tensor, chunk: int = 1024, cache: Cache | None = None
+) -> Cache:
+    """The cache (a dynamic one by default) after reading `input_ids` [1, T]."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    for part in input_ids.to(model.device).split(chunk, dim=1):
+        model(part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+    return cache
+
+
+class CacheMemory:
+    """
+    `scoring.Memory` of a model's own cache.
+
+    Args:
+        model: a causal language model.
+        context: token ids that it has read.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: list[int]):
+        self.model = model
+        self.cache = filled_cache(model, torch.tensor([context]))
+
+    @torch.inference_mode()
+    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        cache = copy.deepcopy(self.cache)
+        logits = self.model(ids.to(self.model.device), use_cache=True, **{CACHE: cache}).logits[0]
+        return logits, sum(cache_bytes(cache).values())

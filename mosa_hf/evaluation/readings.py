@@ -1,0 +1,56 @@
+"""Contexts and what is asked after them, made of a user's texts."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..conversion.checkpoint import spread_windows
+from . import retrieval
+from .report import PERPLEXITY
+from .scoring import Reading, following
+
+
+def text_readings(
+    tokenizer: PreTrainedTokenizerBase, name: str, text: str, context: int, scored: int, slices: int
+) -> list[Reading]:
+    """
+    At most `slices` readings, spread evenly over `text`: `context` tokens, and `scored` after them (a token between
+    the two is read only, see `following`).
+
+    Raises:
+        ValueError: for a text that is too short, and for numbers below 1.
+    """
+    if min(context, scored, slices) < 1:
+        raise ValueError(f"`context`, `scored` and `slices` must be at least 1, got {context}, {scored}, {slices}.")
+    start = _start(tokenizer)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    length = context + 1 + scored - len(start)
+    if len(ids) < length:
+        raise ValueError(
+            f"{name} has {len(ids)} tokens, fewer than the {length} of a context and what is scored after it: give "
+            "more text, or a shorter context."
+        )
+    windows = spread_windows(ids, slices, length)
+    rows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(windows), -1), windows], dim=1)
+    return [following(row, context, f"{PERPLEXITY}, {name}") for row in rows]
+
+
+def fact_readings(tokenizer: PreTrainedTokenizerBase, text: str, context: int, contexts: int) -> list[Reading]:
+    """
+    Stretches of `text` of about `context` tokens with facts in them, and the questions: `contexts` of each kind of
+    `retrieval`.
+
+    Raises:
+        ValueError: for a text that is too short.
+    """
+    start, readings = _start(tokenizer), []
+    for make in (retrieval.needles, retrieval.key_values):
+        for seed in range(contexts):  # a stretch of its own for each
+            reading = make(tokenizer, text[len(text) * seed // contexts :], context - len(start), seed)
+            readings.append(Reading(start + reading.context, reading.continuations))
+    return readings
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text: some models are lost without it."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[:1] if ids[0] == tokenizer.bos_token_id else []

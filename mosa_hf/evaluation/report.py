@@ -1,0 +1,201 @@
+"""Models side by side: what they make of the same readings, in a file that an interrupted run goes on from."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..whole_files import whole_file
+from .memory import CacheMemory
+from .scoring import Reading, Score, score
+
+PERPLEXITY = "perplexity"  # tasks whose name begins with it are texts; the others ask for facts
+
+
+class Subject(NamedTuple):
+    """
+    A model that is evaluated.
+
+    name: unlike that of the others.
+    model: a causal language model.
+    identity: what changes when the model does; scores on disk count for a model of the same name and identity.
+    """
+
+    name: str
+    model: PreTrainedModel
+    identity: str = ""
+
+
+def evaluate(
+    subjects: list[Subject],
+    readings: list[Reading],
+    output: str | os.PathLike | None = None,
+    about: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """
+    What models make of the same readings.
+
+    Args:
+        subjects: the first is what the others are compared with.
+        readings: see `text_readings`, `fact_readings` and `following`.
+        output: JSON file, written after each reading. What it holds already of the same models and readings is not
+            measured again.
+        about: entries that the result shall have besides.
+
+    Returns:
+        `{**about, "rows": ..., "scores": ...}`, the file's content: a row for each model and task, see `rows_of`, and
+        for each model and reading the `Score`s of its continuations.
+
+    Raises:
+        ValueError: for models of the same name, a file that is no earlier output, and contexts longer than a model
+            reads.
+    """
+    names = [subject.name for subject in subjects]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two models have one name: {', '.join(names)}.")
+    for subject in subjects:
+        _check_length(subject, readings)
+    path = None if output is None else Path(output)
+    known = {} if path is None else _known(path)
+    records = []
+    with logging.tqdm(total=len(subjects) * len(readings), desc="Evaluating", unit="reading") as progress:
+        for subject in subjects:
+            for reading in readings:
+                key = {"model": subject.name, "identity": subject.identity, "reading": _digest(reading)}
+                record = known.get(_key(key))
+                if record is None:
+                    scores = score(CacheMemory(subject.model, reading.context), reading)
+                    record = key | {"scores": [dataclasses.asdict(each) for each in scores]}
+                    known[_key(key)] = record
+                    if path is not None:
+                        _write(path, {**(about or {}), "rows": [], "scores": list(known.values())})
+                records.append(record)
+                progress.update()
+    result = {**(about or {}), "rows": rows_of(records), "scores": records}
+    if path is not None:
+        _write(path, result)
+    return result
+
+
+def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """
+    A row for each model and task of `evaluate`'s scores: `summary`, and beside the first model
+
+        share: of its bytes after the same readings.
+        change: of perplexity, as a share; of texts only.
+        standard_error: of `change`, from slice to slice; of texts with several slices only.
+    """
+    by_model: dict[str, list[Score]] = {}
+    for record in records:
+        by_model.setdefault(record["model"], []).extend(Score(**each) for each in record["scores"])
+    first = next(iter(by_model.values()))
+    rows = []
+    for name, scores in by_model.items():
+        for task in dict.fromkeys(each.task for each in scores):
+            row = {"model": name, "task": task, **summary(task, scores)}
+            row["share"] = row["kv_bytes"] / summary(task, first)["kv_bytes"]
+            if task.startswith(PERPLEXITY):
+                # How much less probable a token is than to the first model, slice by slice: they share the text.
+                losses = [
+                    (ours.log_probability - own.log_probability) / own.tokens
+                    for ours, own in zip(_of(task, first), _of(task, scores), strict=True)
+                ]
+                mean = statistics.fmean(losses)
+                row["change"] = math.expm1(mean)
+                if len(losses) > 1:
+                    row["standard_error"] = math.exp(mean) * statistics.stdev(losses) / len(losses) ** 0.5
+            rows.append(row)
+    return rows
+
+
+def summary(task: str, scores: list[Score]) -> dict[str, float]:
+    """
+    Of the scores of one task: mean `log_probability` of the answers' `tokens`; `perplexity` of a text, else answers
+    that are `right`, out of how many; means of `length` and `kv_bytes`.
+    """
+    own = _of(task, scores)
+    sums = {field.name: sum(getattr(each, field.name) for each in own) for field in dataclasses.fields(Score)[1:]}
+    result = {"log_probability": sums["log_probability"] / sums["tokens"], "tokens": sums["tokens"]}
+    if task.startswith(PERPLEXITY):
+        result["perplexity"] = math.exp(-result["log_probability"])
+    else:
+        result |= {"right": sums["right"], "answers": sums["answers"]}
+    return result | {"length": sums["length"] / len(own), "kv_bytes": sums["kv_bytes"] / len(own)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown of `rows_of`: a line for each model, bytes at the mean length of its texts and of its facts."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    texts = [task for task in tasks if task.startswith(PERPLEXITY)]
+    kinds = [kind for kind in (texts, [task for task in tasks if task not in texts]) if kind]
+    by_model: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_model.setdefault(row["model"], {})[row["task"]] = row
+    lines = []
+    for name, own in by_model.items():
+        cells, head = [name], [""]
+        for kind in kinds:
+            length, held, share = (
+                statistics.fmean(own[task][what] for task in kind) for what in ("length", "kv_bytes", "share")
+            )
+            head += [f"KV bytes, {length:.0f} tokens", *kind]
+            cells += [f"{held:,.0f} ({share:.3f})", *(_cell(own[task]) for task in kind)]
+        lines.append(cells)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if "perplexity" not in row:
+        return f"{row['right']}/{row['answers']}, {row['log_probability']:.2f}"
+    if row["change"] == 0:
+        return f"{row['perplexity']:.2f}"
+    error = f" ± {row['standard_error']:.1%}" if "standard_error" in row else ""
+    return f"{row['perplexity']:.2f} ({row['change']:+.1%}{error})"
+
+
+def _of(task: str, scores: list[Score]) -> list[Score]:
+    return [each for each in scores if each.task == task]
+
+
+def _check_length(subject: Subject, readings: list[Reading]) -> None:
+    most = getattr(subject.model.config, "max_position_embeddings", None) or math.inf
+    longest = max(len(each.context) + max(len(one.ids) for one in each.continuations) for each in readings)
+    if longest > most:
+        raise ValueError(
+            f"{subject.name} reads at most {most} tokens (`max_position_embeddings`), fewer than the {longest} of the "
+            "longest context and what follows it: ask for a shorter context."
+        )
+
+
+def _digest(reading: Reading) -> str:
+    return hashlib.sha256(json.dumps(reading.to_dict()).encode()).hexdigest()[:16]
+
+
+def _key(record: dict[str, Any]) -> tuple[str, str, str]:
+    return record["model"], record["identity"], record["reading"]
+
+
+def _known(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """The scores of a file that `evaluate` wrote."""
+    if not path.exists():
+        return {}
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))["scores"]
+        for record in records:
+            _ = [Score(**each) for each in record["scores"]]
+        return {_key(record): record for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file that an evaluation wrote ({error!r}): choose another output.") from error
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    with whole_file(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
