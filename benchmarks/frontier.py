@@ -40,41 +40,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import mosa_hf
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, load_routers
-from mosa_hf.conversion import calibration_windows
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
-from mosa_hf.evaluation import PERPLEXITY, CacheMemory, Reading, Score, following, retrieval, score, summary
+from mosa_hf.evaluation import CacheMemory, Score, score, summary
 from mosa_hf.modeling.families import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from . import frontier_table, measure, sources
+from .exercises import SMOKE, Exercise, Size, exercises
 
 ROOT = Path(__file__).parent.parent
-TEXTS = ("debian_handbook", "python_docs")  # the first has contexts for facts too
 OURS = ("1024/8", "512/8", "256/8", "512/16", "128/4", "256/16")
 WINDOWS = (1344, 896, 576)  # 0.375, 0.25 and 0.16 of the tokens
 KEPT = (0.44, 0.25, 0.156)  # of the prompt
 SELECTED = (0.355, 0.226, 0.129)  # by KVzap beyond a window of 128: about the bytes of our first three and last
-RUN_IN_COMMON = 12  # words in a row that a slice of text must not share with the calibration text
 # SmolLM2's chat template, of a user's text that the assistant repeats.
 CHAT = ("<|im_start|>user\n", "\n\nRepeat the previous context exactly.<|im_end|>\n<|im_start|>assistant\n")
-
-
-@dataclass(frozen=True)
-class Size:
-    """How much is read. Tokens: `prompt` before `scored` ones, `context` with facts, `window` of calibration text."""
-
-    prompt: int = 3072
-    scored: int = 512
-    slices: int = 2  # of each text
-    context: int = 3000
-    contexts: int = 2  # of each kind of facts
-    windows: int = 12
-    window: int = 1024
-    characters: int | None = None  # of each text that is measured on; None: all
-
-
-SMOKE = Size(prompt=192, scored=32, slices=1, context=500, contexts=1, windows=2, window=128, characters=200_000)
 
 
 @dataclass(frozen=True)
@@ -92,24 +73,6 @@ class Method:
     build: Callable[[], PreTrainedModel] | None = None
     prompt: str = "sparse"
     frees_memory: bool = True
-
-
-@dataclass(frozen=True)
-class Exercise:
-    """Readings that go together. A row for each of the tasks that their continuations belong to."""
-
-    settings: dict[str, Any]
-    readings: list[Reading]
-
-    @cached_property
-    def tasks(self) -> list[str]:
-        return list(dict.fromkeys(each.task for reading in self.readings for each in reading.continuations))
-
-    @cached_property
-    def all_settings(self) -> dict[str, Any]:
-        """With a digest of what is read, so that a row of other tokens is another row."""
-        ids = json.dumps([reading.to_dict() for reading in self.readings])
-        return {**self.settings, "digest": hashlib.sha256(ids.encode()).hexdigest()[:12]}
 
 
 class Results:
@@ -222,44 +185,6 @@ def kvpress_methods(all_kept: Sequence[float] = KEPT, all_selected: Sequence[flo
         for selected in all_selected
     ]
     return pruning + masking
-
-
-def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Exercise]:
-    """
-    All that is asked of a method.
-
-    Args:
-        seen: token ids `[N, T]` of the calibration text.
-    """
-    found = []
-    for name in TEXTS:
-        slices = unseen_slices(tokenizer, sources.text(name)[: size.characters], seen, size)
-        settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
-        found.append(Exercise(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
-    text = sources.text(TEXTS[0])[: size.characters]
-    for make in (retrieval.needles, retrieval.key_values):
-        # Each context has a stretch of the text of its own.
-        starts = [len(text) * i // size.contexts for i in range(size.contexts)]
-        readings = [make(tokenizer, text[start:], size.context, seed) for seed, start in enumerate(starts)]
-        found.append(Exercise({"context": size.context, "contexts": size.contexts}, readings))
-    return found
-
-
-def unseen_slices(tokenizer: PreTrainedTokenizerBase, text: str, seen: torch.Tensor, size: Size) -> torch.Tensor:
-    """Token ids `[slices, prompt + 1 + scored]`, spread over `text`, that share no run of words with `seen` [N, T]."""
-    runs = set().union(*map(_runs, tokenizer.batch_decode(seen)))
-    windows = calibration_windows(tokenizer, text, 8 * size.slices, size.prompt + 1 + size.scored)
-    texts = tokenizer.batch_decode(windows)
-    unseen = [row for row, words in zip(windows, texts, strict=True) if runs.isdisjoint(_runs(words))]
-    if not unseen:
-        raise ValueError("All of the text has passages in common with the calibration text: measure on another one.")
-    num_slices = min(size.slices, len(unseen))
-    return torch.stack([unseen[int((i + 0.5) * len(unseen) / num_slices)] for i in range(num_slices)])
-
-
-def _runs(text: str) -> set[tuple[str, ...]]:
-    words = text.lower().split()
-    return {tuple(words[i : i + RUN_IN_COMMON]) for i in range(len(words) - RUN_IN_COMMON + 1)}
 
 
 def make_rows(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import frontier, frontier_table, measure
-from benchmarks.frontier import Exercise, Method, Results
+from benchmarks.exercises import Exercise, Size, unseen_slices
+from benchmarks.frontier import Method, Results
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
 from mosa_hf.evaluation import CacheMemory, Continuation, Reading, following, score
 
@@ -30,14 +31,14 @@ def models() -> dict:
 def test_slices_share_no_run_of_words_with_what_was_seen():
     tokenizer = text_tokenizer()
     seen = torch.tensor([tokenizer(SENTENCES[: len(SENTENCES) // 2])["input_ids"]])
-    size = frontier.Size(prompt=900, scored=99, slices=4)
-    slices = frontier.unseen_slices(tokenizer, SENTENCES, seen, size)
+    size = Size(prompt=900, scored=99, slices=4)
+    slices = unseen_slices(tokenizer, SENTENCES, seen, size)
     assert 1 <= len(slices) <= 4 and slices.shape[1] == 1000
     for text in tokenizer.batch_decode(slices):
         assert SENTENCES.index(text) >= len(SENTENCES) // 2 - 100  # but for the first words of it
     everything = torch.tensor([tokenizer(SENTENCES)["input_ids"]])
     with pytest.raises(ValueError, match="in common"):
-        frontier.unseen_slices(tokenizer, SENTENCES, everything, size)
+        unseen_slices(tokenizer, SENTENCES, everything, size)
 
 
 def test_random_selection_has_the_rates_of_the_groups_that_it_replaces(models):
@@ -142,7 +143,7 @@ def test_methods_of_this_process(tmp_path, models, monkeypatch):
     models["converted"].save_pretrained(tmp_path / "converted")
     save_routers(models["converted"], tmp_path / "routers")
     GroupPlan.of_config(models["converted"].config).save(tmp_path / "plan.json")
-    size = frontier.Size(windows=2, window=32)
+    size = Size(windows=2, window=32)
     own = frontier.Models(tmp_path / "original", byte_tokenizer(), size)
     methods = own.methods(["5/4", "7/2.5"])
     methods += own.given([tmp_path / "converted"], [tmp_path / "routers"], [tmp_path / "plan.json"])
