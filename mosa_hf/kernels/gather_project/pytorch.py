@@ -1,7 +1,8 @@
 """Projections of the selected tokens alone, a few groups at a time, so that gathered rows stay in the CPU's cache."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -9,19 +10,29 @@ from torch.autograd.function import once_differentiable
 BLOCK_SIZE = 2**18  # elements of gathered rows: more of them leave the cache, and cost page faults
 
 
-def group_blocks(token: torch.Tensor, hidden_size: int) -> Iterator[slice]:
-    """The groups of `token` [G, N] in equal blocks of few rows `[N, D]`; on a GPU all in one."""
+def blocks_of_groups(
+    token: torch.Tensor, hidden_size: int, *lists: Sequence[torch.Tensor | None]
+) -> Iterator[tuple[torch.Tensor | tuple[torch.Tensor | None, ...], ...]]:
+    """
+    `token` [G, N] and `lists` of tensors `[G, ...]` (or None) in equal blocks of groups that have few rows `[N, D]`;
+    on a GPU all in one.
+    """
     num_groups, num_slots = token.shape
     size = num_groups
     if token.device.type == "cpu":
         most = max(1, BLOCK_SIZE // max(1, num_slots * hidden_size))
         size = math.ceil(num_groups / math.ceil(num_groups / most))
-    return (slice(start, start + size) for start in range(0, num_groups, size))
+    slots = token.split(size)
+
+    def split(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        return zip(*(repeat(None, len(slots)) if x is None else x.split(size) for x in tensors), strict=True)
+
+    return zip(slots, *map(split, lists), strict=True)
 
 
 def gather_rows(states: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """Rows `[g, N, ...]` of `states` [M, ...] at `token` [g, N]. Several times faster than indexing."""
-    return states.index_select(0, token.flatten()).unflatten(0, token.shape)
+    return states.index_select(0, token.flatten()).view(*token.shape, *states.shape[1:])
 
 
 def _rotate(
@@ -63,10 +74,11 @@ class GatherProject(torch.autograd.Function):
     ):
         weights, biases = (query, key, value), (query_bias, key_bias, value_bias)
         states = [hidden_states.new_empty(*token.shape, weight.shape[1]) for weight in weights]
-        for groups in group_blocks(token, hidden_states.shape[1]):
-            rows = gather_rows(hidden_states, token[groups])
-            for weight, projected in zip(weights, states, strict=True):
-                torch.bmm(rows, weight[groups].transpose(1, 2), out=projected[groups])
+        columns = [weight.transpose(1, 2) for weight in weights]
+        for slots, *block in blocks_of_groups(token, hidden_states.shape[1], columns, states):
+            rows = gather_rows(hidden_states, slots)
+            for weight, projected in zip(*block, strict=True):
+                torch.bmm(rows, weight, out=projected)
         for projected, bias in zip(states, biases, strict=True):
             if bias is not None:
                 projected += bias[:, None]
@@ -95,27 +107,26 @@ class GatherProject(torch.autograd.Function):
             grads.append((grad_gate * gate * (1 - gate))[..., None])  # [G, N, 1]
             weights[3] = weights[3][:, None]
         grad_weights, grad_biases = [None] * 4, [None] * 4
-        for i, (grad, weight) in enumerate(zip(grads, weights)):
+        for i, grad in enumerate(grads):
             if learns_weight[i]:
-                grad_weights[i] = torch.empty_like(weight)
+                grad_weights[i] = torch.empty_like(weights[i])
             if learns_bias[i]:
                 grad_biases[i] = grad.sum(1)
         total = None
         if learns_rows:
             total = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
 
-        for groups in group_blocks(token, hidden_states.shape[1]):
-            rows = gather_rows(hidden_states, token[groups])
+        lists = (grads, weights[: len(grads)], grad_weights[: len(grads)])
+        for slots, *block in blocks_of_groups(token, hidden_states.shape[1], *lists):
+            rows = gather_rows(hidden_states, slots)
             update = None
-            for i, grad in enumerate(grads):
-                grad = grad[groups]
-                if learns_weight[i]:
-                    torch.bmm(grad.transpose(1, 2), rows, out=grad_weights[i][groups])
+            for grad, weight, grad_weight in zip(*block, strict=True):
+                if grad_weight is not None:
+                    torch.bmm(grad.transpose(1, 2), rows, out=grad_weight)
                 if learns_rows:
-                    weight = weights[i][groups]
                     update = torch.bmm(grad, weight) if update is None else update.baddbmm_(grad, weight)
             if learns_rows:
-                total.index_add_(0, token[groups].flatten(), update.flatten(0, 1).to(total.dtype))
+                total.index_add_(0, slots.flatten(), update.flatten(0, 1).to(total.dtype))
 
         for of_router in (grad_weights, grad_biases):
             of_router[3] = None if of_router[3] is None else of_router[3][:, 0]

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gather_project.pytorch import gather_rows, group_blocks
+from ..gather_project.pytorch import blocks_of_groups, gather_rows
 
 
 class ProjectScatter(torch.autograd.Function):
@@ -24,9 +24,8 @@ class ProjectScatter(torch.autograd.Function):
         hidden_size = weight.shape[1]
         output = heads.new_zeros(num_tokens, hidden_size, dtype=torch.promote_types(heads.dtype, torch.float32))
         gated = heads * gate[..., None]
-        for groups in group_blocks(token, hidden_size):
-            update = torch.bmm(gated[groups], weight[groups].transpose(1, 2)).flatten(0, 1)
-            output.index_add_(0, token[groups].flatten(), update.to(output.dtype))
+        for slots, block in blocks_of_groups(token, hidden_size, (gated, weight.transpose(1, 2))):
+            output.index_add_(0, slots.flatten(), torch.bmm(*block).flatten(0, 1).to(output.dtype))
         return output
 
     @staticmethod
@@ -39,14 +38,15 @@ class ProjectScatter(torch.autograd.Function):
         heads, gate, token, weight = ctx.saved_tensors
         learns_heads, learns_gate, _, learns_weight, _ = ctx.needs_input_grad
         gated = heads * gate[..., None] if learns_weight else None
-        grad_gated = torch.empty_like(heads) if learns_heads or learns_gate else None
         grad_weight = torch.empty_like(weight) if learns_weight else None
-        for groups in group_blocks(token, weight.shape[1]):
-            rows = gather_rows(grad, token[groups]).to(heads.dtype)  # [g, N, D]
+        grad_gated = torch.empty_like(heads) if learns_heads or learns_gate else None
+        lists = ((gated, weight), (grad_weight, grad_gated))
+        for slots, (states, block), outputs in blocks_of_groups(token, weight.shape[1], *lists):
+            rows = gather_rows(grad, slots).to(heads.dtype)  # [g, N, D]
             if learns_weight:
-                torch.bmm(rows.transpose(1, 2), gated[groups], out=grad_weight[groups])
+                torch.bmm(rows.transpose(1, 2), states, out=outputs[0])
             if grad_gated is not None:
-                torch.bmm(rows, weight[groups], out=grad_gated[groups])
+                torch.bmm(rows, block, out=outputs[1])
         grad_gate = (grad_gated * heads).sum(-1) if learns_gate else None
         grad_heads = grad_gated.mul_(gate[..., None]) if learns_heads else None
         return grad_heads, grad_gate, None, grad_weight, None
