@@ -79,6 +79,13 @@ def test_expert_choice_equals_a_plain_loop(call, sparsity, min_tokens):
     torch.testing.assert_close(last, expected_last, equal_nan=True)
 
 
+def test_threshold_where_one_row_has_all_the_highest():
+    call = {"logits": torch.rand(3, 40, 2), "valid": None, "first": None, "segment": None}
+    call["logits"][1] += 1
+    _, last = select_by_expert_choice(sparsity=4, min_tokens=2, **call)
+    assert torch.equal(last, chosen_by_loop(call, 4, 2)[1])
+
+
 @pytest.mark.parametrize("num_values", [2, 10**6], ids=["ties", "no_ties"])
 def test_expert_choice_compiles(num_values):
     # A compiled graph cannot look whether there are ties.

@@ -83,11 +83,13 @@ def _highest_of_rows(
         quota = torch.full((batch_size,), most, device=score.device)
     else:
         quota = _quota(valid.sum(1), sparsity, min_tokens)
-    best = score.topk(most, dim=1).values  # [B, most, G]
+    # To look at values would cost a synchronisation elsewhere than on a CPU.
+    may_look = score.device.type == "cpu" and not is_recorded()
+    num_best = min(2 * most, num_tokens) if may_look and batch_size > 1 else most
+    best = score.topk(num_best, dim=1).values  # [B, most, G], and more for the pool below
     lowest = best.gather(1, (quota - 1).clamp(min=0)[:, None, None].expand(-1, 1, num_groups))  # [B, 1, G]
     selected = score >= lowest
-    # Exact unless tokens tie for the last places. Elsewhere than on a CPU it would cost a synchronisation to look.
-    may_look = score.device.type == "cpu" and not is_recorded()
+    # Exact unless tokens tie for the last places.
     if not (may_look and bool((selected.sum(1) == quota[:, None]).all())):
         above = score > lowest
         tie = selected & ~above
@@ -96,7 +98,13 @@ def _highest_of_rows(
 
     # Pooled over the batch rather than averaged over sequences, whose own K-th logits differ: a threshold has to give
     # the rate over all of them.
-    pooled = best if batch_size == 1 else score.flatten(0, 1).topk(batch_size * most, dim=0).values
+    pooled = best
+    if batch_size > 1:
+        num_pooled = batch_size * most
+        pooled = best.flatten(0, 1).topk(num_pooled, dim=0).values if may_look else None
+        # That is all of them, unless what a row has left might be higher than the lowest.
+        if pooled is None or not bool((best[:, -1] <= pooled[-1]).all()):
+            pooled = score.flatten(0, 1).topk(num_pooled, dim=0).values
     return selected, pooled.view(-1, num_groups).index_select(0, (quota.sum() - 1).clamp(min=0).view(1))[0]
 
 

@@ -1,37 +1,54 @@
 """Projections of the selected tokens alone, a few groups at a time, so that gathered rows stay in the CPU's cache."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import torch
 from torch.autograd.function import once_differentiable
 
-BLOCK_SIZE = 2**20  # elements of gathered rows and weights: larger ones leave the cache, and cost page faults
+BLOCK_SIZE = 2**18  # elements of gathered rows: more of them leave the cache, and cost page faults
 
 
-def group_blocks(token: torch.Tensor, width: int, hidden_size: int) -> Iterator[slice]:
-    """The groups of `token` [G, N] in blocks of few rows and weights `[N + width, D]`; on a GPU all in one."""
+def blocks_of_groups(
+    token: torch.Tensor, hidden_size: int, *lists: Sequence[torch.Tensor | None]
+) -> Iterator[tuple[torch.Tensor | tuple[torch.Tensor | None, ...], ...]]:
+    """
+    `token` [G, N] and `lists` of tensors `[G, ...]` (or None) in equal blocks of groups that have few rows `[N, D]`;
+    on a GPU all in one.
+    """
     num_groups, num_slots = token.shape
-    size = max(1, BLOCK_SIZE // ((num_slots + width) * hidden_size)) if token.device.type == "cpu" else num_groups
-    return (slice(start, start + size) for start in range(0, num_groups, size))
+    size = num_groups
+    if token.device.type == "cpu":
+        most = max(1, BLOCK_SIZE // max(1, num_slots * hidden_size))
+        size = math.ceil(num_groups / math.ceil(num_groups / most))
+    slots = token.split(size)
+
+    def split(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[torch.Tensor | None, ...]]:
+        return zip(*(repeat(None, len(slots)) if x is None else x.split(size) for x in tensors), strict=True)
+
+    return zip(slots, *map(split, lists), strict=True)
 
 
 def gather_rows(states: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
     """Rows `[g, N, ...]` of `states` [M, ...] at `token` [g, N]. Several times faster than indexing."""
-    return states.index_select(0, token.flatten()).unflatten(0, token.shape)
+    return states.index_select(0, token.flatten()).view(*token.shape, *states.shape[1:])
 
 
-def _signed(sin: torch.Tensor, back: bool = False) -> torch.Tensor:
-    """The sine of a rotation, `[M, rotary_dim]`, as a factor of the other half of the channels."""
-    first, second = sin.chunk(2, dim=1)
-    return torch.cat((second, -first) if back else (-first, second), dim=1)
-
-
-def _rotate(heads: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor, token: torch.Tensor) -> None:
-    """Rotate the first channels of `heads` [g, N, heads, d] in place."""
-    heads = heads[..., : cos.shape[1]]
-    other_half = torch.cat(heads.chunk(2, dim=-1)[::-1], dim=-1)
-    cos, signed_sin = (gather_rows(angle, token)[:, :, None] for angle in (cos, signed_sin))
-    heads.mul_(cos).addcmul_(other_half, signed_sin)
+def _rotate(
+    states: torch.Tensor, head_dim: int, cos: torch.Tensor, sin: torch.Tensor, transposed: bool = False
+) -> None:
+    """
+    Rotate the first channels of every head of `states` [G, N, heads * d] in place by angles `[G, N, rotary_dim]`, or
+    by the transposed matrix, as a gradient is.
+    """
+    (cos_1, cos_2), (sin_1, sin_2) = (angle[:, :, None].chunk(2, dim=-1) for angle in (cos, sin))
+    if transposed:
+        sin_1, sin_2 = -sin_2, -sin_1
+    first, second = states.unflatten(-1, (-1, head_dim))[..., : cos.shape[-1]].chunk(2, dim=-1)
+    turned = (second * cos_2).addcmul_(first, sin_2)
+    first.mul_(cos_1).addcmul_(second, sin_1, value=-1)
+    second.copy_(turned)
 
 
 class GatherProject(torch.autograd.Function):
@@ -55,18 +72,20 @@ class GatherProject(torch.autograd.Function):
     def forward(
         hidden_states, token, cos, sin, gate, query, key, value, router, query_bias, key_bias, value_bias, router_bias
     ):
-        sizes = [query.shape[1], key.shape[1], value.shape[1]]
-        signed_sin = _signed(sin)
-        states = hidden_states.new_empty(*token.shape, sum(sizes))
-        for groups in group_blocks(token, sum(sizes), hidden_states.shape[1]):
-            rows = gather_rows(hidden_states, token[groups])
-            weight = torch.cat((query[groups], key[groups], value[groups]), dim=1)
-            block = torch.bmm(rows, weight.transpose(1, 2), out=states[groups])
-            if query_bias is not None:
-                block += torch.cat((query_bias[groups], key_bias[groups], value_bias[groups]), dim=1)[:, None]
-            # Queries and key [g, N, R + 1, d], without the value.
-            _rotate(block.unflatten(-1, (-1, sizes[1]))[..., :-1, :], cos, signed_sin, token[groups])
-        return *states.split(sizes, dim=-1), None if gate is None else gate.clone()
+        weights, biases = (query, key, value), (query_bias, key_bias, value_bias)
+        states = [hidden_states.new_empty(*token.shape, weight.shape[1]) for weight in weights]
+        columns = [weight.transpose(1, 2) for weight in weights]
+        for slots, *block in blocks_of_groups(token, hidden_states.shape[1], columns, states):
+            rows = gather_rows(hidden_states, slots)
+            for weight, projected in zip(*block, strict=True):
+                torch.bmm(rows, weight, out=projected)
+        for projected, bias in zip(states, biases, strict=True):
+            if bias is not None:
+                projected += bias[:, None]
+        angles = [gather_rows(angle, token) for angle in (cos, sin)]
+        for projected in states[:2]:
+            _rotate(projected, key.shape[1], *angles)
+        return *states, None if gate is None else gate.clone()
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -79,37 +98,35 @@ class GatherProject(torch.autograd.Function):
         learns_rows, learns_weight, learns_bias = (
             ctx.needs_input_grad[part] for part in (0, slice(5, 9), slice(9, 13))
         )
-        grads = [grad_query, grad_key, grad_value]
+        cos, sin = (gather_rows(angle, token) for angle in (cos, sin))
+        grads = [grad.clone(memory_format=torch.contiguous_format) for grad in (grad_query, grad_key)]
+        for grad in grads:
+            _rotate(grad, weights[1].shape[1], cos, sin, transposed=True)
+        grads.append(grad_value)
         if gate is not None:
             grads.append((grad_gate * gate * (1 - gate))[..., None])  # [G, N, 1]
             weights[3] = weights[3][:, None]
-        sizes = [weight.shape[1] for weight in weights[:3]]
-        signed_sin = _signed(sin, back=True)
         grad_weights, grad_biases = [None] * 4, [None] * 4
-        for i, weight in enumerate(weights):
+        for i, grad in enumerate(grads):
             if learns_weight[i]:
-                grad_weights[i] = torch.empty_like(weight)
+                grad_weights[i] = torch.empty_like(weights[i])
             if learns_bias[i]:
-                grad_biases[i] = weight.new_empty(weight.shape[:2])
+                grad_biases[i] = grad.sum(1)
         total = None
         if learns_rows:
             total = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
 
-        for groups in group_blocks(token, sum(sizes), hidden_states.shape[1]):
-            rows = gather_rows(hidden_states, token[groups])
-            block = torch.cat([grad[groups] for grad in grads[:3]], dim=-1)
-            _rotate(block.unflatten(-1, (-1, sizes[1]))[..., :-1, :], cos, signed_sin, token[groups])
+        lists = (grads, weights[: len(grads)], grad_weights[: len(grads)])
+        for slots, *block in blocks_of_groups(token, hidden_states.shape[1], *lists):
+            rows = gather_rows(hidden_states, slots)
             update = None
-            for i, grad in enumerate((*block.split(sizes, dim=-1), *(grad[groups] for grad in grads[3:]))):
-                if learns_weight[i]:
-                    torch.bmm(grad.transpose(1, 2), rows, out=grad_weights[i][groups])
-                if learns_bias[i]:
-                    torch.sum(grad, 1, out=grad_biases[i][groups])
+            for grad, weight, grad_weight in zip(*block, strict=True):
+                if grad_weight is not None:
+                    torch.bmm(grad.transpose(1, 2), rows, out=grad_weight)
                 if learns_rows:
-                    weight = weights[i][groups]
                     update = torch.bmm(grad, weight) if update is None else update.baddbmm_(grad, weight)
             if learns_rows:
-                total.index_add_(0, token[groups].flatten(), update.flatten(0, 1).to(total.dtype))
+                total.index_add_(0, slots.flatten(), update.flatten(0, 1).to(total.dtype))
 
         for of_router in (grad_weights, grad_biases):
             of_router[3] = None if of_router[3] is None else of_router[3][:, 0]

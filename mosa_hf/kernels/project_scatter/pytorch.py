@@ -3,7 +3,7 @@
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..gather_project.pytorch import gather_rows, group_blocks
+from ..gather_project.pytorch import blocks_of_groups, gather_rows
 
 
 class ProjectScatter(torch.autograd.Function):
@@ -21,12 +21,11 @@ class ProjectScatter(torch.autograd.Function):
 
     @staticmethod
     def forward(heads, gate, token, weight, num_tokens):
-        _, hidden_size, width = weight.shape
+        hidden_size = weight.shape[1]
         output = heads.new_zeros(num_tokens, hidden_size, dtype=torch.promote_types(heads.dtype, torch.float32))
-        for groups in group_blocks(token, width, hidden_size):
-            gated = heads[groups] * gate[groups, :, None]
-            update = torch.bmm(gated, weight[groups].transpose(1, 2)).flatten(0, 1)
-            output.index_add_(0, token[groups].flatten(), update.to(output.dtype))
+        gated = heads * gate[..., None]
+        for slots, block in blocks_of_groups(token, hidden_size, (gated, weight.transpose(1, 2))):
+            output.index_add_(0, slots.flatten(), torch.bmm(*block).flatten(0, 1).to(output.dtype))
         return output
 
     @staticmethod
@@ -38,18 +37,16 @@ class ProjectScatter(torch.autograd.Function):
     def backward(ctx, grad):
         heads, gate, token, weight = ctx.saved_tensors
         learns_heads, learns_gate, _, learns_weight, _ = ctx.needs_input_grad
-        grad_heads = torch.empty_like(heads) if learns_heads else None
-        grad_gate = torch.empty_like(gate) if learns_gate else None
+        gated = heads * gate[..., None] if learns_weight else None
         grad_weight = torch.empty_like(weight) if learns_weight else None
-        for groups in group_blocks(token, weight.shape[2], weight.shape[1]):
-            rows = gather_rows(grad, token[groups]).to(heads.dtype)  # [g, N, D]
+        grad_gated = torch.empty_like(heads) if learns_heads or learns_gate else None
+        lists = ((gated, weight), (grad_weight, grad_gated))
+        for slots, (states, block), outputs in blocks_of_groups(token, weight.shape[1], *lists):
+            rows = gather_rows(grad, slots).to(heads.dtype)  # [g, N, D]
             if learns_weight:
-                gated = heads[groups] * gate[groups, :, None]
-                torch.bmm(rows.transpose(1, 2), gated, out=grad_weight[groups])
-            if learns_heads or learns_gate:
-                grad_gated = torch.bmm(rows, weight[groups])
-            if learns_gate:
-                torch.sum(grad_gated * heads[groups], -1, out=grad_gate[groups])
-            if learns_heads:
-                torch.mul(grad_gated, gate[groups, :, None], out=grad_heads[groups])
+                torch.bmm(rows.transpose(1, 2), states, out=outputs[0])
+            if grad_gated is not None:
+                torch.bmm(rows, block, out=outputs[1])
+        grad_gate = (grad_gated * heads).sum(-1) if learns_gate else None
+        grad_heads = grad_gated.mul_(gate[..., None]) if learns_heads else None
         return grad_heads, grad_gate, None, grad_weight, None

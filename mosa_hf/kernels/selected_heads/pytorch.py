@@ -26,11 +26,13 @@ def selected_heads(
         if past is not None:  # every shape has to be known
             return reference.selected_heads(hidden_states, weights, tokens, past)
         return opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.until), None
-    device, dtype = hidden_states.device, hidden_states.dtype
-    if torch.is_autocast_enabled(device.type):
-        hidden_states = hidden_states.to(torch.get_autocast_dtype(device.type))
-        weights = HeadWeights(*(None if x is None else x.to(hidden_states.dtype) for x in weights))
-    with torch.autocast(device.type, enabled=False):
+    device_type, dtype = hidden_states.device.type, hidden_states.dtype
+    if not torch.is_autocast_enabled(device_type):
+        output, new = _selected_heads(hidden_states, weights, tokens, past)
+        return output.to(dtype), new
+    hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
+    weights = HeadWeights(*(None if x is None else x.to(hidden_states.dtype) for x in weights))
+    with torch.autocast(device_type, enabled=False):
         output, new = _selected_heads(hidden_states, weights, tokens, past)
     return output.to(dtype), new
 
@@ -58,7 +60,8 @@ def _selected_heads(
     # The router learns from the selected tokens alone, rather than from a gradient of all tokens' logits.
     sparse = weights.router is not None and gate.dtype == hidden_states.dtype
     router = (weights.router, weights.router_bias) if sparse else (None, None)
-    query, key, value, slot_gate = GatherProject.apply(
+    query, key, value, slot_gate = _call(
+        GatherProject,
         hidden_states.flatten(0, 1),
         token,
         tokens.cos.flatten(0, 1),
@@ -70,7 +73,7 @@ def _selected_heads(
     gate = slot_gate if sparse else gate
 
     query, key, value = (
-        states.unflatten(2, (-1, head_dim)).unflatten(1, (batch_size, num_slots)).transpose(2, 3)
+        states.view(num_groups, batch_size, num_slots, states.shape[2] // head_dim, head_dim).transpose(2, 3)
         for states in (query, key, value)
     )  # [G, B, R or 1, K, d]
     position, until = gather(tokens.position), gather(tokens.until)  # [B, G, K]
@@ -104,8 +107,13 @@ def _selected_heads(
 
     heads = heads.transpose(1, 2).flatten(2).view(*token.shape, weights.output.shape[2])
     gate = (gate * by_slot(filled)).to(heads.dtype)
-    output = ProjectScatter.apply(heads, gate, token, weights.output, batch_size * num_tokens)
+    output = _call(ProjectScatter, heads, gate, token, weights.output, batch_size * num_tokens)
     return output.unflatten(0, (batch_size, num_tokens)), new
+
+
+def _call(function: type[torch.autograd.Function], *inputs: torch.Tensor | int | None):
+    """`function.apply`, or its forward alone where no gradient is wanted: applying it takes longer than some calls."""
+    return (function.apply if torch.is_grad_enabled() else function.forward)(*inputs)
 
 
 def _run(hidden_states: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
