@@ -71,7 +71,7 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
         plan: some or all groups of `candidates`.
         candidates: the plan that `fits` are of.
     """
-    predicted = _of_groups(candidates, [None if fit is None else fit.predicted for fit in fits])
+    predicted = of_groups(candidates, [None if fit is None else fit.predicted for fit in fits])
     pairs = plan.sparse_pairs()
     logits = torch.stack([predicted[pair][:, 1:].flatten() for pair in pairs])  # first tokens: a case of their own
     kinds = [plan.layers[layer][group] for layer, group in pairs]
@@ -117,7 +117,7 @@ def mean_losses(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[lis
     candidates; None for groups that are none.
     """
     predicted, importance = (
-        _of_groups(candidates, [None if fit is None else getattr(fit, name) for fit in fits])
+        of_groups(candidates, [None if fit is None else getattr(fit, name) for fit in fits])
         for name in ("predicted", "importance")
     )
     rates = one_threshold(candidates, candidates, fits)
@@ -129,7 +129,7 @@ def mean_losses(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[lis
     return losses
 
 
-def _of_groups(candidates: GroupPlan, states: list[torch.Tensor | None]) -> dict[tuple[int, int], torch.Tensor]:
+def of_groups(candidates: GroupPlan, states: list[torch.Tensor | None]) -> dict[tuple[int, int], torch.Tensor]:
     """`states` [N, T, G] of each layer's candidates as `(layer, group)` → `[N, T]`."""
     found = {}
     for layer, (groups, own) in enumerate(zip(candidates.layers, states, strict=True)):
