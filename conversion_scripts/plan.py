@@ -5,7 +5,7 @@ bytes. Also installed as the command `mosa-plan`.
     mosa-plan path/to/base plan.json --share 0.25 --text a.txt b.txt
     mosa-convert path/to/base converted --plan plan.json --calibration a.txt b.txt
 
-Long work: what was measured is kept beside the plan until the plan is written, and the same command goes on from there.
+What was measured is kept beside the plan until the plan is written: the same command goes on from there.
 """
 
 import argparse
@@ -35,10 +35,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6, help="exchanges that are tried (default: %(default)s)")
     parser.add_argument("--windows", type=int, default=12, help="calibration windows (default: %(default)s)")
     parser.add_argument("--window-length", type=int, default=1024, help="tokens of one (default: %(default)s)")
+    parser.add_argument(
+        "--uniform", type=Path, metavar="FILE", help="write the best uniform plan too, to compare with"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the plan as a heat map (PNG; needs matplotlib)")
     options = parser.parse_args(arguments)
     try:
         found = plan(options)
+        if options.uniform:
+            found.uniform.save(options.uniform)
         if options.plot:
             found.plan.plot(options.plot, options.tokens)
     except (OSError, ValueError, ImportError) as error:

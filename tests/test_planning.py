@@ -1,4 +1,4 @@
-"""Plans by measured effect: derivatives against finite differences, what a search finds, and that it can be resumed."""
+"""Plans by measured effect: derivatives against finite differences, what a search finds, and that it goes on."""
 
 import pytest
 import torch
@@ -37,9 +37,8 @@ def test_divergence_of_a_plan(family):
     with torch.no_grad():
         for row, found in enumerate(effects.of(plan)):
             ids = effects.texts[row : row + 1]
-            logits, converted = (
-                model(ids, use_cache=False).logits[0] for model in (effects.model, effects.with_plan(plan))
-            )
+            models = effects.model, effects.with_plan(plan)
+            logits, converted = (model(ids, use_cache=False).logits[0] for model in models)
             logits, converted = (each[effects.position].log_softmax(-1) for each in (logits, converted))
             expected = (logits.exp() * (logits - converted)).sum(-1).mean()
             assert found == pytest.approx(float(expected), rel=1e-4) and found > 0.01
@@ -221,8 +220,10 @@ def test_texts():
     texts = measured_texts(tokenizer, text, 3, 101)
     assert texts.shape == (3, 101)
     assert torch.equal(texts[2, :50], texts[2, 51:])
-    assert all(tokenizer.decode(row) in text for row in texts[:2])
-    assert tokenizer.decode(texts[2, :51]) in text and tokenizer.decode(texts[2]) not in text
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    stretches = ids.unfold(0, 101, 1).tolist()
+    assert [row in stretches for row in texts.tolist()] == [True, True, False]
+    assert texts[2, :51].tolist() in ids.unfold(0, 51, 1).tolist()
     with pytest.raises(ValueError, match="fewer than one window of 5000"):
         measured_texts(tokenizer, text, 3, 5000)
 
@@ -234,10 +235,14 @@ def test_command(tmp_path, capsys):
     text.write_text(" ".join(f"the {i}th word of a text that is long enough;" for i in range(80)))
     arguments = [str(source), str(destination), "--share", "0.5", "--text", str(text), "--texts", "2", "--rounds", "1"]
     arguments += ["--windows", "2", "--window-length", "64"]
-    command.main([*arguments, "--tokens", "128", "--plot", str(tmp_path / "plan.png")])
+    uniform, picture = tmp_path / "uniform.json", tmp_path / "plan.png"
+    command.main([*arguments, "--tokens", "128", "--plot", str(picture), "--uniform", str(uniform)])
     plan, printed = GroupPlan.load(destination), capsys.readouterr().out
     assert str(plan) in printed and "Divergence from the original" in printed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.png", "source", "text.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (source, text, destination, uniform, picture)
+    }
+    assert len({kind.window for groups in GroupPlan.load(uniform).layers for kind in groups}) == 1
     converted = convert_model(tiny_base(), ConversionConfig(plan=destination), random_tokens(2, 64))
     assert GroupPlan.of_config(converted.config) == plan
     for wrong, message in (

@@ -138,9 +138,9 @@ class Effects:
 
     def of_moves(self, plan: GroupPlan, moves: Sequence[GroupPlan], first: int = 0) -> Iterator[torch.Tensor]:
         """
-        For each text from the `first` on the derivative `[M, L, G]` of the divergence with respect to each group's move from `plan` to
-        each of M other plans, at the plan: what the move alone would change the divergence by, were that linear. Zero
-        for groups that are dense.
+        For each text from the `first` on the derivative `[M, L, G]` of the divergence with respect to each group's
+        move from `plan` to each of M other plans, at the plan: what the move alone would change the divergence by,
+        were that linear. Zero for groups that are dense.
 
         Args:
             moves: plans that have the same sparse groups as `plan`.
@@ -208,9 +208,8 @@ class Probe:
         first = call.layout.first if module.mosa_router.include_first else None
         changes = []
         for choice in self.choices:
-            selected = select_by_threshold(
-                self.logits, choice.threshold.to(self.logits.device), call.layout.valid, first
-            )
+            threshold = choice.threshold.to(self.logits.device)
+            selected = select_by_threshold(self.logits, threshold, call.layout.valid, first)
             routed = [Routed(take(selected, columns, dim=2)) for columns in choice.groups.columns]
             other = call._replace(routed=routed, gates=[None] * len(routed))
             changed, _ = mosa_attention_forward(Regrouped(module, choice.groups), *states, mosa=other, **options)

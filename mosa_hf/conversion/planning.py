@@ -2,10 +2,10 @@
 Plans by measured effect: what every key/value group becomes, so that a cache takes a given share of the original's
 bytes and the model predicts as nearly as possible what the original does (docs/choosing.md).
 
-Effects of single groups do not add up, so none is measured alone. The search starts at the best uniform plan. There, one
-backward pass for each text tells what a larger or smaller window, and more or fewer selected tokens, would do in
-each group while all others stay as they are. Groups that lose least by byte give to those that gain most; what
-comes out is measured, kept if the model's divergence from the original fell, and the next exchange starts from it.
+Effects of single groups do not add up, so none is measured alone. The search starts at the best uniform plan. There,
+one backward pass for each text tells what a larger or smaller window, and more or fewer selected tokens, would do in
+each group while all others stay as they are. Groups that lose least by byte give to those that gain most; what comes
+out is measured, kept if the model's divergence from the original fell, and the next exchange starts from it.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class PlanningConfig:
     What plan to search for.
 
     Args:
-        share: of the original cache's bytes that the plan may take.
+        share: of the original cache's bytes that the plan may take, layers with a sliding window aside.
         num_tokens: in texts of this many tokens, those that are read and those that follow.
         rounds: exchanges that are measured at most.
         step: share of the groups that change in the first exchange; half as many after one that was no gain.
@@ -93,7 +93,6 @@ class Rates:
         predicted = of_groups(candidates, [None if fit is None else fit.predicted for fit in fits])
         skip = int(planning.include_first)
         self.logits = {pair: logits[:, skip:].flatten().sort().values for pair, logits in predicted.items()}
-        self.num_groups = sum(map(len, candidates.layers))
 
     def plan(self, settings: dict[Pair, Setting], threshold: float) -> GroupPlan:
         """With the rates that a threshold gives; at least one calibration token is selected."""
@@ -110,10 +109,9 @@ class Rates:
         )
 
     def share(self, plan: GroupPlan) -> float:
-        """Of the original's bytes."""
-        tokens = self.planning.num_tokens
-        kept = [1.0 if kind is None else kind.kept_share(tokens) for groups in plan.layers for kind in groups]
-        return sum(kept) / self.num_groups
+        """Of the bytes of the original's cache, layers with a sliding window aside."""
+        kept = [plan.layers[layer][group].kept_share(self.planning.num_tokens) for layer, group in self.logits]
+        return sum(kept) / len(kept)
 
     def threshold(self, settings: dict[Pair, Setting]) -> float | None:
         """The lowest with which the plan's bytes are within the share; None if the windows alone are more."""
@@ -186,7 +184,7 @@ def exchange(effects: torch.Tensor, costs: torch.Tensor, num_groups: int) -> dic
 
     def chosen(price: float) -> dict[int, int]:
         gains, moves = (effects + price * costs).min(0)
-        best = (gains).argsort()[:num_groups]
+        best = gains.argsort()[:num_groups]
         return {int(group): int(moves[group]) for group in best if gains[group] < 0}
 
     def cost(price: float) -> float:
@@ -217,8 +215,8 @@ class Found(NamedTuple):
     def __str__(self) -> str:
         kind = next(kind for groups in self.uniform.layers for kind in groups if kind is not None)
         return (
-            f"Divergence from the original: {self.divergence:.4g} nats a token. With a window of {kind.window} tokens in "
-            f"all groups, the best one, and as many bytes: {self.uniform_divergence:.4g}. Share of the bytes: "
+            f"Divergence from the original: {self.divergence:.4g} nats a token. With a window of {kind.window} tokens "
+            f"in all groups, the best one, and as many bytes: {self.uniform_divergence:.4g}. Share of the bytes: "
             f"{self.share:.4f}."
         )
 
@@ -379,8 +377,8 @@ def measured_texts(
     tokenizer: PreTrainedTokenizerBase, text: str, num_texts: int = 3, length: int = 4096
 ) -> torch.Tensor:
     """
-    What plans are measured on: stretches of a text, token ids `[N, length]`. The last of several is read twice, half as
-    long: most of what a model predicts it reads near by, and only there is all of what lies far back of use.
+    What plans are measured on: stretches of a text, token ids `[N, length]`. The last of several is half as long and
+    read twice: most of what a model predicts it reads near by, and only there is all of what lies far back of use.
 
     Raises:
         ValueError: for a text shorter than one stretch.
