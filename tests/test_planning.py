@@ -17,9 +17,9 @@ from .bases import byte_tokenizer, random_tokens, tiny_base
 TOKENS = 96
 
 
-def effects_of(family: str, plan: SparseGroup) -> tuple[Effects, GroupPlan]:
+def effects_of(family: str, plan: SparseGroup, **fields) -> tuple[Effects, GroupPlan]:
     """Of a tiny model on two texts, and the plan with such groups wherever they can be."""
-    model, calibration = tiny_base(family), random_tokens(4, 48)
+    model, calibration = tiny_base(family, **fields), random_tokens(4, 48)
     config = family_of(family).config_class.from_base(model.config)
     candidates = candidate_plan(config, ConversionConfig(window=plan.window, sparsity=plan.sparsity))
     fits = fit_routers(model, calibration, candidates)
@@ -44,6 +44,13 @@ def test_divergence_of_a_plan(family):
             assert found == pytest.approx(float(expected), rel=1e-4) and found > 0.01
     assert max(effects.of(everywhere(plan, SparseGroup(8, 1.0)))) < 1e-5
     assert max(effects.of(everywhere(plan, SparseGroup(TOKENS, 4.0)))) < 1e-5
+
+
+def test_a_model_in_training_is_measured_in_evaluation():
+    effects, plan = effects_of("llama", SparseGroup(8, 1.0), attention_dropout=0.5)
+    effects.model.train()
+    assert max(effects.of(plan)) < 1e-5
+    assert all(module.training for module in effects.model.modules())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])

@@ -23,7 +23,7 @@ from ..modeling.sparse_groups import LayerCall, LayerGroups, SparseGroupsMixin, 
 from ..modeling.sparse_models import with_sparse_groups
 from ..modeling.thresholds import highest_share
 from ..routing.selection import select_by_threshold
-from .calibration import RouterFit
+from .calibration import RouterFit, frozen
 
 PROBED = "mosa_probed"  # the attention function of models whose choices are probed
 MOST_LIKELY = 256  # tokens whose probabilities are compared one by one; all others as one
@@ -82,11 +82,11 @@ class Effects:
         self.position = torch.linspace(length // 2, length - 1, min(positions, length - length // 2)).long()
         self._expected: dict[int, Predictions] = {}
 
-    @torch.no_grad()
     def expected(self, row: int) -> Predictions:
         """What the original predicts in text `row`."""
         if row not in self._expected:
-            logits = self._logits(self.model, row)
+            with frozen(self.model):
+                logits = self._logits(self.model, row)
             best, token = logits.float().log_softmax(-1).topk(min(MOST_LIKELY, logits.shape[-1]), dim=-1)
             self._expected[row] = Predictions(self.position, token, best)
         return self._expected[row]
