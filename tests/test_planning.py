@@ -1,5 +1,7 @@
 """Plans by measured effect: derivatives against finite differences, what a search finds, and that it goes on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from mosa_hf.conversion_scripts import plan as command
@@ -8,7 +10,7 @@ from mosa_hf import ConversionConfig, GroupPlan, convert_model
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.conversion.effects import Effects, divergence
-from mosa_hf.conversion.planning import PlanningConfig, Rates, Setting, exchange, measured_texts, search_plan
+from mosa_hf.conversion.planning import WINDOWS, PlanningConfig, Rates, Setting, exchange, measured_texts, search_plan
 from mosa_hf.modeling.families import family_of
 from mosa_hf.modeling.group_plan import SparseGroup
 
@@ -168,6 +170,26 @@ def test_search_beats_the_best_uniform_plan():
             selected.append(sum(kind.kept_share(2 * TOKENS) for groups in plan.layers for kind in groups))
     assert divergences[0] < divergences[1]
     assert selected[0] == pytest.approx(selected[1], rel=0.01)
+
+
+def test_a_search_begins_at_the_best_window():
+    """Of all on the scale, at the same bytes."""
+    planning = replace(SEARCH, rounds=0)
+    found = searched(planning=planning)
+    assert found.plan == found.uniform and found.divergence == found.uniform_divergence
+    model, calibration = tiny_base(num_hidden_layers=4), random_tokens(6, 96)
+    candidates = GroupPlan.uniform(4, 2, SparseGroup(8, 4))
+    fits = fit_routers(model, calibration, candidates)
+    effects = Effects(model, fits, candidates, random_tokens(3, 2 * TOKENS, seed=5))
+    rates, divergences = Rates(planning, candidates, fits), {}
+    for i, window in enumerate(WINDOWS):
+        settings = dict.fromkeys(rates.logits, Setting(i, 0))
+        if (threshold := rates.threshold(settings)) is not None:
+            each = list(effects.of(rates.plan(settings, threshold)))
+            divergences[window] = sum(each) / len(each)
+    assert len(divergences) == 5  # 16 to 64 tokens; 96 of 192 are more than the share
+    assert found.uniform.layers[0][0].window == min(divergences, key=divergences.get)
+    assert found.uniform_divergence == pytest.approx(min(divergences.values()))
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):

@@ -126,7 +126,8 @@ class Effects:
         fitted, fit = self._fitted(layer, groups), self.fits[layer]
         predicted = fit.predicted[:, int(self.include_first) :, fitted].flatten(0, 1)
         rates = [plan.layers[layer][group].sparsity for group in groups]
-        return highest_share(predicted, rates) - fit.bias[fitted]
+        keeps_all = torch.tensor([rate == 1 for rate in rates])
+        return (highest_share(predicted, rates) - fit.bias[fitted]).masked_fill(keeps_all, -torch.inf)
 
     @torch.no_grad()
     def of(self, plan: GroupPlan, first: int = 0) -> Iterator[float]:
