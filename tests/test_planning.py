@@ -128,36 +128,45 @@ def test_rates_meet_a_share():
     effects, candidates = effects_of("llama", SparseGroup(8, 4.0))
     planning = PlanningConfig(share=0.3, num_tokens=TOKENS)
     rates = Rates(planning, candidates, effects.fits)
-    alike = dict.fromkeys(rates.logits, Setting(0, 0))
+    alike = dict.fromkeys(rates.logits, Setting(0))
     plan = rates.plan(alike, rates.threshold(alike))
     assert 0.29 < rates.share(plan) <= 0.3
     assert {kind.window for groups in plan.layers for kind in groups} == {16}
-    lower = {pair: Setting(0, int(pair[0] == 1)) for pair in alike}
+    lower = {pair: Setting(0, float(pair[0] == 1)) for pair in alike}
     other = rates.plan(lower, rates.threshold(lower))
     assert 0.29 < rates.share(other) <= 0.3
     for layer, (before, after) in enumerate(zip(plan.layers, other.layers, strict=True)):
         for i, kind in enumerate(before):
             assert (after[i].sparsity < kind.sparsity) == (layer == 1)
-    assert rates.threshold(dict.fromkeys(alike, Setting(2, 0))) is None  # 32 of 96 tokens are more
+    assert rates.threshold(dict.fromkeys(alike, Setting(2))) is None  # 32 of 96 tokens are more
 
 
 SEARCH = PlanningConfig(share=0.4, num_tokens=2 * TOKENS, rounds=4)
 
 
-def searched(directory=None, planning=SEARCH, **options):
-    model, calibration = tiny_base(num_hidden_layers=4), random_tokens(6, 96)
+def unequal_base():
+    """A model of four layers, in each of which the second of two groups says little."""
+    model = tiny_base(num_hidden_layers=4)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.unflatten(1, (2, -1))[:, 1] *= 0.1
+    return model
+
+
+def searched(directory=None, planning=SEARCH):
     texts = random_tokens(3, 2 * TOKENS, seed=5)
-    return search_plan(model, planning, calibration, texts, directory=directory, **options)
+    return search_plan(unequal_base(), planning, random_tokens(6, 96), texts, directory=directory)
 
 
 def test_search_beats_the_best_uniform_plan():
     """At the same bytes, also on texts that it never saw, and as conversion makes the model."""
     found = searched()
     assert 0.39 < found.share <= 0.4
-    assert found.divergence < 0.95 * found.uniform_divergence
-    windows = {kind.window for groups in found.uniform.layers for kind in groups}
-    assert len(windows) == 1
-    model, calibration = tiny_base(num_hidden_layers=4), random_tokens(6, 96)
+    assert found.divergence < 0.8 * found.uniform_divergence
+    assert len({kind.window for groups in found.uniform.layers for kind in groups}) == 1
+    kept = torch.tensor([[kind.kept_share(2 * TOKENS) for kind in groups] for groups in found.plan.layers])
+    assert kept.mean(0)[0] > 1.2 * kept.mean(0)[1]  # of those that matter
+    model, calibration = unequal_base(), random_tokens(6, 96)
     unseen = random_tokens(6, 2 * TOKENS, seed=7)
     divergences, selected = [], []
     with torch.no_grad():
@@ -168,7 +177,7 @@ def test_search_beats_the_best_uniform_plan():
             actual = converted(unseen, use_cache=False).logits[:, TOKENS:].log_softmax(-1)
             divergences.append(float((expected.exp() * (expected - actual)).sum(-1).mean()))
             selected.append(sum(kind.kept_share(2 * TOKENS) for groups in plan.layers for kind in groups))
-    assert divergences[0] < divergences[1]
+    assert divergences[0] < 0.9 * divergences[1]
     assert selected[0] == pytest.approx(selected[1], rel=0.01)
 
 
@@ -177,13 +186,13 @@ def test_a_search_begins_at_the_best_window():
     planning = replace(SEARCH, rounds=0)
     found = searched(planning=planning)
     assert found.plan == found.uniform and found.divergence == found.uniform_divergence
-    model, calibration = tiny_base(num_hidden_layers=4), random_tokens(6, 96)
+    model, calibration = unequal_base(), random_tokens(6, 96)
     candidates = GroupPlan.uniform(4, 2, SparseGroup(8, 4))
     fits = fit_routers(model, calibration, candidates)
     effects = Effects(model, fits, candidates, random_tokens(3, 2 * TOKENS, seed=5))
     rates, divergences = Rates(planning, candidates, fits), {}
     for i, window in enumerate(WINDOWS):
-        settings = dict.fromkeys(rates.logits, Setting(i, 0))
+        settings = dict.fromkeys(rates.logits, Setting(i))
         if (threshold := rates.threshold(settings)) is not None:
             each = list(effects.of(rates.plan(settings, threshold)))
             divergences[window] = sum(each) / len(each)

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
+from ..modeling.thresholds import highest_share
 from ..whole_files import whole_file
 from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
@@ -32,8 +33,10 @@ from .effects import Effects
 
 # Two windows for each doubling.
 WINDOWS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-# By how much a step lowers or raises a group's own threshold: in nats of a token's importance.
-THRESHOLD_STEP = 0.5
+# One token in so many; beyond these, all but nothing.
+SPARSITIES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0)
+# A move is to a sparsity that differs by this factor at least.
+LEAST_FACTOR = 1.2
 
 Pair = tuple[int, int]
 
@@ -70,18 +73,19 @@ class PlanningConfig:
 
 
 class Setting(NamedTuple):
-    """A group's place on the two scales that a search moves it on."""
+    """What a search sets of a group."""
 
     window: int  # index of `WINDOWS`
-    offset: int  # steps that its threshold lies below the one of all groups
+    offset: float = 0.0  # by how much its threshold lies below the one of all groups
 
 
-MOVES = (Setting(1, 0), Setting(-1, 0), Setting(0, 1), Setting(0, -1))
+MOVES = ("larger window", "smaller window", "lower threshold", "higher threshold")
 
 
 class Rates:
     """
-    The plans of a model at one share of the bytes: rates follow from one threshold for all groups.
+    The plans of a model at one share of the bytes: rates follow from one threshold for all groups, and what groups
+    have been moved by.
 
     Args:
         candidates: the plan that `fits` are of.
@@ -93,20 +97,39 @@ class Rates:
         predicted = of_groups(candidates, [None if fit is None else fit.predicted for fit in fits])
         skip = int(planning.include_first)
         self.logits = {pair: logits[:, skip:].flatten().sort().values for pair, logits in predicted.items()}
+        self.last = next((i for i, window in enumerate(WINDOWS) if window >= planning.num_tokens), len(WINDOWS) - 1)
 
     def plan(self, settings: dict[Pair, Setting], threshold: float) -> GroupPlan:
         """With the rates that a threshold gives; at least one calibration token is selected."""
-        kinds = {}
-        for pair, (window, offset) in settings.items():
-            logits = self.logits[pair]
-            below = int(torch.searchsorted(logits, threshold - offset * THRESHOLD_STEP))
-            kinds[pair] = SparseGroup(WINDOWS[window], round(len(logits) / max(len(logits) - below, 1), 2))
+        kinds = {
+            pair: SparseGroup(WINDOWS[setting.window], self._sparsity(pair, threshold - setting.offset))
+            for pair, setting in settings.items()
+        }
         return GroupPlan(
             tuple(
                 tuple(kinds.get((layer, group)) for group in range(len(groups)))
                 for layer, groups in enumerate(self.candidates.layers)
             )
         )
+
+    def _sparsity(self, pair: Pair, threshold: float) -> float:
+        """Of a group with a threshold of its own."""
+        logits = self.logits[pair]
+        below = int(torch.searchsorted(logits, threshold))
+        return round(len(logits) / max(len(logits) - below, 1), 2)
+
+    def moved(self, pair: Pair, setting: Setting, move: str, threshold: float) -> Setting:
+        """A setting after one of `MOVES`, under a threshold of all groups."""
+        if move in ("larger window", "smaller window"):
+            window = setting.window + (1 if move == "larger window" else -1)
+            return setting._replace(window=min(max(window, 0), self.last))
+        logits, now = self.logits[pair], self._sparsity(pair, threshold - setting.offset)
+        if move == "lower threshold":
+            sparsity = max((each for each in SPARSITIES if each * LEAST_FACTOR <= now), default=1.0)
+        else:
+            sparsity = min((each for each in SPARSITIES if each >= now * LEAST_FACTOR), default=float(len(logits)))
+        own = float(highest_share(logits[:, None], [sparsity]))
+        return setting._replace(offset=threshold - own)
 
     def share(self, plan: GroupPlan) -> float:
         """Of the bytes of the original's cache, layers with a sliding window aside."""
@@ -115,8 +138,8 @@ class Rates:
 
     def threshold(self, settings: dict[Pair, Setting]) -> float | None:
         """The lowest with which the plan's bytes are within the share; None if the windows alone are more."""
-        low = min(float(logits[0]) for logits in self.logits.values()) - 100 * THRESHOLD_STEP
-        high = max(float(logits[-1]) for logits in self.logits.values()) + 100 * THRESHOLD_STEP
+        low = min(float(self.logits[pair][0]) + setting.offset for pair, setting in settings.items())
+        high = max(float(self.logits[pair][-1]) + setting.offset for pair, setting in settings.items()) + 1
         if self.share(self.plan(settings, high)) > self.planning.share:
             return None
         for _ in range(50):
@@ -236,7 +259,6 @@ class Search:
         self.pairs = list(rates.logits)
         most = journal.num_texts * (4 + 2 * planning.rounds)  # a search may end sooner
         self.progress = logging.tqdm(total=most, desc="Planning", unit="text")
-        self.last = next((i for i, window in enumerate(WINDOWS) if window >= planning.num_tokens), len(WINDOWS) - 1)
 
     def run(self) -> Found:
         with self.progress:
@@ -255,9 +277,10 @@ class Search:
             chosen = exchange(effects, costs, number)
             if not chosen:
                 break
-            others = dict(settings)
+            threshold, others = self.rates.threshold(settings), dict(settings)
             for index, move in chosen.items():
-                others[self.pairs[index]] = self._moved(settings[self.pairs[index]], MOVES[move])
+                pair = self.pairs[index]
+                others[pair] = self.rates.moved(pair, settings[pair], MOVES[move], threshold)
             found = self._divergence(others)
             if found is not None and found < divergence:
                 settings, divergence, effects = others, found, None
@@ -272,12 +295,12 @@ class Search:
         """The best settings with one window for all groups: downhill on the scale of windows, from its middle."""
 
         def alike(window: int) -> dict[Pair, Setting]:
-            return dict.fromkeys(self.pairs, Setting(window, 0))
+            return dict.fromkeys(self.pairs, Setting(window))
 
         def measured(window: int) -> float | None:
-            return self._divergence(alike(window)) if 0 <= window <= self.last else None
+            return self._divergence(alike(window)) if 0 <= window <= self.rates.last else None
 
-        possible = [i for i in range(self.last + 1) if self.rates.threshold(alike(i)) is not None]
+        possible = [i for i in range(self.rates.last + 1) if self.rates.threshold(alike(i)) is not None]
         if not possible:
             raise ValueError(
                 f"`share={self.planning.share}` of {self.planning.num_tokens} tokens is less than a window of "
@@ -300,10 +323,6 @@ class Search:
             self.progress.update()
         return answers
 
-    def _moved(self, setting: Setting, move: Setting) -> Setting:
-        window = min(max(setting.window + move.window, 0), self.last)
-        return Setting(window, setting.offset + move.offset)
-
     def _plan(self, settings: dict[Pair, Setting]) -> GroupPlan:
         return self.rates.plan(settings, self.rates.threshold(settings))
 
@@ -320,7 +339,9 @@ class Search:
         threshold = self.rates.threshold(settings)
         plan = self.rates.plan(settings, threshold)
         others = [
-            self.rates.plan({pair: self._moved(each, move) for pair, each in settings.items()}, threshold)
+            self.rates.plan(
+                {pair: self.rates.moved(pair, each, move, threshold) for pair, each in settings.items()}, threshold
+            )
             for move in MOVES
         ]
         answers = self._ask(
