@@ -202,7 +202,8 @@ def test_a_search_begins_at_the_best_window():
 
 
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
-    whole = searched()
+    planning = replace(SEARCH, rounds=2)
+    whole = searched(planning=planning)
     measured = []
     original = Effects._logits
 
@@ -217,19 +218,19 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Effects, "_logits", until(17))
     with pytest.raises(KeyboardInterrupt):
-        searched(tmp_path)
-    monkeypatch.setattr(Effects, "_logits", until(30))
+        searched(tmp_path, planning)
+    monkeypatch.setattr(Effects, "_logits", until(24))
     with pytest.raises(KeyboardInterrupt):
-        searched(tmp_path)
+        searched(tmp_path, planning)
     monkeypatch.setattr(Effects, "_logits", original)
     fitted = []
     monkeypatch.setattr("mosa_hf.conversion.planning.fit_routers", lambda *args, **kwargs: fitted.append(args))
-    assert searched(tmp_path) == whole and not fitted
+    assert searched(tmp_path, planning) == whole and not fitted
     # All of it is known now.
     monkeypatch.setattr(Effects, "_logits", until(len(measured)))
-    assert searched(tmp_path) == whole
+    assert searched(tmp_path, planning) == whole
     with pytest.raises(ValueError, match="measured.json is of a search with other settings"):
-        searched(tmp_path, PlanningConfig(share=0.41, num_tokens=2 * TOKENS))
+        searched(tmp_path, replace(planning, share=0.41))
 
 
 @pytest.mark.parametrize(
