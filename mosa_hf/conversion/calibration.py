@@ -141,17 +141,17 @@ def _hooks(
 
 
 @contextmanager
-def _frozen(decoder: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and attention implementation are put back whatever happens."""
-    modes = [(module, module.training) for module in decoder.modules()]
-    implementation = decoder.config._attn_implementation
-    decoder.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    implementation = model.config._attn_implementation
+    model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        if decoder.config._attn_implementation != implementation:
-            decoder.set_attn_implementation(implementation)
+        if model.config._attn_implementation != implementation:
+            model.set_attn_implementation(implementation)
         for module, training in modes:
             module.training = training
 
@@ -245,7 +245,7 @@ def fit_routers(
         )
 
     progress = logging.tqdm(total=2 * len(input_ids), desc="Fitting routers", unit="window")
-    with progress, _frozen(decoder):
+    with progress, frozen(decoder):
         implementation = decoder.config._attn_implementation
         decoder.set_attn_implementation("eager")
         with _hooks(modules, add):

@@ -1,0 +1,287 @@
+"""
+What a plan does to what a model predicts, measured: the divergence of the original's predictions from those of the
+model with the plan's sparse groups; and its derivative with respect to every group's choice, from one backward pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from ..cache import Routed, take
+from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.families import family_of
+from ..modeling.group_plan import GroupPlan
+from ..modeling.router import MosaRouter
+from ..modeling.sparse_groups import LayerCall, LayerGroups, SparseGroupsMixin, mosa_attention_forward
+from ..modeling.sparse_models import with_sparse_groups
+from ..modeling.thresholds import highest_share
+from ..routing.selection import select_by_threshold
+from .calibration import RouterFit, frozen
+
+PROBED = "mosa_probed"  # the attention function of models whose choices are probed
+MOST_LIKELY = 256  # tokens whose probabilities are compared one by one; all others as one
+
+
+class Predictions(NamedTuple):
+    """What the original predicts after P tokens of a text."""
+
+    position: torch.Tensor  # [P] int64, of these tokens
+    token: torch.Tensor  # [P, K] int64, the most likely next tokens
+    log_probability: torch.Tensor  # [P, K] float32
+
+
+def divergence(logits: torch.Tensor, expected: Predictions) -> torch.Tensor:
+    """KL(expected ‖ predicted) in nats, mean over P positions, of logits `[P, V]`; what is unlikely counts as one."""
+    actual = logits.float().log_softmax(-1).gather(1, expected.token)
+    actual, wanted = (_with_rest(each) for each in (actual, expected.log_probability))
+    return nn.functional.kl_div(actual, wanted, reduction="sum", log_target=True) / len(logits)
+
+
+def _with_rest(log_probability: torch.Tensor) -> torch.Tensor:
+    """`[P, K]` → `[P, K + 1]`, the last for all other tokens together."""
+    rest = torch.log1p(-log_probability.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    return torch.cat((log_probability, rest), dim=-1)
+
+
+class Effects:
+    """
+    Measures plans of one model on some texts.
+
+    Memory: besides the model, what attention and head need for one text; a hidden state for each layer and token of it
+    while derivatives are taken; 12 K bytes for each position that is compared.
+
+    Args:
+        model: the original, with a language-modelling head. It is left as it was.
+        fits: of routers for all groups that a plan may make sparse.
+        candidates: the plan that `fits` are of.
+        texts: token ids `[N, T]`.
+        positions: how many are compared in each text, spread over its second half, where windows do not reach back to
+            the beginning.
+        include_first: whether the first token is always selected.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        fits: list[RouterFit | None],
+        candidates: GroupPlan,
+        texts: torch.Tensor,
+        positions: int = 512,
+        include_first: bool = True,
+    ):
+        self.model, self.fits, self.candidates, self.texts = model, fits, candidates, texts
+        self.include_first = include_first
+        length = texts.shape[1]
+        self.position = torch.linspace(length // 2, length - 1, min(positions, length - length // 2)).long()
+        self._expected: dict[int, Predictions] = {}
+
+    def expected(self, row: int) -> Predictions:
+        """What the original predicts in text `row`."""
+        if row not in self._expected:
+            with frozen(self.model):
+                logits = self._logits(self.model, row)
+            best, token = logits.float().log_softmax(-1).topk(min(MOST_LIKELY, logits.shape[-1]), dim=-1)
+            self._expected[row] = Predictions(self.position, token, best)
+        return self._expected[row]
+
+    def _logits(self, model: PreTrainedModel, row: int) -> torch.Tensor:
+        """Logits [P, V]."""
+        input_ids = self.texts[row : row + 1].to(model.device)
+        return model(input_ids, use_cache=False, logits_to_keep=self.position.to(model.device)).logits[0]
+
+    @torch.no_grad()
+    def with_plan(self, plan: GroupPlan) -> PreTrainedModel:
+        """The model with a plan's groups, the fitted routers, and the thresholds that select at the plan's rates."""
+        sparse = with_sparse_groups(self.model, self._config(plan)).eval()
+        for layer, router in sparse.mosa_routers().items():
+            fitted = self._fitted(layer, [group for group, kind in enumerate(plan.layers[layer]) if kind is not None])
+            router.weight.copy_(self.fits[layer].weight[fitted])
+            router.threshold.copy_(self._thresholds(layer, plan))
+        return sparse
+
+    def _config(self, plan: GroupPlan) -> SparseGroupsConfig:
+        return family_of(self.model.config.model_type).config_class.from_base(
+            self.model.config,
+            mosa_plan=plan.to_list(),
+            mosa_include_first=self.include_first,
+            mosa_routing="threshold",
+            mosa_gate_slope=0.0,
+        )
+
+    def _fitted(self, layer: int, groups: Sequence[int]) -> list[int]:
+        """Where `groups` of a layer are among those that have fits."""
+        own = [group for group, kind in enumerate(self.candidates.layers[layer]) if kind is not None]
+        return [own.index(group) for group in groups]
+
+    def _thresholds(self, layer: int, plan: GroupPlan) -> torch.Tensor:
+        """Of the sparse groups of a layer `[G]`, for logits without bias, which routers lack."""
+        groups = [group for group, kind in enumerate(plan.layers[layer]) if kind is not None]
+        fitted, fit = self._fitted(layer, groups), self.fits[layer]
+        predicted = fit.predicted[:, int(self.include_first) :, fitted].flatten(0, 1)
+        rates = [plan.layers[layer][group].sparsity for group in groups]
+        keeps_all = torch.tensor([rate == 1 for rate in rates])
+        return (highest_share(predicted, rates) - fit.bias[fitted]).masked_fill(keeps_all, -torch.inf)
+
+    @torch.no_grad()
+    def of(self, plan: GroupPlan, first: int = 0) -> Iterator[float]:
+        """The divergence of a plan on each text from the `first` on."""
+        model = self.with_plan(plan)
+        for row in range(first, len(self.texts)):
+            expected = self.expected(row)
+            yield float(divergence(self._logits(model, row), expected))
+
+    def of_moves(self, plan: GroupPlan, moves: Sequence[GroupPlan], first: int = 0) -> Iterator[torch.Tensor]:
+        """
+        For each text from the `first` on the derivative `[M, L, G]` of the divergence with respect to each group's
+        move from `plan` to each of M other plans, at the plan: what the move alone would change the divergence by,
+        were that linear. Zero for groups that are dense.
+
+        Args:
+            moves: plans that have the same sparse groups as `plan`.
+        """
+        model = self.with_plan(plan)
+        probes = {}
+        for module in model.modules():
+            if isinstance(module, SparseGroupsMixin):
+                layer = module.layer_idx
+                others = [
+                    Choice(LayerGroups.of_layer(self._config(other), layer), self._thresholds(layer, other))
+                    for other in moves
+                ]
+                module.mosa_probe = probes[layer] = Probe(module.mosa_router, others)
+                module.config._attn_implementation = PROBED
+            elif isinstance(module, GradientCheckpointingLayer):
+                _recompute(module)
+        model.enable_input_require_grads()
+        size = (len(moves), len(plan.layers), len(plan.layers[0]))
+        with _without_gradients(self.model):
+            for row in range(first, len(self.texts)):
+                expected = self.expected(row)
+                with torch.enable_grad():
+                    divergence(self._logits(model, row), expected).backward()
+                effects = torch.zeros(size)
+                for layer, probe in probes.items():
+                    effects[:, layer] = probe.take_effects()
+                yield effects
+
+
+class Choice(NamedTuple):
+    """What the groups of a layer might be."""
+
+    groups: LayerGroups
+    threshold: torch.Tensor  # [G], of its sparse groups
+
+
+class Probe:
+    """
+    Of one attention module: what it would give for other choices of its groups, against the gradient of what it gives.
+
+    Args:
+        router: of the module, whose logits decide what the choices select.
+        choices: with the same sparse groups as the module's own.
+    """
+
+    def __init__(self, router: MosaRouter, choices: list[Choice]):
+        self.choices = choices
+        self.logits = None  # [B, T, G] of the last call
+        self._effects = [0.0] * len(choices)
+        router.register_forward_hook(self._see)
+
+    def _see(self, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.logits = output[0].detach()
+
+    @torch.no_grad()
+    def watch(self, module: nn.Module, output: torch.Tensor, states: tuple, call: LayerCall, options: dict) -> None:
+        """
+        Add up the effects of a call when the gradient of its output comes by.
+
+        Args:
+            output: `[B, T, H, d]`.
+            states: query, key, value and mask, as `mosa_attention_forward` takes them.
+        """
+        first = call.layout.first if module.mosa_router.include_first else None
+        changes = []
+        for choice in self.choices:
+            threshold = choice.threshold.to(self.logits.device)
+            selected = select_by_threshold(self.logits, threshold, call.layout.valid, first)
+            routed = [Routed(take(selected, columns, dim=2)) for columns in choice.groups.columns]
+            other = call._replace(routed=routed, gates=[None] * len(routed))
+            changed, _ = mosa_attention_forward(Regrouped(module, choice.groups), *states, mosa=other, **options)
+            changes.append(changed - output)
+
+        def add(gradient: torch.Tensor) -> None:
+            for i, change in enumerate(changes):
+                heads = (gradient * change).sum((0, 1, 3), dtype=torch.float32)  # [H]
+                self._effects[i] += heads.unflatten(0, (module.mosa_groups.num_groups, -1)).sum(-1).cpu()
+
+        output.register_hook(add)
+
+    def take_effects(self) -> torch.Tensor:
+        """`[M, G]` of all groups of the layer, of the calls since the last time."""
+        effects, self._effects = torch.stack(self._effects), [0.0] * len(self.choices)
+        return effects
+
+
+class Regrouped:
+    """An attention module as the attention function "mosa" sees it, but with other groups."""
+
+    def __init__(self, module: nn.Module, groups: LayerGroups):
+        self.module, self.mosa_groups = module, groups
+
+    def __getattr__(self, name: str):
+        return getattr(self.module, name)
+
+
+def probed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mosa: LayerCall | None = None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The attention function "mosa", watched by the module's `mosa_probe` when gradients are recorded."""
+    states = (query, key, value, attention_mask)
+    output, weights = mosa_attention_forward(module, *states, mosa=mosa, **options)
+    if output.requires_grad:
+        module.mosa_probe.watch(module, output, states, mosa, options)
+    return output, weights
+
+
+ALL_ATTENTION_FUNCTIONS.register(PROBED, probed_attention)
+
+
+def _recompute(layer: nn.Module) -> None:
+    """
+    Let a layer forget its activations, and compute them again when its gradient is due. The first time it records
+    nothing, so that nothing is probed twice.
+    """
+    forward = layer.forward
+
+    def recomputed(hidden_states, *args, **kwargs):
+        return checkpoint(
+            partial(forward, **kwargs), hidden_states, *args, use_reentrant=True, preserve_rng_state=False
+        )
+
+    layer.forward = recomputed
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No weight of the model wants a gradient meanwhile."""
+    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
