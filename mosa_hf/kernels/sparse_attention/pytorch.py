@@ -29,6 +29,13 @@ def sparse_attention(
     selected near keys up to its window, and its window. Relies on padding being on the left of `near` and of the
     queries.
     """
+    if torch.is_autocast_enabled(query.device.type):  # once, as attention itself would in every block
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query = query.to(dtype)
+        near, kept = (
+            states and states._replace(key=states.key.to(dtype), value=states.value.to(dtype))
+            for states in (near, kept)
+        )
     if torch.compiler.is_compiling():
         if kept is not None:  # every shape has to be known
             return reference.sparse_attention(
@@ -44,13 +51,6 @@ def sparse_attention(
     offset = num_near - num_queries  # query i stands at near slot offset + i
     device = query.device
     kept = None if kept is None else kept.pad()
-    if torch.is_autocast_enabled(device.type):  # once, as attention itself would in every block
-        dtype = torch.get_autocast_dtype(device.type)
-        query = query.to(dtype)
-        near, kept = (
-            states and states._replace(key=states.key.to(dtype), value=states.value.to(dtype))
-            for states in (near, kept)
-        )
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
 
     block_starts = range(0, num_queries, QUERY_BLOCK)
