@@ -246,17 +246,23 @@ def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size
     Args:
         seen: token ids `[N, T]` of the calibration text.
     """
-    found = []
-    for name in TEXTS:
-        slices = unseen_slices(tokenizer, sources.text(name)[: size.characters], seen, size)
-        settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
-        found.append(Exercise(settings, [following(row, size.prompt, f"perplexity, {name}") for row in slices]))
+    found = continuations_of_texts(tokenizer, seen, size)
     text = sources.text(TEXTS[0])[: size.characters]
     for make in (retrieval.needles, retrieval.key_values):
         # Each context has a stretch of the text of its own.
         starts = [len(text) * i // size.contexts for i in range(size.contexts)]
         readings = [make(tokenizer, text[start:], size.context, seed) for seed, start in enumerate(starts)]
         found.append(Exercise({"context": size.context, "contexts": size.contexts}, readings))
+    return found
+
+
+def continuations_of_texts(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Exercise]:
+    """Perplexity of each of `TEXTS`; see `exercises`."""
+    found = []
+    for name in TEXTS:
+        slices = unseen_slices(tokenizer, sources.text(name)[: size.characters], seen, size)
+        settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
+        found.append(Exercise(settings, [following(row, size.prompt, f"perplexity, {name}") for row in slices]))
     return found
 
 
@@ -271,17 +277,17 @@ def following(ids: torch.Tensor, prompt: int, task: str) -> Reading:
 
 def unseen_slices(tokenizer: PreTrainedTokenizerBase, text: str, seen: torch.Tensor, size: Size) -> torch.Tensor:
     """Token ids `[slices, prompt + 1 + scored]`, spread over `text`, that share no run of words with `seen` [N, T]."""
-    runs = set().union(*map(_runs, tokenizer.batch_decode(seen)))
+    runs = set().union(*map(word_runs, tokenizer.batch_decode(seen)))
     windows = calibration_windows(tokenizer, text, 8 * size.slices, size.prompt + 1 + size.scored)
     texts = tokenizer.batch_decode(windows)
-    unseen = [row for row, words in zip(windows, texts, strict=True) if runs.isdisjoint(_runs(words))]
+    unseen = [row for row, words in zip(windows, texts, strict=True) if runs.isdisjoint(word_runs(words))]
     if not unseen:
         raise ValueError("All of the text has passages in common with the calibration text: measure on another one.")
     num_slices = min(size.slices, len(unseen))
     return torch.stack([unseen[int((i + 0.5) * len(unseen) / num_slices)] for i in range(num_slices)])
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
+def word_runs(text: str) -> set[tuple[str, ...]]:
     words = text.lower().split()
     return {tuple(words[i : i + RUN_IN_COMMON]) for i in range(len(words) - RUN_IN_COMMON + 1)}
 
@@ -408,11 +414,11 @@ def rivals_answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             process.wait()
 
 
-def origin_of(arguments: list[str]) -> dict[str, Any]:
-    """How, when and with what this run measures; without paths of this machine."""
+def origin_of(arguments: list[str], module: str = "benchmarks.frontier") -> dict[str, Any]:
+    """How, when and with what a run of `module` measures; without paths of this machine."""
     words = [Path(word).name if Path(word).is_absolute() or Path(word).exists() else word for word in arguments]
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.frontier", *words]),
+        "command": shlex.join(["python", "-m", module, *words]),
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, float32",
         "versions": {
