@@ -163,8 +163,10 @@ def methods(work: Path, recipe: Recipe) -> list[Method]:
     found = [Method("original", {}, original, prompt="dense"), method(own, 0)]
     steps = sorted({*recipe.scored, recipe.steps})
     found += [method(own, step) for step in steps if is_whole(checkpoint(work, step))]
-    if is_whole(checkpoint(work, steps[-1])):
-        found += [method(setting, step) for setting in recipe.elsewhere for step in (0, steps[-1])]
+    for setting in recipe.elsewhere:
+        found.append(method(setting, 0))
+        if is_whole(checkpoint(work, recipe.steps)):
+            found.append(method(setting, recipe.steps))
     return found
 
 
