@@ -62,7 +62,7 @@ class Recipe:
 
     window: int = 256
     sparsity: int = 16
-    steps: int = 60
+    steps: int = 44
     tokens: int = 2048
     save_steps: int = 4
     scored: tuple[int, ...] = (8, 16, 32)  # steps after which it is scored, besides the last
