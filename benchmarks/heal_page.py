@@ -74,11 +74,12 @@ def divergences(rows: list[dict[str, Any]]) -> str:
 PAGE = """# Healing
 
 SmolLM2-135M-Instruct, all groups converted, and LoRA adapters of rank 16 on all linear layers trained on the
-divergence from the original's next-token distribution; routers and thresholds stay. Perplexity of 512 tokens after
-3072 others, two passages of each text, as `benchmarks.frontier` scores it: the model reads through its sparse cache,
-in float32. Bytes are those of the live cache, as a share of the original's. Healing read other pages of python_docs,
-and Shakespeare, the reference inside Python and an article of an encyclopaedia; of debian_handbook it read nothing.
-The trainer computes in bfloat16 (autocast).
+divergence from the original's next-token distribution, as `mosa-heal` does it; routers and thresholds stay. Perplexity
+of 512 tokens after 3072 others, two passages of each text, as `benchmarks.frontier` scores it: the model reads through
+its sparse cache, in float32. These are few tokens, so neighbouring points differ by chance too. Bytes are those of the
+live cache, as a share of the original's. Healing read other pages of python_docs, and Shakespeare, the reference
+inside Python and an article of an encyclopaedia; of debian_handbook it read nothing. The trainer computes in bfloat16
+(autocast), on windows of 2048 tokens, one a step.
 
 {facts}
 
