@@ -233,16 +233,15 @@ def test_half_precision_and_checkpointing(dtype, original, windows, tmp_path):
         model = convert_model(original, ConversionConfig(sparsity=16, window=2), windows[:8]).requires_grad_(False)
         student = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
         options = {"bf16": halves and dtype == "bf16", "gradient_checkpointing": halves, "logging_steps": 1}
-        options = arguments(tmp_path / name, 4, **options)
+        # Without a scale on the loss, float16 loses small gradients, which Adam makes large: of the first step alone.
+        options = arguments(tmp_path / name, 4 if dtype == "bf16" else 1, **options)
         trainer = HealingTrainer(student, teacher_of(model), options, collate, TensorDataset(windows[:64]))
         # `Trainer` has no float16 on a CPU, where it would do no more than this.
         with torch.autocast("cpu", torch.float16, enabled=halves and dtype == "fp16"):
             trainer.train()
         return [row for row in trainer.state.log_history if "loss" in row]
 
-    both = list(zip(steps("full", False), steps("half", True), strict=True))
-    # Without a scale on the loss, float16 loses small gradients, which Adam makes large: of the first step alone.
-    for full, half in both if dtype == "bf16" else both[:1]:
+    for full, half in zip(steps("full", False), steps("half", True), strict=True):
         assert half["loss"] == pytest.approx(full["loss"], rel=0.05) and half["loss"] != full["loss"]
         assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.1)
 
