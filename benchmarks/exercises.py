@@ -60,17 +60,23 @@ def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size
     Args:
         seen: token ids `[N, T]` of the calibration text.
     """
-    found = []
-    for name in TEXTS:
-        slices = unseen_slices(tokenizer, sources.text(name)[: size.characters], seen, size)
-        settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
-        found.append(Exercise(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
+    found = continuations_of_texts(tokenizer, seen, size)
     text = sources.text(TEXTS[0])[: size.characters]
     for make in (retrieval.needles, retrieval.key_values):
         # Each context has a stretch of the text of its own.
         starts = [len(text) * i // size.contexts for i in range(size.contexts)]
         readings = [make(tokenizer, text[start:], size.context, seed) for seed, start in enumerate(starts)]
         found.append(Exercise({"context": size.context, "contexts": size.contexts}, readings))
+    return found
+
+
+def continuations_of_texts(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Exercise]:
+    """Perplexity of each of `TEXTS`; see `exercises`."""
+    found = []
+    for name in TEXTS:
+        slices = unseen_slices(tokenizer, sources.text(name)[: size.characters], seen, size)
+        settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
+        found.append(Exercise(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
     return found
 
 

@@ -300,11 +300,11 @@ def rivals_answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             process.wait()
 
 
-def origin_of(arguments: list[str]) -> dict[str, Any]:
-    """How, when and with what this run measures; without paths of this machine."""
+def origin_of(arguments: list[str], module: str = "benchmarks.frontier") -> dict[str, Any]:
+    """How, when and with what a run of `module` measures; without paths of this machine."""
     words = [Path(word).name if Path(word).is_absolute() or Path(word).exists() else word for word in arguments]
     return {
-        "command": shlex.join(["python", "-m", "benchmarks.frontier", *words]),
+        "command": shlex.join(["python", "-m", module, *words]),
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, float32",
         "versions": {

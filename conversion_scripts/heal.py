@@ -15,10 +15,15 @@ from typing import Literal
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
+from mosa_hf.conversion.annealing import RateAnnealing
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, teacher_of
+from mosa_hf.conversion.windows import spread
 from mosa_hf.modeling.router_files import check_has_sparse_groups, write_routers
 from mosa_hf.whole_files import check_absent, whole_directory
+
+RATE_WINDOWS = 8  # of the text, on which rates are measured that are to fall
 
 
 @dataclass
@@ -32,6 +37,12 @@ class HealingArguments:
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
     window_length: int = field(default=1024, metadata={"help": "tokens of an example"})
+    anneal_steps: int = field(
+        default=0, metadata={"help": "steps over which groups go from selecting all tokens to their rates"}
+    )
+    cache_length: int = field(
+        default=4096, metadata={"help": "log the share of keys and values that a cache keeps of this many tokens"}
+    )
     top_k: int | None = field(default=None, metadata={"help": "compare the teacher's most likely tokens only"})
 
 
@@ -57,6 +68,11 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     for router in model.mosa_routers().values():
         router.requires_grad_(healing.learn == "routers")
     student, teacher = model, teacher_of(model)
+    examples = TokenWindows(tokenizer, text, healing.window_length)
+    callbacks = []
+    if healing.anneal_steps:  # measured before anything learns, so that a run that goes on has the same thresholds
+        text_of_rates = logging.tqdm(spread(examples.windows, RATE_WINDOWS).split(1), desc="Reading rates")
+        callbacks.append(RateAnnealing(model, text_of_rates, healing.anneal_steps))
     set_seed(training.seed)  # adapters start at random
     if healing.learn == "lora":
         student = get_peft_model(model, LoraConfig(r=healing.lora_rank, target_modules="all-linear"))
@@ -64,8 +80,10 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         student,
         teacher,
         args=training,
-        train_dataset=TokenWindows(tokenizer, text, healing.window_length),
+        train_dataset=examples,
+        callbacks=callbacks,
         top_k=healing.top_k,
+        cache_length=healing.cache_length,
     )
     checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)

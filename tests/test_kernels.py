@@ -111,6 +111,33 @@ def test_sparse_attention(
         sparse_attention.QUERY_BLOCK = block
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_sparse_attention_learns_in_bfloat16(autocast, biased):
+    """The reference's output and gradients in float32; under autocast, rotated queries and keys come in float32."""
+    torch.manual_seed(0)
+    size, window = (2, 2, 150), 20
+    position, selected = torch.arange(150).expand(size), torch.rand(size) < 0.2
+    states = [torch.randn(shape).bfloat16() for shape in ((2, 2, 3, 150, 16), (*size, 16), (*size, 16))]
+    bias = -torch.rand(size).bfloat16()
+    upstream, results = torch.randn(2, 2, 3, 150, 16), []
+    for which in ("reference", "torch"):
+        dtypes = [torch.float32] * 4 if which == "reference" else [torch.bfloat16] * 4
+        if autocast and which == "torch":
+            dtypes[:2] = [torch.float32] * 2
+        inputs = [each.to(dtype).requires_grad_() for each, dtype in zip((*states, bias), dtypes, strict=True)]
+        query, key, value, far_bias = inputs
+        near = KeyValues(key, value, position, None, selected)
+        with use_backend(which), torch.autocast("cpu", torch.bfloat16, enabled=autocast and which == "torch"):
+            output = backend(query).sparse_attention(
+                query, near, None, position[:, 0], None, window, far_bias if biased else None
+            )
+        assert output.dtype == dtypes[2]
+        results.append([output, *torch.autograd.grad(output, inputs[: 3 + biased], upstream.to(output.dtype))])
+    for expected, actual in zip(*results, strict=True):
+        assert (actual.float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 @settings(max_examples=150, **FAST)
 @given(count=st.sampled_from([0, 1, 40]), layout=st.sampled_from(["runs", "loop", "evenly"]), **SHAPES, **OPTIONS)
 def test_sparse_decode(

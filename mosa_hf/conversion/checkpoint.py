@@ -24,6 +24,7 @@ from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_hea
 from ..whole_files import check_absent, whole_directory
 from .configuration import ConversionConfig
 from .convert import convert_model
+from .windows import calibration_windows
 
 # What goes along with a model's weights and config.
 COMPANIONS = (
@@ -111,32 +112,6 @@ def convert_checkpoint(
                 converted.save_pretrained(unfinished)
                 _tokenizer(source).save_pretrained(unfinished)
     return GroupPlan.of_config(converted.config)
-
-
-def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str, num_windows: int = 12, window_length: int = 1024
-) -> torch.Tensor:
-    """
-    At most `num_windows` windows of `window_length` tokens, spread evenly over `text`: token ids `[N, T]`.
-
-    Raises:
-        ValueError: if the text is shorter than one window.
-    """
-    input_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    if len(input_ids) < window_length:
-        raise ValueError(
-            f"The calibration text has {len(input_ids)} tokens, fewer than one window of {window_length}: give more "
-            "text, or set a smaller `window_length`."
-        )
-    return spread_windows(input_ids, num_windows, window_length)
-
-
-def spread_windows(input_ids: torch.Tensor, num_windows: int, window_length: int) -> torch.Tensor:
-    """At most `num_windows` windows of `window_length` tokens, spread evenly over `input_ids` [T]: `[N, T]`."""
-    available = len(input_ids) // window_length
-    windows = input_ids[: available * window_length].view(available, window_length)
-    chosen = torch.linspace(0, available - 1, min(num_windows, available)).round().long()
-    return windows[chosen]
 
 
 def read_config(directory: Path) -> PreTrainedConfig:

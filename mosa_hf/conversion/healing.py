@@ -1,35 +1,31 @@
 """Healing: a short training that brings a converted model back to what the original predicts (docs/design.md, 6)."""
 
 import copy
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.group_plan import GroupPlan
+from ..modeling.router import MosaRouter
 from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
+from .windows import token_windows
 
-CHUNK = 256  # positions whose distributions are in memory in float32 at once
+CHUNK = {"cpu": 16}  # tokens whose distributions are in float32 at once: what caches hold; elsewhere 256
 
 
 class TokenWindows(Dataset):
-    """
-    A text as training examples: windows of `length` tokens, one after the other; what is left at the end is dropped.
-
-    Raises:
-        ValueError: for a text of less than one window.
-    """
+    """A text as training examples: its `token_windows`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, length: int):
-        input_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        if len(input_ids) < length:
-            raise ValueError(f"The text has {len(input_ids)} tokens, fewer than a window of {length}: give more text.")
-        self.windows = input_ids[: len(input_ids) // length * length].view(-1, length)
+        self.windows = token_windows(tokenizer, text, length)
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -43,12 +39,14 @@ class HealingTrainer(Trainer):
     `Trainer` whose loss is the KL divergence from the original model's next-token distribution to that of the model
     it trains, averaged over tokens. Whatever has `requires_grad` learns: adapters, all weights, or routers (with
     `mosa_gate_slope` > 0, which passes them a gradient). Selection is hard from the first step on, so with frozen
-    routers what is trained is what `generate` runs. Logs the share of tokens that groups select as "selected".
+    routers what is trained is what `generate` runs. Beside the divergence, "loss", it logs the share of tokens that
+    groups select, "selected", and what share of the keys and values a cache would then keep of `cache_length` tokens.
 
     Args:
         model: with sparse groups, or PEFT's wrapper of one.
         teacher: the original; see `teacher_of`.
         top_k: compare the teacher's `top_k` most likely tokens, and all others as one; None: every token.
+        cache_length: see above.
         args, kwargs: as `Trainer` takes them. Batches have `input_ids`, and perhaps `attention_mask`.
 
     Raises:
@@ -58,7 +56,15 @@ class HealingTrainer(Trainer):
     # The loss is a mean over tokens: `Trainer` averages it over the micro-batches of a step.
     model_accepts_loss_kwargs = False
 
-    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel, *args, top_k: int | None = None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        *args,
+        top_k: int | None = None,
+        cache_length: int = 4096,
+        **kwargs,
+    ):
         if model.config.vocab_size != teacher.config.vocab_size:
             raise ValueError(
                 f"`teacher` has a vocabulary of {teacher.config.vocab_size} tokens, the model of "
@@ -66,10 +72,18 @@ class HealingTrainer(Trainer):
             )
         super().__init__(model, *args, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self.teacher, self.top_k = teacher.eval(), top_k
-        self._rates: list[torch.Tensor] = []  # of the routers' calls since the last log
+        self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
+        self._rates: dict[int, torch.Tensor] = {}  # layer -> [G], summed over its calls since the last log
+        self._calls: dict[int, int] = {}
         for router in mosa_routers(model):
-            router.register_forward_hook(lambda module, args, output: self._rates.append(output[1].float().mean()))
+            router.register_forward_hook(self._note_rates)
+
+    def _note_rates(self, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        selected, valid = output[1], args[1].layout.valid
+        tokens = selected[..., 0].numel() if valid is None else valid.sum().clamp(min=1).to(selected.device)
+        layer = router.layer_idx
+        self._rates[layer] = self._rates.get(layer, 0) + selected.sum((0, 1)) / tokens
+        self._calls[layer] = self._calls.get(layer, 0) + 1
 
     def compute_loss(
         self,
@@ -81,7 +95,7 @@ class HealingTrainer(Trainer):
         inputs = {name: states for name, states in inputs.items() if name != "labels"}
         if next(self.teacher.parameters()).device != inputs["input_ids"].device:
             self.teacher.to(inputs["input_ids"].device)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # the model has it within its forward
             expected = self.teacher(**inputs, use_cache=False).logits
         outputs = model(**inputs, use_cache=False)
         mask = inputs.get("attention_mask")
@@ -93,24 +107,71 @@ class HealingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._rates:
-            logs["selected"] = round(torch.stack(self._rates).mean().item(), 4)
+            own = {layer: total / self._calls[layer] for layer, total in self._rates.items()}
+            rates = {layer: self.accelerator.reduce(each, "mean").cpu() for layer, each in own.items()}
             self._rates.clear()
+            self._calls.clear()
+            logs["selected"] = round(torch.cat(list(rates.values())).mean().item(), 4)
+            config = self.model.config
+            if isinstance(config, SparseGroupsConfig):
+                logs[f"kv_share_{self.cache_length}"] = round(kv_share(config, rates, self.cache_length), 4)
         super().log(logs, *args, **kwargs)
+
+
+def kv_share(config: SparseGroupsConfig, rates: dict[int, torch.Tensor], num_tokens: int) -> float:
+    """
+    The share of the keys and values of `num_tokens` tokens that a cache keeps, by definition (docs/design.md, 4).
+
+    Args:
+        rates: layer -> share of the tokens that each of its sparse groups selects, `[G]`.
+    """
+    kept, most = [], math.inf if config.mosa_cache_budget is None else config.mosa_cache_budget
+    for layer, groups in enumerate(GroupPlan.of_config(config).layers):
+        selected = iter(rates[layer].tolist() if layer in rates else ())
+        for group in groups:
+            if group is not None:
+                near = min(group.window, num_tokens)
+                kept.append(near + min((num_tokens - near) * next(selected), most))
+            else:
+                kept.append(min(num_tokens, config.sliding_window) if config.is_sliding(layer) else num_tokens)
+    return sum(kept) / (len(kept) * num_tokens)
 
 
 def mean_divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
     """
-    KL(expected ‖ actual) in nats, averaged over N tokens; float32 copies are made of a few tokens at a time, and again
-    in the backward pass.
+    KL(expected ‖ actual) in nats, averaged over N tokens; float32 copies are made of a few tokens at a time.
 
     Args:
-        actual, expected: logits `[N, V]`.
+        actual, expected: logits `[N, V]`; the gradient is that of `actual`.
         top_k: see `HealingTrainer`.
     """
-    total = actual.new_zeros((), dtype=torch.float32)
-    for ours, theirs in zip(actual.split(CHUNK), expected.split(CHUNK), strict=True):
-        total = total + checkpoint(_divergence, ours, theirs, top_k, use_reentrant=False)
-    return total / len(actual)
+    return _MeanDivergence.apply(actual, expected, top_k)
+
+
+class _MeanDivergence(torch.autograd.Function):
+    """Makes the gradient with the loss, while the few tokens at hand are near: nothing is computed again."""
+
+    @staticmethod
+    def forward(ctx, actual: torch.Tensor, expected: torch.Tensor, top_k: int | None) -> torch.Tensor:
+        chunk = CHUNK.get(actual.device.type, 256)
+        total = actual.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(actual) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(actual), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(gradient is not None):
+                ours = actual[part].detach().requires_grad_(gradient is not None)
+                divergence = _divergence(ours, expected[part].detach(), top_k)
+            total += divergence.detach()
+            if gradient is not None:  # of the sum: of the mean, it could be too small for float16
+                (gradient[part],) = torch.autograd.grad(divergence, ours)
+        ctx.save_for_backward(gradient)
+        return total / len(actual)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (upstream / len(gradient)), None, None
 
 
 def _divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None) -> torch.Tensor:

@@ -27,7 +27,7 @@ from ..modeling.thresholds import highest_share
 from ..whole_files import whole_file
 from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
-from .checkpoint import calibration_windows
+from .windows import calibration_windows
 from .configuration import ConversionConfig
 from .effects import Effects
 

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..conversion.checkpoint import spread_windows
+from ..conversion.windows import cut, spread
 from . import retrieval
 from .report import PERPLEXITY
 from .scoring import Reading, following
@@ -29,7 +29,7 @@ def text_readings(
             f"{name} has {len(ids)} tokens, fewer than the {length} of a context and what is scored after it: give "
             "more text, or a shorter context."
         )
-    windows = spread_windows(ids, slices, length)
+    windows = spread(cut(ids, length), slices)
     rows = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(windows), -1), windows], dim=1)
     return [following(row, context, f"{PERPLEXITY}, {name}") for row in rows]
 

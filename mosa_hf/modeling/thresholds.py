@@ -26,6 +26,22 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
         ValueError: if the model has no MoSA heads, the batches hold no tokens, or logits are not finite.
     """
     routers = mosa_routers(model)
+    thresholds = [
+        highest_share(seen, router.sparsity) for router, seen in zip(routers, seen_logits(model, batches), strict=True)
+    ]
+    for router, threshold in zip(routers, thresholds, strict=True):
+        router.threshold.copy_(threshold)
+
+
+@torch.no_grad()
+def seen_logits(
+    model: PreTrainedModel, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """
+    The logits `[N, G]` of every router of `model` on the N tokens of some text that it has a choice of, on the CPU.
+    Args and errors are those of `calibrate_thresholds`, and so is the routing meanwhile.
+    """
+    routers = mosa_routers(model)
     logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
     valid = None
 
@@ -55,18 +71,15 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
             router.inference_routing = rule
         model.train(was_training)
 
-    thresholds = []
     for router in routers:
-        seen = torch.cat(logits[router]) if logits[router] else torch.empty(0, len(router.sparsity))
+        seen = logits[router] = torch.cat(logits[router] or [torch.empty(0, len(router.sparsity))])
         if len(seen) == 0:
             raise ValueError(
                 "`batches` holds no tokens to calibrate on: pass at least one batch of two or more tokens."
             )
         if not seen.isfinite().all():
             raise ValueError(f"The router of layer {router.layer_idx} gives logits that are not finite.")
-        thresholds.append(highest_share(seen, router.sparsity))
-    for router, threshold in zip(routers, thresholds, strict=True):
-        router.threshold.copy_(threshold)
+    return [logits[router] for router in routers]
 
 
 def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tensor:

@@ -29,6 +29,13 @@ def sparse_attention(
     selected near keys up to its window, and its window. Relies on padding being on the left of `near` and of the
     queries.
     """
+    if torch.is_autocast_enabled(query.device.type):  # once, as attention itself would in every block
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query = query.to(dtype)
+        near, kept = (
+            states and states._replace(key=states.key.to(dtype), value=states.value.to(dtype))
+            for states in (near, kept)
+        )
     if torch.compiler.is_compiling():
         if kept is not None:  # every shape has to be known
             return reference.sparse_attention(
@@ -121,7 +128,8 @@ def sparse_attention(
             if mask is not None:
                 added[..., first:last].masked_fill_(~mask, -torch.inf)
         keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        outputs.append(_attention(query[:, :, :, queries], keys, values, added, scale, softcap, sinks))
+        reads_itself = window > 0 and near.valid is None
+        outputs.append(_attention(query[:, :, :, queries], keys, values, added, reads_itself, scale, softcap, sinks))
     return torch.cat(outputs, dim=3) if outputs else query.new_zeros(query.shape)
 
 
@@ -130,13 +138,24 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     added: torch.Tensor | None,
+    reads_itself: bool,
     scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`query` [B, G, R, T, d] against its group's `key`, `value` [B, G, S, d], `added` [B, G, T, S] to the scores."""
+    """
+    `query` [B, G, R, T, d] against its group's `key`, `value` [B, G, S, d], `added` [B, G, T, S] to the scores.
+    `reads_itself`: no query reads nothing.
+    """
     num_heads = query.shape[2]
     if softcap is None and sinks is None:
+        if reads_itself and added is not None and _learns_in_bfloat16(query, key, value):
+            # PyTorch's fused backward pass is three times as slow on CPUs as these products, which hold the weights.
+            added = added.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1).flatten(1, 2)
+            rows, key, value = query.flatten(0, 1).flatten(1, 2), key.flatten(0, 1), value.flatten(0, 1)
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            weights = torch.baddbmm(added, rows, key.transpose(1, 2), alpha=scale).softmax(-1)
+            return (weights.to(value.dtype) @ value).view(query.shape)
         # The R heads share keys and mask, without a copy for each.
         key, value = (states.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1) for states in (key, value))
         added = None if added is None else added.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1)
@@ -147,6 +166,11 @@ def _attention(
         scores = scores + added[:, :, None]
     weights = softmax(scores, None if sinks is None else sinks[..., None])
     return weights.to(value.dtype) @ value[:, :, None]
+
+
+def _learns_in_bfloat16(*states: torch.Tensor) -> bool:
+    on_cpu = all(each.dtype == torch.bfloat16 and each.device.type == "cpu" for each in states)
+    return on_cpu and torch.is_grad_enabled() and any(each.requires_grad for each in states)
 
 
 def _run(

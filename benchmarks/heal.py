@@ -1,0 +1,249 @@
+"""
+What healing brings back: quality of a conversion against the tokens of text that it was healed on.
+
+    python -m benchmarks.heal DIRECTORY
+    python -m benchmarks.heal DIRECTORY --score
+    python -m benchmarks.heal DIRECTORY --smoke
+
+SmolLM2-135M-Instruct is converted to few bytes and healed with adapters, as `mosa-heal` does it; some of the
+checkpoints on the way are scored as `benchmarks.frontier` scores conversions, on the same passages. The text that it
+is healed on shares no passage with these; one of them is of a kind that healing has never seen.
+
+All that is made lies in DIRECTORY: stop it when you like and give the same directory to go on; with more `--steps`, a
+finished healing goes on too. `--score` heals nothing and scores the checkpoints that are there, so that it can run
+beside the healing. Rows are appended to
+`heal.jsonl` as they are measured, and a row that is there is not measured again; `heal.md` and `heal.png` show them.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mosa_hf.conversion_scripts.heal import HealingArguments, heal
+from peft import PeftModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from mosa_hf import ConversionConfig, convert_checkpoint, load_routers, save_routers
+from mosa_hf.whole_files import whole_file
+
+from . import heal_page, measure, sources
+from .exercises import SMOKE, Exercise, Size, continuations_of_texts, word_runs
+from .frontier import Method, Models, Results, measure_here, origin_of, row_key
+
+TEXTS = ("python_docs", "shakespeare", "encyclopaedia", "python_topics")  # the first is of a kind that is scored
+PIECE = 6000  # characters of text, at least, that are left out together
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is healed, and how long. `window` and `sparsity` of the conversion; tokens of an example."""
+
+    window: int = 256
+    sparsity: int = 16
+    steps: int = 44
+    tokens: int = 2048
+    save_steps: int = 4
+    scored: tuple[int, ...] = (8, 16, 32)  # steps after which it is scored, besides the last
+    elsewhere: tuple[str, ...] = ("512/8",)  # where the last adapters are tried too
+
+
+def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokenizerBase, asked: list[Exercise]) -> None:
+    """Routers, converted model and text in `work`, as far as they are not there."""
+    directory = sources.smollm2_directory()
+    models = Models(directory, tokenizer, size)
+    models.original.config.name_or_path = directory.name
+    held = set().union(*map(word_runs, scored_passages(tokenizer, asked)))
+    if not held.isdisjoint(set().union(*map(word_runs, tokenizer.batch_decode(models.calibration)))):
+        raise ValueError("Routers would be fitted on passages that are scored: choose another number of windows.")
+    for setting in (f"{recipe.window}/{recipe.sparsity}", *recipe.elsewhere):
+        if not (folder := routers_folder(work, setting)).exists():
+            window, sparsity = setting.split("/")
+            save_routers(models.converted(ConversionConfig(window=int(window), sparsity=float(sparsity))), folder)
+    if not (converted := work / "converted").exists():
+        convert_checkpoint(directory, converted, routers=routers_folder(work, f"{recipe.window}/{recipe.sparsity}"))
+    if not (work / "text.txt").exists():
+        with whole_file(work / "text.txt") as unfinished:
+            unfinished.write_text(healing_text(held, size.characters), encoding="utf-8")
+
+
+def routers_folder(work: Path, setting: str) -> Path:
+    return work / f"routers-{setting.replace('/', '-')}"
+
+
+def healed_folder(work: Path, recipe: Recipe) -> Path:
+    return work / f"healed-{recipe.steps}"
+
+
+def scored_passages(tokenizer: PreTrainedTokenizerBase, asked: list[Exercise]) -> Iterator[str]:
+    for exercise in asked:
+        for reading in exercise.readings:
+            yield tokenizer.decode(reading.context + reading.continuations[0].ids)
+
+
+def healing_text(held: set[tuple[str, ...]], characters: int | None = None) -> str:
+    """All `TEXTS`, but for the pieces that have a run of words in common with `held`; `characters` of each."""
+    kept = []
+    for name in TEXTS:
+        piece: list[str] = []
+        for paragraph in (sources.text(name)[:characters] + "\n\n").split("\n\n"):
+            piece.append(paragraph)
+            if sum(map(len, piece)) > PIECE:
+                joined, piece = "\n\n".join(piece), []
+                if held.isdisjoint(word_runs(joined)):
+                    kept.append(joined)
+    return "\n\n".join(kept)
+
+
+def training(work: Path, recipe: Recipe) -> tuple[HealingArguments, TrainingArguments]:
+    """The arguments of `mosa-heal`."""
+    healing = HealingArguments(
+        model=str(work / "converted"),
+        destination=str(healed_folder(work, recipe)),
+        text=[str(work / "text.txt")],
+        window_length=recipe.tokens,
+    )
+    arguments = TrainingArguments(
+        output_dir=str(work / "checkpoints"),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=1,
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+        warmup_steps=2,
+        bf16=True,
+        use_cpu=True,
+        report_to="none",
+        logging_steps=1,
+        save_steps=recipe.save_steps,
+        seed=0,
+    )
+    return healing, arguments
+
+
+def methods(work: Path, recipe: Recipe) -> list[Method]:
+    """What can be scored: the original, conversions before healing, and what the checkpoints hold."""
+    base = sources.smollm2_directory()
+
+    def original() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(base).eval()
+
+    def method(setting: str, step: int) -> Method:
+        """A conversion with the adapters of a step; 0: without any."""
+        window, sparsity = map(int, setting.split("/"))
+        parameters: dict[str, Any] = {"window": window, "sparsity": sparsity, "tokens": step * recipe.tokens}
+
+        def build() -> PreTrainedModel:
+            model = load_routers(original(), routers_folder(work, setting))
+            return adapted(model, checkpoint(work, step)) if step else model
+
+        return Method("healed" if step else "converted", parameters, build)
+
+    own = f"{recipe.window}/{recipe.sparsity}"
+    found = [Method("original", {}, original, prompt="dense"), method(own, 0)]
+    steps = sorted({*recipe.scored, recipe.steps})
+    found += [method(own, step) for step in steps if is_whole(checkpoint(work, step))]
+    for setting in recipe.elsewhere:
+        found.append(method(setting, 0))
+        if is_whole(checkpoint(work, recipe.steps)):
+            found.append(method(setting, recipe.steps))
+    return found
+
+
+def checkpoint(work: Path, step: int) -> Path:
+    return work / "checkpoints" / f"checkpoint-{step}"
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the trainer, which may be at work, has written all of it."""
+    return (checkpoint / "trainer_state.json").exists()
+
+
+def adapted(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+
+
+def logged(work: Path, recipe: Recipe, origin: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of what the healing logged, up to its last checkpoint."""
+    states = sorted(
+        (work / "checkpoints").glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime
+    )
+    if not states:
+        return []
+    history = json.loads(states[-1].read_text(encoding="utf-8"))["log_history"]
+    return [
+        {
+            "method": "healing",
+            "parameters": {
+                "window": recipe.window,
+                "sparsity": recipe.sparsity,
+                "tokens": row["step"] * recipe.tokens,
+            },
+            "task": heal_page.DIVERGENCE,
+            "settings": {"tokens": recipe.tokens},
+            "divergence": row["loss"],
+            "selected": row["selected"],
+            "learning_rate": row["learning_rate"],
+            **origin,
+        }
+        for row in history
+        if "loss" in row
+    ]
+
+
+def asked_of(row: dict[str, Any], asked: list[Exercise]) -> bool:
+    """Whether a row answers one of these exercises."""
+    return any(row["task"] in each.tasks and row["settings"] == each.all_settings for each in asked)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path, metavar="DIRECTORY", help="of what is made; it may not exist yet")
+    parser.add_argument("--score", action="store_true", help="score the checkpoints that are there, heal nothing")
+    parser.add_argument("--steps", type=int, help=f"of {Recipe.tokens} tokens (default: {Recipe.steps})")
+    parser.add_argument("--windows", type=int, help="of calibration text (default: 12)")
+    parser.add_argument("--smoke", action="store_true", help="tiny settings, which say nothing but that it runs")
+    parser.add_argument("--output", type=Path, help="directory of the results; for --smoke a temporary one")
+    options = parser.parse_args(arguments)
+    recipe, size = Recipe(), Size()
+    if options.smoke:
+        recipe, size = Recipe(64, 8, steps=4, tokens=64, save_steps=1, scored=(1, 2), elsewhere=("128/8",)), SMOKE
+    if options.steps is not None:
+        recipe = replace(recipe, steps=options.steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        output = options.output or (Path(scratch) if options.smoke else Path(__file__).parent / "results")
+        run(options, recipe, size, output, origin_of(arguments, "benchmarks.heal"))
+
+
+def run(options: argparse.Namespace, recipe: Recipe, size: Size, output: Path, origin: dict[str, Any]) -> None:
+    work = options.work
+    tokenizer = AutoTokenizer.from_pretrained(sources.smollm2_directory())
+    # The frontier's own calibration text tells which passages are scored, so that its rows are of the same ones.
+    asked = continuations_of_texts(tokenizer, measure.calibration(tokenizer, size.windows, size.window), size)
+    prepare(work, recipe, replace(size, windows=options.windows or size.windows), tokenizer, asked)
+    if not options.score and not healed_folder(work, recipe).exists():
+        heal(*training(work, recipe))
+    results, frontier = Results(output / "heal.jsonl"), Results(output / "frontier.jsonl")
+    found = logged(work, recipe, origin)
+    found += [row for row in frontier.rows.values() if row["method"] == "original" and asked_of(row, asked)]
+    results.add([row for row in found if row_key(row) not in results.rows])
+    try:
+        measure_here(methods(work, recipe), asked, results, origin)
+    except KeyboardInterrupt:
+        print("Stopped. What was measured is kept; the same command goes on from there.")
+    heal_page.write(list(results.rows.values()), output)
+    print((output / "heal.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
