@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from benchmarks import heal, sources
-from benchmarks.frontier import Size, word_runs
+from benchmarks.exercises import Size, word_runs
 
 from .bases import byte_tokenizer, tiny_base
 

@@ -27,9 +27,9 @@ from ..modeling.thresholds import highest_share
 from ..whole_files import whole_file
 from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
-from .windows import calibration_windows
 from .configuration import ConversionConfig
 from .effects import Effects
+from .windows import calibration_windows
 
 # Two windows for each doubling.
 WINDOWS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
