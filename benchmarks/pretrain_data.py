@@ -26,7 +26,10 @@ class Corpus:
         texts: names of the texts to train on.
         unseen: name of a text of another kind, to read only.
         vocab_size: of a tokenizer that knows `texts`.
-        characters: of each text that are read, at most; of the unseen one a tenth.
+        characters: of each text that are read, about; of the unseen one a tenth.
+
+    Raises:
+        ValueError: if that is too little to hold out a part of it.
     """
 
     def __init__(self, texts: tuple[str, ...], unseen: str, vocab_size: int, characters: int):
@@ -36,6 +39,10 @@ class Corpus:
             blocks = blocks_of(name, characters)
             training += [block for i, block in enumerate(blocks) if i % HELD_OUT != HELD_OUT - 1]
             held_out += blocks[HELD_OUT - 1 :: HELD_OUT]
+        if not held_out:
+            raise ValueError(
+                f"No text has {HELD_OUT * BLOCK} characters, one part of which to hold out: raise `characters`."
+            )
         self.training, self.held_out, self.unseen = (
             torch.from_numpy(
                 numpy.concatenate([numpy.array(part.ids, dtype=numpy.int16) for part in tokenizer.encode_batch(parts)])

@@ -171,7 +171,7 @@ def cpu_smoke() -> Studies:
         vocab_size=512,
         texts=("python_topics", "shakespeare"),
         unseen="encyclopaedia",
-        characters=300_000,
+        characters=800_000,
         held_out_tokens=4096,
         decoded_windows=2,
     )
