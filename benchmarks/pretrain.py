@@ -41,7 +41,7 @@ from mosa_hf.whole_files import whole_file
 from . import pretrain_table, sources
 from .pretrain_data import Corpus, corpus
 from .pretrain_model import evaluate, train
-from .pretrain_runs import PRESETS, Run, Studies
+from .pretrain_runs import PRESETS, Run, Studies, in_order
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -69,7 +69,7 @@ def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, 
         the rows of `runs` that are there now: all of them, unless it was interrupted.
     """
     rows = read_rows(path)
-    keys = {run: key_of(run.to_dict(), corpus_of(run).digest) for run in dict.fromkeys(runs)}
+    keys = {run: key_of(run.to_dict(), corpus_of(run).digest) for run in runs}
     try:
         for run in tqdm([run for run, key in keys.items() if key not in rows], desc="Pretraining", unit="run"):
             started = time.perf_counter()
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
         given = [json.loads(path.read_text(encoding="utf-8")) for path in options.config]
         fields = [each for own in given for each in (own if isinstance(own, list) else [own])]
         studies = {"runs": [Run.from_dict(each) for each in fields]}
-    runs = [run for study in studies.values() for run in study]
+    runs = in_order(studies)
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or (RESULTS if options.preset == "cpu" else Path(scratch))
         path = output / "pretrain.jsonl"

@@ -111,7 +111,9 @@ class Run:
 
 
 Studies = dict[str, list[Run]]
-HEADLINE, MATCH = "headline", "perplexity match"
+HEADLINE, MATCH, SPARSITY = "headline", "perplexity match", "sparsity"
+BY_THRESHOLD = ", trained by threshold"
+LAST_SEED = 2  # runs of later ones come last: they narrow intervals
 
 
 def headline(dense: Run, mosa: Run, window: int) -> list[Run]:
@@ -134,8 +136,8 @@ def cpu() -> Studies:
     dense, base = Run(kind="dense"), Run(kind="mosa", dense_heads=4)
     mosa = base.matched(dense)
 
-    def variants(field: str, values: list[Any], of: Run = mosa, seeds: int = 1) -> list[Run]:
-        return [dataclasses.replace(of, seed=seed, **{field: value}) for seed in range(seeds) for value in values]
+    def variants(field: str, values: list[Any], of: Run = mosa) -> list[Run]:
+        return [dataclasses.replace(of, **{field: value}) for value in values]
 
     def all_matched(runs: list[Run]) -> list[Run]:
         return [run.matched(dense) for run in runs]
@@ -146,10 +148,14 @@ def cpu() -> Studies:
         for length in (128, 256, 512)
         for run in (dense, mosa)
     ]
+    heads, sparsities = [4, 8, 16, 32, mosa.mosa_heads], [2.0, 4.0, 8.0, 16.0, 32.0]
+    sparse = dataclasses.replace(base, routing="threshold")
     return {
-        HEADLINE: [run for seed in range(3) for run in headline(dataclasses.replace(dense, seed=seed), base, 32)],
-        MATCH: [dense, *variants("mosa_heads", [4, 8, 16, 32, mosa.mosa_heads])],
-        "sparsity": [dense, *all_matched(variants("sparsity", [2.0, 4.0, 8.0, 16.0, 32.0], base))],
+        HEADLINE: [run for seed in range(5) for run in headline(dataclasses.replace(dense, seed=seed), base, 32)],
+        MATCH: [dense, *variants("mosa_heads", heads)],
+        SPARSITY: [dense, *all_matched(variants("sparsity", sparsities, base))],
+        MATCH + BY_THRESHOLD: [dense, *variants("mosa_heads", heads, threshold)],
+        SPARSITY + BY_THRESHOLD: [dense, *all_matched(variants("sparsity", sparsities, sparse))],
         "dense heads": [dense, *all_matched(variants("dense_heads", [0, 1, 2, 4], base))],
         "threshold momentum": [dense, *variants("momentum", [0.9, 0.95, 0.99], threshold)],
         "first token always selected": [dense, *variants("include_first", [True, False])],
@@ -180,8 +186,14 @@ def cpu_smoke() -> Studies:
     return {
         HEADLINE: [run for seed in range(2) for run in headline(dataclasses.replace(dense, seed=seed), base, 16)],
         MATCH: [dense, *(dataclasses.replace(mosa, mosa_heads=heads) for heads in (2, mosa.mosa_heads))],
-        "sparsity": [dense, *(dataclasses.replace(base, sparsity=rho).matched(dense) for rho in (2.0, 4.0, 8.0))],
+        SPARSITY: [dense, *(dataclasses.replace(base, sparsity=rho).matched(dense) for rho in (2.0, 4.0, 8.0))],
     }
+
+
+def in_order(studies: Studies) -> list[Run]:
+    """Each run once, in the order in which they are trained."""
+    runs = dict.fromkeys(run for study in studies.values() for run in study)
+    return sorted(runs, key=lambda run: run.seed > LAST_SEED)  # stable
 
 
 PRESETS: dict[str, Callable[[], Studies]] = {"cpu": cpu, "cpu-smoke": cpu_smoke}

@@ -1,5 +1,6 @@
 """The page and the picture of what `benchmarks.pretrain` measured."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mosa_hf.whole_files import whole_file
 
-from .pretrain_runs import HEADLINE, MATCH, Run, Studies
+from .pretrain_runs import BY_THRESHOLD, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
 
 # Student's t: half-width of a central interval of 95 %, by degrees of freedom, in standard errors.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
@@ -51,6 +52,11 @@ def name_of(run: Run) -> str:
 
 def exact(row: Row, text: str = "held out") -> float:
     return row["loss"][text]["exact"]
+
+
+def followed(row: Row) -> float | None:
+    """By the thresholds that training left; None for a model that has none."""
+    return row["loss"]["held out"].get("followed")
 
 
 def published(row: Row) -> float | None:
@@ -100,8 +106,7 @@ def without_seeds(study: list[Run]) -> list[Run]:
 
 def write(studies: Studies, rows: list[Row], directory: Path) -> None:
     """`pretrain.md` and `pretrain.png` of the rows that belong to `studies`."""
-    runs = [run for study in studies.values() for run in study]
-    rows = [row for own in Measured.of_study(runs, rows).rows.values() for row in own.values()]
+    rows = [row for own in Measured.of_study(in_order(studies), rows).rows.values() for row in own.values()]
     with whole_file(directory / "pretrain.md") as unfinished:
         unfinished.write_text(page(studies, rows), encoding="utf-8")
     with whole_file(directory / "pretrain.png") as unfinished:
@@ -133,12 +138,13 @@ def table_of(study: list[Run], measured: Measured) -> str:
         "exact",
         "leak, at most",
     ]
-    head += ["exact − dense", "exact, unseen kind", "selected", "KV bytes", "parameters", "CPU ms a step"]
+    head += ["exact − dense", "exact, unseen kind", "selected", "KV bytes", "parameters"]
+    head += ["training TFLOP", "with padding", "CPU ms a step"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for run in kinds:
         rows = list(measured.of(run).values())
         cells = [name_of(run), *(_field(run, name) for name in varied), str(len(rows))]
-        for value in (published, exact):
+        for value in (published, followed, exact):
             cells.append("" if value(rows[0]) is None else Interval.of([value(row) for row in rows]).text())
         leak = None if published(rows[0]) is None else Interval.of([exact(row) - published(row) for row in rows])
         cells.append("" if leak is None else leak.text("+"))
@@ -149,6 +155,8 @@ def table_of(study: list[Run], measured: Measured) -> str:
         cells.append(f"{mean(row['selected_share'] for row in rows):.3f}" if "selected_share" in rows[0] else "")
         cells.append(f"{mean(sum(row['kv_bytes'].values()) for row in rows):,.0f}")
         cells.append(f"{rows[0]['parameters']:,}")
+        for name in ("training_flops_of_selected", "training_flops_with_padding"):
+            cells.append(f"{mean(row.get(name, row['training_flops']) for row in rows) / 1e12:.3g}")
         cells.append(f"{mean(row['step_cpu_ms'] for row in rows):.0f}")
         lines.append(cells)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
@@ -157,7 +165,8 @@ def table_of(study: list[Run], measured: Measured) -> str:
 def _field(run: Run, name: str) -> str:
     """A field of a run; empty where its kind of model has none."""
     value = getattr(run, name)
-    of_others = name not in ("length", "dense_heads", "window") and run.kind in ("dense", "window")
+    of_heads = ("mosa_heads", "sparsity", "momentum", "include_first", "aux_loss")
+    of_others = name in of_heads and run.kind in ("dense", "window")
     if of_others or value is None or (name == "momentum" and run.routing != "threshold"):
         return ""
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -183,7 +192,7 @@ def sentences(study: list[Run], measured: Measured) -> list[str]:
             f"At equal training FLOPs ({run.training_flops() / dense.training_flops():.3f} of the dense model's "
             f"{dense.training_flops() / 1e12:.3g} TFLOP), the decode-exact loss of {name_of(run)}, is "
             f"{difference.text('+')} nats a token from dense's "
-            f"(95 %, {difference.seeds} seeds, paired): {verdict} it."
+            f"(95 %, {_counted(difference.seeds, 'seed')}, paired): {verdict} it."
         )
     gain = measured.difference(by_choice, dense, published)
     leak = measured.difference(by_choice, by_choice, exact, published)
@@ -240,18 +249,19 @@ def page(studies: Studies, rows: list[Row]) -> str:
             if name == HEADLINE:
                 parts += ["\n".join(f"{i + 1}. {each}" for i, each in enumerate(sentences(study, measured)))]
                 parts.append("![Loss of each model, of each sparsity, and of numbers of heads](pretrain.png)")
-            if name == MATCH and study[0] in measured:
+            if name.startswith(MATCH) and study[0] in measured:
                 parts.append(fewest_heads(study, measured))
             parts.append(table_of(study, measured))
             parts.append(settings_of(study))
         if missing:
-            parts.append(
-                f"**Missing** ({len(missing)} of {len(set(study))} runs): "
-                + "; ".join(
-                    f"{name_of(run)}, {changes_of(run, study[0]) or 'as above'}, seed {run.seed}" for run in missing
-                )
-                + "."
-            )
+            seeds = {
+                kind: [run.seed for run in missing if same_but_seed(run, kind)] for kind in without_seeds(missing)
+            }
+            named = [
+                ", ".join(filter(None, (name_of(kind), changes_of(kind, study[0]), _listed("seed", own))))
+                for kind, own in seeds.items()
+            ]
+            parts.append(f"**Missing**, {len(missing)} of {len(set(study))} runs: {'; '.join(named)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -263,48 +273,64 @@ def settings_of(study: list[Run]) -> str:
     return "Shared: " + ", ".join(f"{name} {value}" for name, value in shared.items() if value is not None) + "."
 
 
+def same_but_seed(run: Run, other: Run) -> bool:
+    return dataclasses.replace(run, seed=other.seed) == other
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _listed(noun: str, values: list[int]) -> str:
+    return f"{noun}{'s' if len(values) > 1 else ''} {', '.join(map(str, values))}"
+
+
 def changes_of(run: Run, base: Run) -> str:
     own, others = run.to_dict(), base.to_dict()
-    return ", ".join(
-        f"{name} {value}"
-        for name, value in own.items()
-        if value != others[name] and name not in ("seed", "kind", "routing")
-    )
+    names = (name for name in own if own[name] != others[name] and name not in ("seed", "kind", "routing"))
+    return ", ".join(f"{name} {value}" for name in names if (value := _field(run, name)))
 
 
 PAGE = """# Pretraining at equal FLOPs
 
 Small models trained from scratch on real text, with as many multiplications and additions in a forward as the dense
 model (`benchmarks/flops.py`). Losses are nats a token of text that no model was trained on, of the kinds that all were
-trained on, and of another kind. "By expert choice": teacher-forced, as published figures are; it may read the future.
-"Exact": by thresholds, which were set on training text; decoding token by token gives the same loss (largest
-difference on a sample of each model: {worst:.1e}). "Leak, at most": exact minus by expert choice, which is what was
-read of the future, and what it costs to be read by another rule than one was trained by; a model that was trained by
-thresholds has had no future to learn from, and shows what the rule alone does. ± is half of an interval of 95 % over
-seeds (t distribution); differences are of models that read the same batches. KV bytes are those of the live tensors
-after one text of that length; CPU time is of one thread, forward and backward and optimiser, at the clock and the
-neighbours of its moment.
+trained on, and of another kind.
+
+- "By expert choice": teacher-forced, as published figures are; it may read the future.
+- "Exact": by thresholds, which were set on training text. Decoding token by token gives the same loss (largest
+  difference on a sample of each model: {worst:.1e}).
+- "Followed": by the thresholds that training left.
+- "Leak, at most": exact minus by expert choice, which is what was read of the future, and what it costs to be read by
+  another rule than one was trained by. A model that was trained by thresholds had no future to learn from, and shows
+  what the rule alone does.
+- ± is half of an interval of 95 % over seeds (t distribution); differences are of models that read the same batches.
+- KV bytes are those of the live tensors after one text of that length.
+- Training FLOPs are those of the tokens that were selected; and as the CPU computes them, where every group has as
+  many slots as the one that selects most.
+- CPU time is of one thread, forward, backward and optimiser, at the clock and with the neighbours of its moment.
 
 {facts}"""
 
 
 def draw(studies: Studies, rows: list[Row]) -> Figure:
     """Loss by model, by sparsity and by heads: exact, and as expert choice reads it."""
-    panels = [name for name in (HEADLINE, "sparsity", MATCH) if Measured.of_study(studies.get(name, []), rows).rows]
+    panels = [name for name in (HEADLINE, SPARSITY, MATCH) if name in studies]
     figure = Figure(figsize=(5.4 * max(len(panels), 1), 4.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
-        study = studies[name]
+        study = [*studies[name], *studies.get(name + BY_THRESHOLD, [])]
         measured = Measured.of_study(study, rows)
         kinds = [run for run in without_seeds(study) if measured.of(run)]
         if name == HEADLINE:
             _draw_models(axes, kinds, measured)
         else:
-            field, label = ("sparsity", "sparsity ρ") if name == "sparsity" else ("mosa_heads", "MoSA heads a layer")
-            _draw_curve(axes, kinds, measured, field)
-            axes.set(xlabel=label, title="equal FLOPs" if name == "sparsity" else "fewer FLOPs")
+            field, label = ("sparsity", "sparsity ρ") if name == SPARSITY else ("mosa_heads", "MoSA heads a layer")
+            _draw_curves(axes, kinds, measured, field)
+            axes.set(xlabel=label, title="equal FLOPs" if name == SPARSITY else "fewer FLOPs")
         axes.set_ylabel("held-out loss, nats a token")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
     return figure
 
 
@@ -324,16 +350,26 @@ def _draw_models(axes, kinds: list[Run], measured: Measured) -> None:
     axes.set_title("equal FLOPs, 95 % over seeds")
 
 
-def _draw_curve(axes, kinds: list[Run], measured: Measured, field: str) -> None:
-    curve = sorted((run for run in kinds if run.kind == "mosa"), key=lambda run: getattr(run, field))
-    for value, label, style in ((exact, "exact: what decoding gives", "o-"), (published, "by expert choice", "x--")):
-        points = [(getattr(run, field), mean(value(row) for row in measured.of(run).values())) for run in curve]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label)
+def _draw_curves(axes, kinds: list[Run], measured: Measured, field: str) -> None:
     for run in kinds:
         if run.kind == "dense":
-            axes.axhline(
-                mean(map(exact, measured.of(run).values())), color="black", linewidth=0.8, linestyle=":", label="dense"
-            )
+            axes.axhline(mean(map(exact, measured.of(run).values())), color="black", linestyle=":", label="dense")
+    readings = {
+        "expert_choice": (
+            (published, "C1x--", "by expert choice, read by it"),
+            (exact, "C0o-", "by expert choice, exact"),
+        ),
+        "threshold": ((exact, "C2s-", "by threshold, exact"),),
+    }
+    places = set()
+    for routing, values in readings.items():
+        curve = [run for run in kinds if run.kind == "mosa" and run.routing == routing]
+        curve.sort(key=lambda run: getattr(run, field))
+        for value, style, label in values:
+            points = [(getattr(run, field), mean(map(value, measured.of(run).values()))) for run in curve]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=f"trained {label}")
+        places |= {getattr(run, field) for run in curve}
     axes.set_xscale("log", base=2)
-    axes.set_xticks([getattr(run, field) for run in curve], [f"{getattr(run, field):g}" for run in curve])
+    axes.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
+    axes.minorticks_off()

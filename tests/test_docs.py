@@ -40,7 +40,7 @@ def test_example_runs(block, tmp_path, monkeypatch):
         exec(compile("\n" * block.line + block.code, str(DOCS / block.page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("page", ["routing.md", "choosing.md", "benchmarks.md", "limits.md"])
+@pytest.mark.parametrize("page", ["routing.md", "choosing.md", "benchmarks.md", "limits.md", "evidence.md"])
 def test_page_has_an_example(page):
     assert any(block.page == page and block.mark == "runnable" for block in BLOCKS)
 
@@ -59,6 +59,19 @@ def test_the_readme_has_the_frontier_of_the_result():
     result, page = (path.read_text(encoding="utf-8") for path in (RESULTS / "frontier.md", DOCS.parent / "README.md"))
     table = "\n".join(line for line in result.splitlines() if line.startswith("|"))
     assert table in page and len(table.splitlines()) > 4
+
+
+def test_the_evidence_is_that_of_the_result():
+    result, page = (path.read_text(encoding="utf-8") for path in (RESULTS / "pretrain.md", DOCS / "evidence.md"))
+    headline = re.search(r"^## Headline\n(.*?)^## ", result, re.MULTILINE | re.DOTALL)[1]
+    sentences = re.findall(r"^\d\. .*$", headline, re.MULTILINE)
+    table = "\n".join(line for line in headline.splitlines() if line.startswith("|"))
+    assert len(sentences) == 3 and len(table.splitlines()) == 7  # five models
+    assert "\n".join(sentences) in page and table in page
+    for fewest in re.findall(r"^Of the numbers tried.*$|^None of the numbers tried.*$", result, re.MULTILINE):
+        assert fewest in page
+    interval = r"[+-]?\d\.\d{4}(?: ± \d\.\d{4})?"
+    assert set(re.findall(interval, page)) <= set(re.findall(interval, result))  # and there are no others
 
 
 def test_benchmarks_page_names_every_command_and_result():

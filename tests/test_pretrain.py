@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import flops, pretrain, pretrain_model, pretrain_table, sources
 from benchmarks.pretrain_data import Corpus
 from benchmarks.pretrain_model import StrideRouter, build, decoded, evaluate, reading_by, teacher_forced, train
-from benchmarks.pretrain_runs import HEADLINE, MATCH, PRESETS, Run, headline
+from benchmarks.pretrain_runs import HEADLINE, MATCH, PRESETS, SPARSITY, Run, headline, in_order
 from mosa_hf import MosaConfig, trace_routing
 
 RESULTS = Path(pretrain.__file__).parent / "results"
@@ -149,8 +149,11 @@ def test_every_preset_is_matched_and_named():
         studies = preset()
         dense = studies[HEADLINE][0]
         assert dense.kind == "dense" and studies[MATCH][0] == dense
-        for run in studies[HEADLINE] + studies["sparsity"]:
+        for run in studies[HEADLINE] + studies[SPARSITY]:
             assert run.forward_flops() == pytest.approx(dense.forward_flops(), rel=0.04)
+        runs = in_order(studies)
+        assert len(runs) == len(set(runs)) == len({run for study in studies.values() for run in study})
+        assert runs[: len(set(studies[HEADLINE][:10]))] == studies[HEADLINE][:10]
         for study in studies.values():
             assert pretrain_table.dense_of(study, study[-1]) is not None
             assert all(Run.from_dict(run.to_dict()) == run for run in study)
@@ -244,6 +247,7 @@ def row(run: Run, exact: float, published: float | None = None) -> dict:
         "kv_bytes": {"dense": 100.0},
         "parameters": 10,
         "step_cpu_ms": 5.0,
+        "training_flops": 1e12,
         "seconds": 60.0,
         **{
             "command": "python -m benchmarks.pretrain",
@@ -272,7 +276,7 @@ def test_what_the_leak_explains(tmp_path):
     assert "is -0.1000 ± 0.0248 nats" in sentences[0] and sentences[0].endswith("below it.")  # 4.303 · 0.01 / √3
     assert "is +0.0010 ± 0.0000 nats" in sentences[1] and sentences[1].endswith("above it.")
     assert "-0.2000 ± 0.0248" in sentences[2] and "50% of the gain" in sentences[2]
-    assert "**Missing** (1 of 9 runs): MoSA, trained by threshold" in page and "seed 0." in page
+    assert "**Missing**, 1 of 9 runs: MoSA, trained by threshold" in page and "seed 0." in page
 
 
 def test_quantiles_are_those_of_the_t_distribution():
