@@ -152,15 +152,20 @@ def cpu() -> Studies:
     sparse = dataclasses.replace(base, routing="threshold")
     return {
         HEADLINE: [run for seed in range(5) for run in headline(dataclasses.replace(dense, seed=seed), base, 32)],
+        "learning rate of the dense model": [
+            dataclasses.replace(dense, seed=seed, learning_rate=rate)
+            for rate in (3e-3, 2e-3, 1e-3, 5e-3)
+            for seed in range(3)
+        ],
         MATCH: [dense, *variants("mosa_heads", heads)],
         SPARSITY: [dense, *all_matched(variants("sparsity", sparsities, base))],
-        MATCH + BY_THRESHOLD: [dense, *variants("mosa_heads", heads, threshold)],
-        SPARSITY + BY_THRESHOLD: [dense, *all_matched(variants("sparsity", sparsities, sparse))],
         "dense heads": [dense, *all_matched(variants("dense_heads", [0, 1, 2, 4], base))],
         "threshold momentum": [dense, *variants("momentum", [0.9, 0.95, 0.99], threshold)],
+        "length at 32 selected tokens": lengths,
+        SPARSITY + BY_THRESHOLD: [dense, *all_matched(variants("sparsity", sparsities, sparse))],
+        MATCH + BY_THRESHOLD: [dense, *variants("mosa_heads", heads, threshold)],
         "first token always selected": [dense, *variants("include_first", [True, False])],
         "auxiliary loss": [dense, *variants("aux_loss", [0.0, 0.01])],
-        "length at 32 selected tokens": lengths,
     }
 
 

@@ -127,6 +127,7 @@ def table_of(study: list[Run], measured: Measured) -> str:
             "momentum",
             "include_first",
             "aux_loss",
+            "learning_rate",
         )
         if len({getattr(run, name) for run in kinds}) > 1
     ]
