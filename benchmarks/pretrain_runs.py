@@ -162,6 +162,7 @@ def cpu() -> Studies:
         "dense heads": [dense, *all_matched(variants("dense_heads", [0, 1, 2, 4], base))],
         "threshold momentum": [dense, *variants("momentum", [0.9, 0.95, 0.99], threshold)],
         "length at 32 selected tokens": lengths,
+        "three times the training": [dataclasses.replace(run, steps=1800) for run in (dense, mosa, threshold)],
         SPARSITY + BY_THRESHOLD: [dense, *all_matched(variants("sparsity", sparsities, sparse))],
         MATCH + BY_THRESHOLD: [dense, *variants("mosa_heads", heads, threshold)],
         "first token always selected": [dense, *variants("include_first", [True, False])],
