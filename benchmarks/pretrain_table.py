@@ -211,6 +211,23 @@ def sentences(study: list[Run], measured: Measured) -> list[str]:
     return found
 
 
+def against_stride(study: list[Run], measured: Measured) -> str | None:
+    """What it adds that a router chooses; None where runs are missing."""
+    kinds = without_seeds(study)
+    stride = next(run for run in kinds if run.kind == "stride")
+    found = []
+    for run in kinds:
+        difference = measured.difference(run, stride)
+        if run.kind == "mosa" and difference is not None:
+            found.append(f"{difference.text('+')} ({name_of(run)})")
+    if not found:
+        return None
+    return (
+        "What choosing by content adds, decode-exact loss against a fixed stride, which has about as many heads and "
+        f"parameters: {', '.join(found)}."
+    )
+
+
 def fewest_heads(study: list[Run], measured: Measured) -> str:
     """Which model with MoSA heads reaches dense's loss with the fewest of them."""
     dense = study[0]
@@ -253,6 +270,8 @@ def page(studies: Studies, rows: list[Row]) -> str:
             if name.startswith(MATCH) and study[0] in measured:
                 parts.append(fewest_heads(study, measured))
             parts.append(table_of(study, measured))
+            if name == HEADLINE and (line := against_stride(study, measured)):
+                parts.append(line)
             parts.append(settings_of(study))
         if missing:
             seeds = {
