@@ -22,6 +22,7 @@ class Run:
     kind: "dense": global heads alone. "mosa": and the paper's heads. "stride": the same heads reading every
         `sparsity`-th token. "window": heads with a window alone.
     routing: the rule while a "mosa" model trains.
+    zero_outputs: projections into the residual stream start at zero, whatever their number.
     """
 
     kind: Kind
@@ -42,6 +43,7 @@ class Run:
     batch_size: int = 4
     steps: int = 600
     learning_rate: float = 3e-3
+    zero_outputs: bool = True
     vocab_size: int = 1024
     texts: tuple[str, ...] = ("python_docs", "shakespeare")
     unseen: str = "debian_handbook"
@@ -99,25 +101,27 @@ class Run:
         """Of the whole run, a backward counted as two forwards."""
         return 3 * self.forward_flops() * self.batch_size * self.steps
 
-    def matched(self, reference: "Run") -> "Run":
+    def matched(self, reference: "Run", name: str | None = None) -> "Run":
         """
-        With as many heads as make a forward cost what `reference`'s does, to the nearest head: the paper's heads, or
-        windows where there are no others.
+        With as much of the field `name` as makes a forward cost what `reference`'s does, to the nearest whole number.
+        By default it is the number of the paper's heads, or of windows where there are no others.
         """
-        name = "dense_heads" if self.kind in ("dense", "window") else "mosa_heads"
+        if name is None:
+            name = "dense_heads" if self.kind in ("dense", "window") else "mosa_heads"
         one, two = (dataclasses.replace(self, **{name: heads}).forward_flops() for heads in (1, 2))
-        heads = round((reference.forward_flops() - one) / (two - one)) + 1  # linear in heads
+        heads = round((reference.forward_flops() - one) / (two - one)) + 1  # linear
         return dataclasses.replace(self, **{name: max(heads, 0)})
 
 
 Studies = dict[str, list[Run]]
 HEADLINE, MATCH, SPARSITY = "headline", "perplexity match", "sparsity"
+RANDOM = "outputs that start at random"
 BY_THRESHOLD = ", trained by threshold"
 LAST_SEED = 2  # runs of later ones come last: they narrow intervals
 
 
 def headline(dense: Run, mosa: Run, window: int) -> list[Run]:
-    """Dense and its rivals of as many FLOPs, for one seed."""
+    """Dense and its rivals of as many FLOPs, for the seed of `dense`."""
     mosa = dataclasses.replace(mosa, seed=dense.seed)
     rivals = [
         mosa,
@@ -150,24 +154,30 @@ def cpu() -> Studies:
     ]
     heads, sparsities = [4, 8, 16, 32, mosa.mosa_heads], [2.0, 4.0, 8.0, 16.0, 32.0]
     sparse = dataclasses.replace(base, routing="threshold")
-    return {
-        HEADLINE: [run for seed in range(5) for run in headline(dataclasses.replace(dense, seed=seed), base, 32)],
-        "learning rate of the dense model": [
-            dataclasses.replace(dense, seed=seed, learning_rate=rate)
-            for rate in (3e-3, 2e-3, 1e-3, 5e-3)
-            for seed in range(3)
+    few = dataclasses.replace(dense, dense_heads=4)
+    seeds = [dataclasses.replace(dense, seed=seed) for seed in range(3)]
+    studies = {
+        HEADLINE: [run for each in seeds for run in headline(each, base, 32)],
+        "a dense model with fewer heads": [
+            run
+            for each in seeds
+            for own in (dataclasses.replace(few, seed=each.seed),)
+            for run in (each, own.matched(each, "intermediate_size"), own)
         ],
-        MATCH: [dense, *variants("mosa_heads", heads)],
         SPARSITY: [dense, *all_matched(variants("sparsity", sparsities, base))],
+        MATCH: [dense, *variants("mosa_heads", heads)],
         "dense heads": [dense, *all_matched(variants("dense_heads", [0, 1, 2, 4], base))],
+        SPARSITY + BY_THRESHOLD: [dense, *all_matched(variants("sparsity", sparsities, sparse))],
         "threshold momentum": [dense, *variants("momentum", [0.9, 0.95, 0.99], threshold)],
         "length at 32 selected tokens": lengths,
-        "three times the training": [dataclasses.replace(run, steps=1800) for run in (dense, mosa, threshold)],
-        SPARSITY + BY_THRESHOLD: [dense, *all_matched(variants("sparsity", sparsities, sparse))],
-        MATCH + BY_THRESHOLD: [dense, *variants("mosa_heads", heads, threshold)],
         "first token always selected": [dense, *variants("include_first", [True, False])],
         "auxiliary loss": [dense, *variants("aux_loss", [0.0, 0.01])],
+        "three times the training": [dataclasses.replace(run, steps=1800) for run in (dense, mosa, threshold)],
+        MATCH + BY_THRESHOLD: [dense, *variants("mosa_heads", heads, threshold)],
     }
+    rates = [dataclasses.replace(each, learning_rate=rate) for rate in (3e-3, 2e-3, 1e-3, 5e-3) for each in seeds]
+    random = [*studies[HEADLINE], *rates, few, *studies[MATCH], *studies[SPARSITY], *studies["dense heads"]]
+    return studies | {RANDOM: [dataclasses.replace(run, zero_outputs=False) for run in random]}
 
 
 def cpu_smoke() -> Studies:

@@ -128,6 +128,7 @@ def table_of(study: list[Run], measured: Measured) -> str:
             "include_first",
             "aux_loss",
             "learning_rate",
+            "intermediate_size",
         )
         if len({getattr(run, name) for run in kinds}) > 1
     ]
