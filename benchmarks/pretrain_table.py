@@ -229,12 +229,14 @@ def against_stride(study: list[Run], measured: Measured) -> str | None:
     )
 
 
-def fewest_heads(study: list[Run], measured: Measured) -> str:
-    """Which model with MoSA heads reaches dense's loss with the fewest of them."""
+def fewest_heads(study: list[Run], measured: Measured) -> str | None:
+    """Which model with MoSA heads reaches dense's loss with the fewest of them; None where too few were tried."""
     dense = study[0]
     tried = [run for run in without_seeds(study) if run.kind == "mosa" and measured.difference(run, dense) is not None]
     reached = [run for run in tried if measured.difference(run, dense).mean <= 0]
     numbers = ", ".join(str(run.mosa_heads) for run in tried)
+    if len(tried) < 2:
+        return None
     if not reached:
         return f"None of the numbers tried ({numbers}) reaches the dense model's decode-exact loss."
     best = min(reached, key=lambda run: run.mosa_heads)
@@ -268,8 +270,8 @@ def page(studies: Studies, rows: list[Row]) -> str:
             if name == HEADLINE:
                 parts += ["\n".join(f"{i + 1}. {each}" for i, each in enumerate(sentences(study, measured)))]
                 parts.append("![Loss of each model, of each sparsity, and of numbers of heads](pretrain.png)")
-            if name.startswith(MATCH) and study[0] in measured:
-                parts.append(fewest_heads(study, measured))
+            if name.startswith(MATCH) and study[0] in measured and (line := fewest_heads(study, measured)):
+                parts.append(line)
             parts.append(table_of(study, measured))
             if name == HEADLINE and (line := against_stride(study, measured)):
                 parts.append(line)
