@@ -115,6 +115,7 @@ class Run:
 
 Studies = dict[str, list[Run]]
 HEADLINE, MATCH, SPARSITY = "headline", "perplexity match", "sparsity"
+FEWER = "a dense model with fewer heads"
 RANDOM = "outputs that start at random"
 BY_THRESHOLD = ", trained by threshold"
 LAST_SEED = 2  # runs of later ones come last: they narrow intervals
@@ -158,13 +159,18 @@ def cpu() -> Studies:
     seeds = [dataclasses.replace(dense, seed=seed) for seed in range(3)]
     studies = {
         HEADLINE: [run for each in seeds for run in headline(each, base, 32)],
-        "a dense model with fewer heads": [
+        FEWER: [
             run
             for each in seeds
             for own in (dataclasses.replace(few, seed=each.seed),)
             for run in (each, own.matched(each, "intermediate_size"), own)
         ],
-        SPARSITY: [dense, *all_matched(variants("sparsity", sparsities, base))],
+        SPARSITY: [
+            run
+            for each, of_seed in zip(seeds, (sparsities, [8.0, 32.0], [8.0, 32.0]), strict=True)
+            for own in (dataclasses.replace(base, seed=each.seed),)
+            for run in (each, *all_matched(variants("sparsity", of_seed, own)))
+        ],
         MATCH: [dense, *variants("mosa_heads", heads)],
         "dense heads": [dense, *all_matched(variants("dense_heads", [0, 1, 2, 4], base))],
         SPARSITY + BY_THRESHOLD: [dense, *all_matched(variants("sparsity", sparsities, sparse))],
@@ -176,7 +182,7 @@ def cpu() -> Studies:
         MATCH + BY_THRESHOLD: [dense, *variants("mosa_heads", heads, threshold)],
     }
     rates = [dataclasses.replace(each, learning_rate=rate) for rate in (3e-3, 2e-3, 1e-3, 5e-3) for each in seeds]
-    random = [*studies[HEADLINE], *rates, few, *studies[MATCH], *studies[SPARSITY], *studies["dense heads"]]
+    random = [*studies[HEADLINE], *rates, few, *studies[MATCH], *studies[SPARSITY][:6], *studies["dense heads"]]
     return studies | {RANDOM: [dataclasses.replace(run, zero_outputs=False) for run in random]}
 
 

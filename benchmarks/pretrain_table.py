@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mosa_hf.whole_files import whole_file
 
-from .pretrain_runs import BY_THRESHOLD, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
+from .pretrain_runs import BY_THRESHOLD, FEWER, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
 
 # Student's t: half-width of a central interval of 95 %, by degrees of freedom, in standard errors.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
@@ -266,7 +266,8 @@ def page(studies: Studies, rows: list[Row]) -> str:
         measured = Measured.of_study(study, rows)
         missing = [run for run in dict.fromkeys(study) if run not in measured]
         parts.append(f"## {name[0].upper()}{name[1:]}")
-        if len(missing) < len(set(study)):
+        own = set(study) - (set(studies[HEADLINE]) if name != HEADLINE and HEADLINE in studies else set())
+        if any(run in measured for run in own):
             if name == HEADLINE:
                 parts += ["\n".join(f"{i + 1}. {each}" for i, each in enumerate(sentences(study, measured)))]
                 parts.append("![Loss of each model, of each sparsity, and of numbers of heads](pretrain.png)")
@@ -342,8 +343,14 @@ def draw(studies: Studies, rows: list[Row]) -> Figure:
     figure = Figure(figsize=(5.4 * max(len(panels), 1), 4.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
         study = [*studies[name], *studies.get(name + BY_THRESHOLD, [])]
+        if name == SPARSITY:
+            study += [run for run in studies.get(FEWER, []) if run.intermediate_size != study[0].intermediate_size]
         measured = Measured.of_study(study, rows)
         kinds = [run for run in without_seeds(study) if measured.of(run)]
+        if name != HEADLINE:  # a mean over other seeds would not be on one curve with it
+            kinds = [run for run in kinds if study[0].seed in measured.of(run)]
+        if not kinds:
+            continue
         if name == HEADLINE:
             _draw_models(axes, kinds, measured)
         else:
@@ -374,9 +381,15 @@ def _draw_models(axes, kinds: list[Run], measured: Measured) -> None:
 
 
 def _draw_curves(axes, kinds: list[Run], measured: Measured, field: str) -> None:
-    for run in kinds:
-        if run.kind == "dense":
-            axes.axhline(mean(map(exact, measured.of(run).values())), color="black", linestyle=":", label="dense")
+    common = set.intersection(*(set(measured.of(run)) for run in kinds))  # seeds
+
+    def over_seeds(run: Run, value) -> float:
+        return mean(value(measured.of(run)[seed]) for seed in common)
+
+    dense = [run for run in kinds if run.kind == "dense"]
+    for run, style in zip(dense, (":", "--"), strict=False):
+        label = f"dense, {run.dense_heads} heads, FFN {run.intermediate_size}"
+        axes.axhline(over_seeds(run, exact), color="black", linestyle=style, linewidth=1, label=label)
     readings = {
         "expert_choice": (
             (published, "C1x--", "by expert choice, read by it"),
@@ -389,7 +402,7 @@ def _draw_curves(axes, kinds: list[Run], measured: Measured, field: str) -> None
         curve = [run for run in kinds if run.kind == "mosa" and run.routing == routing]
         curve.sort(key=lambda run: getattr(run, field))
         for value, style, label in values:
-            points = [(getattr(run, field), mean(map(value, measured.of(run).values()))) for run in curve]
+            points = [(getattr(run, field), over_seeds(run, value)) for run in curve]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=f"trained {label}")
         places |= {getattr(run, field) for run in curve}
