@@ -106,7 +106,6 @@ def without_seeds(study: list[Run]) -> list[Run]:
 
 def write(studies: Studies, rows: list[Row], directory: Path) -> None:
     """`pretrain.md` and `pretrain.png` of the rows that belong to `studies`."""
-    rows = [row for own in Measured.of_study(in_order(studies), rows).rows.values() for row in own.values()]
     with whole_file(directory / "pretrain.md") as unfinished:
         unfinished.write_text(page(studies, rows), encoding="utf-8")
     with whole_file(directory / "pretrain.png") as unfinished:
@@ -254,7 +253,8 @@ def fewest_heads(study: list[Run], measured: Measured) -> str | None:
 
 
 def page(studies: Studies, rows: list[Row]) -> str:
-    """Markdown: how it was measured, the answer, and a table for each study."""
+    """Markdown: how it was measured, the answer, and a table for each study, of the rows that belong to one."""
+    rows = [row for own in Measured.of_study(in_order(studies), rows).rows.values() for row in own.values()]
     facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
     facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
     facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))

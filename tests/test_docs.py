@@ -66,7 +66,7 @@ def test_the_evidence_is_that_of_the_result():
     headline = re.search(r"^## Headline\n(.*?)^## ", result, re.MULTILINE | re.DOTALL)[1]
     sentences = re.findall(r"^\d\. .*$", headline, re.MULTILINE)
     table = "\n".join(line for line in headline.splitlines() if line.startswith("|"))
-    assert len(sentences) == 3 and len(table.splitlines()) == 7  # five models
+    assert len(sentences) == 3 and len(table.splitlines()) > 5
     assert "\n".join(sentences) in page and table in page
     for line in re.findall(r"^(?:Of the numbers tried|None of the numbers|What choosing).*$", result, re.MULTILINE):
         assert line in page
