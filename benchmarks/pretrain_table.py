@@ -219,7 +219,7 @@ def against_stride(study: list[Run], measured: Measured) -> str | None:
     for run in kinds:
         difference = measured.difference(run, stride)
         if run.kind == "mosa" and difference is not None:
-            found.append(f"{difference.text('+')} ({name_of(run)})")
+            found.append(f"{difference.text('+')} ({name_of(run)}; {_counted(difference.seeds, 'seed')})")
     if not found:
         return None
     return (
@@ -270,7 +270,7 @@ def page(studies: Studies, rows: list[Row]) -> str:
         if any(run in measured for run in own):
             if name == HEADLINE:
                 parts += ["\n".join(f"{i + 1}. {each}" for i, each in enumerate(sentences(study, measured)))]
-                parts.append("![Loss of each model, of each sparsity, and of numbers of heads](pretrain.png)")
+                parts.append("![Loss of each model, and of each sparsity](pretrain.png)")
             if name.startswith(MATCH) and study[0] in measured and (line := fewest_heads(study, measured)):
                 parts.append(line)
             parts.append(table_of(study, measured))
@@ -340,6 +340,13 @@ trained on, and of another kind.
 def draw(studies: Studies, rows: list[Row]) -> Figure:
     """Loss by model, by sparsity and by heads: exact, and as expert choice reads it."""
     panels = [name for name in (HEADLINE, SPARSITY, MATCH) if name in studies]
+    in_headline = set(studies.get(HEADLINE, []))
+    all_measured = Measured(rows)
+    panels = [
+        name
+        for name in panels
+        if name == HEADLINE or any(run in all_measured for run in studies[name] if run not in in_headline)
+    ]
     figure = Figure(figsize=(5.4 * max(len(panels), 1), 4.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
         study = [*studies[name], *studies.get(name + BY_THRESHOLD, [])]

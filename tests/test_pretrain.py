@@ -279,7 +279,9 @@ def test_what_the_leak_explains(tmp_path):
     assert "is -0.1000 ± 0.0248 nats" in sentences[0] and sentences[0].endswith("below it.")  # 4.303 · 0.01 / √3
     assert "is +0.0010 ± 0.0000 nats" in sentences[1] and sentences[1].endswith("above it.")
     assert "-0.2000 ± 0.0248" in sentences[2] and "50% of the gain" in sentences[2]
-    assert re.search(r"^What choosing.*: -0.0500 ± 0.0000 \(MoSA, trained by expert choice\)", page, re.MULTILINE)
+    assert re.search(
+        r"^What choosing.*: -0.0500 ± 0.0000 \(MoSA, trained by expert choice; 3 seeds\)", page, re.MULTILINE
+    )
     assert "**Missing**, 1 of 12 runs: MoSA, trained by threshold" in page and "seed 0." in page
 
 
