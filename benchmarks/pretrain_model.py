@@ -51,7 +51,7 @@ def build(run: Run) -> MosaForCausalLM:
         for layer in model.model.layers:
             heads = layer.self_attn.mosa
             heads.router = StrideRouter(config, layer.self_attn.layer_idx, heads.router.sparsity)
-    if run.zero_outputs:  # else what many heads add at first drowns the token itself, and more heads are worse
+    if run.zero_outputs:  # else more dense heads were worse: probably what they add at first drowns the token
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "o_proj" in name or "down_proj" in name:
