@@ -129,13 +129,32 @@ def text(name: str) -> str:
     return _cached(f"{name}.txt", fetch).read_text(encoding="utf-8")
 
 
+def cache_directory() -> Path:
+    """Where it all is kept. It need not exist yet."""
+    return Path(os.environ.get("MOSA_HF_CACHE") or Path.home() / ".cache" / "mosa_hf").absolute()
+
+
+def small_tokenizer(vocab_size: int, names: tuple[str, ...]) -> Path:
+    """The file of a byte-level BPE of `tokenizers` for small models, trained on the texts `names`."""
+
+    def train(scratch: Path) -> Path:
+        from tokenizers import ByteLevelBPETokenizer
+
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator([text(name)[:2_000_000] for name in names], vocab_size, show_progress=False)
+        tokenizer.save(str(scratch / "tokenizer.json"))
+        return scratch / "tokenizer.json"
+
+    return _cached(f"bpe-{vocab_size}-{'-'.join(names)}.json", train)
+
+
 def _cached(name: str, build: Callable[[Path], Path]) -> Path:
     """The file or folder `name` of the cache.
 
     If missing, `build` makes it somewhere inside a scratch folder and returns where. It enters the cache by a rename,
     so an interrupted build leaves nothing that looks finished.
     """
-    cache = Path(os.environ.get("MOSA_HF_CACHE") or Path.home() / ".cache" / "mosa_hf").absolute()
+    cache = cache_directory()
     target = cache / name
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)

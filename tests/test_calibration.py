@@ -233,6 +233,16 @@ def test_highest_share():
     assert highest_share(logits, [1, 4, 100]).tolist() == [0, 8.5, 10.5]
 
 
+@pytest.mark.parametrize("rate, selected", [(10, 2), (7, 2), (4, 5), (2, 5), (100, 2)])
+def test_highest_share_lies_between_the_logits_of_different_tokens(rate, selected):
+    """Equal inputs have logits that differ by rounding: they are all selected, or none of them is."""
+    logits = torch.tensor([3.0] * 2 + [2.0] * 3 + [1.0] * 15)
+    logits = logits + 1e-7 * torch.arange(20) * torch.tensor([1, -1]).repeat(10)
+    threshold = highest_share(logits[:, None], [rate])
+    assert (logits >= threshold).sum() == selected
+    assert (logits - threshold).abs().min() > 0.4
+
+
 def test_thresholds_follow_each_groups_own_rate(model, input_ids):
     """Every group selects its share of the text, padding and first tokens left out."""
     converted = convert_model(model, ConversionConfig(plan=MIXED), input_ids)

@@ -42,7 +42,10 @@ def test_example_runs(block, tmp_path, monkeypatch):
         exec(compile("\n" * block.line + block.code, str(DOCS / block.page), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("page", ["routing.md", "choosing.md", "evaluating.md", "benchmarks.md", "limits.md"])
+PAGES = ["routing.md", "choosing.md", "evaluating.md", "benchmarks.md", "limits.md", "evidence.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_page_has_an_example(page):
     assert any(block.page == page and block.mark == "runnable" for block in BLOCKS)
 
@@ -65,6 +68,19 @@ def test_the_readme_quotes_the_frontier():
     rows = iter(line for line in result if line.startswith("|"))
     assert all(line in rows for line in quoted)  # consumes `rows`
     assert len(quoted) > 10 and quoted[2].startswith("| original | 1.000 |")
+
+
+def test_the_evidence_is_that_of_the_result():
+    result, page = (path.read_text(encoding="utf-8") for path in (RESULTS / "pretrain.md", DOCS / "evidence.md"))
+    headline = re.search(r"^## Headline\n(.*?)^## ", result, re.MULTILINE | re.DOTALL)[1]
+    sentences = re.findall(r"^\d\. .*$", headline, re.MULTILINE)
+    table = "\n".join(line for line in headline.splitlines() if line.startswith("|"))
+    assert len(sentences) == 3 and len(table.splitlines()) > 5
+    assert "\n".join(sentences) in page and table in page
+    for line in re.findall(r"^(?:Of the numbers tried|None of the numbers|What choosing).*$", result, re.MULTILINE):
+        assert line in page
+    interval = r"[+-]?\d\.\d{4}(?: ± \d\.\d{4})?"
+    assert set(re.findall(interval, page)) <= set(re.findall(interval, result))  # and there are no others
 
 
 def test_benchmarks_page_names_every_command_and_result():

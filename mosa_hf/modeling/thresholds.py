@@ -8,6 +8,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .router import MosaRouter, named_routers
 
+ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
+
 
 @torch.no_grad()
 def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
@@ -84,16 +86,27 @@ def seen_logits(
 
 def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tensor:
     """
-    `[G]`: the value that one in `sparsity[g]` of `logits[:, g]` [N, G] reaches, group by group. Half-way to the next
-    lower one: at a logit itself, rounding would decide whether its token is selected.
+    `[G]`: the value that one in `sparsity[g]` of `logits[:, g]` [N, G] reaches, group by group. Half-way between two
+    logits: at one itself, rounding would decide whether its token is selected. That may have the logits of many
+    tokens, since a router of the first layer knows nothing of a token but which it is; then the value lies above or
+    below all of them, whichever gives the share more nearly.
     """
     values = logits.new_empty(len(sparsity))
     for group, rate in enumerate(sparsity):
-        rank = max(round(len(logits) / rate), 1)
+        own = logits[:, group]
+        rank = max(round(len(own) / rate), 1)
         # kthvalue counts from the lowest; torch.quantile would refuse more than 16 M values.
-        values[group] = logits[:, group].kthvalue(len(logits) - rank + 1).values
-        if rank < len(logits):
-            values[group] = (values[group] + logits[:, group].kthvalue(len(logits) - rank).values) / 2
+        value = own.kthvalue(len(own) - rank + 1).values
+        rounding = ROUNDING * own.abs().max()
+        above, reaches = own > value + rounding, own >= value - rounding
+        num_above, num_reaching = int(above.sum()), int(reaches.sum())
+        # None above: then nothing would be selected.
+        if num_above and rank - num_above < num_reaching - rank:
+            values[group] = (own[above].min() + own[~above].max()) / 2
+        elif num_reaching < len(own):
+            values[group] = (own[reaches].min() + own[~reaches].max()) / 2
+        else:
+            values[group] = own.min()
     return values
 
 
