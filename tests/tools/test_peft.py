@@ -17,6 +17,8 @@ from ..conftest import FORMS, Form
 from ..test_cache import propagating
 from .conftest import Folders
 
+pytestmark = pytest.mark.tools  # a warning that is given once, as other tests provoke it
+
 IDS = random_tokens(2, 48) % 97  # the native model's vocabulary
 ROUTERS = {"modules_to_save": ["mosa_router"]}
 # As docs/tools.md has it: LoRA on every projection, and routers trained in full.
