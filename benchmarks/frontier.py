@@ -18,12 +18,9 @@ of its own, in the cache of `benchmarks/sources.py`.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -33,12 +30,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import mosa_hf
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, load_routers
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
@@ -48,6 +42,7 @@ from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from . import frontier_table, measure, sources
 from .exercises import SMOKE, Exercise, Size, exercises
+from .origin import origin_of
 
 ROOT = Path(__file__).parent.parent
 OURS = ("1024/8", "512/8", "256/8", "512/16", "128/4", "256/16")
@@ -300,21 +295,6 @@ def rivals_answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             process.wait()
 
 
-def origin_of(arguments: list[str], module: str = "benchmarks.frontier") -> dict[str, Any]:
-    """How, when and with what a run of `module` measures; without paths of this machine."""
-    words = [Path(word).name if Path(word).is_absolute() or Path(word).exists() else word for word in arguments]
-    return {
-        "command": shlex.join(["python", "-m", module, *words]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads, float32",
-        "versions": {
-            "mosa_hf": mosa_hf.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -335,7 +315,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or (Path(scratch) if options.smoke else Path(__file__).parent / "results")
         ours = ["64/8"] if options.smoke else options.ours
-        run(options, ours, size, output, origin_of(arguments))
+        run(options, ours, size, output, origin_of("benchmarks.frontier", arguments))
 
 
 def run(options: argparse.Namespace, ours: list[str], size: Size, output: Path, origin: dict[str, Any]) -> None:

@@ -39,7 +39,8 @@ from mosa_hf.whole_files import whole_file
 
 from . import heal_page, measure, sources
 from .exercises import SMOKE, Exercise, Size, continuations_of_texts, word_runs
-from .frontier import Method, Models, Results, measure_here, origin_of, row_key
+from .frontier import Method, Models, Results, measure_here, row_key
+from .origin import origin_of
 
 TEXTS = ("python_docs", "shakespeare", "encyclopaedia", "python_topics")  # the first is of a kind that is scored
 PIECE = 6000  # characters of text, at least, that are left out together
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = replace(recipe, steps=options.steps)
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or (Path(scratch) if options.smoke else Path(__file__).parent / "results")
-        run(options, recipe, size, output, origin_of(arguments, "benchmarks.heal"))
+        run(options, recipe, size, output, origin_of("benchmarks.heal", arguments))
 
 
 def run(options: argparse.Namespace, recipe: Recipe, size: Size, output: Path, origin: dict[str, Any]) -> None:

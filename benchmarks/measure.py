@@ -88,12 +88,8 @@ NEVER = 1e6  # a sparsity: of 1, a group would keep everything whatever its thre
 
 def first_token_and_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
     """The rival of selection: the same groups keep the first token and a longer window, and select nothing."""
-    plan = GroupPlan(
-        tuple(
-            tuple(group and SparseGroup(window, NEVER) for group in groups)
-            for groups in GroupPlan.of_config(model.config).layers
-        )
-    )
+    plan = GroupPlan.of_config(model.config)
+    plan = plan.with_sparse(dict.fromkeys(plan.sparse_pairs(), SparseGroup(window, NEVER)))
     base = to_dense(model)
     rival = with_sparse_groups(base, type(model.config).from_base(base.config, mosa_plan=plan.to_list())).eval()
     for router in rival.mosa_routers().values():

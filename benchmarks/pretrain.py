@@ -19,12 +19,8 @@ CPU time of one thread.
 """
 
 import argparse
-import datetime
 import hashlib
 import json
-import os
-import platform
-import shlex
 import sys
 import tempfile
 import time
@@ -32,13 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
-import mosa_hf
 from mosa_hf.whole_files import whole_file
 
 from . import pretrain_table, sources
+from .origin import origin_of
 from .pretrain_data import Corpus, corpus
 from .pretrain_model import evaluate, train
 from .pretrain_runs import PRESETS, Run, Studies, in_order
@@ -86,21 +81,6 @@ def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, 
     return [rows[key] for key in keys.values() if key in rows]
 
 
-def origin_of(arguments: list[str]) -> dict[str, Any]:
-    """How, when and with what this run measures; without paths of this machine."""
-    words = [Path(word).name if Path(word).exists() or Path(word).is_absolute() else word for word in arguments]
-    return {
-        "command": shlex.join(["python", "-m", "benchmarks.pretrain", *words]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} thread, float32",
-        "versions": {
-            "mosa_hf": mosa_hf.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
-    }
-
-
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -129,7 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.table:
             rows = list(read_rows(path).values())
         else:
-            rows = train_all(runs, path, sources.cache_directory() / "pretrain", origin_of(arguments))
+            rows = train_all(
+                runs, path, sources.cache_directory() / "pretrain", origin_of("benchmarks.pretrain", arguments)
+            )
         if rows:
             pretrain_table.write(studies, rows, output)
             print((output / "pretrain.md").read_text(encoding="utf-8"))

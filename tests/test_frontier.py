@@ -8,6 +8,7 @@ import torch
 from benchmarks import frontier, frontier_table, measure
 from benchmarks.exercises import Exercise, Size, unseen_slices
 from benchmarks.frontier import Method, Results
+from benchmarks.origin import origin_of
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
 from mosa_hf.evaluation import CacheMemory, Continuation, Reading, following, score
 
@@ -165,5 +166,5 @@ def test_methods_of_this_process(tmp_path, models, monkeypatch):
 
 
 def test_what_is_recorded_has_no_paths_of_this_machine(tmp_path):
-    command = frontier.origin_of(["--converted", str(tmp_path), "--ours", "512/8"])["command"]
+    command = origin_of("benchmarks.frontier", ["--converted", str(tmp_path), "--ours", "512/8"])["command"]
     assert command == f"python -m benchmarks.frontier --converted {tmp_path.name} --ours 512/8"

@@ -77,12 +77,7 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
         (layer, group): SparseGroup(plan.layers[layer][group].window, max(round(1 / rate, 2), 1.0))
         for (layer, group), rate in zip(plan.sparse_pairs(), rates, strict=True)
     }
-    return GroupPlan(
-        tuple(
-            tuple(sparse.get((layer, group)) for group in range(len(groups)))
-            for layer, groups in enumerate(plan.layers)
-        )
-    )
+    return plan.with_sparse(sparse)
 
 
 def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]) -> list[RouterFit | None]:
@@ -142,9 +137,4 @@ def of_groups(candidates: GroupPlan, states: list[torch.Tensor | None]) -> dict[
 
 def _only(plan: GroupPlan, pairs) -> GroupPlan:
     """The plan with all but some `(layer, group)` pairs dense."""
-    return GroupPlan(
-        tuple(
-            tuple(kind if (layer, group) in pairs else None for group, kind in enumerate(groups))
-            for layer, groups in enumerate(plan.layers)
-        )
-    )
+    return plan.with_sparse({(layer, group): plan.layers[layer][group] for layer, group in pairs})

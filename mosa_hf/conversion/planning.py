@@ -105,12 +105,7 @@ class Rates:
             pair: SparseGroup(WINDOWS[setting.window], self._sparsity(pair, threshold - setting.offset))
             for pair, setting in settings.items()
         }
-        return GroupPlan(
-            tuple(
-                tuple(kinds.get((layer, group)) for group in range(len(groups)))
-                for layer, groups in enumerate(self.candidates.layers)
-            )
-        )
+        return self.candidates.with_sparse(kinds)
 
     def _sparsity(self, pair: Pair, threshold: float) -> float:
         """Of a group with a threshold of its own."""

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,15 @@ class GroupPlan:
     def sparse_pairs(self) -> list[tuple[int, int]]:
         """The `(layer, group)` of every sparse group."""
         return [(layer, i) for layer, groups in enumerate(self.layers) for i, group in enumerate(groups) if group]
+
+    def with_sparse(self, sparse: Mapping[tuple[int, int], SparseGroup]) -> "GroupPlan":
+        """A plan of as many layers and groups: those of `sparse`, by `(layer, group)`, and all others dense."""
+        return GroupPlan(
+            tuple(
+                tuple(sparse.get((layer, group)) for group in range(len(groups)))
+                for layer, groups in enumerate(self.layers)
+            )
+        )
 
     def __str__(self) -> str:
         """A table: for each layer and group "window/sparsity", or "dense"."""

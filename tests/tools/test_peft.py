@@ -17,8 +17,6 @@ from ..conftest import FORMS, Form
 from ..test_cache import propagating
 from .conftest import Folders
 
-pytestmark = pytest.mark.tools  # a warning that is given once, as other tests provoke it
-
 IDS = random_tokens(2, 48) % 97  # the native model's vocabulary
 ROUTERS = {"modules_to_save": ["mosa_router"]}
 # As docs/tools.md has it: LoRA on every projection, and routers trained in full.
@@ -154,6 +152,7 @@ def test_what_reads_routers_reads_those_in_force(folders: Folders):
 def test_routers_that_no_gradient_reaches_stay_and_say_so(folders: Folders, caplog):
     model = adapt(load(folders.converted, mosa_threshold_momentum=0.5), **ALL)
     before = [states_of(router) for router in model.get_base_model().mosa_routers().values()]
+    logging.Logger.warning_once.cache_clear()  # Transformers' own: other tests provoke the warning too
     with caplog.at_level(logging.WARNING), propagating("mosa_hf.modeling.sparse_groups"):
         train(model)
     assert "`from_pretrained(..., mosa_gate_slope=1.0)`" in caplog.text
