@@ -51,11 +51,11 @@ class Recipe:
     """What is healed, and how long. `window` and `sparsity` of the conversion; tokens of an example."""
 
     window: int = 256
-    sparsity: int = 16
-    steps: int = 44
+    sparsity: int = 14
+    steps: int = 496
     tokens: int = 2048
-    save_steps: int = 4
-    scored: tuple[int, ...] = (8, 16, 32)  # steps after which it is scored, besides the last
+    save_steps: int = 8
+    scored: tuple[int, ...] = (32, 64, 128, 256)  # steps after which it is scored, besides the last
     elsewhere: tuple[str, ...] = ("512/8",)  # where the last adapters are tried too
 
 
