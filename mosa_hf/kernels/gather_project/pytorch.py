@@ -7,7 +7,7 @@ from itertools import repeat
 import torch
 from torch.autograd.function import once_differentiable
 
-BLOCK_SIZE = 2**18  # elements of gathered rows: more of them leave the cache, and cost page faults
+BLOCK_SIZE = 3 * 2**17  # elements of gathered rows: more of them leave the cache, and cost page faults
 
 
 def blocks_of_groups(
@@ -30,9 +30,13 @@ def blocks_of_groups(
     return zip(slots, *map(split, lists), strict=True)
 
 
-def gather_rows(states: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Rows `[g, N, ...]` of `states` [M, ...] at `token` [g, N]. Several times faster than indexing."""
-    return states.index_select(0, token.flatten()).view(*token.shape, *states.shape[1:])
+def gather_rows(states: torch.Tensor, token: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Rows `[g, N, ...]` of `states` [M, ...] at `token` [g, N], in the memory of `out`, those of as many groups or
+    more, where it is given. Several times faster than indexing.
+    """
+    out = None if out is None else out[: len(token)].flatten(0, 1)
+    return torch.index_select(states, 0, token.flatten(), out=out).view(*token.shape, *states.shape[1:])
 
 
 def _rotate(
@@ -75,8 +79,9 @@ class GatherProject(torch.autograd.Function):
         weights, biases = (query, key, value), (query_bias, key_bias, value_bias)
         states = [hidden_states.new_empty(*token.shape, weight.shape[1]) for weight in weights]
         columns = [weight.transpose(1, 2) for weight in weights]
+        rows = None  # one buffer for all blocks: fresh memory costs page faults
         for slots, *block in blocks_of_groups(token, hidden_states.shape[1], columns, states):
-            rows = gather_rows(hidden_states, slots)
+            rows = gather_rows(hidden_states, slots, out=rows)
             for weight, projected in zip(*block, strict=True):
                 torch.bmm(rows, weight, out=projected)
         for projected, bias in zip(states, biases, strict=True):
@@ -117,15 +122,17 @@ class GatherProject(torch.autograd.Function):
             total = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
 
         lists = (grads, weights[: len(grads)], grad_weights[: len(grads)])
+        rows = None
         for slots, *block in blocks_of_groups(token, hidden_states.shape[1], *lists):
-            rows = gather_rows(hidden_states, slots)
-            update = None
-            for grad, weight, grad_weight in zip(*block, strict=True):
+            rows = gather_rows(hidden_states, slots, out=rows)
+            for grad, _, grad_weight in zip(*block, strict=True):
                 if grad_weight is not None:
                     torch.bmm(grad.transpose(1, 2), rows, out=grad_weight)
-                if learns_rows:
-                    update = torch.bmm(grad, weight) if update is None else update.baddbmm_(grad, weight)
             if learns_rows:
+                (grad, *others), (weight, *other_weights), _ = block
+                update = torch.bmm(grad, weight, out=rows)
+                for grad, weight in zip(others, other_weights, strict=True):
+                    update.baddbmm_(grad, weight)
                 total.index_add_(0, slots.flatten(), update.flatten(0, 1).to(total.dtype))
 
         for of_router in (grad_weights, grad_biases):

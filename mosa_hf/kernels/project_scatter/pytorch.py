@@ -24,8 +24,10 @@ class ProjectScatter(torch.autograd.Function):
         hidden_size = weight.shape[1]
         output = heads.new_zeros(num_tokens, hidden_size, dtype=torch.promote_types(heads.dtype, torch.float32))
         gated = heads * gate[..., None]
+        update = None  # one buffer for all blocks, as in `gather_project`
         for slots, block in blocks_of_groups(token, hidden_size, (gated, weight.transpose(1, 2))):
-            output.index_add_(0, slots.flatten(), torch.bmm(*block).flatten(0, 1).to(output.dtype))
+            update = torch.bmm(*block, out=None if update is None else update[: len(slots)])
+            output.index_add_(0, slots.flatten(), update.flatten(0, 1).to(output.dtype))
         return output
 
     @staticmethod
@@ -41,8 +43,9 @@ class ProjectScatter(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if learns_weight else None
         grad_gated = torch.empty_like(heads) if learns_heads or learns_gate else None
         lists = ((gated, weight), (grad_weight, grad_gated))
+        grad, rows = grad.to(heads.dtype), None
         for slots, (states, block), outputs in blocks_of_groups(token, weight.shape[1], *lists):
-            rows = gather_rows(grad, slots).to(heads.dtype)  # [g, N, D]
+            rows = gather_rows(grad, slots, out=rows)  # [g, N, D]
             if learns_weight:
                 torch.bmm(rows.transpose(1, 2), states, out=outputs[0])
             if grad_gated is not None:
