@@ -259,7 +259,11 @@ def page(studies: Studies, rows: list[Row]) -> str:
     facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
     facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))
     minutes = sum(row["seconds"] for row in rows) / 60
-    facts.append(f"{len(rows)} runs, {minutes:.0f} minutes of a machine that may have done other work too")
+    training = sum(row["step_cpu_ms"] * row["run"]["steps"] for row in rows) / 60e3
+    facts.append(
+        f"{len(rows)} runs, {minutes:.0f} minutes of a machine that may have done other work too; training steps "
+        f"took {training:.0f} minutes of CPU time, by their medians"
+    )
     worst = max(abs(row["sample"]["teacher_forced"] - row["sample"]["decoded"]) for row in rows)
     parts = [PAGE.format(facts="\n".join(f"- {each}" for each in facts), worst=worst)]
     for name, study in studies.items():
