@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -198,11 +199,36 @@ def test_routers_folder(base, routers, tmp_path):
         to_dense(tiny_base())
 
 
-def test_routers_replace_routers(routers):
+def test_routers_replace_routers(routers, tmp_path):
     other = convert_model(tiny_base(), ConversionConfig(plan=PLAN), TEXT)
     loaded = load_routers(other, routers / "mosa_routers.safetensors")
     assert torch.equal(logits_of(loaded), logits_of(convert_model(tiny_base(), CONVERSION, TEXT)))
     assert loaded.config.mosa_plan != other.config.mosa_plan == PLAN.to_list()
+    other.save_pretrained(tmp_path / "other")
+    from_disk = MosaLlamaForCausalLM.from_pretrained(tmp_path / "other", routers=routers)
+    assert torch.equal(logits_of(from_disk), logits_of(loaded))
+
+
+def test_fields_that_are_set_on_loading(base, routers, tmp_path):
+    convert_checkpoint(base, tmp_path / "converted", routers=routers)
+    ways = {
+        "converted": lambda **fields: AutoModelForCausalLM.from_pretrained(tmp_path / "converted", **fields),
+        "routers": lambda **fields: MosaLlamaForCausalLM.from_pretrained(base, routers=routers, **fields),
+    }
+    plan = GroupPlan.of_config(ways["routers"]().config)
+    wide = plan.with_sparse({pair: NEAR for pair in plan.sparse_pairs()})
+    for load in ways.values():
+        assert load(mosa_cache_budget=7).model.layers[0].self_attn.mosa_budget == 7
+        assert GroupPlan.of_config(load(mosa_plan=wide.to_list()).config) == wide
+        for field, value in {"mosa_cache_budget": 0, "mosa_gate_slope": -1.0, "mosa_threshold_momentum": 2}.items():
+            with pytest.raises((StrictDataclassError, ValueError), match=f"`{field}` must be .*got {value}"):
+                load(**{field: value})
+        with pytest.raises(ValueError, match="`mosa_window` and `mosa_sparsity` would change nothing: .*`mosa_plan`"):
+            load(mosa_sparsity=3, mosa_window=20)
+        alike = load(mosa_plan=None, mosa_window=20)
+        assert GroupPlan.of_config(alike.config).layers[0][0].window == 20
+    with pytest.raises(ValueError, match="window: no such field; there are .*mosa_window"):
+        load_routers(tiny_base(), routers, window=20)
 
 
 def test_routers_of_another_model(base, routers, tmp_path):
@@ -217,8 +243,6 @@ def test_routers_of_another_model(base, routers, tmp_path):
     with pytest.raises(ValueError, match="'llama' model, but MosaGemma3TextForCausalLM needs a 'gemma3_text' model"):
         mosa_hf.MosaGemma3TextForCausalLM.from_pretrained(base, routers=routers)
     convert_checkpoint(base, tmp_path / "converted", routers=routers)
-    with pytest.raises(ValueError, match="'mosa_llama' model, but MosaLlamaForCausalLM needs a 'llama' model"):
-        MosaLlamaForCausalLM.from_pretrained(tmp_path / "converted", routers=routers)
     with pytest.raises(ValueError, match="is a converted one already: convert its base"):
         convert_checkpoint(tmp_path / "converted", tmp_path / "again", routers=routers)
 
@@ -231,6 +255,7 @@ def test_loading_options(base, routers, tmp_path):
     )
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not info["missing_keys"]
     assert all(router.weight.dtype == torch.float32 for router in model.mosa_routers().values())
+    assert torch.equal(logits_of(MosaLlamaForCausalLM.from_pretrained(base, routers=routers, config=base)), expected)
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(3)}
     options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}

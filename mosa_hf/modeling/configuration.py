@@ -1,6 +1,7 @@
 """Configurations: what every router has, the native MoSA model, and families with sparse groups (DESIGN 2 to 5)."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,6 +70,26 @@ class RoutingConfig(InstalledCodeConfigMixin):
     mosa_router_bias: bool = False
     mosa_cache_budget: int | None = None
     mosa_conversion: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As `PreTrainedConfig.from_dict`, which looks at none of the fields that `kwargs` (those of `from_pretrained`)
+        change.
+
+        Raises:
+            StrictDataclassError: for a `mosa_*` field out of range.
+            ValueError: for one that the model would not read, see `SparseGroupsConfig.check_read`.
+        """
+        result = super().from_dict(config_dict, **kwargs)
+        if given := [name for name in kwargs if name.startswith("mosa_")]:
+            config = result[0] if isinstance(result, tuple) else result
+            config.validate()
+            config.check_read(given)
+        return result
+
+    def check_read(self, names: Collection[str]) -> None:
+        """Whether this model reads the fields `names`, which someone has set of it: it reads all."""
 
     def check_routing(self) -> None:
         """
@@ -189,6 +210,18 @@ class SparseGroupsConfig(RoutingConfig):
 
     def has_attentions(self, layer_idx: int) -> bool:
         return not any(self.groups_of_layer(layer_idx))
+
+    def check_read(self, names: Collection[str]) -> None:
+        """
+        Raises:
+            ValueError: if `names`, fields that someone has set of this model, has one in whose place a plan counts.
+        """
+        ignored = [name for name in ("mosa_window", "mosa_sparsity") if name in names]
+        if ignored and self.mosa_plan is not None:
+            raise ValueError(
+                f"`{'` and `'.join(ignored)}` would change nothing: this model has a `mosa_plan`, which says what each "
+                "group is. Change that: `GroupPlan.of_config(config)` gives it, `mosa_plan=plan.to_list()` takes it."
+            )
 
     def validate_sparse_groups(self):
         """Part of `@strict`-powered validation."""
