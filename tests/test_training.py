@@ -99,7 +99,11 @@ def test_calibration_sets_the_selection_rate():
     calibrate_thresholds(model, text[:64].split(16))
     assert not model.training
     assert (selection_rates(model, text[-64:]) * 4 - 1).abs().max() < 0.2
+    thresholds = [layer.self_attn.mosa.router.threshold.clone() for layer in model.model.layers]
     mask = torch.ones_like(text[:16])
+    calibrate_thresholds(model, [{"input_ids": rows, "attention_mask": mask} for rows in text[:64].split(16)])
+    for layer, threshold in zip(model.model.layers, thresholds, strict=True):  # a mask that hides nothing is no mask
+        assert torch.equal(layer.self_attn.mosa.router.threshold, threshold)
     mask[:, 100:] = 0
     calibrate_thresholds(model.train(), [{"input_ids": text[:16], "attention_mask": mask}])
     assert model.training

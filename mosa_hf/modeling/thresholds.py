@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .call import ModelCall
 from .router import MosaRouter, named_routers
 
 ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
@@ -45,13 +46,14 @@ def seen_logits(
     """
     routers = mosa_routers(model)
     logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
-    valid = None
 
     def record(router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        # The first token is selected in any case: its logit has no part in the rate.
-        skip = int(router.include_first)
-        seen = output[0] if valid is None else output[0][valid.to(output[0].device)]
-        logits[router].append((seen[:, skip:] if valid is None else seen).flatten(0, -2).cpu())
+        call: ModelCall = args[1]
+        layout = call.layout.to(output[0].device)
+        seen = torch.ones_like(layout.position, dtype=torch.bool) if layout.valid is None else layout.valid
+        if router.include_first and layout.first is not None:  # selected in any case: its logit has no part in the rate
+            seen = seen & ~layout.first
+        logits[router].append(output[0][seen].cpu())
 
     was_training, routing = model.training, [router.inference_routing for router in routers]
     hooks = [router.register_forward_hook(record) for router in routers]
@@ -64,7 +66,6 @@ def seen_logits(
             inputs = {
                 name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask") if name in inputs
             }
-            valid = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
             model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
