@@ -132,6 +132,10 @@ def test_heads(head, tmp_path):
     ):
         with torch.no_grad():
             assert torch.equal(other(PROMPT)[0], in_memory(PROMPT)[0])
+    code = (tmp_path / "converted" / "README.md").read_text().split("```")[1].removeprefix("python")
+    names: dict = {}
+    exec(code.replace("path of this folder", str(tmp_path / "converted")), names)
+    assert type(names["model"]) is type(in_memory)
     if head:
         auto = AutoModelForSequenceClassification.from_pretrained(tmp_path / "converted")
         assert type(auto) is type(in_memory)

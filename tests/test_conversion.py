@@ -122,6 +122,7 @@ def test_routers_are_frozen_until_healing(tmp_path):
     "fields, message",
     [
         ({"groups": 0}, "`groups` must be at least 1"),
+        ({"groups": ()}, "`groups` names no"),
         ({"groups": ((0, 0), (0, 0))}, "twice"),
         ({"groups": ((0, 0, 0),)}, "`groups` must be a number or"),
         ({"sparsity": 0.5}, "`sparsity` must be a finite number of at least 1"),
@@ -250,6 +251,9 @@ def test_calibration_windows_spread_over_the_text():
     last = len(everything) // 100 - 1
     assert torch.equal(windows[0], everything[:100])
     assert torch.equal(windows[2], everything[last * 100 : last * 100 + 100])
+    for options in ({"window_length": 0}, {"window_length": -1}, {"num_windows": 0}, {"num_windows": -1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be at least 1, got"):
+            calibration_windows(byte_tokenizer(), TEXT, **options)
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention_bias": True}, {"tie_word_embeddings": True}], ids=str)

@@ -255,7 +255,7 @@ def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHe
     config = converted.config
     config.architectures = [type(converted).__name__]
     base = (config.mosa_conversion or {}).get("source") or source.name
-    code = 'model = transformers.AutoModelForCausalLM.from_pretrained("path of this folder")'
+    code = f'model = mosa_hf.{type(converted).__name__}.from_pretrained("path of this folder")'
     (unfinished / "README.md").write_text(model_card(config, base, "Model", code), encoding="utf-8")
     config.save_pretrained(unfinished)
 
