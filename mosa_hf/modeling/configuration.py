@@ -219,8 +219,9 @@ class SparseGroupsConfig(RoutingConfig):
         ignored = [name for name in ("mosa_window", "mosa_sparsity") if name in names]
         if ignored and self.mosa_plan is not None:
             raise ValueError(
-                f"`{'` and `'.join(ignored)}` would change nothing: this model has a `mosa_plan`, which says what each "
-                "group is. Change that: `GroupPlan.of_config(config)` gives it, `mosa_plan=plan.to_list()` takes it."
+                f"`{'` and `'.join(ignored)}` would change nothing: this model has a `mosa_plan`, which says what "
+                "each group is. Change that: `GroupPlan.of_config(config)` gives it, and `mosa_plan=plan.to_list()` "
+                "takes it."
             )
 
     def validate_sparse_groups(self):

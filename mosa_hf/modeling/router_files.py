@@ -99,8 +99,8 @@ def load_routers(model: PreTrainedModel, directory: str | os.PathLike, **fields:
 
     Raises:
         FileNotFoundError: if there is no such directory, or a file of it is missing.
-        ValueError: for damaged files, for routers of another model, and for `fields` that are unknown, out of range, or
-            would change nothing.
+        ValueError: for damaged files, for routers of another model, and for `fields` that are unknown, out of range
+            or would change nothing.
     """
     return _with_routers(model, directory, fields, {})
 

@@ -51,7 +51,8 @@ def seen_logits(
         call: ModelCall = args[1]
         layout = call.layout.to(output[0].device)
         seen = torch.ones_like(layout.position, dtype=torch.bool) if layout.valid is None else layout.valid
-        if router.include_first and layout.first is not None:  # selected in any case: its logit has no part in the rate
+        # The first token is selected in any case: its logit has no part in the rate.
+        if router.include_first and layout.first is not None:
             seen = seen & ~layout.first
         logits[router].append(output[0][seen].cpu())
 
