@@ -233,6 +233,20 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
         searched(tmp_path, replace(planning, share=0.41))
 
 
+def test_routers_of_another_search_are_not_used(tmp_path, monkeypatch):
+    """Of one that was interrupted before it had measured anything."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Effects, "_logits", interrupted)
+        searched(tmp_path)
+    assert (tmp_path / "routers.safetensors").exists()
+    with pytest.raises(ValueError, match="measured.json is of a search with other settings, texts, or another model"):
+        searched(tmp_path, replace(SEARCH, rounds=1, include_first=False))
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
