@@ -50,7 +50,7 @@ class HealingTrainer(Trainer):
         args, kwargs: as `Trainer` takes them. Batches have `input_ids`, and perhaps `attention_mask`.
 
     Raises:
-        ValueError: for a teacher of another vocabulary.
+        ValueError: for a teacher of another vocabulary, and for a `top_k` or `cache_length` below 1.
     """
 
     # The loss is a mean over tokens: `Trainer` averages it over the micro-batches of a step.
@@ -70,6 +70,9 @@ class HealingTrainer(Trainer):
                 f"`teacher` has a vocabulary of {teacher.config.vocab_size} tokens, the model of "
                 f"{model.config.vocab_size}: pass the model that it was converted from."
             )
+        for name, number in (("top_k", 1 if top_k is None else top_k), ("cache_length", cache_length)):
+            if number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}.")
         super().__init__(model, *args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
