@@ -1,7 +1,6 @@
 """Healing: a short training that brings a converted model back to what the original predicts (docs/design.md, 6)."""
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -123,21 +122,20 @@ class HealingTrainer(Trainer):
 
 def kv_share(config: SparseGroupsConfig, rates: dict[int, torch.Tensor], num_tokens: int) -> float:
     """
-    The share of the keys and values of `num_tokens` tokens that a cache keeps, by definition (docs/design.md, 4).
+    The share of the keys and values of `num_tokens` tokens that a cache keeps: the mean of `SparseGroup.kept_share`.
 
     Args:
         rates: layer -> share of the tokens that each of its sparse groups selects, `[G]`.
     """
-    kept, most = [], math.inf if config.mosa_cache_budget is None else config.mosa_cache_budget
+    kept = []
     for layer, groups in enumerate(GroupPlan.of_config(config).layers):
         selected = iter(rates[layer].tolist() if layer in rates else ())
-        for group in groups:
-            if group is not None:
-                near = min(group.window, num_tokens)
-                kept.append(near + min((num_tokens - near) * next(selected), most))
-            else:
-                kept.append(min(num_tokens, config.sliding_window) if config.is_sliding(layer) else num_tokens)
-    return sum(kept) / (len(kept) * num_tokens)
+        dense = min(config.sliding_window / num_tokens, 1.0) if config.is_sliding(layer) else 1.0
+        kept += [
+            dense if group is None else group.kept_share(num_tokens, next(selected), config.mosa_cache_budget)
+            for group in groups
+        ]
+    return sum(kept) / len(kept)
 
 
 def mean_divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
