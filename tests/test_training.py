@@ -107,6 +107,9 @@ def test_calibration_sets_the_selection_rate():
     mask[:, 100:] = 0
     calibrate_thresholds(model.train(), [{"input_ids": text[:16], "attention_mask": mask}])
     assert model.training
+    model.lm_head.eval()  # every module's own mode comes back
+    calibrate_thresholds(model, [text[:16]])
+    assert model.training and not model.lm_head.training
     with pytest.raises(ValueError, match="holds no tokens"):
         calibrate_thresholds(model, [])
     with pytest.raises(ValueError, match="has no MoSA heads"):

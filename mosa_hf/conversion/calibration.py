@@ -18,6 +18,7 @@ from transformers.utils import logging
 from ..compat import CACHE
 from ..modeling.families import Family, family_of
 from ..modeling.group_plan import GroupPlan
+from ..modeling.modes import evaluating
 
 # Least importance before the logarithm. A token below it is as good as never read; without the floor its logarithm,
 # arbitrarily far down, would dominate the squared error.
@@ -143,17 +144,13 @@ def _hooks(
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and attention implementation are put back whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
     implementation = model.config._attn_implementation
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         if model.config._attn_implementation != implementation:
             model.set_attn_implementation(implementation)
-        for module, training in modes:
-            module.training = training
 
 
 def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .call import ModelCall
+from .modes import evaluating
 from .router import MosaRouter, named_routers
 
 ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
@@ -56,24 +57,23 @@ def seen_logits(
             seen = seen & ~layout.first
         logits[router].append(output[0][seen].cpu())
 
-    was_training, routing = model.training, [router.inference_routing for router in routers]
+    routing = [router.inference_routing for router in routers]
     hooks = [router.register_forward_hook(record) for router in routers]
     try:
-        model.eval()
         for router in routers:
             router.inference_routing = "expert_choice"
-        for batch in batches:
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            inputs = {
-                name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask") if name in inputs
-            }
-            model.base_model(**inputs, use_cache=False)
+        with evaluating(model):
+            for batch in batches:
+                inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+                inputs = {
+                    name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask") if name in inputs
+                }
+                model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
         for router, rule in zip(routers, routing, strict=True):
             router.inference_routing = rule
-        model.train(was_training)
 
     for router in routers:
         seen = logits[router] = torch.cat(logits[router] or [torch.empty(0, len(router.sparsity))])
