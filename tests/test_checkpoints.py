@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -32,6 +33,7 @@ from mosa_hf import (
     to_dense,
     trace_routing,
 )
+from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
 
 from .bases import byte_tokenizer, random_tokens, tiny_base
@@ -117,6 +119,21 @@ def test_nothing_is_copied_in_memory():
         parameter is dict(model.named_parameters())[name] for name, parameter in to_dense(converted).named_parameters()
     )
     assert type(model) is LlamaForCausalLM and not hasattr(model.config, "mosa_window")
+
+
+def test_offloaded_weights_are_shared_too():
+    """All of them are in memory that Accelerate's hooks read."""
+    model = tiny_base()
+    expected = logits_of(convert_model(model, CONVERSION, TEXT))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    converted = convert_model(model, CONVERSION, TEXT)
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+    assert torch.equal(logits_of(converted), expected)
+    for each in (converted, to_dense(converted)):
+        held = [own.model.layers[0].mlp.up_proj._hf_hook.weights_map["weight"] for own in (model, each)]
+        assert held[0].data_ptr() == held[1].data_ptr()
+    cache = filled_cache(converted, PROMPT[:1])
+    assert cache.get_seq_length() == PROMPT.shape[1]
 
 
 @pytest.mark.parametrize("head", [None, "ForSequenceClassification"])

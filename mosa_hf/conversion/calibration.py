@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from ..compat import CACHE
+from ..modeling.devices import input_device
 from ..modeling.families import Family, family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.modes import evaluating
@@ -207,7 +208,7 @@ def fit_routers(
     family = family_of(model.config.model_type)
     modules = _attention_modules(model, family, layers)
     decoder = model.base_model
-    device = torch.device("cpu") if model.device.type == "meta" else model.device  # offloaded: hooks move inputs
+    device = input_device(model)
     num_groups, num_tokens = len(plan.layers[0]), input_ids.shape[1]
     sparse = [[group for group, kind in enumerate(plan.layers[layer]) if kind is not None] for layer in layers]
     regressions = [_Regression(groups, len(input_ids), int(include_first)) for groups in sparse]

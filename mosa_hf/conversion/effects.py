@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..cache import Routed, take
 from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.devices import input_device
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router import MosaRouter
@@ -93,8 +94,9 @@ class Effects:
 
     def _logits(self, model: PreTrainedModel, row: int) -> torch.Tensor:
         """Logits [P, V]."""
-        input_ids = self.texts[row : row + 1].to(model.device)
-        return model(input_ids, use_cache=False, logits_to_keep=self.position.to(model.device)).logits[0]
+        device = input_device(model)
+        input_ids = self.texts[row : row + 1].to(device)
+        return model(input_ids, use_cache=False, logits_to_keep=self.position.to(device)).logits[0]
 
     @torch.no_grad()
     def with_plan(self, plan: GroupPlan) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 from .call import ModelCall
+from .devices import input_device
 from .modes import evaluating
 from .router import MosaRouter, named_routers
 
@@ -57,6 +58,7 @@ def seen_logits(
             seen = seen & ~layout.first
         logits[router].append(output[0][seen].cpu())
 
+    device = input_device(model)
     routing = [router.inference_routing for router in routers]
     hooks = [router.register_forward_hook(record) for router in routers]
     try:
@@ -65,9 +67,7 @@ def seen_logits(
         with evaluating(model):
             for batch in batches:
                 inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-                inputs = {
-                    name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask") if name in inputs
-                }
+                inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask") if name in inputs}
                 model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
