@@ -289,6 +289,9 @@ def test_command(tmp_path, capsys):
     arguments = [str(source), str(destination), "--share", "0.5", "--text", str(text), "--texts", "2", "--rounds", "1"]
     arguments += ["--windows", "2", "--window-length", "64"]
     uniform, picture = tmp_path / "uniform.json", tmp_path / "plan.png"
+    with pytest.raises(SystemExit, match="mosa-plan: "):  # a folder: what was measured is still there
+        command.main([*arguments, "--tokens", "128", "--uniform", str(source)])
+    assert not destination.exists() and (tmp_path / "plan.json.search" / "measured.json").exists()
     command.main([*arguments, "--tokens", "128", "--plot", str(picture), "--uniform", str(uniform)])
     plan, printed = GroupPlan.load(destination), capsys.readouterr().out
     assert str(plan) in printed and "Divergence from the original" in printed
