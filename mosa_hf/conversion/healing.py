@@ -4,7 +4,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
@@ -15,9 +14,8 @@ from ..modeling.group_plan import GroupPlan
 from ..modeling.router import MosaRouter
 from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
+from .divergence import mean_divergence
 from .windows import token_windows
-
-CHUNK = {"cpu": 16}  # tokens whose distributions are in float32 at once: what caches hold; elsewhere 256
 
 
 class TokenWindows(Dataset):
@@ -136,54 +134,6 @@ def kv_share(config: SparseGroupsConfig, rates: dict[int, torch.Tensor], num_tok
             for group in groups
         ]
     return sum(kept) / len(kept)
-
-
-def mean_divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
-    """
-    KL(expected ‖ actual) in nats, averaged over N tokens; float32 copies are made of a few tokens at a time.
-
-    Args:
-        actual, expected: logits `[N, V]`; the gradient is that of `actual`.
-        top_k: see `HealingTrainer`.
-    """
-    return _MeanDivergence.apply(actual, expected, top_k)
-
-
-class _MeanDivergence(torch.autograd.Function):
-    """Makes the gradient with the loss, while the few tokens at hand are near: nothing is computed again."""
-
-    @staticmethod
-    def forward(ctx, actual: torch.Tensor, expected: torch.Tensor, top_k: int | None) -> torch.Tensor:
-        chunk = CHUNK.get(actual.device.type, 256)
-        total = actual.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(actual) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(actual), chunk):
-            part = slice(start, start + chunk)
-            with torch.set_grad_enabled(gradient is not None):
-                ours = actual[part].detach().requires_grad_(gradient is not None)
-                divergence = _divergence(ours, expected[part].detach(), top_k)
-            total += divergence.detach()
-            if gradient is not None:  # of the sum: of the mean, it could be too small for float16
-                (gradient[part],) = torch.autograd.grad(divergence, ours)
-        ctx.save_for_backward(gradient)
-        return total / len(actual)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * (upstream / len(gradient)), None, None
-
-
-def _divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    actual, expected = (logits.float().log_softmax(-1) for logits in (actual, expected))
-    if top_k is not None and top_k < expected.shape[-1]:
-        best, index = expected.topk(top_k, dim=-1)
-        actual, expected = (
-            torch.cat((chosen, torch.log1p(-chosen.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))), dim=-1)
-            for chosen in (actual.gather(-1, index), best)
-        )
-    return F.kl_div(actual, expected, reduction="sum", log_target=True)
 
 
 def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
