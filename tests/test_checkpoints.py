@@ -188,17 +188,18 @@ def test_plans_in_every_form(base, tmp_path):
 
 
 def test_tokenizer_and_generation_config_come_along(base, tmp_path):
-    byte_tokenizer().save_pretrained(base)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(base)
     (base / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
     for name in ("LICENSE", "training_args.bin", "notes.py"):
         (base / name).write_text(name)
     convert_checkpoint(base, tmp_path / "converted", ConversionConfig(sparsity=1))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     assert model.generation_config.temperature == 0.5
-    text = "hello"
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "converted")(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
-    )
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    assert loaded("hello")["input_ids"] == tokenizer("hello")["input_ids"]
+    assert loaded.chat_template == tokenizer.chat_template
     assert torch.equal(logits_of(model), logits_of(tiny_base()))
     names = {path.name for path in (tmp_path / "converted").iterdir()}
     assert "LICENSE" in names and not names & {"training_args.bin", "notes.py"}
