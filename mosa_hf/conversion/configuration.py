@@ -9,8 +9,8 @@ from ..modeling.group_plan import GroupPlan, SparseGroup
 @dataclass(frozen=True)
 class ConversionConfig:
     """
-    Which key/value groups of a pretrained model become sparse, and how (DESIGN section 6). Layers with a sliding
-    window stay dense in any case.
+    Which key/value groups of a pretrained model become sparse, and how (docs/design.md, section 6). Layers with a
+    sliding window stay dense in any case.
 
     Args:
         sparsity: ρ: one token in ρ is selected, taken over all sparse groups. One threshold serves them all, so groups

@@ -1,4 +1,4 @@
-"""Configurations: what every router has, the native MoSA model, and families with sparse groups (DESIGN 2 to 5)."""
+"""Configurations: what every router has, the native MoSA model, and families with sparse groups."""
 
 import math
 from collections.abc import Collection
@@ -31,7 +31,7 @@ PER_LAYER_FIELDS = (
 @dataclass(kw_only=True, repr=False)
 class RoutingConfig(InstalledCodeConfigMixin):
     """
-    How tokens are selected (DESIGN section 3); mixed into the configuration of every model with routers.
+    How tokens are selected (docs/design.md, section 3); mixed into the configuration of every model with routers.
 
     Args:
         mosa_sparsity (`float`):
@@ -130,7 +130,7 @@ class RoutingConfig(InstalledCodeConfigMixin):
 @dataclass(kw_only=True, repr=False)
 class SparseGroupsConfig(RoutingConfig):
     """
-    A family's configuration with sparse key/value groups (DESIGN sections 4 and 5): `MosaLlamaConfig` is this and
+    A family's configuration with sparse key/value groups (docs/design.md, section 2): `MosaLlamaConfig` is this and
     `LlamaConfig`. A sparse group keeps the selected tokens and the last `mosa_window` tokens. Fields of
     `RoutingConfig`, and:
 
@@ -247,7 +247,7 @@ class SparseGroupsConfig(RoutingConfig):
 class MosaConfig(RoutingConfig, LlamaConfig):
     r"""
     Configuration of the native MoSA model: a Llama-shaped decoder whose layers mix ordinary (dense) attention heads
-    with the paper's MoSA heads, in which selected tokens attend to each other (DESIGN section 2).
+    with the paper's MoSA heads, in which selected tokens attend to each other (docs/design.md, section 2).
 
     Every `LlamaConfig` field keeps its name and meaning; `num_attention_heads`, `num_key_value_heads` and
     `sliding_window` describe the dense heads only, and `attention_dropout` acts on them only. `head_dim` is shared by

@@ -1,4 +1,4 @@
-"""Group plans: every layer's key/value groups, dense, or sparse with a window and a sparsity (DESIGN section 6)."""
+"""Group plans: every layer's groups, dense, or sparse with a window and a sparsity (docs/design.md, section 6)."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The routers of a layer's groups: logits, what they select, and thresholds that follow them (DESIGN section 3)."""
+"""The routers of a layer's groups: logits, selection, and thresholds that follow (docs/design.md, section 3)."""
 
 from collections.abc import Iterator, Sequence
 

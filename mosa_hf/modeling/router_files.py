@@ -1,4 +1,4 @@
-"""Routers on their own: a folder of a few MB that makes a base model one with sparse groups (DESIGN section 5)."""
+"""Routers on their own: a folder of a few MB that makes a base model one with sparse groups."""
 
 import json
 import os

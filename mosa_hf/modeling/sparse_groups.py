@@ -1,5 +1,5 @@
 """
-Sparse key/value groups in a family's own attention (DESIGN sections 2, 4 and 5).
+Sparse key/value groups in a family's own attention (docs/design.md, section 2).
 
 A group's keys and values are projected for every token, as ever; what differs is which of them a query may read and a
 cache keeps: the tokens that the group's router selects, and the last `window`. So the family's attention class stays
@@ -162,7 +162,7 @@ class SparseGroupsMixin:
 
     def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ModelCall) -> torch.Tensor | None:
         """
-        The routers' gradient `[B, T, G]` (DESIGN section 6): a far key's score rises with its margin over the
+        The routers' gradient `[B, T, G]` (docs/design.md, section 6): a far key's score rises with its margin over the
         threshold. Hard selection has no gradient, and is what evaluation uses. Zero for keys that are not selected,
         which no query reads from afar: under an infinite threshold, theirs would not be finite.
         """

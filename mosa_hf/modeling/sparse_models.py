@@ -1,4 +1,4 @@
-"""Models with sparse groups: a family's own classes, whose attention modules route (DESIGN section 5)."""
+"""Models with sparse groups: a family's own classes, whose attention modules route (docs/design.md, section 2)."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""Thresholds from text: sets every group's θ so that it selects one token in its ρ (DESIGN section 3)."""
+"""Thresholds from text: sets every group's θ so that it selects one token in its ρ (docs/design.md, section 3)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
