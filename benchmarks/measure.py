@@ -51,8 +51,8 @@ class Entries(NamedTuple):
 
 def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
     """
-    What a cache of `model` has to keep of `input_ids` [1, T] by definition (docs/design.md, section 4), counted from what
-    the routers select: of a sparse group the window, and the selected tokens before it.
+    What a cache of `model` has to keep of `input_ids` [1, T] by definition (docs/design.md, section 4), counted from
+    what the routers select: of a sparse group the window, and the selected tokens before it.
     """
     with trace_routing(model) as selected:
         filled_cache(model, input_ids)
