@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mosa_hf.conversion_scripts import convert as command
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForQuestionAnswering
 
 from mosa_hf import (
@@ -161,6 +162,8 @@ def test_models_that_cannot_be_converted():
         convert_model(tiny_base(), ConversionConfig(plan=GroupPlan(((None, SparseGroup(8, 1)),))))
     with pytest.raises(ValueError, match="layer 1 sparse, but its attention has a sliding window"):
         convert_model(tiny_base("gemma3_text"), ConversionConfig(plan=GroupPlan.uniform(3, 2, SparseGroup(8, 1))))
+    with pytest.raises(ValueError, match=r"PeftModel has no MoSA class; .*adapters \(`merge_and_unload\(\)` first\)"):
+        convert_model(get_peft_model(tiny_base(), LoraConfig(target_modules="all-linear")), lossless)
     converted = convert_model(tiny_base(), lossless)
     with pytest.raises(ValueError, match="'mosa_llama' cannot have sparse groups"):
         convert_model(converted, lossless)

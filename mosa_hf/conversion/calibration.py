@@ -168,6 +168,11 @@ def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> l
 def _check_text(input_ids: torch.Tensor, most: int, ridge: float) -> None:
     if ridge <= 0:
         raise ValueError(f"`ridge` is {ridge}; pass a positive number, for channels can be collinear.")
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(
+            f"`input_ids`, the calibration text, is a {type(input_ids).__name__}; pass token ids [N, T], which "
+            "`calibration_windows(tokenizer, text)` makes."
+        )
     if input_ids.ndim != 2 or len(input_ids) < 1 or input_ids.shape[1] < 2:
         raise ValueError(
             f"`input_ids` has shape {list(input_ids.shape)}; pass [N, T], at least one window of T >= 2 tokens."

@@ -28,7 +28,7 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
         batches: token ids `[B, T]`, or mappings with `input_ids` and perhaps `attention_mask`. One pass is made.
 
     Raises:
-        ValueError: if the model has no MoSA heads, the batches hold no tokens, or logits are not finite.
+        ValueError: if the model has no MoSA heads, `batches` are none or hold no tokens, or logits are not finite.
     """
     routers = mosa_routers(model)
     thresholds = [
@@ -67,6 +67,11 @@ def seen_logits(
         with evaluating(model):
             for batch in batches:
                 inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+                if getattr(inputs.get("input_ids"), "ndim", 0) != 2:
+                    raise ValueError(
+                        "`batches` must be several of token ids [B, T], or of mappings with such `input_ids`: pass a "
+                        "list of them, or `input_ids.split(1)`."
+                    )
                 inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask") if name in inputs}
                 model.base_model(**inputs, use_cache=False)
     finally:
