@@ -29,6 +29,7 @@ from transformers.utils import logging
 from mosa_hf import GroupPlan
 from mosa_hf.conversion.annealing import RateAnnealing
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, teacher_of
+from mosa_hf.conversion.identity import model_digest
 from mosa_hf.conversion.windows import spread
 from mosa_hf.modeling.router_files import check_has_sparse_groups, write_routers
 from mosa_hf.whole_files import check_absent, whole_directory, whole_file
@@ -112,17 +113,13 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
 
 
 def about(healing: HealingArguments, model: PreTrainedModel, text: str) -> dict[str, Any]:
-    """What a checkpoint of a healing belongs to; the model by its plan and the first numbers of each tensor."""
-    digest = hashlib.sha256(json.dumps(GroupPlan.of_config(model.config).to_list()).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name}: {tensor.flatten()[:64].tolist()}".encode())
-    settings = {
-        name: getattr(healing, name) for name in ("learn", "lora_rank", "window_length", "anneal_steps", "top_k")
-    }
+    """What a checkpoint of a healing belongs to."""
+    settings = ("learn", "lora_rank", "window_length", "anneal_steps", "top_k")
     return {
-        "model": digest.hexdigest()[:16],
+        "model": model_digest(model),
+        "plan": GroupPlan.of_config(model.config).to_list(),
         "text": hashlib.sha256(text.encode()).hexdigest()[:16],
-        **settings,
+        **{name: getattr(healing, name) for name in settings},
     }
 
 

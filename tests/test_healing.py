@@ -208,7 +208,7 @@ def test_checkpoints_of_another_healing_are_refused(tmp_path):
         run("second")
     other = convert_model(tiny_base(), ConversionConfig(sparsity=4, window=5), random_tokens(4, 64))
     other.save_pretrained(tmp_path / "converted")
-    with pytest.raises(SystemExit, match="with another `model`, `text`:"):
+    with pytest.raises(SystemExit, match="with another `model`, `plan`, `text`:"):
         run("second")
     assert not (tmp_path / "second").exists()
 

@@ -245,6 +245,10 @@ def test_routers_of_another_search_are_not_used(tmp_path, monkeypatch):
     assert (tmp_path / "routers.safetensors").exists()
     with pytest.raises(ValueError, match="measured.json is of a search with other settings, texts, or another model"):
         searched(tmp_path, replace(SEARCH, rounds=1, include_first=False))
+    other = unequal_base()
+    other.model.layers[1].self_attn.k_proj.weight.data.mul_(1.5)  # and the same config
+    with pytest.raises(ValueError, match="measured.json is of a search with other settings, texts, or another model"):
+        search_plan(other, SEARCH, random_tokens(6, 96), random_tokens(3, 2 * TOKENS, seed=5), directory=tmp_path)
 
 
 @pytest.mark.parametrize(

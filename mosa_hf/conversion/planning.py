@@ -29,6 +29,7 @@ from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 from .effects import Effects
+from .identity import model_digest
 from .windows import calibration_windows
 
 # Two windows for each doubling.
@@ -385,7 +386,7 @@ def search_plan(
     """
     config = family_of(model.config.model_type).config_class.from_base(model.config)
     candidates = candidate_plan(config, ConversionConfig(include_first=planning.include_first))
-    about = [asdict(planning), config.to_dict(), calibration.tolist(), texts.tolist()]
+    about = [asdict(planning), model_digest(model), config.to_dict(), calibration.tolist(), texts.tolist()]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     journal = Journal(directory and directory / "measured.json", digest, len(texts))
     if fits is None:
