@@ -77,9 +77,9 @@ class _Regression:
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [G, D] and bias [G]. `ridge` is in units of the mean variance of a hidden channel."""
-        mean = (self.total / self.count).double().cpu()
-        covariance = self.gram.double().cpu() / self.count - mean.outer(mean)
-        mean += self.shift.double().cpu()
+        mean = (self.total / self.count).cpu().double()
+        covariance = self.gram.cpu().double() / self.count - mean.outer(mean)
+        mean += self.shift.cpu().double()
         size = covariance.shape[0] - len(self.groups)
         covariance, cross = covariance[:size, :size], covariance[:size, size:]
         covariance.diagonal().add_(ridge * covariance.diagonal().mean())

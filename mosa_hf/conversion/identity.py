@@ -2,7 +2,6 @@
 
 import hashlib
 
-import torch
 from transformers.modeling_utils import PreTrainedModel
 
 NUMBERS = 64  # of a tensor: all of a large model's would take long to read
@@ -16,6 +15,6 @@ def model_digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         is_plain = not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__")
-        numbers = tensor.detach().flatten()[:NUMBERS].to("cpu", torch.float64).tolist() if is_plain else []
+        numbers = tensor.detach().flatten()[:NUMBERS].cpu().double().tolist() if is_plain else []
         digest.update(f"{name} {list(tensor.shape)}: {numbers}\n".encode())
     return digest.hexdigest()[:16]
