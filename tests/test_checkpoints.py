@@ -221,6 +221,16 @@ def test_routers_folder(base, routers, tmp_path):
         to_dense(tiny_base())
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o755), (0o077, 0o700)], ids=oct)
+def test_folders_are_as_private_as_the_user_wants(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_routers(convert_model(tiny_base(), CONVERSION, TEXT), tmp_path / "routers")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "routers").stat().st_mode & 0o777 == mode
+
+
 def test_routers_replace_routers(routers, tmp_path):
     other = convert_model(tiny_base(), ConversionConfig(plan=PLAN), TEXT)
     loaded = load_routers(other, routers / "mosa_routers.safetensors")
