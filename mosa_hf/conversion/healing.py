@@ -93,8 +93,10 @@ class HealingTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ):
         inputs = {name: states for name, states in inputs.items() if name != "labels"}
-        if next(self.teacher.parameters()).device != inputs["input_ids"].device:
-            self.teacher.to(inputs["input_ids"].device)
+        device = inputs["input_ids"].device
+        own = (*self.teacher.parameters(), *self.teacher.buffers())  # some shared with the model, some copies
+        if getattr(self.teacher, "hf_device_map", None) is None and any(each.device != device for each in own):
+            self.teacher.to(device)
         with torch.no_grad(), self.accelerator.autocast():  # the model has it within its forward
             expected = self.teacher(**inputs, use_cache=False).logits
         outputs = model(**inputs, use_cache=False)
