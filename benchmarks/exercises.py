@@ -63,9 +63,7 @@ def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size
     found = continuations_of_texts(tokenizer, seen, size)
     text = sources.text(TEXTS[0])[: size.characters]
     for make in (retrieval.needles, retrieval.key_values):
-        # Each context has a stretch of the text of its own.
-        starts = [len(text) * i // size.contexts for i in range(size.contexts)]
-        readings = [make(tokenizer, text[start:], size.context, seed) for seed, start in enumerate(starts)]
+        readings = retrieval.several(make, tokenizer, text, size.context, size.contexts)
         found.append(Exercise({"context": size.context, "contexts": size.contexts}, readings))
     return found
 

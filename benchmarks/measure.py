@@ -51,8 +51,8 @@ class Entries(NamedTuple):
 
 def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
     """
-    What a cache of `model` has to keep of `input_ids` [1, T] by definition (DESIGN section 4), counted from what the
-    routers select: of a sparse group the window, and the selected tokens before it.
+    What a cache of `model` has to keep of `input_ids` [1, T] by definition (docs/design.md, section 4), counted from
+    what the routers select: of a sparse group the window, and the selected tokens before it.
     """
     with trace_routing(model) as selected:
         filled_cache(model, input_ids)
@@ -69,7 +69,10 @@ def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
 
 
 def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
-    """DESIGN section 4, for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense + Σ groups (n_selected + window))."""
+    """
+    By definition (docs/design.md, section 4), for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense + Σ groups
+    (n_selected + window)).
+    """
     counted = entries(model, input_ids)
     return 2 * model.dtype.itemsize * (counted.dense + counted.sparse) * model.config.head_dim
 

@@ -4,26 +4,38 @@ Heal a converted model on some text. Also installed as the command `mosa-heal`; 
     mosa-heal --model converted --text a.txt b.txt --destination healed --output_dir checkpoints --max_steps 1000
 
 Every argument of Transformers' `TrainingArguments` is one of this command. A run that was interrupted goes on from its
-last checkpoint in `--output_dir`.
+last checkpoint in `--output_dir`; checkpoints of another model, text or kind of healing are refused.
 """
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from mosa_hf import GroupPlan
 from mosa_hf.conversion.annealing import RateAnnealing
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, teacher_of
+from mosa_hf.conversion.identity import model_digest
 from mosa_hf.conversion.windows import spread
 from mosa_hf.modeling.router_files import check_has_sparse_groups, write_routers
-from mosa_hf.whole_files import check_absent, whole_directory
+from mosa_hf.whole_files import check_absent, whole_directory, whole_file
 
 RATE_WINDOWS = 8  # of the text, on which rates are measured that are to fall
+ABOUT_NAME = "healing.json"  # in `--output_dir`: what its checkpoints are of
 
 
 @dataclass
@@ -64,6 +76,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     model = AutoModelForCausalLM.from_pretrained(healing.model, **gate)
     check_has_sparse_groups(model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model)
+    checkpoint = last_checkpoint(Path(training.output_dir), about(healing, model, text), training.should_save)
     model.requires_grad_(healing.learn == "full")
     for router in model.mosa_routers().values():
         router.requires_grad_(healing.learn == "routers")
@@ -85,7 +98,6 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         top_k=healing.top_k,
         cache_length=healing.cache_length,
     )
-    checkpoint = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         model.config.mosa_gate_slope, model.config.mosa_threshold_momentum = 0.0, 1.0
@@ -98,6 +110,40 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
                     student.save_pretrained(unfinished)
                 write_routers(model, unfinished, healing.model)
         print(f"Wrote {destination}.")
+
+
+def about(healing: HealingArguments, model: PreTrainedModel, text: str) -> dict[str, Any]:
+    """What a checkpoint of a healing belongs to."""
+    settings = ("learn", "lora_rank", "window_length", "anneal_steps", "top_k")
+    return {
+        "model": model_digest(model),
+        "plan": GroupPlan.of_config(model.config).to_list(),
+        "text": hashlib.sha256(text.encode()).hexdigest()[:16],
+        **{name: getattr(healing, name) for name in settings},
+    }
+
+
+def last_checkpoint(directory: Path, about: dict[str, Any], writes: bool) -> str | None:
+    """
+    The checkpoint in `directory` to go on from. What it is `about` is noted there for the next time, by the process
+    that `writes`.
+
+    Raises:
+        ValueError: for one of another healing.
+    """
+    checkpoint = get_last_checkpoint(directory) if directory.is_dir() else None
+    path = directory / ABOUT_NAME
+    if checkpoint is not None and path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name, value in about.items() if known.get(name) != value]:
+            raise ValueError(
+                f"{checkpoint} is of a healing with another `{'`, `'.join(changed)}`: set another `--output_dir`, or "
+                "remove this one."
+            )
+    if writes:
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return checkpoint
 
 
 if __name__ == "__main__":

@@ -42,8 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         found = plan(options)
-        if options.uniform:
-            found.uniform.save(options.uniform)
         if options.plot:
             found.plan.plot(options.plot, options.tokens)
     except (OSError, ValueError, ImportError) as error:
@@ -66,6 +64,8 @@ def plan(options: argparse.Namespace) -> Found:
     model = AutoModelForCausalLM.from_pretrained(options.source, dtype="auto")
     unfinished = destination.with_name(f"{destination.name}.search")
     found = search_plan(model, planning, calibration, texts, directory=unfinished)
+    if options.uniform:
+        found.uniform.save(options.uniform)
     found.plan.save(destination)
     shutil.rmtree(unfinished)
     return found

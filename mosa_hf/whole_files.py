@@ -1,6 +1,7 @@
 """Files and directories that appear when they are whole, or not at all."""
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,10 +30,11 @@ def whole_directory(destination: Path) -> Iterator[Path]:
     """
     check_absent(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    # Not by `tempfile.mkdtemp`, whose directories are private whatever the user's umask is.
+    unfinished = destination.with_name(f".{destination.name}.{secrets.token_hex(4)}")
+    unfinished.mkdir()
     try:
         yield unfinished
-        unfinished.chmod(0o755)  # mkdtemp's is private
         os.rename(unfinished, destination)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -338,7 +338,36 @@ def test_caches_that_cannot_be_extended_are_refused(form):
         model.model.upgrade_cache(cache)
 
 
+@pytest.mark.parametrize("make", [DynamicCache, lambda config: StaticCache(config=config, max_cache_len=40)])
+@pytest.mark.parametrize("fields", [{"mosa_window": 9}, {"mosa_plan": PLAN}], ids=str)
+def test_a_cache_is_used_again_by_a_model_of_the_same_groups_alone(make, fields):
+    one = sparse_form(**ONE_WINDOW, mosa_window=5).model()
+    cache, input_ids = make(config=one.config), random_ids(2, 20)
+    expected = logits_after(one, cache, input_ids)
+    cache.reset()
+    other = sparse_form(**{**ONE_WINDOW, **fields}).model()
+    with pytest.raises(ValueError, match="made for a model whose groups differ from this one's"):
+        logits_after(other, cache, input_ids)
+    assert torch.equal(logits_after(one, cache, input_ids), expected)
+
+
 # --- static caches ---
+
+
+def test_a_static_cache_forgets_a_call_that_failed(monkeypatch):
+    model, input_ids = sparse_form().model(), random_ids(2, 20)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    expected = logits_after(model, cache, input_ids)
+    cache.reset()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        patch.setattr("mosa_hf.modeling.sparse_groups.sparse_attention", interrupted)
+        logits_after(model, cache, input_ids)
+    cache.reset()
+    assert torch.equal(logits_after(model, cache, input_ids), expected)
 
 
 def test_static_cache_that_is_too_short_is_refused(form):

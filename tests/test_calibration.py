@@ -214,6 +214,8 @@ def test_leaves_the_model_as_it_was(model, input_ids, error):
 def test_bad_arguments(model, shape, ridge, words):
     with pytest.raises(ValueError, match=words):
         fit_routers(model, torch.zeros(shape, dtype=torch.long), ALIKE, ridge=ridge)
+    with pytest.raises(ValueError, match=r"is a str; pass token ids .*`calibration_windows\(tokenizer, text\)`"):
+        fit_routers(model, "A text.", ALIKE)
 
 
 def test_activations_that_are_not_finite(model, input_ids):

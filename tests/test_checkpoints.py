@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -31,6 +33,7 @@ from mosa_hf import (
     to_dense,
     trace_routing,
 )
+from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
 
 from .bases import byte_tokenizer, random_tokens, tiny_base
@@ -118,6 +121,21 @@ def test_nothing_is_copied_in_memory():
     assert type(model) is LlamaForCausalLM and not hasattr(model.config, "mosa_window")
 
 
+def test_offloaded_weights_are_shared_too():
+    """All of them are in memory that Accelerate's hooks read."""
+    model = tiny_base()
+    expected = logits_of(convert_model(model, CONVERSION, TEXT))
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    converted = convert_model(model, CONVERSION, TEXT)
+    assert {tensor.device.type for tensor in model.parameters()} == {"meta"}
+    assert torch.equal(logits_of(converted), expected)
+    for each in (converted, to_dense(converted)):
+        held = [own.model.layers[0].mlp.up_proj._hf_hook.weights_map["weight"] for own in (model, each)]
+        assert held[0].data_ptr() == held[1].data_ptr()
+    cache = filled_cache(converted, PROMPT[:1])
+    assert cache.get_seq_length() == PROMPT.shape[1]
+
+
 @pytest.mark.parametrize("head", [None, "ForSequenceClassification"])
 def test_heads(head, tmp_path):
     model = tiny_base(head=head)
@@ -131,6 +149,10 @@ def test_heads(head, tmp_path):
     ):
         with torch.no_grad():
             assert torch.equal(other(PROMPT)[0], in_memory(PROMPT)[0])
+    code = (tmp_path / "converted" / "README.md").read_text().split("```")[1].removeprefix("python")
+    names: dict = {}
+    exec(code.replace("path of this folder", str(tmp_path / "converted")), names)
+    assert type(names["model"]) is type(in_memory)
     if head:
         auto = AutoModelForSequenceClassification.from_pretrained(tmp_path / "converted")
         assert type(auto) is type(in_memory)
@@ -166,17 +188,18 @@ def test_plans_in_every_form(base, tmp_path):
 
 
 def test_tokenizer_and_generation_config_come_along(base, tmp_path):
-    byte_tokenizer().save_pretrained(base)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(base)
     (base / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "do_sample": True}))
     for name in ("LICENSE", "training_args.bin", "notes.py"):
         (base / name).write_text(name)
     convert_checkpoint(base, tmp_path / "converted", ConversionConfig(sparsity=1))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     assert model.generation_config.temperature == 0.5
-    text = "hello"
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path / "converted")(text)["input_ids"] == byte_tokenizer()(text)["input_ids"]
-    )
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "converted")
+    assert loaded("hello")["input_ids"] == tokenizer("hello")["input_ids"]
+    assert loaded.chat_template == tokenizer.chat_template
     assert torch.equal(logits_of(model), logits_of(tiny_base()))
     names = {path.name for path in (tmp_path / "converted").iterdir()}
     assert "LICENSE" in names and not names & {"training_args.bin", "notes.py"}
@@ -198,11 +221,46 @@ def test_routers_folder(base, routers, tmp_path):
         to_dense(tiny_base())
 
 
-def test_routers_replace_routers(routers):
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o755), (0o077, 0o700)], ids=oct)
+def test_folders_are_as_private_as_the_user_wants(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        save_routers(convert_model(tiny_base(), CONVERSION, TEXT), tmp_path / "routers")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "routers").stat().st_mode & 0o777 == mode
+
+
+def test_routers_replace_routers(routers, tmp_path):
     other = convert_model(tiny_base(), ConversionConfig(plan=PLAN), TEXT)
     loaded = load_routers(other, routers / "mosa_routers.safetensors")
     assert torch.equal(logits_of(loaded), logits_of(convert_model(tiny_base(), CONVERSION, TEXT)))
     assert loaded.config.mosa_plan != other.config.mosa_plan == PLAN.to_list()
+    other.save_pretrained(tmp_path / "other")
+    from_disk = MosaLlamaForCausalLM.from_pretrained(tmp_path / "other", routers=routers)
+    assert torch.equal(logits_of(from_disk), logits_of(loaded))
+
+
+def test_fields_that_are_set_on_loading(base, routers, tmp_path):
+    convert_checkpoint(base, tmp_path / "converted", routers=routers)
+    ways = {
+        "converted": lambda **fields: AutoModelForCausalLM.from_pretrained(tmp_path / "converted", **fields),
+        "routers": lambda **fields: MosaLlamaForCausalLM.from_pretrained(base, routers=routers, **fields),
+    }
+    plan = GroupPlan.of_config(ways["routers"]().config)
+    wide = plan.with_sparse({pair: NEAR for pair in plan.sparse_pairs()})
+    for load in ways.values():
+        assert load(mosa_cache_budget=7).model.layers[0].self_attn.mosa_budget == 7
+        assert GroupPlan.of_config(load(mosa_plan=wide.to_list()).config) == wide
+        for field, value in {"mosa_cache_budget": 0, "mosa_gate_slope": -1.0, "mosa_threshold_momentum": 2}.items():
+            with pytest.raises((StrictDataclassError, ValueError), match=f"`{field}` must be .*got {value}"):
+                load(**{field: value})
+        with pytest.raises(ValueError, match="`mosa_window` and `mosa_sparsity` would change nothing: .*`mosa_plan`"):
+            load(mosa_sparsity=3, mosa_window=20)
+        alike = load(mosa_plan=None, mosa_window=20)
+        assert GroupPlan.of_config(alike.config).layers[0][0].window == 20
+    with pytest.raises(ValueError, match="window: no such field; there are .*mosa_window"):
+        load_routers(tiny_base(), routers, window=20)
 
 
 def test_routers_of_another_model(base, routers, tmp_path):
@@ -217,8 +275,6 @@ def test_routers_of_another_model(base, routers, tmp_path):
     with pytest.raises(ValueError, match="'llama' model, but MosaGemma3TextForCausalLM needs a 'gemma3_text' model"):
         mosa_hf.MosaGemma3TextForCausalLM.from_pretrained(base, routers=routers)
     convert_checkpoint(base, tmp_path / "converted", routers=routers)
-    with pytest.raises(ValueError, match="'mosa_llama' model, but MosaLlamaForCausalLM needs a 'llama' model"):
-        MosaLlamaForCausalLM.from_pretrained(tmp_path / "converted", routers=routers)
     with pytest.raises(ValueError, match="is a converted one already: convert its base"):
         convert_checkpoint(tmp_path / "converted", tmp_path / "again", routers=routers)
 
@@ -231,6 +287,7 @@ def test_loading_options(base, routers, tmp_path):
     )
     assert model.dtype == torch.bfloat16 and model.config._attn_implementation == "eager" and not info["missing_keys"]
     assert all(router.weight.dtype == torch.float32 for router in model.mosa_routers().values())
+    assert torch.equal(logits_of(MosaLlamaForCausalLM.from_pretrained(base, routers=routers, config=base)), expected)
     device_map = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(3)}
     options = {"device_map": device_map, "offload_folder": tmp_path / "offload"}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mosa_hf.conversion_scripts import convert as command
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForQuestionAnswering
 
 from mosa_hf import (
@@ -122,6 +123,7 @@ def test_routers_are_frozen_until_healing(tmp_path):
     "fields, message",
     [
         ({"groups": 0}, "`groups` must be at least 1"),
+        ({"groups": ()}, "`groups` names no"),
         ({"groups": ((0, 0), (0, 0))}, "twice"),
         ({"groups": ((0, 0, 0),)}, "`groups` must be a number or"),
         ({"sparsity": 0.5}, "`sparsity` must be a finite number of at least 1"),
@@ -160,6 +162,8 @@ def test_models_that_cannot_be_converted():
         convert_model(tiny_base(), ConversionConfig(plan=GroupPlan(((None, SparseGroup(8, 1)),))))
     with pytest.raises(ValueError, match="layer 1 sparse, but its attention has a sliding window"):
         convert_model(tiny_base("gemma3_text"), ConversionConfig(plan=GroupPlan.uniform(3, 2, SparseGroup(8, 1))))
+    with pytest.raises(ValueError, match=r"PeftModel has no MoSA class; .*adapters \(`merge_and_unload\(\)` first\)"):
+        convert_model(get_peft_model(tiny_base(), LoraConfig(target_modules="all-linear")), lossless)
     converted = convert_model(tiny_base(), lossless)
     with pytest.raises(ValueError, match="'mosa_llama' cannot have sparse groups"):
         convert_model(converted, lossless)
@@ -250,6 +254,9 @@ def test_calibration_windows_spread_over_the_text():
     last = len(everything) // 100 - 1
     assert torch.equal(windows[0], everything[:100])
     assert torch.equal(windows[2], everything[last * 100 : last * 100 + 100])
+    for options in ({"window_length": 0}, {"window_length": -1}, {"num_windows": 0}, {"num_windows": -1}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be at least 1, got"):
+            calibration_windows(byte_tokenizer(), TEXT, **options)
 
 
 @pytest.mark.parametrize("fields", [{}, {"attention_bias": True}, {"tie_word_embeddings": True}], ids=str)

@@ -109,6 +109,8 @@ def answers_of(tokenizer, continuation: Continuation) -> list[str]:
 def test_a_text_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="fewer"):
         retrieval.needles(byte_tokenizer(), "One sentence. Another.", 3000, seed=0)
+    with pytest.raises(ValueError, match="200 tokens have no room for a sentence of the text beside the facts"):
+        fact_readings(byte_tokenizer(), SENTENCES, 200, 1)
 
 
 # --- a user's texts ---

@@ -127,6 +127,9 @@ def test_what_cannot_be_healed(tmp_path):
     model = convert_model(tiny_base(), ConversionConfig(sparsity=1))
     with pytest.raises(ValueError, match="vocabulary of 64 tokens, the model of 256"):
         HealingTrainer(model, tiny_base(vocab_size=64), arguments(tmp_path, 1))
+    for options in ({"top_k": 0}, {"cache_length": 0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be at least 1, got 0"):
+            HealingTrainer(model, tiny_base(), arguments(tmp_path, 1), **options)
     with pytest.raises(ValueError, match="has no sparse groups"):
         teacher_of(tiny_base())
     with pytest.raises(ValueError, match="take the teacher before"):
@@ -180,8 +183,34 @@ def test_the_command(learn, tmp_path):
         with torch.no_grad():
             merged = model.merge_and_unload()(inputs).logits
         torch.testing.assert_close(merged, logits["whole.healed"], rtol=0, atol=1e-4)
+        code = (tmp_path / "whole.healed" / "README.md").read_text().split("```")[1].removeprefix("python")
+        names: dict = {}
+        exec(code.replace("path of this folder", str(tmp_path / "whole.healed")), names)
+        assert type(names["model"]) is MosaLlamaForCausalLM
     with pytest.raises(SystemExit, match="exists: remove it"):
         run("parts", 4, "parts.healed")
+
+
+def test_checkpoints_of_another_healing_are_refused(tmp_path):
+    common = f"{prepare(tmp_path)} --max_steps 1 --save_steps 1"
+
+    def run(destination: str, options: str = "") -> None:
+        folders = f" --output_dir {tmp_path / 'checkpoints'} --destination {tmp_path / destination} "
+        heal.main((common + folders + options).split())
+
+    run("first")
+    with pytest.raises(
+        SystemExit, match=r"checkpoint-1 is of a healing with another `learn`, `lora_rank`: set another"
+    ):
+        run("second", "--learn full --lora_rank 8")
+    (tmp_path / "text.txt").write_text("Another text, which says no more. " * 60)
+    with pytest.raises(SystemExit, match="with another `text`:"):
+        run("second")
+    other = convert_model(tiny_base(), ConversionConfig(sparsity=4, window=5), random_tokens(4, 64))
+    other.save_pretrained(tmp_path / "converted")
+    with pytest.raises(SystemExit, match="with another `model`, `plan`, `text`:"):
+        run("second")
+    assert not (tmp_path / "second").exists()
 
 
 def heal_on_rank(rank: int, folder: Path, arguments: str) -> None:

@@ -233,6 +233,24 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
         searched(tmp_path, replace(planning, share=0.41))
 
 
+def test_routers_of_another_search_are_not_used(tmp_path, monkeypatch):
+    """Of one that was interrupted before it had measured anything."""
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Effects, "_logits", interrupted)
+        searched(tmp_path)
+    assert (tmp_path / "routers.safetensors").exists()
+    with pytest.raises(ValueError, match="measured.json is of a search with other settings, texts, or another model"):
+        searched(tmp_path, replace(SEARCH, rounds=1, include_first=False))
+    other = unequal_base()
+    other.model.layers[1].self_attn.k_proj.weight.data.mul_(1.5)  # and the same config
+    with pytest.raises(ValueError, match="measured.json is of a search with other settings, texts, or another model"):
+        search_plan(other, SEARCH, random_tokens(6, 96), random_tokens(3, 2 * TOKENS, seed=5), directory=tmp_path)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -275,6 +293,9 @@ def test_command(tmp_path, capsys):
     arguments = [str(source), str(destination), "--share", "0.5", "--text", str(text), "--texts", "2", "--rounds", "1"]
     arguments += ["--windows", "2", "--window-length", "64"]
     uniform, picture = tmp_path / "uniform.json", tmp_path / "plan.png"
+    with pytest.raises(SystemExit, match="mosa-plan: "):  # a folder: what was measured is still there
+        command.main([*arguments, "--tokens", "128", "--uniform", str(source)])
+    assert not destination.exists() and (tmp_path / "plan.json.search" / "measured.json").exists()
     command.main([*arguments, "--tokens", "128", "--plot", str(picture), "--uniform", str(uniform)])
     plan, printed = GroupPlan.load(destination), capsys.readouterr().out
     assert str(plan) in printed and "Divergence from the original" in printed

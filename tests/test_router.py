@@ -71,6 +71,19 @@ def test_thresholds_are_moving_averages_of_training_calls(form, routing, dtype):
         before = [router.threshold.clone() for router in routers]
 
 
+def test_a_plain_training_loop_is_told_that_thresholds_stay(form, monkeypatch):
+    """Transformers' configs have `use_cache` on."""
+    model, messages = form.model().train(), []
+    monkeypatch.setattr("mosa_hf.modeling.router.logger.warning_once", messages.append)
+    model(random_ids(2, 24), use_cache=False)
+    with torch.no_grad():
+        model(random_ids(2, 24))
+    model.eval()(random_ids(2, 24))
+    assert not messages
+    model.train()(random_ids(2, 24))
+    assert messages and "pass `use_cache=False`" in messages[0]
+
+
 def test_thresholds_stay_where_no_token_was_chosen_freely(form):
     model = form.model().train()
     before = [router.threshold.clone() for router in routers_of(model)]
@@ -144,8 +157,10 @@ def test_short_calls_leave_no_parameter_out_of_the_graph(form, num_tokens, selec
     # Distributed training waits for the gradient of every parameter, be it zero.
     model = form.model(mosa_routing="threshold", mosa_include_first=False).train()
     for router in routers_of(model):
-        router.threshold.fill_(-1e9 if selects else 1e9)
-    model(torch.arange(1, num_tokens + 1)[None], use_cache=False).logits.sum().backward()
+        router.threshold.fill_(-torch.inf if selects else torch.inf)
+    logits = model(torch.arange(1, num_tokens + 1)[None], use_cache=False).logits
+    assert logits.isfinite().all()
+    logits.sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 

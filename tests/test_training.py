@@ -99,11 +99,21 @@ def test_calibration_sets_the_selection_rate():
     calibrate_thresholds(model, text[:64].split(16))
     assert not model.training
     assert (selection_rates(model, text[-64:]) * 4 - 1).abs().max() < 0.2
+    thresholds = [layer.self_attn.mosa.router.threshold.clone() for layer in model.model.layers]
     mask = torch.ones_like(text[:16])
+    calibrate_thresholds(model, [{"input_ids": rows, "attention_mask": mask} for rows in text[:64].split(16)])
+    for layer, threshold in zip(model.model.layers, thresholds, strict=True):  # a mask that hides nothing is no mask
+        assert torch.equal(layer.self_attn.mosa.router.threshold, threshold)
     mask[:, 100:] = 0
     calibrate_thresholds(model.train(), [{"input_ids": text[:16], "attention_mask": mask}])
     assert model.training
+    model.lm_head.eval()  # every module's own mode comes back
+    calibrate_thresholds(model, [text[:16]])
+    assert model.training and not model.lm_head.training
     with pytest.raises(ValueError, match="holds no tokens"):
         calibrate_thresholds(model, [])
+    for one in (text[:16], {"input_ids": text[:16]}):  # not several
+        with pytest.raises(ValueError, match=r"`batches` must be several .*input_ids.split\(1\)"):
+            calibrate_thresholds(model, one)
     with pytest.raises(ValueError, match="has no MoSA heads"):
         calibrate_thresholds(torch.nn.Linear(2, 2), [])

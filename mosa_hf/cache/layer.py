@@ -80,6 +80,13 @@ class SparseLayer(MixedLayer):
         """Whether `begin` needs scores."""
         return self.stores[0].needs_score
 
+    def fits(self, spec: SparseSpec) -> bool:
+        """Whether this is what `upgrade_cache` would make for `spec`, capacities aside."""
+        own = self.dense_groups, self.sparse_groups, [store.window for store in self.stores]
+        budgets = {store.budget for store in self.stores if not store.growth.is_fixed}
+        wanted = spec.dense, tuple(each.groups for each in spec.sets), [each.window for each in spec.sets]
+        return own == wanted and budgets <= {spec.budget}
+
     def has_tokens(self) -> bool:
         return self.stores[0].has_tokens()
 
@@ -238,7 +245,8 @@ def __getattr__(name: str) -> type[CacheLayerMixin]:
 
 def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int | None = None) -> None:
     """
-    Give the layers that have sparse groups or MoSA heads their stores. Layers that have them already are left alone.
+    Give the layers that have sparse groups or MoSA heads their stores. Layers that have the same already are left
+    alone.
 
     Args:
         cache: any cache of dynamic or static layers, as `generate` or the user made it.
@@ -246,7 +254,8 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
         max_cache_len: tokens that a static cache will see, which it does not know if all its layers have a window.
 
     Raises:
-        ValueError: for a cache that holds tokens of another model, has too few layers, or layers of another kind.
+        ValueError: for a cache that holds tokens of another model, or is made for other groups, has too few layers, or
+            layers of another kind.
     """
     for layer_idx, spec in specs.items():
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
@@ -258,6 +267,11 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             )
         layer = cache.layers[layer_idx]
         if isinstance(layer, SparseLayer):
+            if not layer.fits(spec):
+                raise ValueError(
+                    f"Layer {layer_idx} of `past_key_values` is made for a model whose groups differ from this one's "
+                    "in kind, `mosa_window` or `mosa_cache_budget`: make a new cache."
+                )
             continue
         if not isinstance(layer, DynamicLayer | StaticLayer):
             raise ValueError(

@@ -69,6 +69,7 @@ class SparseStore:
             return
         for states in self._states().values():
             states.zero_()
+        self.pending, self.num_pending, self.call = None, 0, None  # of a call that failed half-way
 
     @property
     def num_tokens(self) -> torch.Tensor | None:

@@ -16,8 +16,10 @@ from transformers import DynamicCache
 from transformers.utils import logging
 
 from ..compat import CACHE
+from ..modeling.devices import input_device
 from ..modeling.families import Family, family_of
 from ..modeling.group_plan import GroupPlan
+from ..modeling.modes import evaluating
 
 # Least importance before the logarithm. A token below it is as good as never read; without the floor its logarithm,
 # arbitrarily far down, would dominate the squared error.
@@ -75,9 +77,9 @@ class _Regression:
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [G, D] and bias [G]. `ridge` is in units of the mean variance of a hidden channel."""
-        mean = (self.total / self.count).double().cpu()
-        covariance = self.gram.double().cpu() / self.count - mean.outer(mean)
-        mean += self.shift.double().cpu()
+        mean = (self.total / self.count).cpu().double()
+        covariance = self.gram.cpu().double() / self.count - mean.outer(mean)
+        mean += self.shift.cpu().double()
         size = covariance.shape[0] - len(self.groups)
         covariance, cross = covariance[:size, :size], covariance[:size, size:]
         covariance.diagonal().add_(ridge * covariance.diagonal().mean())
@@ -143,17 +145,13 @@ def _hooks(
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; modes and attention implementation are put back whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
     implementation = model.config._attn_implementation
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         if model.config._attn_implementation != implementation:
             model.set_attn_implementation(implementation)
-        for module, training in modes:
-            module.training = training
 
 
 def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> list[nn.Module]:
@@ -170,6 +168,11 @@ def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> l
 def _check_text(input_ids: torch.Tensor, most: int, ridge: float) -> None:
     if ridge <= 0:
         raise ValueError(f"`ridge` is {ridge}; pass a positive number, for channels can be collinear.")
+    if not isinstance(input_ids, torch.Tensor):
+        raise ValueError(
+            f"`input_ids`, the calibration text, is a {type(input_ids).__name__}; pass token ids [N, T], which "
+            "`calibration_windows(tokenizer, text)` makes."
+        )
     if input_ids.ndim != 2 or len(input_ids) < 1 or input_ids.shape[1] < 2:
         raise ValueError(
             f"`input_ids` has shape {list(input_ids.shape)}; pass [N, T], at least one window of T >= 2 tokens."
@@ -210,7 +213,7 @@ def fit_routers(
     family = family_of(model.config.model_type)
     modules = _attention_modules(model, family, layers)
     decoder = model.base_model
-    device = torch.device("cpu") if model.device.type == "meta" else model.device  # offloaded: hooks move inputs
+    device = input_device(model)
     num_groups, num_tokens = len(plan.layers[0]), input_ids.shape[1]
     sparse = [[group for group, kind in enumerate(plan.layers[layer]) if kind is not None] for layer in layers]
     regressions = [_Regression(groups, len(input_ids), int(include_first)) for groups in sparse]

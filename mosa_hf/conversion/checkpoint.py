@@ -14,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.families import Family, family_of
@@ -37,6 +37,7 @@ COMPANIONS = (
     "*.tiktoken",
     "spiece.model",
     "chat_template*",
+    f"{CHAT_TEMPLATE_DIR}/*",
     "LICENSE*",
     "NOTICE*",
 )
@@ -251,11 +252,13 @@ def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHe
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (unfinished / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}):
-        shutil.copyfile(file, unfinished / file.name)
+        target = unfinished / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
     config = converted.config
     config.architectures = [type(converted).__name__]
     base = (config.mosa_conversion or {}).get("source") or source.name
-    code = 'model = transformers.AutoModelForCausalLM.from_pretrained("path of this folder")'
+    code = f'model = mosa_hf.{type(converted).__name__}.from_pretrained("path of this folder")'
     (unfinished / "README.md").write_text(model_card(config, base, "Model", code), encoding="utf-8")
     config.save_pretrained(unfinished)
 

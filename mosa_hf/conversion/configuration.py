@@ -9,8 +9,8 @@ from ..modeling.group_plan import GroupPlan, SparseGroup
 @dataclass(frozen=True)
 class ConversionConfig:
     """
-    Which key/value groups of a pretrained model become sparse, and how (DESIGN section 6). Layers with a sliding
-    window stay dense in any case.
+    Which key/value groups of a pretrained model become sparse, and how (docs/design.md, section 6). Layers with a
+    sliding window stay dense in any case.
 
     Args:
         sparsity: ρ: one token in ρ is selected, taken over all sparse groups. One threshold serves them all, so groups
@@ -49,6 +49,8 @@ class ConversionConfig:
                 raise ValueError(f"`groups` must be at least 1, or None for all groups, got {self.groups}.")
         elif self.groups is not None:
             pairs = tuple(tuple(pair) for pair in self.groups)
+            if not pairs:
+                raise ValueError("`groups` names no (layer, group) pair: leave it out for all groups.")
             if any(len(pair) != 2 for pair in pairs):
                 raise ValueError(f"`groups` must be a number or (layer, group) pairs, got {self.groups!r}.")
             if len(set(pairs)) != len(pairs):

@@ -1,4 +1,4 @@
-"""Conversion of a pretrained model in memory: key/value groups of its attention become sparse (DESIGN section 6)."""
+"""Conversion of a pretrained model in memory: groups of its attention become sparse (docs/design.md, section 6)."""
 
 import torch
 from transformers.modeling_utils import PreTrainedModel

@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..cache import Routed, take
 from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.devices import input_device
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router import MosaRouter
@@ -24,6 +25,7 @@ from ..modeling.sparse_models import with_sparse_groups
 from ..modeling.thresholds import highest_share
 from ..routing.selection import select_by_threshold
 from .calibration import RouterFit, frozen
+from .divergence import divergence_of_likely
 
 PROBED = "mosa_probed"  # the attention function of models whose choices are probed
 MOST_LIKELY = 256  # tokens whose probabilities are compared one by one; all others as one
@@ -39,15 +41,7 @@ class Predictions(NamedTuple):
 
 def divergence(logits: torch.Tensor, expected: Predictions) -> torch.Tensor:
     """KL(expected ‖ predicted) in nats, mean over P positions, of logits `[P, V]`; what is unlikely counts as one."""
-    actual = logits.float().log_softmax(-1).gather(1, expected.token)
-    actual, wanted = (_with_rest(each) for each in (actual, expected.log_probability))
-    return nn.functional.kl_div(actual, wanted, reduction="sum", log_target=True) / len(logits)
-
-
-def _with_rest(log_probability: torch.Tensor) -> torch.Tensor:
-    """`[P, K]` → `[P, K + 1]`, the last for all other tokens together."""
-    rest = torch.log1p(-log_probability.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
-    return torch.cat((log_probability, rest), dim=-1)
+    return divergence_of_likely(logits, expected.token, expected.log_probability) / len(logits)
 
 
 class Effects:
@@ -93,8 +87,9 @@ class Effects:
 
     def _logits(self, model: PreTrainedModel, row: int) -> torch.Tensor:
         """Logits [P, V]."""
-        input_ids = self.texts[row : row + 1].to(model.device)
-        return model(input_ids, use_cache=False, logits_to_keep=self.position.to(model.device)).logits[0]
+        device = input_device(model)
+        input_ids = self.texts[row : row + 1].to(device)
+        return model(input_ids, use_cache=False, logits_to_keep=self.position.to(device)).logits[0]
 
     @torch.no_grad()
     def with_plan(self, plan: GroupPlan) -> PreTrainedModel:

@@ -1,11 +1,9 @@
 """Healing: a short training that brings a converted model back to what the original predicts (docs/design.md, 6)."""
 
 import copy
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
@@ -16,9 +14,8 @@ from ..modeling.group_plan import GroupPlan
 from ..modeling.router import MosaRouter
 from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
+from .divergence import mean_divergence
 from .windows import token_windows
-
-CHUNK = {"cpu": 16}  # tokens whose distributions are in float32 at once: what caches hold; elsewhere 256
 
 
 class TokenWindows(Dataset):
@@ -50,7 +47,7 @@ class HealingTrainer(Trainer):
         args, kwargs: as `Trainer` takes them. Batches have `input_ids`, and perhaps `attention_mask`.
 
     Raises:
-        ValueError: for a teacher of another vocabulary.
+        ValueError: for a teacher of another vocabulary, and for a `top_k` or `cache_length` below 1.
     """
 
     # The loss is a mean over tokens: `Trainer` averages it over the micro-batches of a step.
@@ -70,6 +67,9 @@ class HealingTrainer(Trainer):
                 f"`teacher` has a vocabulary of {teacher.config.vocab_size} tokens, the model of "
                 f"{model.config.vocab_size}: pass the model that it was converted from."
             )
+        for name, number in (("top_k", 1 if top_k is None else top_k), ("cache_length", cache_length)):
+            if number < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {number}.")
         super().__init__(model, *args, **kwargs)
         self.model_accepts_loss_kwargs = False
         self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
@@ -93,8 +93,10 @@ class HealingTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ):
         inputs = {name: states for name, states in inputs.items() if name != "labels"}
-        if next(self.teacher.parameters()).device != inputs["input_ids"].device:
-            self.teacher.to(inputs["input_ids"].device)
+        device = inputs["input_ids"].device
+        own = (*self.teacher.parameters(), *self.teacher.buffers())  # some shared with the model, some copies
+        if getattr(self.teacher, "hf_device_map", None) is None and any(each.device != device for each in own):
+            self.teacher.to(device)
         with torch.no_grad(), self.accelerator.autocast():  # the model has it within its forward
             expected = self.teacher(**inputs, use_cache=False).logits
         outputs = model(**inputs, use_cache=False)
@@ -120,69 +122,20 @@ class HealingTrainer(Trainer):
 
 def kv_share(config: SparseGroupsConfig, rates: dict[int, torch.Tensor], num_tokens: int) -> float:
     """
-    The share of the keys and values of `num_tokens` tokens that a cache keeps, by definition (docs/design.md, 4).
+    The share of the keys and values of `num_tokens` tokens that a cache keeps: the mean of `SparseGroup.kept_share`.
 
     Args:
         rates: layer -> share of the tokens that each of its sparse groups selects, `[G]`.
     """
-    kept, most = [], math.inf if config.mosa_cache_budget is None else config.mosa_cache_budget
+    kept = []
     for layer, groups in enumerate(GroupPlan.of_config(config).layers):
         selected = iter(rates[layer].tolist() if layer in rates else ())
-        for group in groups:
-            if group is not None:
-                near = min(group.window, num_tokens)
-                kept.append(near + min((num_tokens - near) * next(selected), most))
-            else:
-                kept.append(min(num_tokens, config.sliding_window) if config.is_sliding(layer) else num_tokens)
-    return sum(kept) / (len(kept) * num_tokens)
-
-
-def mean_divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
-    """
-    KL(expected ‖ actual) in nats, averaged over N tokens; float32 copies are made of a few tokens at a time.
-
-    Args:
-        actual, expected: logits `[N, V]`; the gradient is that of `actual`.
-        top_k: see `HealingTrainer`.
-    """
-    return _MeanDivergence.apply(actual, expected, top_k)
-
-
-class _MeanDivergence(torch.autograd.Function):
-    """Makes the gradient with the loss, while the few tokens at hand are near: nothing is computed again."""
-
-    @staticmethod
-    def forward(ctx, actual: torch.Tensor, expected: torch.Tensor, top_k: int | None) -> torch.Tensor:
-        chunk = CHUNK.get(actual.device.type, 256)
-        total = actual.new_zeros((), dtype=torch.float32)
-        gradient = torch.empty_like(actual) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(actual), chunk):
-            part = slice(start, start + chunk)
-            with torch.set_grad_enabled(gradient is not None):
-                ours = actual[part].detach().requires_grad_(gradient is not None)
-                divergence = _divergence(ours, expected[part].detach(), top_k)
-            total += divergence.detach()
-            if gradient is not None:  # of the sum: of the mean, it could be too small for float16
-                (gradient[part],) = torch.autograd.grad(divergence, ours)
-        ctx.save_for_backward(gradient)
-        return total / len(actual)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * (upstream / len(gradient)), None, None
-
-
-def _divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None) -> torch.Tensor:
-    actual, expected = (logits.float().log_softmax(-1) for logits in (actual, expected))
-    if top_k is not None and top_k < expected.shape[-1]:
-        best, index = expected.topk(top_k, dim=-1)
-        actual, expected = (
-            torch.cat((chosen, torch.log1p(-chosen.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))), dim=-1)
-            for chosen in (actual.gather(-1, index), best)
-        )
-    return F.kl_div(actual, expected, reduction="sum", log_target=True)
+        dense = min(config.sliding_window / num_tokens, 1.0) if config.is_sliding(layer) else 1.0
+        kept += [
+            dense if group is None else group.kept_share(num_tokens, next(selected), config.mosa_cache_budget)
+            for group in groups
+        ]
+    return sum(kept) / len(kept)
 
 
 def teacher_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Llama checkpoints as the native model, whose heads are the paper's (DESIGN section 2): a start for healing."""
+"""A Llama as the native model, whose heads are the paper's (docs/design.md, section 2): a start for healing."""
 
 import copy
 from collections import Counter

@@ -29,6 +29,7 @@ from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 from .effects import Effects
+from .identity import model_digest
 from .windows import calibration_windows
 
 # Two windows for each doubling.
@@ -149,7 +150,8 @@ class Rates:
 class Journal:
     """
     What was measured, by what was asked, text by text; in a file, if it has a path. A search that is resumed asks the
-    same again, so it ends where it would have ended unbroken.
+    same again, so it ends where it would have ended unbroken. The file is there from the beginning, and says whose
+    the others of its directory are.
 
     Args:
         path: of the file.
@@ -171,6 +173,7 @@ class Journal:
                     "another destination."
                 )
             self.answers = content["answers"]
+        self._write()
 
     def ask(self, question: list, measure: Callable[[int], Iterable]) -> Iterator:
         """The answer to `question` for each text; `measure` gives those from some text on, where they are unknown."""
@@ -180,11 +183,14 @@ class Journal:
             return
         for answer in measure(len(known)):
             known.append(answer)
-            if self.path is not None:
-                with whole_file(self.path) as unfinished:
-                    content = {"about": self.about, "answers": self.answers}
-                    unfinished.write_text(json.dumps(content), encoding="utf-8")
+            self._write()
             yield answer
+
+    def _write(self) -> None:
+        if self.path is not None:
+            with whole_file(self.path) as unfinished:
+                content = {"about": self.about, "answers": self.answers}
+                unfinished.write_text(json.dumps(content), encoding="utf-8")
 
 
 def exchange(effects: torch.Tensor, costs: torch.Tensor, num_groups: int) -> dict[int, int]:
@@ -380,7 +386,7 @@ def search_plan(
     """
     config = family_of(model.config.model_type).config_class.from_base(model.config)
     candidates = candidate_plan(config, ConversionConfig(include_first=planning.include_first))
-    about = [asdict(planning), config.to_dict(), calibration.tolist(), texts.tolist()]
+    about = [asdict(planning), model_digest(model), config.to_dict(), calibration.tolist(), texts.tolist()]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     journal = Journal(directory and directory / "measured.json", digest, len(texts))
     if fits is None:

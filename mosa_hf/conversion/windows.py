@@ -10,8 +10,10 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) ->
     dropped.
 
     Raises:
-        ValueError: for a text of less than one window.
+        ValueError: for a text of less than one window, or a window of no token.
     """
+    if length < 1:
+        raise ValueError(f"`window_length` must be at least 1, got {length}.")
     input_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     if len(input_ids) < length:
         raise ValueError(
@@ -28,8 +30,10 @@ def calibration_windows(
     At most `num_windows` windows of `window_length` tokens, spread evenly over `text`: token ids `[N, T]`.
 
     Raises:
-        ValueError: if the text is shorter than one window.
+        ValueError: if the text is shorter than one window, and for numbers below 1.
     """
+    if num_windows < 1:
+        raise ValueError(f"`num_windows` must be at least 1, got {num_windows}.")
     return spread(token_windows(tokenizer, text, window_length), num_windows)
 
 

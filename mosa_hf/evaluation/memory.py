@@ -7,6 +7,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..cache import cache_bytes
 from ..compat import CACHE
+from ..modeling.devices import input_device
 
 
 @torch.inference_mode()
@@ -15,7 +16,7 @@ def filled_cache(
 ) -> Cache:
     """The cache (a dynamic one by default) after reading `input_ids` [1, T]."""
     cache = DynamicCache(config=model.config) if cache is None else cache
-    for part in input_ids.to(model.device).split(chunk, dim=1):
+    for part in input_ids.to(input_device(model)).split(chunk, dim=1):
         model(part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
 
@@ -36,5 +37,5 @@ class CacheMemory:
     @torch.inference_mode()
     def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
         cache = copy.deepcopy(self.cache)
-        logits = self.model(ids.to(self.model.device), use_cache=True, **{CACHE: cache}).logits[0]
+        logits = self.model(ids.to(input_device(self.model)), use_cache=True, **{CACHE: cache}).logits[0]
         return logits, sum(cache_bytes(cache).values())

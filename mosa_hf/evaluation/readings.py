@@ -40,14 +40,14 @@ def fact_readings(tokenizer: PreTrainedTokenizerBase, text: str, context: int, c
     `retrieval`.
 
     Raises:
-        ValueError: for a text that is too short.
+        ValueError: for a text that is too short, and for contexts with no room for it beside the facts.
     """
-    start, readings = _start(tokenizer), []
-    for make in (retrieval.needles, retrieval.key_values):
-        for seed in range(contexts):  # a stretch of its own for each
-            reading = make(tokenizer, text[len(text) * seed // contexts :], context - len(start), seed)
-            readings.append(Reading(start + reading.context, reading.continuations))
-    return readings
+    start = _start(tokenizer)
+    return [
+        Reading(start + reading.context, reading.continuations)
+        for make in (retrieval.needles, retrieval.key_values)
+        for reading in retrieval.several(make, tokenizer, text, context - len(start), contexts)
+    ]
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,8 +66,24 @@ def key_values(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed:
     return Reading(context, continuations)
 
 
+def several(
+    make: Callable[[PreTrainedTokenizerBase, str, int, int], Reading],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    length: int,
+    contexts: int,
+) -> list[Reading]:
+    """What `make`, `needles` or `key_values`, gives of `contexts` stretches of `text`, each with facts of its own."""
+    return [make(tokenizer, text[len(text) * seed // contexts :], length, seed) for seed in range(contexts)]
+
+
 def _strewn(tokenizer: PreTrainedTokenizerBase, text: str, facts: list[str], length: int) -> list[int]:
-    """Token ids of sentences of `text`, with `facts` between them at even distances; about `length` of them."""
+    """
+    Token ids of sentences of `text`, with `facts` between them at even distances; about `length` of them.
+
+    Raises:
+        ValueError: for a text that is too short, and for a length with no room for a sentence beside the facts.
+    """
     room = length - sum(len(_ids(tokenizer, fact)) for fact in facts)
     sentences, held = [], 0
     for sentence in re.split(r"(?<=[.!?])\s+", text):
@@ -76,6 +93,10 @@ def _strewn(tokenizer: PreTrainedTokenizerBase, text: str, facts: list[str], len
         sentences.append(sentence)
     else:
         raise ValueError(f"The text has fewer than the {room} tokens that are to surround the facts.")
+    if not sentences:
+        raise ValueError(
+            f"{length} tokens have no room for a sentence of the text beside the facts: ask for a longer context."
+        )
     step = len(sentences) / len(facts)
     for i in reversed(range(len(facts))):  # from the end: what lies before it keeps its place
         sentences.insert(round((i + 0.5) * step), facts[i])

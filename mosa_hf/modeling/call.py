@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache import is_upgraded, num_cached_tokens, upgrade_cache
-from ..kernels.recording import is_exported
+from ..kernels.recording import is_exported, is_recorded
 from ..routing.layout import CallLayout
 
 
@@ -55,7 +55,8 @@ class MosaCallMixin:
         # A static cache counts in place, and its masks cover all of it.
         is_static, past_length = False, 0
         if past_key_values is not None:
-            self.upgrade_cache(past_key_values)
+            if num_tokens > 1 or not is_upgraded(past_key_values):  # single tokens continue what was looked at
+                self.upgrade_cache(past_key_values)
             is_static, past_length = past_key_values.is_compileable, past_key_values.get_seq_length()
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()
@@ -87,20 +88,22 @@ class MosaCallMixin:
         Raises:
             ValueError: also for an offloading cache of a model on the CPU.
         """
-        if not is_upgraded(past_key_values):
-            if past_key_values.offloading and self.device.type == "cpu":
-                raise ValueError(
-                    "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
-                    "CPU: leave `cache_implementation` out, or set it to 'static'."
-                )
-            # Fewer layers run while `generate(assistant_early_exit=...)` drafts.
-            specs = {
-                module.layer_idx: module.cache_spec()
-                for module in self.modules()
-                if hasattr(module, "cache_spec") and module.layer_idx < self.config.num_hidden_layers
-            }
-            specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.sets}
-            upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
+        if is_upgraded(past_key_values):
+            if is_recorded():  # it was looked at when it was made
+                return
+        elif past_key_values.offloading and self.device.type == "cpu":
+            raise ValueError(
+                "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
+                "CPU: leave `cache_implementation` out, or set it to 'static'."
+            )
+        # Fewer layers run while `generate(assistant_early_exit=...)` drafts.
+        specs = {
+            module.layer_idx: module.cache_spec()
+            for module in self.modules()
+            if hasattr(module, "cache_spec") and module.layer_idx < self.config.num_hidden_layers
+        }
+        specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.sets}
+        upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
 
 
 def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:

@@ -1,6 +1,7 @@
-"""Configurations: what every router has, the native MoSA model, and families with sparse groups (DESIGN 2 to 5)."""
+"""Configurations: what every router has, the native MoSA model, and families with sparse groups."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ PER_LAYER_FIELDS = (
 @dataclass(kw_only=True, repr=False)
 class RoutingConfig(InstalledCodeConfigMixin):
     """
-    How tokens are selected (DESIGN section 3); mixed into the configuration of every model with routers.
+    How tokens are selected (docs/design.md, section 3); mixed into the configuration of every model with routers.
 
     Args:
         mosa_sparsity (`float`):
@@ -69,6 +70,26 @@ class RoutingConfig(InstalledCodeConfigMixin):
     mosa_router_bias: bool = False
     mosa_cache_budget: int | None = None
     mosa_conversion: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        As `PreTrainedConfig.from_dict`, which looks at none of the fields that `kwargs` (those of `from_pretrained`)
+        change.
+
+        Raises:
+            StrictDataclassError: for a `mosa_*` field out of range.
+            ValueError: for one that the model would not read, see `SparseGroupsConfig.check_read`.
+        """
+        result = super().from_dict(config_dict, **kwargs)
+        if given := [name for name in kwargs if name.startswith("mosa_")]:
+            config = result[0] if isinstance(result, tuple) else result
+            config.validate()
+            config.check_read(given)
+        return result
+
+    def check_read(self, names: Collection[str]) -> None:
+        """Whether this model reads the fields `names`, which someone has set of it: it reads all."""
 
     def check_routing(self) -> None:
         """
@@ -109,7 +130,7 @@ class RoutingConfig(InstalledCodeConfigMixin):
 @dataclass(kw_only=True, repr=False)
 class SparseGroupsConfig(RoutingConfig):
     """
-    A family's configuration with sparse key/value groups (DESIGN sections 4 and 5): `MosaLlamaConfig` is this and
+    A family's configuration with sparse key/value groups (docs/design.md, section 2): `MosaLlamaConfig` is this and
     `LlamaConfig`. A sparse group keeps the selected tokens and the last `mosa_window` tokens. Fields of
     `RoutingConfig`, and:
 
@@ -190,6 +211,19 @@ class SparseGroupsConfig(RoutingConfig):
     def has_attentions(self, layer_idx: int) -> bool:
         return not any(self.groups_of_layer(layer_idx))
 
+    def check_read(self, names: Collection[str]) -> None:
+        """
+        Raises:
+            ValueError: if `names`, fields that someone has set of this model, has one in whose place a plan counts.
+        """
+        ignored = [name for name in ("mosa_window", "mosa_sparsity") if name in names]
+        if ignored and self.mosa_plan is not None:
+            raise ValueError(
+                f"`{'` and `'.join(ignored)}` would change nothing: this model has a `mosa_plan`, which says what "
+                "each group is. Change that: `GroupPlan.of_config(config)` gives it, and `mosa_plan=plan.to_list()` "
+                "takes it."
+            )
+
     def validate_sparse_groups(self):
         """Part of `@strict`-powered validation."""
         self.check_routing()
@@ -213,7 +247,7 @@ class SparseGroupsConfig(RoutingConfig):
 class MosaConfig(RoutingConfig, LlamaConfig):
     r"""
     Configuration of the native MoSA model: a Llama-shaped decoder whose layers mix ordinary (dense) attention heads
-    with the paper's MoSA heads, in which selected tokens attend to each other (DESIGN section 2).
+    with the paper's MoSA heads, in which selected tokens attend to each other (docs/design.md, section 2).
 
     Every `LlamaConfig` field keeps its name and meaning; `num_attention_heads`, `num_key_value_heads` and
     `sliding_window` describe the dense heads only, and `attention_dropout` acts on them only. `head_dim` is shared by

@@ -91,7 +91,8 @@ class Family:
                 return sparse
         raise ValueError(
             f"{base_class.__name__} has no MoSA class; of family {self.name!r} these have: "
-            f"{', '.join(base.__name__ for base, _ in self.pairs())}."
+            f"{', '.join(base.__name__ for base, _ in self.pairs())}. Pass a model without what may be around it: "
+            "adapters (`merge_and_unload()` first), `torch.compile`."
         )
 
     def base_class_of(self, sparse_class: type[PreTrainedModel]) -> type[PreTrainedModel]:

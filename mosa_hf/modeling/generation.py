@@ -36,7 +36,8 @@ class MosaGenerationMixin:
                 )
         try:
             output = super().generate(*args, **kwargs)
-            if self._generation_cache is not None and (overflow := num_overflowed(self._generation_cache)):
+            cache = self._generation_cache
+            if cache is not None and (overflow := num_overflowed(cache)):
                 logger.warning(
                     f"The static cache lacked capacity for {overflow} selected tokens (over all layers, rows and "
                     "groups) and evicted those with the lowest logits, so the result may differ from that of a "

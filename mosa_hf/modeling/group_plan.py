@@ -1,4 +1,4 @@
-"""Group plans: every layer's key/value groups, dense, or sparse with a window and a sparsity (DESIGN section 6)."""
+"""Group plans: every layer's groups, dense, or sparse with a window and a sparsity (docs/design.md, section 6)."""
 
 import json
 import math
@@ -34,10 +34,17 @@ class SparseGroup:
         if not is_number or not 1 <= self.sparsity < math.inf:
             raise ValueError(f"`sparsity` must be a finite number of at least 1, got {self.sparsity!r}.")
 
-    def kept_share(self, num_tokens: int) -> float:
-        """The share of `num_tokens` tokens that a cache keeps: the window, and one in ρ of the rest."""
+    def kept_share(self, num_tokens: int, rate: float | None = None, budget: int | None = None) -> float:
+        """
+        The share of `num_tokens` tokens that a cache keeps: the window, and what is selected of the rest.
+
+        Args:
+            rate: share of the tokens that is selected; None: 1 / ρ.
+            budget: `mosa_cache_budget`.
+        """
         near = min(self.window, num_tokens)
-        return (near + (num_tokens - near) / self.sparsity) / num_tokens
+        far = (num_tokens - near) * (1 / self.sparsity if rate is None else rate)
+        return (near + min(far, math.inf if budget is None else budget)) / num_tokens
 
 
 @dataclass(frozen=True)

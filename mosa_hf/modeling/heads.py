@@ -1,4 +1,4 @@
-"""The paper's heads of one layer (DESIGN section 2): routers, projections of selected tokens only, their output."""
+"""The paper's heads of one layer (docs/design.md, section 2): routers, projections of selected tokens, the output."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""The native MoSA model: Llama's classes with the attention replaced (DESIGN section 6)."""
+"""The native MoSA model: Llama's classes with the attention replaced (docs/design.md, section 2)."""
 
 import os
 from pathlib import Path
@@ -330,7 +330,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
     ) -> torch.Tensor:
         """
         Binary cross-entropy between sigmoid(z) and "among the K highest of its sequence", averaged over tokens, groups
-        and layers (DESIGN section 3: the auxiliary loss of Mixture-of-Depths).
+        and layers (the auxiliary loss of Mixture-of-Depths).
         """
         losses = []
         for logits, router in zip(router_logits, mosa_routers(self), strict=True):

@@ -1,4 +1,4 @@
-"""Tensor parallelism: every process holds its share of a layer's key/value groups (DESIGN section 5)."""
+"""Tensor parallelism: every process holds its share of a layer's key/value groups."""
 
 from typing import TYPE_CHECKING
 

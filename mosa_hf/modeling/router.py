@@ -1,4 +1,4 @@
-"""The routers of a layer's groups: logits, what they select, and thresholds that follow them (DESIGN section 3)."""
+"""The routers of a layer's groups: logits, selection, and thresholds that follow (docs/design.md, section 3)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.utils import logging
 
 from ..cache import SparseLayer
 from ..kernels.recording import is_exported
@@ -14,6 +15,8 @@ from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .call import ModelCall
 from .configuration import RoutingConfig
+
+logger = logging.get_logger(__name__)
 
 
 class MosaRouter(nn.Module):
@@ -94,7 +97,8 @@ class MosaRouter(nn.Module):
         Args:
             hidden_states: `[B, T, D]`.
             call: of the model.
-            follows: whether thresholds may follow this call's logits: they do in training, of whole sequences.
+            follows: whether thresholds may follow this call's logits: they do in training, of whole sequences, which
+                calls without a cache have.
 
         Returns:
             logits `[B, T, G]` and selected `[B, T, G]` bool.
@@ -109,8 +113,13 @@ class MosaRouter(nn.Module):
             selected = torch.ones_like(logits, dtype=torch.bool)
             return logits, selected if valid is None else selected & valid[..., None]
         # Gradients mark training: reinforcement learning also generates, and evaluates, in training mode.
-        follows = follows and self.momentum < 1 and self.training
-        follows = follows and self._learns() and torch.is_grad_enabled()
+        learns = self.momentum < 1 and self.training and self._learns() and torch.is_grad_enabled()
+        if learns and not follows and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "Routers learn, but their thresholds stay as they are: they follow in calls without a cache alone. To "
+                "train, pass `use_cache=False` or set `model.config.use_cache = False`, as `Trainer` does."
+            )
+        follows = follows and learns
         if follows or self.routing == "expert_choice":
             if is_exported():  # how many tokens are chosen is a number, and would be the samples'
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Routers on their own: a folder of a few MB that makes a base model one with sparse groups (DESIGN section 5)."""
+"""Routers on their own: a folder of a few MB that makes a base model one with sparse groups."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -25,6 +26,7 @@ from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sp
 ROUTERS_NAME = "mosa_routers.safetensors"
 ROUTERS_CONFIG_NAME = "mosa_config.json"
 MOSA_FIELDS = tuple(field.name for field in fields(SparseGroupsConfig) if field.name.startswith("mosa_"))
+OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download", "proxies")  # same for base and routers
 LATER_FIELDS = ("mosa_router_hidden_size",)  # that older folders lack, and of which they mean the default
 
 CARD = """---
@@ -97,15 +99,26 @@ def load_routers(model: PreTrainedModel, directory: str | os.PathLike, **fields:
 
     Raises:
         FileNotFoundError: if there is no such directory, or a file of it is missing.
-        ValueError: for damaged files, and for routers of another model.
+        ValueError: for damaged files, for routers of another model, and for `fields` that are unknown, out of range
+            or would change nothing.
     """
-    config_file, weights_file = (_router_file(directory, name) for name in (ROUTERS_CONFIG_NAME, ROUTERS_NAME))
+    return _with_routers(model, directory, fields, {})
+
+
+def _with_routers(
+    model: PreTrainedModel, directory: str | os.PathLike, fields: dict[str, Any], hub: dict[str, Any]
+) -> PreTrainedModel:
+    """`load_routers`; `hub`: how the Hub is asked for a folder, see `OF_THE_HUB`."""
+    if unknown := sorted(fields.keys() - set(MOSA_FIELDS)):
+        raise ValueError(f"{', '.join(unknown)}: no such field; there are {', '.join(MOSA_FIELDS)}.")
+    config_file, weights_file = (_router_file(directory, name, hub) for name in (ROUTERS_CONFIG_NAME, ROUTERS_NAME))
     if isinstance(model, SparsePreTrainedMixin):
         model = without_sparse_groups(model)
     family = family_of(model.config.model_type)
     settings = _read_settings(config_file, family.config_class.from_base(model.config)) | fields
     try:
         config = family.config_class.from_base(model.config, **settings)
+        config.check_read(fields.keys())
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{config_file}: {error}") from error
     converted = with_sparse_groups(model, config)
@@ -122,7 +135,7 @@ def load_with_routers(
 
     Args:
         model_class: of a family in `families`.
-        base: directory or name of the base model.
+        base: directory or name of the base model, or of one with sparse groups, whose routers are then left out.
         routers: see `load_routers`.
         kwargs: of the base class' `from_pretrained`, and the fields that `load_routers` takes.
 
@@ -130,20 +143,21 @@ def load_with_routers(
         FileNotFoundError, ValueError: see `load_routers`; also for a base of another family.
     """
     family = model_class.family
-    base_class = family.base_class_of(model_class)
-    where = {
-        name: kwargs[name] for name in ("revision", "subfolder", "cache_dir", "token", "gguf_file") if name in kwargs
-    }
-    model_type = (kwargs.get("config") or AutoConfig.from_pretrained(base, **where)).model_type
-    if model_type != family.name:
+    hub = {name: kwargs[name] for name in OF_THE_HUB if name in kwargs}
+    config = kwargs.get("config")
+    if not isinstance(config, PreTrainedConfig):  # a directory or name of its own, or the model's
+        where = {name: kwargs[name] for name in ("revision", "subfolder", "gguf_file") if name in kwargs}
+        config = AutoConfig.from_pretrained(base if config is None else config, **hub, **where)
+    classes = {family.name: family.base_class_of(model_class), family.config_class.model_type: model_class}
+    if config.model_type not in classes:
         raise ValueError(
-            f"{base} is a {model_type!r} model, but {model_class.__name__} needs a {family.name!r} model."
+            f"{base} is a {config.model_type!r} model, but {model_class.__name__} needs a {family.name!r} model."
         )
     fields = {name: kwargs.pop(name) for name in MOSA_FIELDS if name in kwargs}
-    loaded = base_class.from_pretrained(base, **kwargs)
+    loaded = classes[config.model_type].from_pretrained(base, **kwargs)
     if kwargs.get("output_loading_info"):
-        return load_routers(loaded[0], routers, **fields), loaded[1]
-    return load_routers(loaded, routers, **fields)
+        return _with_routers(loaded[0], routers, fields, hub), loaded[1]
+    return _with_routers(loaded, routers, fields, hub)
 
 
 def router_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -190,14 +204,14 @@ def _live_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-def _router_file(directory: str | os.PathLike, name: str) -> Path:
+def _router_file(directory: str | os.PathLike, name: str, hub: dict[str, Any]) -> Path:
     """The path of a file of a router folder, downloaded if it is one of the Hub."""
     path = Path(directory)
     if path.is_file():
         path = path.parent
     if not path.exists() and not path.is_absolute() and len(path.parts) <= 2:
         try:
-            return Path(cached_file(os.fspath(directory), name))
+            return Path(cached_file(os.fspath(directory), name, **hub))
         except OSError as error:
             raise FileNotFoundError(f"{directory} is neither a folder nor a Hub name with {name}: {error}") from error
     if not (path / name).is_file():

@@ -1,5 +1,5 @@
 """
-Sparse key/value groups in a family's own attention (DESIGN sections 2, 4 and 5).
+Sparse key/value groups in a family's own attention (docs/design.md, section 2).
 
 A group's keys and values are projected for every token, as ever; what differs is which of them a query may read and a
 cache keeps: the tokens that the group's router selects, and the last `window`. So the family's attention class stays
@@ -144,7 +144,7 @@ class SparseGroupsMixin:
         logits, selected = self.mosa_router(hidden_states, mosa_call, follows=follows)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
         score = router.score(logits, layout) if needs_score else None
-        gate = self._gate(logits, mosa_call)
+        gate = self._gate(logits, selected, mosa_call)
 
         def of_set(states, columns):
             return None if states is None else take(states, columns, dim=2)
@@ -160,16 +160,17 @@ class SparseGroupsMixin:
             output = output + 0.0 * gate.sum()
         return output, *others
 
-    def _gate(self, logits: torch.Tensor, call: ModelCall) -> torch.Tensor | None:
+    def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ModelCall) -> torch.Tensor | None:
         """
-        The routers' gradient `[B, T, G]` (DESIGN section 6): a far key's score rises with its margin over the
-        threshold. Hard selection has no gradient, and is what evaluation uses.
+        The routers' gradient `[B, T, G]` (docs/design.md, section 6): a far key's score rises with its margin over the
+        threshold. Hard selection has no gradient, and is what evaluation uses. Zero for keys that are not selected,
+        which no query reads from afar: under an infinite threshold, theirs would not be finite.
         """
         if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
         router = in_force(self.mosa_router)
         threshold = call.thresholds.get(self.layer_idx, router.threshold)
-        gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold))
+        gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin
             gate = gate.masked_fill(call.layout.first.to(gate.device)[..., None], 0.0)
         return gate

@@ -1,4 +1,4 @@
-"""Models with sparse groups: a family's own classes, whose attention modules route (DESIGN section 5)."""
+"""Models with sparse groups: a family's own classes, whose attention modules route (docs/design.md, section 2)."""
 
 import copy
 import os
@@ -18,6 +18,7 @@ from ..compat import CACHE, takes_cache
 from ..safetensors_files import tensor_shapes
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
+from .devices import execution_device, offloaded_weights
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter, named_routers
@@ -183,7 +184,7 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
     add_sparse_groups(converted, config)
     for module in converted.modules():
         if isinstance(module, SparseGroupsMixin):
-            module.mosa_router.to(_execution_device(module)).train(module.training)
+            module.mosa_router.to(execution_device(module)).train(module.training)
     return converted
 
 
@@ -212,6 +213,7 @@ def without_sparse_groups(model: PreTrainedModel) -> PreTrainedModel:
 def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """A copy of the modules, not of their tensors, with another config and class."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo |= {id(weights): weights for weights in offloaded_weights(model)}
     memo[id(model.config)] = config
     result = copy.deepcopy(model, memo)
     _set_class(result, model_class)
@@ -225,12 +227,3 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
         module._old_forward = MethodType(module_class.forward, module)
     if isinstance(module, PreTrainedModel):  # as its construction does; else `output_hidden_states` gives none
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
-
-
-def _execution_device(attention: nn.Module) -> torch.device | str | int:
-    """Where an attention module computes: also if its weights are offloaded and lie elsewhere meanwhile."""
-    for module in attention.modules():
-        if (device := getattr(getattr(module, "_hf_hook", None), "execution_device", None)) is not None:
-            return device
-    device = next(attention.parameters()).device
-    return "cpu" if device.type == "meta" else device

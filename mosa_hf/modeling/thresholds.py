@@ -1,4 +1,4 @@
-"""Thresholds from text: sets every group's θ so that it selects one token in its ρ (DESIGN section 3)."""
+"""Thresholds from text: sets every group's θ so that it selects one token in its ρ (docs/design.md, section 3)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -6,6 +6,9 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .call import ModelCall
+from .devices import input_device
+from .modes import evaluating
 from .router import MosaRouter, named_routers
 
 ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
@@ -25,7 +28,7 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
         batches: token ids `[B, T]`, or mappings with `input_ids` and perhaps `attention_mask`. One pass is made.
 
     Raises:
-        ValueError: if the model has no MoSA heads, the batches hold no tokens, or logits are not finite.
+        ValueError: if the model has no MoSA heads, `batches` are none or hold no tokens, or logits are not finite.
     """
     routers = mosa_routers(model)
     thresholds = [
@@ -45,33 +48,37 @@ def seen_logits(
     """
     routers = mosa_routers(model)
     logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
-    valid = None
 
     def record(router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        call: ModelCall = args[1]
+        layout = call.layout.to(output[0].device)
+        seen = torch.ones_like(layout.position, dtype=torch.bool) if layout.valid is None else layout.valid
         # The first token is selected in any case: its logit has no part in the rate.
-        skip = int(router.include_first)
-        seen = output[0] if valid is None else output[0][valid.to(output[0].device)]
-        logits[router].append((seen[:, skip:] if valid is None else seen).flatten(0, -2).cpu())
+        if router.include_first and layout.first is not None:
+            seen = seen & ~layout.first
+        logits[router].append(output[0][seen].cpu())
 
-    was_training, routing = model.training, [router.inference_routing for router in routers]
+    device = input_device(model)
+    routing = [router.inference_routing for router in routers]
     hooks = [router.register_forward_hook(record) for router in routers]
     try:
-        model.eval()
         for router in routers:
             router.inference_routing = "expert_choice"
-        for batch in batches:
-            inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-            inputs = {
-                name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask") if name in inputs
-            }
-            valid = inputs["attention_mask"].bool() if "attention_mask" in inputs else None
-            model.base_model(**inputs, use_cache=False)
+        with evaluating(model):
+            for batch in batches:
+                inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+                if getattr(inputs.get("input_ids"), "ndim", 0) != 2:
+                    raise ValueError(
+                        "`batches` must be several of token ids [B, T], or of mappings with such `input_ids`: pass a "
+                        "list of them, or `input_ids.split(1)`."
+                    )
+                inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask") if name in inputs}
+                model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
         for router, rule in zip(routers, routing, strict=True):
             router.inference_routing = rule
-        model.train(was_training)
 
     for router in routers:
         seen = logits[router] = torch.cat(logits[router] or [torch.empty(0, len(router.sparsity))])

@@ -1,4 +1,4 @@
-"""What a cache budget evicts, and when: streaming top-k, the one definition of it (DESIGN section 3)."""
+"""What a cache budget evicts, and when: streaming top-k, the one definition of it (docs/design.md, section 3)."""
 
 import torch
 
@@ -10,8 +10,7 @@ EVICTION_BLOCK = 128  # tokens compared with all others at once
 
 def within_budget(score: torch.Tensor, position: torch.Tensor, selected: torch.Tensor, budget: int) -> torch.Tensor:
     """
-    Streaming top-k (DESIGN section 3): which of the selected tokens are among the `budget` highest scores, ties to the
-    earlier token.
+    Streaming top-k: which of the selected tokens are among the `budget` highest scores, ties to the earlier token.
 
     Args:
         score: `[B, G, S]`.
@@ -42,7 +41,7 @@ def evicted_at(
     segment: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """
-    When a cache budget evicts each token (DESIGN section 3): the first position t at which `budget` of the selected
+    When a cache budget evicts each token: the first position t at which `budget` of the selected
     tokens up to t score higher, ties to the earlier token. So token j is read by the queries `j <= t < evicted_at[j]`.
 
     Args:

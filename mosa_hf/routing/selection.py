@@ -1,4 +1,4 @@
-"""Which tokens each group selects: the two rules of DESIGN section 3, on tensors.
+"""Which tokens each group selects: the two rules of docs/design.md, section 3, on tensors.
 
 Everything is decided on the float32 router logits z, never on sigmoid(z): the sigmoid saturates and makes ties.
 """

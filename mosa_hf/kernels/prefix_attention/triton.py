@@ -1,8 +1,8 @@
 """
 Attention of queries that each read a range of sorted keys: a prefix of the selected ones, and a sliding window.
 
-Selections are sorted by position, so what a query reads of them is a range of slots and never a mask (DESIGN
-section 2). A program holds a tile of queries with all R heads of a group as its rows, so that keys are read once for
+Selections are sorted by position, so what a query reads of them is a range of slots and never a mask (docs/design.md,
+section 5). A program holds a tile of queries with all R heads of a group as its rows, so that keys are read once for
 all of them, and visits only key blocks that some row of the tile reads: work is O(T * (K + window)).
 
 Row m of a group's R * T rows is head m % R of query m // R. Scores are kept in base 2, where exp2 is one instruction.

@@ -1,7 +1,7 @@
 """The paper's heads wherever PyTorch runs: gathered rows, batched matmuls, fused attention.
 
-Selections are sorted by position, so that a query reads a prefix of the slots (DESIGN section 2). A group's slots of
-all rows of the batch lie together, `[G, B * K]`: they share its weights.
+Selections are sorted by position, so that a query reads a prefix of the slots (docs/design.md, section 5). A group's
+slots of all rows of the batch lie together, `[G, B * K]`: they share its weights.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The specification of the paper's heads (DESIGN section 2): every token projected, every pair scored, then masked."""
+"""The paper's heads, specified (docs/design.md, section 2): every token projected, every pair scored, then masked."""
 
 import torch
 

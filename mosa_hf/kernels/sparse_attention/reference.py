@@ -1,4 +1,4 @@
-"""The specification (DESIGN section 2, form "all"): every pair is scored, then masked."""
+"""The specification (docs/design.md, section 2): every pair is scored, then masked."""
 
 import torch
 import torch.nn.functional as F

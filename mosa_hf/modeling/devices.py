@@ -1,0 +1,30 @@
+"""Where a model computes, also if Accelerate keeps its weights elsewhere meanwhile (`device_map`, offloading)."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model wants its inputs; the CPU if its weights are offloaded, for hooks move inputs then."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def execution_device(module: nn.Module) -> torch.device | str | int:
+    """Where a module with weights computes."""
+    for each in module.modules():
+        if (device := getattr(getattr(each, "_hf_hook", None), "execution_device", None)) is not None:
+            return device
+    device = next(module.parameters()).device
+    return "cpu" if device.type == "meta" else device
+
+
+def offloaded_weights(model: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
+    """What hooks of Accelerate read a model's weights from, in memory or on disk."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (weights := getattr(each, "weights_map", None)) is not None:
+                yield weights
