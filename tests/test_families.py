@@ -195,7 +195,7 @@ def test_saved_and_loaded_with_every_attention(family, tmp_path):
 
 def test_converted_on_disk(family, tmp_path):
     """The family's own files, whatever layout and names they have there, and routers."""
-    shared_base(family).save_pretrained(tmp_path / "base")
+    copy.deepcopy(shared_base(family)).save_pretrained(tmp_path / "base")  # which notes the class in the configuration
     save_routers(sparse_model(family), tmp_path / "routers")
     convert_checkpoint(tmp_path / "base", tmp_path / "converted", routers=tmp_path / "routers")
     converted, info = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", output_loading_info=True)
