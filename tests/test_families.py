@@ -38,6 +38,7 @@ def family(request) -> str:
 
 @lru_cache
 def shared_base(family: str):
+    """For all tests; they save a copy, since saving notes dtype and class in the configuration."""
     return tiny_base(family)
 
 
@@ -175,7 +176,7 @@ def test_generation_equals_that_without_cache(family, budget):
 def test_saved_and_loaded_with_every_attention(family, tmp_path):
     """Dense groups go where the user wants; sparse groups are computed in any case."""
     model = sparse_model(family)
-    model.save_pretrained(tmp_path)
+    copy.deepcopy(model).save_pretrained(tmp_path)
     expected = logits_of(model)
     reloaded = {}
     for name in ATTENTION:
@@ -195,7 +196,7 @@ def test_saved_and_loaded_with_every_attention(family, tmp_path):
 
 def test_converted_on_disk(family, tmp_path):
     """The family's own files, whatever layout and names they have there, and routers."""
-    copy.deepcopy(shared_base(family)).save_pretrained(tmp_path / "base")  # which notes the class in the configuration
+    copy.deepcopy(shared_base(family)).save_pretrained(tmp_path / "base")
     save_routers(sparse_model(family), tmp_path / "routers")
     convert_checkpoint(tmp_path / "base", tmp_path / "converted", routers=tmp_path / "routers")
     converted, info = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", output_loading_info=True)
