@@ -6,6 +6,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wa
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
@@ -18,12 +19,21 @@ from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, 
 from mosa_hf.modeling.families import FAMILIES  # noqa: E402
 
 collect_ignore = ["upstream"]  # suites to inherit from: `test_upstream.py` does
-LONGEST = ("test_upstream.py", "test_compile.py", "test_triton_compile.py", "test_gemma3.py")
+# The first one converts what another one of them needs, which would wait for it.
+LONGEST = (
+    "smollm2/test_model.py",
+    "test_compile.py",
+    "test_upstream.py",
+    "test_triton_compile.py",
+    "test_gemma3.py",
+    "smollm2/test_generation.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that none is left for one process at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 SHAPE = {

@@ -8,7 +8,7 @@ from mosa_hf.kernels.tensors import NEVER
 from mosa_hf.routing.budget import evicted_at, lowest_score, within_budget
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     num_slots=st.integers(1, 14),
     budget=st.integers(1, 6),

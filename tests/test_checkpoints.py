@@ -67,8 +67,9 @@ def routers(tmp_path) -> Path:
     return tmp_path / "routers"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied, dtype", [(False, torch.float32), (True, torch.bfloat16)], ids=["untied", "tied, bfloat16"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_ways_give_the_same_logits(family, tied, dtype, tmp_path):
     model = tiny_base(family, tie_word_embeddings=tied).to(dtype)

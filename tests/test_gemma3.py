@@ -24,7 +24,7 @@ def test_conversion_generation_and_bytes():
     assert (lossless(tokens).logits - original(tokens).logits).abs().max() < 1e-4 * original(tokens).logits.abs().max()
 
     topics = tokenizer(sources.text("python_topics")[:40_000], return_tensors="pt")["input_ids"]
-    windows = topics[:, : 4 * 512].view(4, 512)
+    windows = topics[:, : 2 * 512].view(2, 512)
     model = convert_model(original, ConversionConfig(sparsity=8, window=64), windows)
     assert model.mosa_routers().keys() == {5, 11, 17}  # the layers with global attention
     options = {"max_new_tokens": 16, "do_sample": False}

@@ -59,7 +59,7 @@ def check(name: str, arguments: tuple, options: dict, real: torch.Tensor | float
         assert (actual - expected).abs().max() < 1e-10 * scale, "output" if i == 0 else f"gradient {i - 1}"
 
 
-@settings(max_examples=300, **FAST)
+@settings(max_examples=150, **FAST)
 @given(
     num_tokens=st.integers(1, 70) | st.just(1),
     sparsity=st.integers(1, 9),
@@ -138,7 +138,7 @@ def test_sparse_attention_learns_in_bfloat16(autocast, biased):
         assert (actual.float() - expected).abs().max() < 0.03 * expected.abs().max()
 
 
-@settings(max_examples=150, **FAST)
+@settings(max_examples=80, **FAST)
 @given(count=st.sampled_from([0, 1, 40]), layout=st.sampled_from(["runs", "loop", "evenly"]), **SHAPES, **OPTIONS)
 def test_sparse_decode(
     batch_size, num_groups, heads_per_group, head_dim, seed, count, layout, has_sinks, **options

@@ -1,5 +1,6 @@
 """Two processes compute what one does: tensor parallelism and FSDP2, on the CPU, of every family."""
 
+import copy
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +33,8 @@ def folder(tmp_path_factory) -> Path:
 
     path = tmp_path_factory.mktemp("parallel")
     for family in FAMILIES:
-        sparse_model(family, router_size=8 if family == "qwen3" else None).save_pretrained(path / family)
+        model = sparse_model(family, router_size=8 if family == "qwen3" else None)
+        copy.deepcopy(model).save_pretrained(path / family)
     return path
 
 

@@ -17,7 +17,7 @@ from mosa_hf.cache.growth import SLACK, static_capacity
 from mosa_hf.kernels.tensors import KeyValues, Runs
 from mosa_hf.routing import CallLayout
 
-NUM_CASES = 150
+NUM_CASES = 80
 MAX_LENGTH = 90
 SPARSITY = 8  # of a static cache's capacity, which overflows at times
 

@@ -9,6 +9,7 @@ import pytest
 
 # What a kernel takes of a GPU is its compiler's doing: 3.5 spills in one of them, on sm_80.
 pytest.importorskip("triton", minversion="3.9")
+pytestmark = pytest.mark.real
 
 
 def test_kernels_compile_without_spills():

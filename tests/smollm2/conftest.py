@@ -45,7 +45,8 @@ def converted_directory(tmp_path_factory):
     with FileLock(shared / "smollm2.lock"):
         if not destination.exists():
             conversion = ConversionConfig(groups=60, window=64)
-            convert_checkpoint(fetched(sources.smollm2_directory), destination, conversion, text, num_windows=6)
+            windows = {"num_windows": 10, "window_length": 512}
+            convert_checkpoint(fetched(sources.smollm2_directory), destination, conversion, text, **windows)
     return destination
 
 

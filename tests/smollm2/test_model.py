@@ -31,7 +31,7 @@ SCRIPT = """
 import sys, torch, mosa_hf
 from transformers import AutoModel, AutoModelForCausalLM, pipeline
 path = sys.argv[1]
-input_ids = torch.arange(1000, 1150)[None]
+input_ids = torch.arange(1000, 1100)[None]
 logits = []
 for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):
     model = AutoModelForCausalLM.from_pretrained(path, **kwargs)
@@ -64,11 +64,11 @@ print(peak, sum(mosa_hf.cache_bytes(output.past_key_values).values()))
 
 def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_path):
     """
-    Of two processes that generate after 4096 tokens, the converted model's peaks lower by what its cache saved. The
+    Of two processes that generate after 3072 tokens, the converted model's peaks lower by what its cache saved. The
     prompt is read in chunks, as long prompts are, and blocks of 1 MB and more are mapped one by one: glibc's default,
-    which grows its heap around them, left between 56 and 165 MB of the 96 MB saved from run to run.
+    which grows its heap around them, left between 56 and 165 MB of 96 MB saved from run to run.
     """
-    torch.save(calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, 4096), tmp_path / "prompt.pt")
+    torch.save(calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, 3072), tmp_path / "prompt.pt")
     runs = []
     for directory in (fetched(sources.smollm2_directory), converted_directory):
         command = [sys.executable, "-c", PEAK, directory, tmp_path / "prompt.pt"]
@@ -82,15 +82,14 @@ def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_pa
 
 def test_quality(converted, original, tokenizer):
     """At most 6 % more perplexity than the original on prose that calibration never saw (DESIGN section 2)."""
-    windows = calibration_windows(tokenizer, fetched(sources.text, "debian_handbook"), 8, 1024)
+    windows = calibration_windows(tokenizer, fetched(sources.text, "debian_handbook"), 4, 1024)
     before, after = measure.perplexity(original, windows), measure.perplexity(converted, windows)
     print(f"perplexity {before:.2f} -> {after:.2f}")
     assert after <= 1.06 * before
 
 
-@pytest.mark.parametrize("length", [512, 2048])
-def test_cache_bytes_follow_the_formula(length, converted, original, tokenizer):
-    prompt = calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, length)
+def test_cache_bytes_follow_the_formula(converted, original, tokenizer):
+    prompt = calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, 1024)
     cache = measure.filled_cache(converted, prompt)
     held = sum(cache_bytes(cache).values())
     assert abs(held / measure.formula_bytes(converted, prompt) - 1) < 0.05
@@ -99,7 +98,7 @@ def test_cache_bytes_follow_the_formula(length, converted, original, tokenizer):
 
 def test_the_comparison_of_the_demo(converted, original, tokenizer):
     """The rival really has as many bytes, and every model has a speed."""
-    readings = text_readings(tokenizer, "encyclopaedia", fetched(sources.text, "encyclopaedia"), 960, 64, 1)
+    readings = text_readings(tokenizer, "encyclopaedia", fetched(sources.text, "encyclopaedia"), 704, 64, 1)
     result = demo.compare(original, converted, readings)
     dense, mosa, rival = (row["kv_bytes"] for row in result["rows"])
     assert abs(rival / mosa - 1) < 0.05
