@@ -136,6 +136,7 @@ def table_of(study: list[Run], measured: Measured) -> str:
         *(name.replace("_", " ") for name in varied),
         "seeds",
         "by expert choice",
+        "followed",
         "exact",
         "leak, at most",
     ]

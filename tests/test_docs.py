@@ -50,6 +50,17 @@ def test_page_has_an_example(page):
     assert any(block.page == page and block.mark == "runnable" for block in BLOCKS)
 
 
+@pytest.mark.parametrize(
+    "page", [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md")), *sorted(RESULTS.glob("*.md"))]
+)
+def test_tables_are_whole(page):
+    """Every row of a table has as many cells as its head."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for is_table, rows in itertools.groupby(lines, key=lambda line: line.startswith("|")):
+        if is_table:
+            assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1
+
+
 def test_leak_figures_are_those_of_the_result():
     result, page = (path.read_text(encoding="utf-8") for path in (RESULTS / "leak.md", DOCS / "routing.md"))
     table = [line for line in result.splitlines() if line.startswith("|")]
