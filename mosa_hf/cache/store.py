@@ -112,10 +112,14 @@ class SparseStore:
                 self.lengths.append(num_tokens)
         self.call = selected, score, valid
 
-    @property
-    def _is_uniform(self) -> bool:
-        """Whether all rows have the same number of tokens, `max_tokens`, as far as that is known on the host."""
-        return not self.growth.is_fixed and all(mask is None for mask in self.masks)
+    def _common_length(self) -> int | None:
+        """How many tokens the memory knows of in every row; None if rows differ, or only the device can tell."""
+        if not self.growth.is_fixed and all(mask is None for mask in self.masks):
+            return self.max_tokens
+        if torch.compiler.is_compiling() or self.num_stored.device.type != "cpu":
+            return None
+        lengths = set(self.num_stored.tolist())
+        return lengths.pop() if len(lengths) == 1 else None
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> Runs | tuple[KeyValues, Runs | None]:
         """
@@ -133,7 +137,9 @@ class SparseStore:
         is_single = key.shape[2] == 1 and self.pending is None and not self.record_past
         # Several tokens may have been written in place in inference mode, which makes counts that may not change.
         if is_single and (self.growth.is_fixed or (may_change(self.key) and may_change(self.count))):
-            self._append_token(key[:, :, 0], value[:, :, 0])
+            if torch.is_grad_enabled():  # else nothing reaches a graph
+                key, value = key.detach(), value.detach()
+            self._append_token(key.flatten(0, 2), value.flatten(0, 2))
             memory = self.memory
             return Runs(self.key, self.value, memory.start, self.count, self.max_count, memory.stride)
         return self._extend_sequence(key, value)
@@ -197,24 +203,24 @@ class SparseStore:
     # One token
 
     def _append_token(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Add a token `[B, G, d]` to every row but those in which it is padding."""
+        """Add a token `[B * G, d]` to every row but those in which it is padding."""
         selected, score, valid = (None if x is None else x[..., 0] for x in self.call)
         if self.free <= 0 and not self.growth.is_fixed:
             self._grow(self.count + 1)
         step = Step() if self._can_note else None
         entry = self._entry_of_token(selected, valid, step).flatten()
-        new = {"key": key, "value": value, "selected": selected}
+        new = {"key": key, "value": value, "selected": selected.flatten()}
         if self.position is not None:
-            new["position"] = self.num_stored[:, None].expand_as(selected)
+            new["position"] = self.num_stored[:, None].expand_as(selected).flatten()
         if self.budget is not None:
-            new["score"] = score
+            new["score"] = score.flatten()
         for name, states in new.items():
             own = getattr(self, name)
-            own.index_copy_(0, entry, states.detach().flatten(0, 1).to(own.dtype))
+            own.index_copy_(0, entry, states.to(own.dtype))
         self.num_stored.add_(1 if valid is None else valid)
         if not self.growth.is_fixed:
-            self.free, self.max_count, self.max_tokens = self.free - 1, self.max_count + 1, self.max_tokens + 1
-        if self.budget is not None:
+            self.max_tokens += 1
+        if self.budget is not None and _may_be_any(selected):
             self.num_selected.add_(selected)
             self._evict_lowest(step)
         self._note(step)
@@ -224,38 +230,47 @@ class SparseStore:
         start, scrap = self.memory.start, self.key.shape[0] - 1
         if not self.window:
             entry = torch.where(selected, start + self.count, scrap)
-            self.count.add_(selected)
+            self._add_to_count(selected)
             return entry
-        is_full = None  # None: all rings are
-        if self._is_uniform:  # the same entry of every run, which the host knows
-            entry = start + self.max_tokens % self.window
-            if self.max_tokens < self.window:
-                self.count.add_(1)
+        length = self._common_length() if valid is None else None
+        if length is not None:  # the same entry of every run
+            entry = start + length % self.window
+            if length < self.window:
+                self._add_to_count(1)
                 return entry
+            is_full = None
         else:
             entry = start + (self.num_stored % self.window)[:, None]
             is_full = (self.num_stored >= self.window)[:, None]
         overwritten = None
         if step is not None and self.max_tokens >= self.window:
             step.overwritten = overwritten = self._at(entry)
-        leaving = self.selected[entry] if overwritten is None else overwritten["selected"].view_as(entry)
+        leaving = self.selected.index_select(0, entry.flatten()) if overwritten is None else overwritten["selected"]
+        leaving = leaving.view_as(entry)
+        added = leaving
         if is_full is not None:
-            leaving, appends = leaving & is_full, ~is_full
+            leaving, added = leaving & is_full, leaving | ~is_full
             if valid is not None:
-                leaving, appends = leaving & valid[:, None], appends & valid[:, None]
+                leaving, added = leaving & valid[:, None], added & valid[:, None]
                 entry = torch.where(valid[:, None], entry, scrap)
-        if torch.compiler.is_compiling() or entry.device.type != "cpu" or bool(leaving.any()):
+        keeps = _may_be_any(leaving)
+        if keeps:
             overwritten = self._at(entry) if overwritten is None else overwritten
             self._put(overwritten, torch.where(leaving, start + self.count, scrap))
-            self.count.add_(leaving)
-        if is_full is not None:
-            self.count.add_(appends)
+        if keeps or is_full is not None:
+            self._add_to_count(added)
         return entry
+
+    def _add_to_count(self, new: torch.Tensor | int) -> None:
+        """`new` [B, G] entries more, one of each run at most."""
+        self.count.add_(new)
+        if not self.growth.is_fixed:
+            self.free, self.max_count = self.free - 1, self.max_count + 1
 
     def _evict_lowest(self, step: Step | None) -> None:
         """Where a run has one selected token more than the budget allows: evict the lowest score."""
         over = self.num_selected > self.budget  # [B, G]
-        if not torch.compiler.is_compiling() and over.device.type == "cpu" and not bool(over.any()):
+        if not _may_be_any(over):
             return
         scrap = self.key.shape[0] - 1
         entries, filled = self._runs().slots()
@@ -793,6 +808,11 @@ def _across_padding(valid: torch.Tensor, num_cached: int) -> torch.Tensor:
     them. `valid` [B, T] is the call's.
     """
     return padding_first(F.pad(valid, (num_cached, 0), value=True))[0][:, None]
+
+
+def _may_be_any(mask: torch.Tensor) -> bool:
+    """Whether any of `mask` is True, as far as the host can tell without waiting for a device."""
+    return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())
 
 
 def may_change(states: torch.Tensor) -> bool:
