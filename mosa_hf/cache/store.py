@@ -61,6 +61,11 @@ class SparseStore:
         self.masks: list[torch.Tensor | None] = []
         self.lengths: list[int] = []
         self.call: tuple | None = None
+        self.last_read: Runs | None = None  # what a single token has read on a CPU, until a run gets longer, or moves
+
+    def __getstate__(self) -> dict:
+        # Views of the memory would be pickled as memory of their own, into which nobody writes.
+        return self.__dict__ | {"last_read": None}
 
     def reset(self) -> None:
         """Forget all tokens. Fixed memory stays where it is."""
@@ -69,6 +74,7 @@ class SparseStore:
             return
         for states in self._states().values():
             states.zero_()
+        self.last_read = None
 
     @property
     def num_tokens(self) -> torch.Tensor | None:
@@ -140,8 +146,7 @@ class SparseStore:
             if torch.is_grad_enabled():  # else nothing reaches a graph
                 key, value = key.detach(), value.detach()
             self._append_token(key.flatten(0, 2), value.flatten(0, 2))
-            memory = self.memory
-            return Runs(self.key, self.value, memory.start, self.count, self.max_count, memory.stride)
+            return self._readable_runs()
         return self._extend_sequence(key, value)
 
     def evict(self) -> None:
@@ -210,9 +215,10 @@ class SparseStore:
         step = Step() if self._can_note else None
         entry = self._entry_of_token(selected, valid, step).flatten()
         new = {"key": key, "value": value, "selected": selected.flatten()}
-        if self.position is not None:
+        is_selected = self.position is None or _may_be_any(selected)  # of others, neither of these is ever looked at
+        if self.position is not None and is_selected:
             new["position"] = self.num_stored[:, None].expand_as(selected).flatten()
-        if self.budget is not None:
+        if self.budget is not None and is_selected:
             new["score"] = score.flatten()
         for name, states in new.items():
             own = getattr(self, name)
@@ -220,7 +226,7 @@ class SparseStore:
         self.num_stored.add_(1 if valid is None else valid)
         if not self.growth.is_fixed:
             self.max_tokens += 1
-        if self.budget is not None and _may_be_any(selected):
+        if self.budget is not None and is_selected:
             self.num_selected.add_(selected)
             self._evict_lowest(step)
         self._note(step)
@@ -264,6 +270,7 @@ class SparseStore:
     def _add_to_count(self, new: torch.Tensor | int) -> None:
         """`new` [B, G] entries more, one of each run at most."""
         self.count.add_(new)
+        self.last_read = None
         if not self.growth.is_fixed:
             self.free, self.max_count = self.free - 1, self.max_count + 1
 
@@ -285,6 +292,7 @@ class SparseStore:
         last = torch.where(is_kept, self.memory.start + self.count - 1, scrap)
         self._put(self._at(last), torch.where(is_kept, entry, scrap))
         self.count.sub_(is_kept.long())
+        self.last_read = None
         self.num_selected.sub_(over.long())
         self.num_evicted = self._replaced(self.num_evicted, self.num_evicted + over)
         if not self.growth.is_fixed:
@@ -323,6 +331,16 @@ class SparseStore:
             return
         self.num_recorded = 0
         self.steps = [] if step is None else [*self.steps, step][-NUM_STEPS:]
+
+    def _readable_runs(self) -> Runs:
+        """What a single token reads, all entries."""
+        if self.last_read is not None:
+            return self.last_read
+        runs = Runs(self.key, self.value, self.memory.start, self.count, self.max_count, self.memory.stride)
+        if torch.compiler.is_compiling() or self.key.device.type != "cpu":
+            return runs
+        self.last_read = runs._replace(parts=runs.split())
+        return self.last_read
 
     # Several tokens
 
@@ -493,6 +511,7 @@ class SparseStore:
         for name, states in self._entries().items():
             setattr(self, name, states.new_zeros(self.memory.size + 1, *states.shape[1:]))
         self.free = 0
+        self.last_read = None
 
     def _grow(self, count: torch.Tensor) -> None:
         """Room for `count` [B, G] entries at least, where there is less."""
@@ -557,6 +576,7 @@ class SparseStore:
 
     def _set_count(self, count: torch.Tensor) -> None:
         self.count = self._replaced(self.count, count)
+        self.last_read = None
         if not self.growth.is_fixed and count.numel():
             self.max_count = int(count.max())
             self.free = int((self.memory.capacity - count).min())

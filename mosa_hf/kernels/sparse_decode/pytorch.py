@@ -42,12 +42,9 @@ def _run_by_run(
     """Each run by itself, as the keys of one head whose queries are the group's heads."""
     num_groups, num_heads, head_dim = query.shape[1:]
     queries = query.reshape(-1, 1, 1, num_heads, head_dim).unbind()  # B * G of [1, 1, R, d]
-    starts, counts = runs.start.flatten().tolist(), runs.count.flatten().tolist()
-    keys, values = (states.view(1, 1, *states.shape) for states in (runs.key, runs.value))
     heads = []
-    for i, (one, start, count) in enumerate(zip(queries, starts, counts, strict=True)):
-        key, value = keys[:, :, start : start + count], values[:, :, start : start + count]
-        if count == 0:
+    for i, (one, (key, value)) in enumerate(zip(queries, runs.split(), strict=True)):
+        if key.shape[2] == 0:
             heads.append(torch.zeros_like(one))
         elif softcap is None and sinks is None:
             heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale))
