@@ -19,6 +19,11 @@ class PreallocatedDynamicLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[1] == 0:  # no dense groups: the layer only counts tokens
+            num_held = self.keys.shape[-2] if self.keys.ndim == 4 else 0
+            batch_size, _, num_new, head_dim = key_states.shape
+            self.keys = self.values = key_states.new_empty(batch_size, 0, num_held + num_new, head_dim)
+            return self.keys, self.values
         self.keys, self.values = _append(self.keys, key_states), _append(self.values, value_states)
         return self.keys, self.values
 
@@ -28,9 +33,6 @@ def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     `held` [B, H, S, d] (at first [0]) and then `new` [B, H, T, d]: in the memory of `held` if it has capacity behind
     its entries, else in new memory. Where nothing may change in place, a plain concatenation.
     """
-    if new.shape[1] == 0:  # no dense groups: the layer only counts tokens
-        num_held = held.shape[-2] if held.ndim == 4 else 0
-        return new.new_empty(new.shape[0], 0, num_held + new.shape[2], new.shape[3])
     if held.shape[-2:-1] == (0,):  # cropped to nothing: upstream does not reorder its rows
         held = held.flatten()
     is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()

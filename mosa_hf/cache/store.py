@@ -61,6 +61,11 @@ class SparseStore:
         self.masks: list[torch.Tensor | None] = []
         self.lengths: list[int] = []
         self.call: tuple | None = None
+        self.last_read: Runs | None = None  # what a single token has read on a CPU, until a run gets longer, or moves
+
+    def __getstate__(self) -> dict:
+        # Views of the memory would be pickled as memory of their own, into which nobody writes.
+        return self.__dict__ | {"last_read": None}
 
     def reset(self) -> None:
         """Forget all tokens. Fixed memory stays where it is."""
@@ -70,6 +75,7 @@ class SparseStore:
         for states in self._states().values():
             states.zero_()
         self.pending, self.num_pending, self.call = None, 0, None  # of a call that failed half-way
+        self.last_read = None
 
     @property
     def num_tokens(self) -> torch.Tensor | None:
@@ -113,10 +119,14 @@ class SparseStore:
                 self.lengths.append(num_tokens)
         self.call = selected, score, valid
 
-    @property
-    def _is_uniform(self) -> bool:
-        """Whether all rows have the same number of tokens, `max_tokens`, as far as that is known on the host."""
-        return not self.growth.is_fixed and all(mask is None for mask in self.masks)
+    def _common_length(self) -> int | None:
+        """How many tokens the memory knows of in every row; None if rows differ, or only the device can tell."""
+        if not self.growth.is_fixed and all(mask is None for mask in self.masks):
+            return self.max_tokens
+        if torch.compiler.is_compiling() or self.num_stored.device.type != "cpu":
+            return None
+        lengths = set(self.num_stored.tolist())
+        return lengths.pop() if len(lengths) == 1 else None
 
     def extend(self, key: torch.Tensor, value: torch.Tensor) -> Runs | tuple[KeyValues, Runs | None]:
         """
@@ -134,9 +144,10 @@ class SparseStore:
         is_single = key.shape[2] == 1 and self.pending is None and not self.record_past
         # Several tokens may have been written in place in inference mode, which makes counts that may not change.
         if is_single and (self.growth.is_fixed or (may_change(self.key) and may_change(self.count))):
-            self._append_token(key[:, :, 0], value[:, :, 0])
-            memory = self.memory
-            return Runs(self.key, self.value, memory.start, self.count, self.max_count, memory.stride)
+            if torch.is_grad_enabled():  # else nothing reaches a graph
+                key, value = key.detach(), value.detach()
+            self._append_token(key.flatten(0, 2), value.flatten(0, 2))
+            return self._readable_runs()
         return self._extend_sequence(key, value)
 
     def evict(self) -> None:
@@ -198,24 +209,25 @@ class SparseStore:
     # One token
 
     def _append_token(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Add a token `[B, G, d]` to every row but those in which it is padding."""
+        """Add a token `[B * G, d]` to every row but those in which it is padding."""
         selected, score, valid = (None if x is None else x[..., 0] for x in self.call)
         if self.free <= 0 and not self.growth.is_fixed:
             self._grow(self.count + 1)
         step = Step() if self._can_note else None
         entry = self._entry_of_token(selected, valid, step).flatten()
-        new = {"key": key, "value": value, "selected": selected}
-        if self.position is not None:
-            new["position"] = self.num_stored[:, None].expand_as(selected)
-        if self.budget is not None:
-            new["score"] = score
+        new = {"key": key, "value": value, "selected": selected.flatten()}
+        is_selected = self.position is None or _may_be_any(selected)  # of others, neither of these is ever looked at
+        if self.position is not None and is_selected:
+            new["position"] = self.num_stored[:, None].expand_as(selected).flatten()
+        if self.budget is not None and is_selected:
+            new["score"] = score.flatten()
         for name, states in new.items():
             own = getattr(self, name)
-            own.index_copy_(0, entry, states.detach().flatten(0, 1).to(own.dtype))
+            own.index_copy_(0, entry, states.to(own.dtype))
         self.num_stored.add_(1 if valid is None else valid)
         if not self.growth.is_fixed:
-            self.free, self.max_count, self.max_tokens = self.free - 1, self.max_count + 1, self.max_tokens + 1
-        if self.budget is not None:
+            self.max_tokens += 1
+        if self.budget is not None and is_selected:
             self.num_selected.add_(selected)
             self._evict_lowest(step)
         self._note(step)
@@ -225,38 +237,48 @@ class SparseStore:
         start, scrap = self.memory.start, self.key.shape[0] - 1
         if not self.window:
             entry = torch.where(selected, start + self.count, scrap)
-            self.count.add_(selected)
+            self._add_to_count(selected)
             return entry
-        is_full = None  # None: all rings are
-        if self._is_uniform:  # the same entry of every run, which the host knows
-            entry = start + self.max_tokens % self.window
-            if self.max_tokens < self.window:
-                self.count.add_(1)
+        length = self._common_length() if valid is None else None
+        if length is not None:  # the same entry of every run
+            entry = start + length % self.window
+            if length < self.window:
+                self._add_to_count(1)
                 return entry
+            is_full = None
         else:
             entry = start + (self.num_stored % self.window)[:, None]
             is_full = (self.num_stored >= self.window)[:, None]
         overwritten = None
         if step is not None and self.max_tokens >= self.window:
             step.overwritten = overwritten = self._at(entry)
-        leaving = self.selected[entry] if overwritten is None else overwritten["selected"].view_as(entry)
+        leaving = self.selected.index_select(0, entry.flatten()) if overwritten is None else overwritten["selected"]
+        leaving = leaving.view_as(entry)
+        added = leaving
         if is_full is not None:
-            leaving, appends = leaving & is_full, ~is_full
+            leaving, added = leaving & is_full, leaving | ~is_full
             if valid is not None:
-                leaving, appends = leaving & valid[:, None], appends & valid[:, None]
+                leaving, added = leaving & valid[:, None], added & valid[:, None]
                 entry = torch.where(valid[:, None], entry, scrap)
-        if torch.compiler.is_compiling() or entry.device.type != "cpu" or bool(leaving.any()):
+        keeps = _may_be_any(leaving)
+        if keeps:
             overwritten = self._at(entry) if overwritten is None else overwritten
             self._put(overwritten, torch.where(leaving, start + self.count, scrap))
-            self.count.add_(leaving)
-        if is_full is not None:
-            self.count.add_(appends)
+        if keeps or is_full is not None:
+            self._add_to_count(added)
         return entry
+
+    def _add_to_count(self, new: torch.Tensor | int) -> None:
+        """`new` [B, G] entries more, one of each run at most."""
+        self.count.add_(new)
+        self.last_read = None
+        if not self.growth.is_fixed:
+            self.free, self.max_count = self.free - 1, self.max_count + 1
 
     def _evict_lowest(self, step: Step | None) -> None:
         """Where a run has one selected token more than the budget allows: evict the lowest score."""
         over = self.num_selected > self.budget  # [B, G]
-        if not torch.compiler.is_compiling() and over.device.type == "cpu" and not bool(over.any()):
+        if not _may_be_any(over):
             return
         scrap = self.key.shape[0] - 1
         entries, filled = self._runs().slots()
@@ -271,6 +293,7 @@ class SparseStore:
         last = torch.where(is_kept, self.memory.start + self.count - 1, scrap)
         self._put(self._at(last), torch.where(is_kept, entry, scrap))
         self.count.sub_(is_kept.long())
+        self.last_read = None
         self.num_selected.sub_(over.long())
         self.num_evicted = self._replaced(self.num_evicted, self.num_evicted + over)
         if not self.growth.is_fixed:
@@ -309,6 +332,16 @@ class SparseStore:
             return
         self.num_recorded = 0
         self.steps = [] if step is None else [*self.steps, step][-NUM_STEPS:]
+
+    def _readable_runs(self) -> Runs:
+        """What a single token reads, all entries."""
+        if self.last_read is not None:
+            return self.last_read
+        runs = Runs(self.key, self.value, self.memory.start, self.count, self.max_count, self.memory.stride)
+        if torch.compiler.is_compiling() or self.key.device.type != "cpu":
+            return runs
+        self.last_read = runs._replace(parts=runs.split())
+        return self.last_read
 
     # Several tokens
 
@@ -479,6 +512,7 @@ class SparseStore:
         for name, states in self._entries().items():
             setattr(self, name, states.new_zeros(self.memory.size + 1, *states.shape[1:]))
         self.free = 0
+        self.last_read = None
 
     def _grow(self, count: torch.Tensor) -> None:
         """Room for `count` [B, G] entries at least, where there is less."""
@@ -543,6 +577,7 @@ class SparseStore:
 
     def _set_count(self, count: torch.Tensor) -> None:
         self.count = self._replaced(self.count, count)
+        self.last_read = None
         if not self.growth.is_fixed and count.numel():
             self.max_count = int(count.max())
             self.free = int((self.memory.capacity - count).min())
@@ -794,6 +829,11 @@ def _across_padding(valid: torch.Tensor, num_cached: int) -> torch.Tensor:
     them. `valid` [B, T] is the call's.
     """
     return padding_first(F.pad(valid, (num_cached, 0), value=True))[0][:, None]
+
+
+def _may_be_any(mask: torch.Tensor) -> bool:
+    """Whether any of `mask` is True, as far as the host can tell without waiting for a device."""
+    return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())
 
 
 def may_change(states: torch.Tensor) -> bool:

@@ -40,6 +40,7 @@ class MosaRouter(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.sparsity = tuple(sparsity)
+        self.keeps_all = tuple(each == 1 for each in self.sparsity)  # groups that select every token
         self.min_tokens = config.mosa_min_tokens
         self.include_first = config.mosa_include_first
         self.training_routing = config.mosa_routing
@@ -109,7 +110,7 @@ class MosaRouter(nn.Module):
         logits = self._logits(hidden_states)
         layout = call.layout.to(logits.device)
         valid, segment, first = layout.valid, layout.segment, layout.first if self.include_first else None
-        if all(sparsity == 1 for sparsity in self.sparsity):  # nothing to choose, whatever the thresholds are
+        if all(self.keeps_all):  # nothing to choose, whatever the thresholds are
             selected = torch.ones_like(logits, dtype=torch.bool)
             return logits, selected if valid is None else selected & valid[..., None]
         # Gradients mark training: reinforcement learning also generates, and evaluates, in training mode.
@@ -129,8 +130,8 @@ class MosaRouter(nn.Module):
             selected, last = self._choose(logits.detach(), valid, first, segment)
         threshold = self._follow(last, call) if follows else call.thresholds.get(self.layer_idx, self.threshold)
         if self.routing == "threshold":
-            if 1 in self.sparsity:
-                keeps_all = torch.tensor([sparsity == 1 for sparsity in self.sparsity], device=logits.device)
+            if any(self.keeps_all):
+                keeps_all = torch.tensor(self.keeps_all, device=logits.device)
                 threshold = threshold.masked_fill(keeps_all, -torch.inf)
             selected = select_by_threshold(logits.detach(), threshold, valid, first)
         return logits, selected

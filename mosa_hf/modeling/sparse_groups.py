@@ -306,7 +306,7 @@ def sparse_attention(
     """
     kernels = backend(query)
     if isinstance(read, Runs):
-        return kernels.sparse_decode(query[:, :, :, 0], read, **options)[:, :, :, None]
+        return kernels.sparse_decode(query.squeeze(3), read, **options).unsqueeze(3)
     near, kept = read
     layout = layout.to(query.device)
     far_bias = None

@@ -50,7 +50,8 @@ class CallLayout:
             past_length: where this call's tokens begin in a mask over a static cache; None: they are its last ones.
         """
         batch_size, num_tokens = inputs_embeds.shape[:2]
-        is_static = past_length is not None or is_recorded()  # nothing may depend on data
+        is_cpu = inputs_embeds.device.type == "cpu"
+        is_static = is_recorded() or (past_length is not None and not is_cpu)  # nothing may depend on data
         valid = valid_tokens(attention_mask, num_tokens, past_length)
         if valid is not None:
             valid = valid.to(inputs_embeds.device).expand(batch_size, -1)  # a 4-D mask may have one row for all

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..attend import capped, scaled, softmax
+from ..attend import scaled, softmax
 from ..tensors import Runs
 
 LOOP = 16  # up to so many runs, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
@@ -39,19 +39,17 @@ def sparse_decode(
 def _run_by_run(
     query: torch.Tensor, runs: Runs, scale: float | None, softcap: float | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """Plain products: for a few rows and keys, fused attention costs more to call than it saves."""
-    num_groups, head_dim = query.shape[1], query.shape[3]
-    queries = (query * (head_dim**-0.5 if scale is None else scale)).flatten(0, 1).unbind()  # B * G of [R, d]
-    starts, counts = runs.start.flatten().tolist(), runs.count.flatten().tolist()
+    """Each run by itself, as the keys of one head whose queries are the group's heads."""
+    num_groups, num_heads, head_dim = query.shape[1:]
+    queries = query.reshape(-1, 1, 1, num_heads, head_dim).unbind()  # B * G of [1, 1, R, d]
     heads = []
-    for i, (one, start, count) in enumerate(zip(queries, starts, counts, strict=True)):
-        if count == 0:
+    for i, (one, (key, value)) in enumerate(zip(queries, runs.split(), strict=True)):
+        if key.shape[2] == 0:
             heads.append(torch.zeros_like(one))
-            continue
-        scores = capped(one @ runs.key.narrow(0, start, count).t(), softcap)  # [R, S]
-        if sinks is None:
-            weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        elif softcap is None and sinks is None:
+            heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale))
         else:
-            weights = softmax(scores, sinks[i % num_groups])
-        heads.append(weights.to(query.dtype) @ runs.value.narrow(0, start, count))
-    return torch.stack(heads).view(query.shape)
+            scores = scaled(one, key[0], scale, softcap)
+            weights = softmax(scores, None if sinks is None else sinks[i % num_groups])
+            heads.append(weights.to(query.dtype) @ value)
+    return torch.cat(heads).view(query.shape)
