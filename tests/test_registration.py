@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,14 @@ from mosa_hf.registration import register
 from .bases import byte_tokenizer
 from .conftest import FORMS
 from .contract import random_ids
+
+
+def test_every_package_is_installed():
+    """The list in pyproject.toml, by which wheels are made, names each folder of modules."""
+    root = Path(__file__).parent.parent
+    listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(root).parts) for path in root.glob("mosa_hf/**/__init__.py")}
+    assert set(listed) == found | {"mosa_hf.conversion_scripts"}
 
 
 def test_auto_classes(form):
