@@ -136,6 +136,7 @@ def table_of(study: list[Run], measured: Measured) -> str:
         *(name.replace("_", " ") for name in varied),
         "seeds",
         "by expert choice",
+        "followed",
         "exact",
         "leak, at most",
     ]
@@ -206,7 +207,8 @@ def sentences(study: list[Run], measured: Measured) -> list[str]:
                 f"; {leak.text('+')} of that, {part:.0%} of the gain, is the rule of reading, and no decoder has it."
             )
         else:
-            text += f", which is no gain that the leak ({leak.text('+')}) could explain a part of."
+            verdict = "above it" if gain.is_sure else "not told from it either"
+            text += f", {verdict}: there is no gain here that the leak ({leak.text('+')}) could explain a part of."
         found.append(text)
     return found
 
@@ -248,7 +250,9 @@ def fewest_heads(study: list[Run], measured: Measured) -> str | None:
     }
     return (
         f"Of the numbers tried ({numbers}), {best.mosa_heads} heads are the fewest that reach the dense model's "
-        "decode-exact loss: " + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in ratios.items()) + "."
+        f"decode-exact loss ({_counted(measured.difference(best, dense).seeds, 'seed')}): "
+        + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in ratios.items())
+        + "."
     )
 
 
@@ -259,7 +263,11 @@ def page(studies: Studies, rows: list[Row]) -> str:
     facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
     facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))
     minutes = sum(row["seconds"] for row in rows) / 60
-    facts.append(f"{len(rows)} runs, {minutes:.0f} minutes of a machine that may have done other work too")
+    training = sum(row["step_cpu_ms"] * row["run"]["steps"] for row in rows) / 60e3
+    facts.append(
+        f"{len(rows)} runs, {minutes:.0f} minutes of a machine that may have done other work too; training steps "
+        f"took {training:.0f} minutes of CPU time, by their medians"
+    )
     worst = max(abs(row["sample"]["teacher_forced"] - row["sample"]["decoded"]) for row in rows)
     parts = [PAGE.format(facts="\n".join(f"- {each}" for each in facts), worst=worst)]
     for name, study in studies.items():
