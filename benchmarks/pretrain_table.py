@@ -207,7 +207,8 @@ def sentences(study: list[Run], measured: Measured) -> list[str]:
                 f"; {leak.text('+')} of that, {part:.0%} of the gain, is the rule of reading, and no decoder has it."
             )
         else:
-            text += f", which is no gain that the leak ({leak.text('+')}) could explain a part of."
+            verdict = "above it" if gain.is_sure else "not told from it either"
+            text += f", {verdict}: there is no gain here that the leak ({leak.text('+')}) could explain a part of."
         found.append(text)
     return found
 
@@ -249,7 +250,9 @@ def fewest_heads(study: list[Run], measured: Measured) -> str | None:
     }
     return (
         f"Of the numbers tried ({numbers}), {best.mosa_heads} heads are the fewest that reach the dense model's "
-        "decode-exact loss: " + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in ratios.items()) + "."
+        f"decode-exact loss ({_counted(measured.difference(best, dense).seeds, 'seed')}): "
+        + ", ".join(f"{name} × {ratio:.2f}" for name, ratio in ratios.items())
+        + "."
     )
 
 

@@ -1,5 +1,6 @@
 """The pages of docs: their examples run, and what they quote of results is what the results say."""
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -7,6 +8,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+
+import mosa_hf
+from benchmarks.pretrain import read_rows
+from benchmarks.pretrain_runs import PRESETS, Run
+from benchmarks.pretrain_table import Measured
+
+from .bases import tiny_base
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -42,7 +52,7 @@ def test_example_runs(block, tmp_path, monkeypatch):
         exec(compile("\n" * block.line + block.code, str(DOCS / block.page), "exec"), {"__name__": "__main__"})
 
 
-PAGES = ["routing.md", "choosing.md", "evaluating.md", "benchmarks.md", "limits.md", "evidence.md"]
+PAGES = ["routing.md", "choosing.md", "evaluating.md", "benchmarks.md", "limits.md", "evidence.md", "using.md"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -90,8 +100,175 @@ def test_the_evidence_is_that_of_the_result():
     assert "\n".join(sentences) in page and table in page
     for line in re.findall(r"^(?:Of the numbers tried|None of the numbers|What choosing).*$", result, re.MULTILINE):
         assert line in page
-    interval = r"[+-]?\d\.\d{4}(?: ± \d\.\d{4})?"
-    assert set(re.findall(interval, page)) <= set(re.findall(interval, result))  # and there are no others
+    found = set(re.findall(FIGURE, page))
+    assert found <= set(re.findall(FIGURE, result)) | set(re.findall(FIGURE, "\n".join(evidence()))), "no others"
+
+
+FIGURE = r"[+-]?\d\.\d{4}(?: ± \d\.\d{4})?"
+
+
+def evidence() -> list[str]:
+    """What docs/evidence.md says in prose, with the figures that `pretrain.jsonl` has for it."""
+    measured = Measured(list(read_rows(RESULTS / "pretrain.jsonl").values()))
+    change = dataclasses.replace
+    dense, base = Run(kind="dense"), Run(kind="mosa", dense_heads=4)
+    mosa, few = base.matched(dense), change(dense, dense_heads=4)
+    wide, sparse = few.matched(dense, "intermediate_size"), change(base, sparsity=32.0).matched(dense)
+    long = [change(run, steps=1800) for run in (dense, mosa, change(mosa, routing="threshold"))]
+
+    def loss(run: Run) -> float:
+        return measured.of(run)[0]["loss"]["held out"]["exact"]
+
+    def by_threshold(runs: list[Run]) -> list[Run]:
+        return [change(run, routing="threshold") for run in runs]
+
+    def one_seed(run: Run, reference: Run = dense, seed: int = 0) -> str:
+        own, other = (measured.of(each)[seed]["loss"]["held out"]["exact"] for each in (run, reference))
+        return f"{own - other:+.4f}"
+
+    def listed(values: list[str]) -> str:
+        return f"{', '.join(values[:-1])} and {values[-1]}"
+
+    def one_seed_each(runs: list[Run]) -> str:
+        return listed([one_seed(run) for run in runs])
+
+    def three_seeds(run: Run, reference: Run = dense) -> str:
+        difference = measured.difference(run, reference)
+        assert difference.seeds == 3
+        return difference.text("+")
+
+    heads = [change(base, mosa_heads=number) for number in (4, 8, 16, 32, 70)]
+    sparsities = [change(base, sparsity=value).matched(dense) for value in (2.0, 4.0, 8.0, 16.0, 32.0)]
+    lengths = [
+        [change(run, length=length, batch_size=1024 // length, sparsity=length / 32) for run in (mosa, dense)]
+        for length in (128, 256, 512)
+    ]
+    ratios = [f"{own.training_flops() / other.training_flops():.2f}" for own, other in lengths]
+    of_lengths = listed([one_seed(*pair) for pair in lengths])
+    threshold = change(mosa, routing="threshold")
+    at_random, few_at_random, mosa_at_random = (change(run, zero_outputs=False) for run in (dense, few, mosa))
+
+    # Claims that have no figure.
+    verdict = measured.difference(sparse, wide)
+    assert not verdict.is_sure and not measured.difference(few, dense).is_sure
+    others = [change(Run.from_dict(row["run"]), seed=0) for rows in measured.rows.values() for row in rows.values()]
+    for run in {run for run in others if run.kind == "mosa" and (run.length, run.steps) == (256, 600)}:
+        assert measured.difference(run, wide).mean > 0
+    for rate in (1e-3, 2e-3, 5e-3):
+        assert measured.difference(change(at_random, learning_rate=rate), at_random).mean > 0
+    assert all(run in measured for study in PRESETS["cpu"]().values() for run in study)  # nothing is missing
+
+    return [
+        f"those of the headline's first sentence are\n{listed([one_seed(mosa, seed=seed) for seed in range(3)])}",
+        f"has as many FLOPs and is at {three_seeds(wide)} (3 seeds)",
+        f"at sparsity 32, is at {three_seeds(sparse, wide)} from it, not told from it",
+        f"are at {three_seeds(few)}, with {few.training_flops() / dense.training_flops():.2f} of the FLOPs",
+        f"worse, by {three_seeds(mosa, few)} (3 seeds)",
+        f"do so alone ({one_seed(few)} on that seed)",
+        f"is {one_seed_each(heads)}, trained by expert choice, and {one_seed_each(by_threshold(heads))} by threshold",
+        f"with {sparse.mosa_heads} heads a layer instead of {mosa.mosa_heads}, MoSA trained by expert choice is at "
+        f"{three_seeds(sparse)} (3 seeds)",
+        f"At 2, 4 and 16 it is at {one_seed_each([sparsities[i] for i in (0, 1, 3)])}",
+        f"at 2, 4, 8, 16 and 32, at {one_seed_each(by_threshold(sparsities))}",
+        "0, 1, 2 and 4 of them give "
+        + one_seed_each([change(base, dense_heads=number).matched(dense) for number in (0, 1, 2, 4)]),
+        f"({listed(ratios)} of the dense model's): {of_lengths} at 128, 256 and 512",
+        f"{one_seed(long[1], long[0])} by expert choice, {one_seed(long[2], long[0])} by threshold",
+        f"of 0.01: {one_seed(change(mosa, aux_loss=0.01))} instead of {one_seed(mosa)}",
+        f"chosen like others: {one_seed(change(mosa, include_first=False))} instead of {one_seed(mosa)}",
+        "of 0.9, 0.95 and 0.99: " + one_seed_each([change(threshold, momentum=each) for each in (0.9, 0.95, 0.99)]),
+        f"is at {three_seeds(mosa_at_random, at_random)} from the dense model (3 seeds)",
+        f"is at {one_seed(few_at_random, at_random)} (one seed), with fewer FLOPs",
+        f"takes the dense model from {loss(dense):.4f} to {loss(long[0]):.4f}",
+    ]
+
+
+def test_the_evidences_prose_is_that_of_the_result():
+    page = " ".join((DOCS / "evidence.md").read_text(encoding="utf-8").split())
+    for sentence in evidence():
+        assert " ".join(sentence.split()) in page
+
+
+def rows_of(page: Path) -> dict[str, list[str]]:
+    """Rows of the tables of a page: the first cell, and the others."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {first: others for first, *others in cells}
+
+
+def test_choices_have_the_frontiers_figures():
+    page, results = (DOCS / "choosing.md").read_text(encoding="utf-8"), rows_of(FRONTIER)
+    measured = [cells for cells in rows_of(DOCS / "choosing.md").values() if len(cells) == 5 and cells[1][0].isdigit()]
+    assert len(measured) == 7
+    for choice, share, *scores in measured:
+        result = results["original" if choice == "the original" else f"ours, {choice.partition(':')[0]}"]
+        assert [share, *scores] == [result[0], *result[3:5], result[7]]
+    share, *_, keys = results["sink + window, window 1344"]
+    keys = keys.partition(",")[0]
+    assert f"one of 1344 tokens, {share} of the bytes, finds {keys}." in page
+    found = [int(cells[4].partition("/")[0]) for cells in measured]
+    assert int(keys.partition("/")[0]) < min(found)
+
+
+def test_choices_have_the_figures_of_healing_and_decoding():
+    page = " ".join((DOCS / "choosing.md").read_text(encoding="utf-8").split())
+    rows = [re.findall(r"[^|]+", line) for line in (RESULTS / "heal.md").read_text(encoding="utf-8").splitlines()]
+    cells = [[cell.strip() for cell in row] for row in rows if len(row) == 5]
+    by_name = {(name, tokens): scores for name, tokens, _, *scores in cells}
+    before, after = (by_name["window 256, sparsity 16", tokens] for tokens in ("0", "90,112"))
+    original = by_name["original", ""]
+    assert f"falls from {before[0]} to {after[0]} on debian_handbook" in page
+    assert f"from {before[1]} to {after[1]} on python_docs, after 90,112 tokens" in page
+    assert f"the original has {original[0]} and {original[1]}" in page
+    steps = decoding_steps()
+    shares = steps["8192", "converted, static"][1], steps["8192", "converted"][1]
+    assert "at 8192 tokens {} of the original's bytes instead of {}".format(*shares) in page
+
+
+def decoding_steps() -> dict[tuple[str, str], tuple[str, str]]:
+    """Of `cpu.md`'s first table of decoding: context and contender → shares of the original's time and bytes."""
+    text = (RESULTS / "cpu.md").read_text(encoding="utf-8")
+    table = text[text.index("## One decoding step") :].partition("\nGrowth")[0]
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \| [^|]+ \| ([^|]+) \| [^|]+ \| ([^|]+) \|$", table, re.MULTILINE)
+    return {(context, name): (time, share) for context, name, time, share in rows}
+
+
+def test_the_readme_quotes_the_timings():
+    page = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    steps = decoding_steps()
+    times = steps["1024", "converted"][0], steps["8192", "converted"][0]
+    assert "takes {} of the original's time at 1 k tokens of context and {} at 8 k".format(*times) in page
+    text = (RESULTS / "cpu.md").read_text(encoding="utf-8").partition("## One decoding step")[0]
+    ratios = re.findall(r"^\|[^|]+\| forward \+ backward \|[^|]+\|[^|]+\| ([\d.]+) \|", text, re.MULTILINE)
+    ratios = [float(ratio) for ratio in ratios]
+    assert len(ratios) == 4
+    assert f"trains {min(ratios):.1f} to {max(ratios):.1f} times as fast as the published computation" in page
+
+
+def test_the_readmes_ways_of_loading(tmp_path, monkeypatch):
+    """The original, a conversion, routers alone, and the folder of a healing."""
+    block = next(block for block in blocks_of(DOCS.parent / "README.md") if block.mark == "load")
+    monkeypatch.chdir(tmp_path)
+    base = tiny_base("llama")
+    base.save_pretrained("path/to/base")
+    text = torch.randint(3, 250, (2, 64), generator=torch.Generator().manual_seed(0))
+    conversion = mosa_hf.ConversionConfig(window=8, sparsity=4)
+    mosa_hf.convert_checkpoint("path/to/base", "converted", conversion, text)
+    model = mosa_hf.MosaLlamaForCausalLM.from_pretrained("converted")
+    mosa_hf.save_routers(model, "routers")
+    mosa_hf.save_routers(model, "healed")
+    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    adapted.save_pretrained("healed")
+    names, models = {}, ("original", "converted", "routers_only", "healed")
+    exec(compile(block.code, "README.md", "exec"), names)
+    with torch.no_grad():
+        logits = {name: names[name].eval()(text).logits for name in models}
+        assert type(names["original"]) is LlamaForCausalLM
+        assert torch.equal(logits["original"], base.eval()(text).logits)
+        assert torch.equal(logits["converted"], logits["routers_only"])
+        assert not torch.equal(logits["converted"], logits["original"])
+        torch.testing.assert_close(logits["healed"], adapted(text).logits)
+        assert not torch.allclose(logits["healed"], logits["converted"])
 
 
 def test_benchmarks_page_names_every_command_and_result():
