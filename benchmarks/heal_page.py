@@ -24,11 +24,23 @@ def scored(rows: list[dict[str, Any]]) -> dict[tuple[str, int], dict[str, dict[s
     found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
         if row["task"].startswith(PERPLEXITY):
-            given = row["parameters"]
-            name = f"window {given['window']}, sparsity {given['sparsity']}" if given else "original"
-            found.setdefault((name, given.get("tokens", 0)), {})[row["task"]] = row
+            found.setdefault((name_of(row), row["parameters"].get("tokens", 0)), {})[row["task"]] = row
     order = list(dict.fromkeys(name for name, _ in found))
     return dict(sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))
+
+
+def name_of(row: dict[str, Any]) -> str:
+    given = row["parameters"]
+    return f"window {given['window']}, sparsity {given['sparsity']}" if given else "original"
+
+
+def healings(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What was healed → the rows that its healing logged, in order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["parameters"].get("tokens", 0)):
+        if row["task"] == DIVERGENCE:
+            found.setdefault(name_of(row), []).append(row)
+    return found
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -48,25 +60,27 @@ def page(rows: list[dict[str, Any]]) -> str:
 
 
 def divergences(rows: list[dict[str, Any]]) -> str:
-    """The divergence that the healing logged, averaged over quarters of it."""
-    logged = sorted((row for row in rows if row["task"] == DIVERGENCE), key=lambda row: row["parameters"]["tokens"])
-    if not logged:
-        return ""
+    """The divergence that each healing logged, averaged over quarters of it."""
+    return "".join(_divergences(name, logged) for name, logged in healings(rows).items())
+
+
+def _divergences(name: str, logged: list[dict[str, Any]]) -> str:
     size = -(-len(logged) // 4)
     parts = [logged[start : start + size] for start in range(0, len(logged), size)]
     means = [f"{sum(row['divergence'] for row in part) / len(part):.4f}" for part in parts]
-    text = (
-        f"Divergence from the original on the text that it learns from, nats a token, mean over each quarter of "
-        f"{len(logged)} steps: {', '.join(means)}.\n\n"
-    )
     rates = [row["learning_rate"] for row in logged]
+    text = (
+        f"{name.capitalize()}: divergence from the original on the text that it learns from, nats a token, mean over "
+        f"each quarter of {len(logged)} steps: {', '.join(means)}. The learning rate, which falls to 0 at the end of "
+        f"a run, was {max(rates):.1e} at most and {rates[-1]:.1e} in the last of them.\n\n"
+    )
     top = rates.index(max(rates))
     for i in range(top + 1, len(rates)):
         if rates[i] > rates[i - 1]:
             tokens = logged[i - 1]["parameters"]["tokens"]
             text += (
-                f"After {tokens:,} tokens the learning rate, which falls to 0 at the end of a run, rises to "
-                f"{rates[i]:.1e}: a finished run was given more steps.\n\n"
+                f"After {tokens:,} tokens the learning rate rises to {rates[i]:.1e}: a finished run was given more "
+                "steps.\n\n"
             )
     return text
 
@@ -79,7 +93,8 @@ of 512 tokens after 3072 others, two passages of each text, as `benchmarks.front
 its sparse cache, in float32. These are few tokens, so neighbouring points differ by chance too. Bytes are those of the
 live cache, as a share of the original's. Healing read other pages of python_docs, and Shakespeare, the reference
 inside Python and an article of an encyclopaedia; of debian_handbook it read nothing. The trainer computes in bfloat16
-(autocast), on windows of 2048 tokens, one a step. Adapters of all settings are those of the first one.
+(autocast), on windows of 2048 tokens, one a step. A setting without a divergence below has the adapters of the first
+that has one.
 
 {facts}
 
@@ -107,10 +122,11 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
             else:
                 axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name)
         axes.set(title=task, xlabel="tokens healed on")
-    logged = sorted((row for row in rows if row["task"] == DIVERGENCE), key=lambda row: row["parameters"]["tokens"])
-    last.plot([row["parameters"]["tokens"] for row in logged], [row["divergence"] for row in logged], marker=".")
+    for name, logged in healings(rows).items():
+        tokens, divergence = zip(*((row["parameters"]["tokens"], row["divergence"]) for row in logged), strict=True)
+        last.plot(tokens, divergence, marker=".", linewidth=0.8, label=name)
     last.set(title=f"{DIVERGENCE}, nats a token", xlabel="tokens healed on")
     for axes in (*panels, last):
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+        axes.legend(fontsize=7)
     return figure
