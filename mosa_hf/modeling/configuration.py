@@ -1,6 +1,7 @@
 """Configurations: what every router has, the native MoSA model, and families with sparse groups."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,9 +111,9 @@ class RoutingConfig(InstalledCodeConfigMixin):
                 f"{self.mosa_cache_budget}."
             )
 
+    @abstractmethod
     def has_attentions(self, layer_idx: int) -> bool:
         """Whether a layer computes a matrix of attention weights that `output_attentions=True` could return."""
-        raise NotImplementedError
 
     def check_attentions(self) -> None:
         """
