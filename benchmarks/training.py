@@ -33,16 +33,16 @@ SHAPES = [(2, 1024, 17, 32), (2, 1024, 128, 64), (1, 4096, 64, 16), (1, 8192, 60
 
 
 class OurLayer(nn.Module):
-    """`MosaHeads` in training, called as the rival is."""
+    """`MosaHeads` in training, called as the rival is. As angles, the layout is the same for all layers of a model."""
 
-    def __init__(self, heads: MosaHeads):
+    def __init__(self, heads: MosaHeads, batch_size: int, num_tokens: int):
         super().__init__()
         self.heads = heads
+        position = torch.arange(num_tokens)[None]
+        self.layout = CallLayout.build(torch.empty(batch_size, num_tokens), None, position, None, may_be_packed=False)
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        position = torch.arange(hidden_states.shape[1])[None]
-        layout = CallLayout.build(hidden_states, None, position, None, may_be_packed=False)
-        return self.heads(hidden_states, (cos, sin), ModelCall(layout, {}, torch.is_grad_enabled()))
+        return self.heads(hidden_states, (cos, sin), ModelCall(self.layout, {}, torch.is_grad_enabled()))
 
 
 def heads_and_rival(
@@ -63,7 +63,7 @@ def heads_and_rival(
     hidden_states = torch.randn(batch_size, num_tokens, HIDDEN_SIZE, dtype=dtype, requires_grad=True)
     frequency = 10000 ** -torch.linspace(0, 1, HEAD_DIM // 4 + 1, dtype=dtype)[:-1]
     angle = (torch.arange(num_tokens, dtype=dtype)[:, None] * frequency).repeat(1, 2).expand(batch_size, -1, -1)
-    return OurLayer(heads), PaperLayer(heads), (hidden_states, angle.cos(), angle.sin())
+    return OurLayer(heads, batch_size, num_tokens), PaperLayer(heads), (hidden_states, angle.cos(), angle.sin())
 
 
 def with_gradients(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:

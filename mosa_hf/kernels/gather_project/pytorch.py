@@ -18,14 +18,14 @@ def blocks_of_groups(
     on a GPU all in one.
     """
     num_groups, num_slots = token.shape
-    size = num_groups
+    num_blocks = 1
     if token.device.type == "cpu":
         most = max(1, BLOCK_SIZE // max(1, num_slots * hidden_size))
-        size = math.ceil(num_groups / math.ceil(num_groups / most))
-    slots = token.split(size)
+        num_blocks = math.ceil(num_groups / most)
+    slots = token.chunk(num_blocks)  # in half the time of `split`
 
     def split(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[torch.Tensor | None, ...]]:
-        return zip(*(repeat(None, len(slots)) if x is None else x.split(size) for x in tensors), strict=True)
+        return zip(*(repeat(None, len(slots)) if x is None else x.chunk(num_blocks) for x in tensors), strict=True)
 
     return zip(slots, *map(split, lists), strict=True)
 
@@ -55,7 +55,21 @@ def _rotate(
     second.copy_(turned)
 
 
-class GatherProject(torch.autograd.Function):
+def gather_project(
+    hidden_states: torch.Tensor,
+    token: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    gate: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    router: torch.Tensor | None,
+    query_bias: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
+    value_bias: torch.Tensor | None,
+    router_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
     Queries, keys and values of each group's slots, queries and keys rotated. The backward gathers the rows again.
 
@@ -71,26 +85,36 @@ class GatherProject(torch.autograd.Function):
     Returns:
         query `[G, N, R * d]`, key and value `[G, N, d]`, and `gate`, now with a gradient (None without).
     """
+    inputs = (hidden_states, token, cos, sin, gate, query, key, value, router)
+    biases = (query_bias, key_bias, value_bias, router_bias)
+    # Without a gradient, to apply a function takes longer than some of the calls.
+    return (_GatherProject.apply if torch.is_grad_enabled() else _forward)(*inputs, *biases)
 
+
+def _forward(
+    hidden_states, token, cos, sin, gate, query, key, value, router, query_bias, key_bias, value_bias, router_bias
+):
+    weights, biases = (query, key, value), (query_bias, key_bias, value_bias)
+    states = [hidden_states.new_empty(*token.shape, weight.shape[1]) for weight in weights]
+    columns = [weight.transpose(1, 2) for weight in weights]
+    rows = None  # one buffer for all blocks: fresh memory costs page faults
+    for slots, *block in blocks_of_groups(token, hidden_states.shape[1], columns, states):
+        rows = gather_rows(hidden_states, slots, out=rows)
+        for weight, projected in zip(*block, strict=True):
+            torch.bmm(rows, weight, out=projected)
+    for projected, bias in zip(states, biases, strict=True):
+        if bias is not None:
+            projected += bias[:, None]
+    angles = [gather_rows(angle, token) for angle in (cos, sin)]
+    for projected in states[:2]:
+        _rotate(projected, key.shape[1], *angles)
+    return *states, None if gate is None else gate.clone()
+
+
+class _GatherProject(torch.autograd.Function):
     @staticmethod
-    def forward(
-        hidden_states, token, cos, sin, gate, query, key, value, router, query_bias, key_bias, value_bias, router_bias
-    ):
-        weights, biases = (query, key, value), (query_bias, key_bias, value_bias)
-        states = [hidden_states.new_empty(*token.shape, weight.shape[1]) for weight in weights]
-        columns = [weight.transpose(1, 2) for weight in weights]
-        rows = None  # one buffer for all blocks: fresh memory costs page faults
-        for slots, *block in blocks_of_groups(token, hidden_states.shape[1], columns, states):
-            rows = gather_rows(hidden_states, slots, out=rows)
-            for weight, projected in zip(*block, strict=True):
-                torch.bmm(rows, weight, out=projected)
-        for projected, bias in zip(states, biases, strict=True):
-            if bias is not None:
-                projected += bias[:, None]
-        angles = [gather_rows(angle, token) for angle in (cos, sin)]
-        for projected in states[:2]:
-            _rotate(projected, key.shape[1], *angles)
-        return *states, None if gate is None else gate.clone()
+    def forward(*inputs):  # PyTorch inspects the signature in every call: a short one takes less
+        return _forward(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -6,7 +6,9 @@ from torch.autograd.function import once_differentiable
 from ..gather_project.pytorch import blocks_of_groups, gather_rows
 
 
-class ProjectScatter(torch.autograd.Function):
+def project_scatter(
+    heads: torch.Tensor, gate: torch.Tensor, token: torch.Tensor, weight: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
     """
     Args:
         heads: `[G, N, R * d]`.
@@ -18,17 +20,24 @@ class ProjectScatter(torch.autograd.Function):
     Returns:
         `[M, D]`, in float32 at least: many groups may add into one token.
     """
+    return (_ProjectScatter.apply if torch.is_grad_enabled() else _forward)(heads, gate, token, weight, num_tokens)
 
+
+def _forward(heads, gate, token, weight, num_tokens):
+    hidden_size = weight.shape[1]
+    output = heads.new_zeros(num_tokens, hidden_size, dtype=torch.promote_types(heads.dtype, torch.float32))
+    gated = heads * gate[..., None]
+    update = None  # one buffer for all blocks, as in `gather_project`
+    for slots, block in blocks_of_groups(token, hidden_size, (gated, weight.transpose(1, 2))):
+        update = torch.bmm(*block, out=None if update is None else update[: len(slots)])
+        output.index_add_(0, slots.flatten(), update.flatten(0, 1).to(output.dtype))
+    return output
+
+
+class _ProjectScatter(torch.autograd.Function):
     @staticmethod
-    def forward(heads, gate, token, weight, num_tokens):
-        hidden_size = weight.shape[1]
-        output = heads.new_zeros(num_tokens, hidden_size, dtype=torch.promote_types(heads.dtype, torch.float32))
-        gated = heads * gate[..., None]
-        update = None  # one buffer for all blocks, as in `gather_project`
-        for slots, block in blocks_of_groups(token, hidden_size, (gated, weight.transpose(1, 2))):
-            update = torch.bmm(*block, out=None if update is None else update[: len(slots)])
-            output.index_add_(0, slots.flatten(), update.flatten(0, 1).to(output.dtype))
-        return output
+    def forward(*inputs):  # as in `gather_project`
+        return _forward(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -7,9 +7,9 @@ slots of all rows of the batch lie together, `[G, B * K]`: they share its weight
 import torch
 import torch.nn.functional as F
 
-from ..gather_project.pytorch import GatherProject
+from ..gather_project.pytorch import gather_project
 from ..opaque import opaque_op
-from ..project_scatter.pytorch import ProjectScatter
+from ..project_scatter.pytorch import project_scatter
 from ..selected_positions.pytorch import selected_positions
 from ..tensors import HeadWeights, KeyValues, Runs, Tokens
 from . import reference
@@ -60,8 +60,7 @@ def _selected_heads(
     # The router learns from the selected tokens alone, rather than from a gradient of all tokens' logits.
     sparse = weights.router is not None and gate.dtype == hidden_states.dtype
     router = (weights.router, weights.router_bias) if sparse else (None, None)
-    query, key, value, slot_gate = _call(
-        GatherProject,
+    query, key, value, slot_gate = gather_project(
         hidden_states.flatten(0, 1),
         token,
         tokens.cos.flatten(0, 1),
@@ -107,13 +106,8 @@ def _selected_heads(
 
     heads = heads.transpose(1, 2).flatten(2).view(*token.shape, weights.output.shape[2])
     gate = (gate * by_slot(filled)).to(heads.dtype)
-    output = _call(ProjectScatter, heads, gate, token, weights.output, batch_size * num_tokens)
+    output = project_scatter(heads, gate, token, weights.output, batch_size * num_tokens)
     return output.unflatten(0, (batch_size, num_tokens)), new
-
-
-def _call(function: type[torch.autograd.Function], *inputs: torch.Tensor | int | None):
-    """`function.apply`, or its forward alone where no gradient is wanted: applying it takes longer than some calls."""
-    return (function.apply if torch.is_grad_enabled() else function.forward)(*inputs)
 
 
 def _run(hidden_states: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
