@@ -162,7 +162,7 @@ class Case:
             padded = read.pad()
             states = [x[row, group][padded.valid[row, group]] for x in (padded.key, padded.value)]
             split = read.split()[row * read.count.shape[1] + group]  # which the store may have kept from earlier steps
-            assert all(torch.equal(one[0, 0], own) for one, own in zip(split, states, strict=True))
+            assert all(torch.equal(one, own) for one, own in zip(split, states, strict=True))
             key, value = (own.tolist() for own in states)
             return [(tuple(k), tuple(v)) for k, v in zip(key, value, strict=True)]
         near, kept = read

@@ -331,6 +331,6 @@ def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tens
     """`states` at the ascending `indices` of one axis; a view where those are consecutive."""
     if len(indices) == states.shape[dim]:
         return states
-    if not indices or indices == tuple(range(indices[0], indices[0] + len(indices))):
+    if not indices or indices[-1] - indices[0] == len(indices) - 1:
         return states.narrow(dim, indices[0] if indices else 0, len(indices))
     return states.index_select(dim, torch.tensor(indices, device=states.device))

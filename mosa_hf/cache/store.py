@@ -331,7 +331,11 @@ class SparseStore:
         if self.growth.is_fixed:
             return
         self.num_recorded = 0
-        self.steps = [] if step is None else [*self.steps, step][-NUM_STEPS:]
+        if step is None:
+            self.steps = []
+        else:
+            self.steps.append(step)
+            del self.steps[:-NUM_STEPS]
 
     def _readable_runs(self) -> Runs:
         """What a single token reads, all entries."""

@@ -77,13 +77,12 @@ class Runs(NamedTuple):
     parts: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # what `split` gives, if that is at hand
 
     def split(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Key and value of each run, as of one head, `[1, 1, S, d]`. Asks the device how many entries a run has."""
+        """Key and value `[S, d]` of each run. Asks the device how many entries a run has."""
         if self.parts is not None:
             return self.parts
-        key, value = (states.view(1, 1, *states.shape) for states in (self.key, self.value))
         starts, counts = self.start.flatten().tolist(), self.count.flatten().tolist()
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        return [(key[:, :, i:j], value[:, :, i:j]) for i, j in zip(starts, ends, strict=True)]
+        return [(self.key[i:j], self.value[i:j]) for i, j in zip(starts, ends, strict=True)]
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The runs, padded to S = `max_count`: entries `[B, G, S]` int64 and which of them are filled."""

@@ -199,7 +199,7 @@ class MosaRouter(nn.Module):
 
 def _linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """`F.linear`. Of many tokens and few groups, CPUs multiply faster the other way round: [G, D] x [D, B * T]."""
-    if states.device.type != "cpu" or is_recorded() or states.shape[:-1].numel() < MANY_TOKENS:
+    if states.shape[1] < MANY_TOKENS or states.device.type != "cpu" or is_recorded():
         return F.linear(states, weight, bias)
     logits = F.linear(weight, states.flatten(0, -2))  # [G, B * T]
     if bias is not None:

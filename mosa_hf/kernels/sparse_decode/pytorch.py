@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..attend import scaled, softmax
+from ..attend import capped, scaled, softmax
 from ..tensors import Runs
 
 LOOP = 16  # up to so many runs, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
@@ -39,17 +39,22 @@ def sparse_decode(
 def _run_by_run(
     query: torch.Tensor, runs: Runs, scale: float | None, softcap: float | None, sinks: torch.Tensor | None
 ) -> torch.Tensor:
-    """Each run by itself, as the keys of one head whose queries are the group's heads."""
-    num_groups, num_heads, head_dim = query.shape[1:]
-    queries = query.reshape(-1, 1, 1, num_heads, head_dim).unbind()  # B * G of [1, 1, R, d]
+    """Each run by itself: the group's heads are the rows of a matrix."""
+    is_plain = softcap is None and sinks is None
+    is_fused = is_plain and query.dtype.itemsize < 4  # in float32, the products alone take less
+    scaled_query = query if is_fused else query * (query.shape[-1] ** -0.5 if scale is None else scale)
     heads = []
-    for i, (one, (key, value)) in enumerate(zip(queries, runs.split(), strict=True)):
-        if key.shape[2] == 0:
+    for i, (one, (key, value)) in enumerate(zip(scaled_query.flatten(0, 1).unbind(), runs.split(), strict=True)):
+        if not len(key):
             heads.append(torch.zeros_like(one))
-        elif softcap is None and sinks is None:
-            heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale))
+        elif is_fused:
+            one, key, value = (states[None, None] for states in (one, key, value))
+            heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale)[0, 0])
         else:
-            scores = scaled(one, key[0], scale, softcap)
-            weights = softmax(scores, None if sinks is None else sinks[i % num_groups])
-            heads.append(weights.to(query.dtype) @ value)
+            scores = F.linear(one, key)  # [R, S]
+            if is_plain:
+                weights = scores.softmax(-1)
+            else:
+                weights = softmax(capped(scores, softcap), None if sinks is None else sinks[i % query.shape[1]])
+            heads.append(weights.to(value.dtype) @ value)
     return torch.cat(heads).view(query.shape)
