@@ -2,6 +2,7 @@
 What healing brings back: quality of a conversion against the tokens of text that it was healed on.
 
     python -m benchmarks.heal DIRECTORY
+    torchrun --nproc-per-node 2 -m benchmarks.heal DIRECTORY    # the same steps, shared by two processes
     python -m benchmarks.heal DIRECTORY --score
     python -m benchmarks.heal DIRECTORY --smoke
 
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from mosa_hf.conversion_scripts.heal import HealingArguments, heal
 from peft import PeftModel
 from transformers import (
@@ -42,21 +44,26 @@ from .exercises import SMOKE, Exercise, Size, continuations_of_texts, word_runs
 from .frontier import Method, Models, Results, measure_here, row_key
 from .origin import origin_of
 
-TEXTS = ("python_docs", "shakespeare", "encyclopaedia", "python_topics")  # the first is of a kind that is scored
+# Characters of each at most. The first is of a kind that is scored.
+TEXTS = {"python_docs": None, "shakespeare": 1_500_000, "encyclopaedia": None, "python_topics": None}
 PIECE = 6000  # characters of text, at least, that are left out together
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is healed, and how long. `window` and `sparsity` of the conversion; tokens of an example."""
+    """The conversion that is healed, `window` and `sparsity`, and how long: `steps` of `examples` of `tokens` each."""
 
     window: int = 256
     sparsity: int = 14
-    steps: int = 496
+    steps: int = 248
+    examples: int = 2
     tokens: int = 2048
     save_steps: int = 8
-    scored: tuple[int, ...] = (32, 64, 128, 256)  # steps after which it is scored, besides the last
-    elsewhere: tuple[str, ...] = ("512/8",)  # where the last adapters are tried too
+    scored: tuple[int, ...] = (16, 32, 64, 128)  # steps after which it is scored, besides the last
+    elsewhere: tuple[str, ...] = ("512/10", "1024/10")  # where the last adapters are tried too
+
+    def tokens_until(self, step: int) -> int:
+        return step * self.examples * self.tokens
 
 
 def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokenizerBase, asked: list[Exercise]) -> None:
@@ -67,12 +74,13 @@ def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokeniz
     held = set().union(*map(word_runs, scored_passages(tokenizer, asked)))
     if not held.isdisjoint(set().union(*map(word_runs, tokenizer.batch_decode(models.calibration)))):
         raise ValueError("Routers would be fitted on passages that are scored: choose another number of windows.")
-    for setting in (f"{recipe.window}/{recipe.sparsity}", *recipe.elsewhere):
+    own = f"{recipe.window}/{recipe.sparsity}"
+    for setting in (own, *recipe.elsewhere):
         if not (folder := routers_folder(work, setting)).exists():
             window, sparsity = setting.split("/")
             save_routers(models.converted(ConversionConfig(window=int(window), sparsity=float(sparsity))), folder)
     if not (converted := work / "converted").exists():
-        convert_checkpoint(directory, converted, routers=routers_folder(work, f"{recipe.window}/{recipe.sparsity}"))
+        convert_checkpoint(directory, converted, routers=routers_folder(work, own))
     if not (work / "text.txt").exists():
         with whole_file(work / "text.txt") as unfinished:
             unfinished.write_text(healing_text(held, size.characters), encoding="utf-8")
@@ -95,9 +103,9 @@ def scored_passages(tokenizer: PreTrainedTokenizerBase, asked: list[Exercise]) -
 def healing_text(held: set[tuple[str, ...]], characters: int | None = None) -> str:
     """All `TEXTS`, but for the pieces that have a run of words in common with `held`; `characters` of each."""
     kept = []
-    for name in TEXTS:
+    for name, most in TEXTS.items():
         piece: list[str] = []
-        for paragraph in (sources.text(name)[:characters] + "\n\n").split("\n\n"):
+        for paragraph in (sources.text(name)[:most][:characters] + "\n\n").split("\n\n"):
             piece.append(paragraph)
             if sum(map(len, piece)) > PIECE:
                 joined, piece = "\n\n".join(piece), []
@@ -118,6 +126,7 @@ def training(work: Path, recipe: Recipe) -> tuple[HealingArguments, TrainingArgu
         output_dir=str(work / "checkpoints"),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
+        gradient_accumulation_steps=recipe.examples // PartialState().num_processes,
         learning_rate=1e-3,
         lr_scheduler_type="linear",
         warmup_steps=2,
@@ -141,7 +150,7 @@ def methods(work: Path, recipe: Recipe) -> list[Method]:
     def method(setting: str, step: int) -> Method:
         """A conversion with the adapters of a step; 0: without any."""
         window, sparsity = map(int, setting.split("/"))
-        parameters: dict[str, Any] = {"window": window, "sparsity": sparsity, "tokens": step * recipe.tokens}
+        parameters: dict[str, Any] = {"window": window, "sparsity": sparsity, "tokens": recipe.tokens_until(step)}
 
         def build() -> PreTrainedModel:
             model = load_routers(original(), routers_folder(work, setting))
@@ -187,7 +196,7 @@ def logged(work: Path, recipe: Recipe, origin: dict[str, Any]) -> list[dict[str,
             "parameters": {
                 "window": recipe.window,
                 "sparsity": recipe.sparsity,
-                "tokens": row["step"] * recipe.tokens,
+                "tokens": recipe.tokens_until(row["step"]),
             },
             "task": heal_page.DIVERGENCE,
             "settings": {"tokens": recipe.tokens},
@@ -211,7 +220,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, metavar="DIRECTORY", help="of what is made; it may not exist yet")
     parser.add_argument("--score", action="store_true", help="score the checkpoints that are there, heal nothing")
-    parser.add_argument("--steps", type=int, help=f"of {Recipe.tokens} tokens (default: {Recipe.steps})")
+    parser.add_argument(
+        "--steps", type=int, help=f"of {Recipe.examples} x {Recipe.tokens} tokens (default: {Recipe.steps})"
+    )
     parser.add_argument("--windows", type=int, help="of calibration text (default: 12)")
     parser.add_argument("--smoke", action="store_true", help="tiny settings, which say nothing but that it runs")
     parser.add_argument("--output", type=Path, help="directory of the results; for --smoke a temporary one")
@@ -231,9 +242,13 @@ def run(options: argparse.Namespace, recipe: Recipe, size: Size, output: Path, o
     tokenizer = AutoTokenizer.from_pretrained(sources.smollm2_directory())
     # The frontier's own calibration text tells which passages are scored, so that its rows are of the same ones.
     asked = continuations_of_texts(tokenizer, measure.calibration(tokenizer, size.windows, size.window), size)
-    prepare(work, recipe, replace(size, windows=options.windows or size.windows), tokenizer, asked)
+    processes = PartialState(cpu=True)
+    with processes.main_process_first():
+        prepare(work, recipe, replace(size, windows=options.windows or size.windows), tokenizer, asked)
     if not options.score and not healed_folder(work, recipe).exists():
         heal(*training(work, recipe))
+    if not processes.is_main_process:
+        return
     results, frontier = Results(output / "heal.jsonl"), Results(output / "frontier.jsonl")
     found = logged(work, recipe, origin)
     found += [row for row in frontier.rows.values() if row["method"] == "original" and asked_of(row, asked)]

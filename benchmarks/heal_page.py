@@ -93,8 +93,8 @@ of 512 tokens after 3072 others, two passages of each text, as `benchmarks.front
 its sparse cache, in float32. These are few tokens, so neighbouring points differ by chance too. Bytes are those of the
 live cache, as a share of the original's. Healing read other pages of python_docs, and Shakespeare, the reference
 inside Python and an article of an encyclopaedia; of debian_handbook it read nothing. The trainer computes in bfloat16
-(autocast), on windows of 2048 tokens, one a step. A setting without a divergence below has the adapters of the first
-that has one.
+(autocast), on windows of 2048 tokens, two a step. A setting without a divergence below has the adapters of the one
+that has.
 
 {facts}
 
