@@ -159,14 +159,12 @@ def methods(work: Path, recipe: Recipe) -> list[Method]:
         return Method("healed" if step else "converted", parameters, build)
 
     own = f"{recipe.window}/{recipe.sparsity}"
-    found = [Method("original", {}, original, prompt="dense"), method(own, 0)]
-    steps = sorted({*recipe.scored, recipe.steps})
-    found += [method(own, step) for step in steps if is_whole(checkpoint(work, step))]
-    for setting in recipe.elsewhere:
-        found.append(method(setting, 0))
-        if is_whole(checkpoint(work, recipe.steps)):
-            found.append(method(setting, recipe.steps))
-    return found
+    settings, steps = (own, *recipe.elsewhere), sorted({0, *recipe.scored} - {recipe.steps})
+    # What healing ended with comes first: to score all of it takes a while.
+    healed = [(setting, recipe.steps) for setting in settings]
+    before = [(own, step) for step in steps] + [(setting, 0) for setting in recipe.elsewhere]
+    whole = [(setting, step) for setting, step in healed + before if not step or is_whole(checkpoint(work, step))]
+    return [Method("original", {}, original, prompt="dense"), *(method(*each) for each in whole)]
 
 
 def checkpoint(work: Path, step: int) -> Path:
