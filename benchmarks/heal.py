@@ -28,6 +28,7 @@ from typing import Any
 from accelerate import PartialState
 from mosa_hf.conversion_scripts.heal import HealingArguments, heal
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -60,7 +61,8 @@ class Recipe:
     tokens: int = 2048
     save_steps: int = 8
     scored: tuple[int, ...] = (16, 32, 64, 128)  # steps after which it is scored, besides the last
-    elsewhere: tuple[str, ...] = ("512/10", "1024/10")  # where the last adapters are tried too
+    # Where the last adapters are tried too, and what they are multiplied by: less where there is less to heal.
+    elsewhere: tuple[tuple[str, float], ...] = (("512/10", 0.7), ("512/10", 1), ("1024/10", 0.5), ("1024/10", 1))
 
     def tokens_until(self, step: int) -> int:
         return step * self.examples * self.tokens
@@ -75,7 +77,7 @@ def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokeniz
     if not held.isdisjoint(set().union(*map(word_runs, tokenizer.batch_decode(models.calibration)))):
         raise ValueError("Routers would be fitted on passages that are scored: choose another number of windows.")
     own = f"{recipe.window}/{recipe.sparsity}"
-    for setting in (own, *recipe.elsewhere):
+    for setting in dict.fromkeys((own, *(setting for setting, _ in recipe.elsewhere))):
         if not (folder := routers_folder(work, setting)).exists():
             window, sparsity = setting.split("/")
             save_routers(models.converted(ConversionConfig(window=int(window), sparsity=float(sparsity))), folder)
@@ -147,23 +149,25 @@ def methods(work: Path, recipe: Recipe) -> list[Method]:
     def original() -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(base).eval()
 
-    def method(setting: str, step: int) -> Method:
-        """A conversion with the adapters of a step; 0: without any."""
+    def method(setting: str, step: int, multiplier: float = 1) -> Method:
+        """A conversion with the adapters of a step, times `multiplier`; 0: without any."""
         window, sparsity = map(int, setting.split("/"))
         parameters: dict[str, Any] = {"window": window, "sparsity": sparsity, "tokens": recipe.tokens_until(step)}
+        if multiplier != 1:
+            parameters["adapters"] = multiplier
 
         def build() -> PreTrainedModel:
             model = load_routers(original(), routers_folder(work, setting))
-            return adapted(model, checkpoint(work, step)) if step else model
+            return adapted(model, checkpoint(work, step), multiplier) if step else model
 
         return Method("healed" if step else "converted", parameters, build)
 
     own = f"{recipe.window}/{recipe.sparsity}"
-    settings, steps = (own, *recipe.elsewhere), sorted({0, *recipe.scored} - {recipe.steps})
     # What healing ended with comes first: to score all of it takes a while.
-    healed = [(setting, recipe.steps) for setting in settings]
-    before = [(own, step) for step in steps] + [(setting, 0) for setting in recipe.elsewhere]
-    whole = [(setting, step) for setting, step in healed + before if not step or is_whole(checkpoint(work, step))]
+    wanted = [(own, recipe.steps), *((setting, recipe.steps, scale) for setting, scale in recipe.elsewhere)]
+    wanted += [(own, step) for step in sorted({0, *recipe.scored} - {recipe.steps})]
+    wanted += [(setting, 0) for setting in dict.fromkeys(setting for setting, _ in recipe.elsewhere)]
+    whole = [each for each in wanted if not each[1] or is_whole(checkpoint(work, each[1]))]
     return [Method("original", {}, original, prompt="dense"), *(method(*each) for each in whole)]
 
 
@@ -176,8 +180,10 @@ def is_whole(checkpoint: Path) -> bool:
     return (checkpoint / "trainer_state.json").exists()
 
 
-def adapted(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+def adapted(model: PreTrainedModel, folder: Path, multiplier: float = 1) -> PreTrainedModel:
+    model = PeftModel.from_pretrained(model, folder)
+    with rescale_adapter_scale(model, multiplier):
+        return model.merge_and_unload().eval()
 
 
 def logged(work: Path, recipe: Recipe, origin: dict[str, Any]) -> list[dict[str, Any]]:
@@ -227,7 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     recipe, size = Recipe(), Size()
     if options.smoke:
-        recipe, size = Recipe(64, 8, steps=4, tokens=64, save_steps=1, scored=(1, 2), elsewhere=("128/8",)), SMOKE
+        recipe = Recipe(64, 8, steps=4, tokens=64, save_steps=1, scored=(1, 2), elsewhere=(("128/8", 0.5),))
+        size = SMOKE
     if options.steps is not None:
         recipe = replace(recipe, steps=options.steps)
     with tempfile.TemporaryDirectory() as scratch:

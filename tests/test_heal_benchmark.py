@@ -14,7 +14,7 @@ from benchmarks.exercises import Size, word_runs
 from .bases import byte_tokenizer, tiny_base
 
 SIZE = Size(prompt=150, scored=50, slices=1, windows=2, window=60, characters=None)
-RECIPE = heal.Recipe(window=5, sparsity=4, steps=4, tokens=32, save_steps=2, scored=(2,), elsewhere=("9/4",))
+RECIPE = heal.Recipe(window=5, sparsity=4, steps=4, tokens=32, save_steps=2, scored=(2,), elsewhere=(("9/4", 0.5),))
 ORIGIN = {
     "command": "python -m benchmarks.heal run",
     "date": "2026-01-01",
