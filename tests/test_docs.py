@@ -215,10 +215,10 @@ def test_choices_have_the_figures_of_healing_and_decoding():
     rows = [re.findall(r"[^|]+", line) for line in (RESULTS / "heal.md").read_text(encoding="utf-8").splitlines()]
     cells = [[cell.strip() for cell in row] for row in rows if len(row) == 5]
     by_name = {(name, tokens): scores for name, tokens, _, *scores in cells}
-    before, after = (by_name["window 256, sparsity 16", tokens] for tokens in ("0", "90,112"))
+    before, after = (by_name["window 256, sparsity 14", tokens] for tokens in ("0", "1,015,808"))
     original = by_name["original", ""]
     assert f"falls from {before[0]} to {after[0]} on debian_handbook" in page
-    assert f"from {before[1]} to {after[1]} on python_docs, after 90,112 tokens" in page
+    assert f"from {before[1]} to {after[1]} on python_docs, after 1,015,808 tokens" in page
     assert f"the original has {original[0]} and {original[1]}" in page
     steps = decoding_steps()
     shares = steps["8192", "converted, static"][1], steps["8192", "converted"][1]
