@@ -10,15 +10,13 @@ from torch import nn
 from transformers.utils import logging
 
 from ..cache import SparseLayer
-from ..kernels.recording import is_exported, is_recorded
+from ..kernels.recording import is_exported
 from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .call import ModelCall
 from .configuration import RoutingConfig
 
 logger = logging.get_logger(__name__)
-
-MANY_TOKENS = 64
 
 
 class MosaRouter(nn.Module):
@@ -149,7 +147,7 @@ class MosaRouter(nn.Module):
         )
         if hidden_weight is not None:
             states = F.gelu(F.linear(states, hidden_weight, hidden_bias))
-        return _linear(states, weight, bias)
+        return F.linear(states, weight, bias)
 
     def _learns(self) -> bool:
         weights = (self.weight, self.hidden_weight)
@@ -198,16 +196,6 @@ class MosaRouter(nn.Module):
         if self.include_first and layout.first is not None:
             score = score.masked_fill(layout.first.to(score.device)[..., None], torch.inf)
         return score
-
-
-def _linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`F.linear`. Of many tokens and few groups, CPUs multiply faster the other way round: [G, D] x [D, B * T]."""
-    if states.shape[1] < MANY_TOKENS or states.device.type != "cpu" or is_recorded():
-        return F.linear(states, weight, bias)
-    logits = F.linear(weight, states.flatten(0, -2))  # [G, B * T]
-    if bias is not None:
-        logits = logits + bias[:, None]
-    return logits.unflatten(1, states.shape[:-1]).movedim(0, -1)
 
 
 def in_force(module: nn.Module) -> nn.Module:
