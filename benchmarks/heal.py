@@ -64,6 +64,11 @@ class Recipe:
     # Where the last adapters are tried too, and what they are multiplied by: less where there is less to heal.
     elsewhere: tuple[tuple[str, float], ...] = (("512/10", 0.7), ("512/10", 1), ("1024/10", 0.5), ("1024/10", 1))
 
+    @property
+    def settings(self) -> list[str]:
+        """Window/sparsity: its own, then those that the last adapters are tried at."""
+        return list(dict.fromkeys((f"{self.window}/{self.sparsity}", *(setting for setting, _ in self.elsewhere))))
+
     def tokens_until(self, step: int) -> int:
         return step * self.examples * self.tokens
 
@@ -76,13 +81,12 @@ def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokeniz
     held = set().union(*map(word_runs, scored_passages(tokenizer, asked)))
     if not held.isdisjoint(set().union(*map(word_runs, tokenizer.batch_decode(models.calibration)))):
         raise ValueError("Routers would be fitted on passages that are scored: choose another number of windows.")
-    own = f"{recipe.window}/{recipe.sparsity}"
-    for setting in dict.fromkeys((own, *(setting for setting, _ in recipe.elsewhere))):
+    for setting in recipe.settings:
         if not (folder := routers_folder(work, setting)).exists():
             window, sparsity = setting.split("/")
             save_routers(models.converted(ConversionConfig(window=int(window), sparsity=float(sparsity))), folder)
     if not (converted := work / "converted").exists():
-        convert_checkpoint(directory, converted, routers=routers_folder(work, own))
+        convert_checkpoint(directory, converted, routers=routers_folder(work, recipe.settings[0]))
     if not (work / "text.txt").exists():
         with whole_file(work / "text.txt") as unfinished:
             unfinished.write_text(healing_text(held, size.characters), encoding="utf-8")
@@ -162,11 +166,11 @@ def methods(work: Path, recipe: Recipe) -> list[Method]:
 
         return Method("healed" if step else "converted", parameters, build)
 
-    own = f"{recipe.window}/{recipe.sparsity}"
+    own, *others = recipe.settings
     # What healing ended with comes first: to score all of it takes a while.
-    wanted = [(own, recipe.steps), *((setting, recipe.steps, scale) for setting, scale in recipe.elsewhere)]
+    wanted = [(own, recipe.steps), *((setting, recipe.steps, times) for setting, times in recipe.elsewhere)]
     wanted += [(own, step) for step in sorted({0, *recipe.scored} - {recipe.steps})]
-    wanted += [(setting, 0) for setting in dict.fromkeys(setting for setting, _ in recipe.elsewhere)]
+    wanted += [(setting, 0) for setting in others]
     whole = [each for each in wanted if not each[1] or is_whole(checkpoint(work, each[1]))]
     return [Method("original", {}, original, prompt="dense"), *(method(*each) for each in whole)]
 

@@ -223,7 +223,7 @@ class SparseStore:
             new["score"] = score.flatten()
         for name, states in new.items():
             own = getattr(self, name)
-            own.index_copy_(0, entry, states if states.dtype == own.dtype else states.to(own.dtype))
+            own.index_copy_(0, entry, states.to(own.dtype))
         self.num_stored.add_(1 if valid is None else valid)
         if not self.growth.is_fixed:
             self.max_tokens += 1
@@ -837,7 +837,7 @@ def _across_padding(valid: torch.Tensor, num_cached: int) -> torch.Tensor:
 
 def _may_be_any(mask: torch.Tensor) -> bool:
     """Whether any of `mask` is True, as far as the host can tell without waiting for a device."""
-    return torch.compiler.is_compiling() or mask.device.type != "cpu" or any(mask.flatten().tolist())
+    return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())
 
 
 def may_change(states: torch.Tensor) -> bool:

@@ -141,13 +141,10 @@ class MosaRouter(nn.Module):
             with torch.autocast(hidden_states.device.type, enabled=False):
                 return self._logits(hidden_states)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        states, hidden_weight, hidden_bias, weight, bias = (
-            x if x is None or x.dtype == dtype else x.to(dtype)
-            for x in (hidden_states, self.hidden_weight, self.hidden_bias, self.weight, self.bias)
-        )
-        if hidden_weight is not None:
-            states = F.gelu(F.linear(states, hidden_weight, hidden_bias))
-        return F.linear(states, weight, bias)
+        states = hidden_states.to(dtype)
+        if self.hidden_weight is not None:
+            states = F.gelu(F.linear(states, self.hidden_weight.to(dtype), self.hidden_bias.to(dtype)))
+        return F.linear(states, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def _learns(self) -> bool:
         weights = (self.weight, self.hidden_weight)
