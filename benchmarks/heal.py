@@ -121,7 +121,15 @@ def healing_text(held: set[tuple[str, ...]], characters: int | None = None) -> s
 
 
 def training(work: Path, recipe: Recipe) -> tuple[HealingArguments, TrainingArguments]:
-    """The arguments of `mosa-heal`."""
+    """
+    The arguments of `mosa-heal`.
+
+    Raises:
+        ValueError: if the examples of a step cannot be shared out evenly among the processes.
+    """
+    num_processes = PartialState().num_processes
+    if recipe.examples % num_processes:
+        raise ValueError(f"{num_processes} processes cannot share {recipe.examples} examples a step: start fewer.")
     healing = HealingArguments(
         model=str(work / "converted"),
         destination=str(healed_folder(work, recipe)),
@@ -132,7 +140,7 @@ def training(work: Path, recipe: Recipe) -> tuple[HealingArguments, TrainingArgu
         output_dir=str(work / "checkpoints"),
         max_steps=recipe.steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=recipe.examples // PartialState().num_processes,
+        gradient_accumulation_steps=recipe.examples // num_processes,
         learning_rate=1e-3,
         lr_scheduler_type="linear",
         warmup_steps=2,
@@ -252,10 +260,12 @@ def run(options: argparse.Namespace, recipe: Recipe, size: Size, output: Path, o
     # The frontier's own calibration text tells which passages are scored, so that its rows are of the same ones.
     asked = continuations_of_texts(tokenizer, measure.calibration(tokenizer, size.windows, size.window), size)
     processes = PartialState(cpu=True)
+    is_done = options.score or healed_folder(work, recipe).exists()
+    healing = None if is_done else training(work, recipe)
     with processes.main_process_first():
         prepare(work, recipe, replace(size, windows=options.windows or size.windows), tokenizer, asked)
-    if not options.score and not healed_folder(work, recipe).exists():
-        heal(*training(work, recipe))
+    if healing is not None:
+        heal(*healing)
     if not processes.is_main_process:
         return
     results, frontier = Results(output / "heal.jsonl"), Results(output / "frontier.jsonl")

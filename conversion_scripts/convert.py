@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from mosa_hf import ConversionConfig, convert_checkpoint
+from mosa_hf.modeling.group_plan import check_can_plot
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}
     given = {name: value for name, value in given.items() if value is not None}
     try:
+        if options.plot_plan:
+            check_can_plot()
         plan = convert_checkpoint(
             options.source,
             options.destination,

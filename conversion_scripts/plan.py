@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.conversion.planning import Found, PlanningConfig, measured_texts, search_plan
+from mosa_hf.modeling.group_plan import check_can_plot
 from mosa_hf.whole_files import check_absent
 
 
@@ -41,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw the plan as a heat map (PNG; needs matplotlib)")
     options = parser.parse_args(arguments)
     try:
+        if options.plot:
+            check_can_plot()
         found = plan(options)
         if options.plot:
             found.plan.plot(options.plot, options.tokens)

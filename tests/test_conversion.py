@@ -238,6 +238,12 @@ def test_the_command_fails_in_one_line(arguments, message, source, tmp_path, mon
     assert "\n" not in str(caught.value) and not Path("new").exists()
 
 
+def test_a_picture_that_cannot_be_drawn_is_refused_first(source, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"^mosa-convert: A plan's picture needs matplotlib"):  # nor is there a text
+        command.main([str(source), str(tmp_path / "new"), "--plot-plan", str(tmp_path / "plan.png")])
+
+
 def test_short_calibration_text(source, tmp_path):
     with pytest.raises(ValueError, match="has 10 tokens, fewer than one window of 64.*`window_length`"):
         convert_checkpoint(source, tmp_path / "converted", ConversionConfig(), "ten bytes.", window_length=64)

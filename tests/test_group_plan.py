@@ -114,7 +114,7 @@ def test_picture(tmp_path, monkeypatch):
     GroupPlan(((NEAR, NEAR), (NEAR, NEAR), (NEAR, NEAR))).plot(tmp_path / "other.png")
     pixels, other = image.imread(tmp_path / "plan.png"), image.imread(tmp_path / "other.png")
     assert pixels.shape == other.shape and min(pixels.shape[:2]) > 100 and (pixels != other).mean() > 0.1
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'mosa-hf\[plot\]'"):
         PLAN.plot(tmp_path / "third.png")
     assert not (tmp_path / "third.png").exists()

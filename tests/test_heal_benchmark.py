@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -95,3 +96,10 @@ def test_scoring_alone_heals_nothing(work, monkeypatch):
     rows = run(work, score=True)
     assert {row["method"] for row in rows} == {"original", "converted"}
     assert AutoModelForCausalLM.from_pretrained(work / "converted").config.mosa_window == 5
+
+
+def test_processes_that_a_step_cannot_be_shared_among(work, monkeypatch):
+    monkeypatch.setattr(heal, "PartialState", lambda **kwargs: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="3 processes cannot share 2 examples"):
+        run(work)
+    assert not work.exists()

@@ -14,11 +14,6 @@ def scaled(
         softcap: c of c · tanh(score / c), which bounds the scaled scores; None: none.
     """
     scores = query @ key.unsqueeze(-3).transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return capped(scores, softcap)
-
-
-def capped(scores: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """Scaled `scores` within ±softcap; None: as they are."""
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 

@@ -1,5 +1,6 @@
 """Group plans: every layer's groups, dense, or sparse with a window and a sparsity (docs/design.md, section 6)."""
 
+import importlib.util
 import json
 import math
 import os
@@ -169,10 +170,9 @@ class GroupPlan:
         Raises:
             ImportError: without matplotlib.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("A plan's picture needs matplotlib: `pip install 'mosa-hf[plot]'`.") from error
+        check_can_plot()
+        from matplotlib.figure import Figure
+
         num_groups = max(map(len, self.layers))
         shares = [[1.0 if x is None else x.kept_share(num_tokens) for x in groups] for groups in self.layers]
         figure = Figure(figsize=(2.5 + 0.6 * num_groups, 1.2 + 0.25 * len(self.layers)), layout="constrained")
@@ -188,6 +188,15 @@ class GroupPlan:
         figure.colorbar(image, label=f"kept of {num_tokens:,} tokens")
         with whole_file(Path(path)) as unfinished:
             figure.savefig(unfinished, format="png", dpi=150)
+
+
+def check_can_plot() -> None:
+    """
+    Raises:
+        ImportError: without matplotlib, for who would rather know before long work than after it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("A plan's picture needs matplotlib: `pip install 'mosa-hf[plot]'`.")
 
 
 def _group(entry: Any, layer_idx: int, group: int) -> SparseGroup | None:

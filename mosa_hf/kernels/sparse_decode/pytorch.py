@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ..attend import capped, scaled, softmax
+from ..attend import scaled, softmax
 from ..tensors import Runs
 
 LOOP = 16  # up to so many runs, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
@@ -41,20 +41,15 @@ def _run_by_run(
 ) -> torch.Tensor:
     """Each run by itself: the group's heads are the rows of a matrix."""
     is_plain = softcap is None and sinks is None
-    is_fused = is_plain and query.dtype.itemsize < 4  # in float32, the products alone take less
-    scaled_query = query if is_fused else query * (query.shape[-1] ** -0.5 if scale is None else scale)
     heads = []
-    for i, (one, (key, value)) in enumerate(zip(scaled_query.flatten(0, 1).unbind(), runs.split(), strict=True)):
+    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), runs.split(), strict=True)):
         if not len(key):
             heads.append(torch.zeros_like(one))
-        elif is_fused:
+        elif is_plain:
             one, key, value = (states[None, None] for states in (one, key, value))
             heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale)[0, 0])
         else:
-            scores = F.linear(one, key)  # [R, S]
-            if is_plain:
-                weights = scores.softmax(-1)
-            else:
-                weights = softmax(capped(scores, softcap), None if sinks is None else sinks[i % query.shape[1]])
+            scores = scaled(one[:, None], key, scale, softcap)[:, 0]  # [R, S]
+            weights = softmax(scores, None if sinks is None else sinks[i % query.shape[1]])
             heads.append(weights.to(value.dtype) @ value)
     return torch.cat(heads).view(query.shape)
