@@ -215,15 +215,15 @@ class SparseStore:
             self._grow(self.count + 1)
         step = Step() if self._can_note else None
         entry = self._entry_of_token(selected, valid, step).flatten()
-        new = {"key": key, "value": value, "selected": selected.flatten()}
+        self.key.index_copy_(0, entry, key.to(self.key.dtype))
+        self.value.index_copy_(0, entry, value.to(self.value.dtype))
+        self.selected.index_copy_(0, entry, selected.flatten())
         is_selected = self.position is None or _may_be_any(selected)  # of others, neither of these is ever looked at
         if self.position is not None and is_selected:
-            new["position"] = self.num_stored[:, None].expand_as(selected).flatten()
+            position = self.num_stored[:, None].expand_as(selected).flatten()
+            self.position.index_copy_(0, entry, position.to(self.position.dtype))
         if self.budget is not None and is_selected:
-            new["score"] = score.flatten()
-        for name, states in new.items():
-            own = getattr(self, name)
-            own.index_copy_(0, entry, states.to(own.dtype))
+            self.score.index_copy_(0, entry, score.flatten().to(self.score.dtype))
         self.num_stored.add_(1 if valid is None else valid)
         if not self.growth.is_fixed:
             self.max_tokens += 1
@@ -522,18 +522,31 @@ class SparseStore:
         """Room for `count` [B, G] entries at least, where there is less."""
         free = int((self.memory.capacity - count).min())
         if free < 0:
-            self._lay_out(*self._runs().slots(), count)
+            self._move(count)
             free = int((self.memory.capacity - count).min())
         self.free = free + 1
         self.max_count = int(self.count.max())
+
+    def _move(self, count: torch.Tensor) -> None:
+        """The runs as they are, in new memory for `count` [B, G] entries."""
+        if self.key.device.type != "cpu":
+            self._lay_out(*self._runs().slots(), count)
+            return
+        old, old_start = self._entries(), self.memory.start
+        self._allocate_for(count)
+        runs = [x.flatten().tolist() for x in (old_start, self.memory.start, self.count)]
+        for source, target, length in zip(*runs, strict=True):  # in a third of the time that indices take
+            for name, states in old.items():
+                getattr(self, name)[target : target + length] = states[source : source + length]
 
     def _lay_out(self, entries: torch.Tensor, stays: torch.Tensor, count: torch.Tensor) -> None:
         """Hold those of `entries` [B, G, S] that stay, in their order, in new memory for `count` [B, G] entries."""
         old = self._entries()
         self._allocate_for(count)
-        target = self.memory.start[..., None] + stays.cumsum(-1) - 1
+        target = (self.memory.start[..., None] + stays.cumsum(-1) - 1)[stays]
+        source = entries[stays]
         for name, states in old.items():
-            setattr(self, name, getattr(self, name).index_put((target[stays],), states[entries[stays]]))
+            setattr(self, name, getattr(self, name).index_copy_(0, target, states.index_select(0, source)))
 
     def _runs(self) -> Runs:
         """All entries."""
