@@ -30,7 +30,7 @@ from mosa_hf.kernels import backend
 from mosa_hf.kernels.tensors import KeyValues, Runs, rotate
 from mosa_hf.modeling.call import ModelCall
 from mosa_hf.modeling.heads import MosaHeads
-from mosa_hf.routing.layout import CallLayout
+from mosa_hf.routing import CallLayout, TokenMask
 
 from .paper_layer import PaperLayer
 from .training import resident_memory
@@ -186,7 +186,7 @@ def selected_heads(case: Case, draw: Draw) -> tuple[Contender, dict[str, Contend
     angle = position[..., None] * 10000 ** -torch.linspace(0, 1, case.head_dim // 2, device=DEVICE)
     angle = angle.repeat(1, 1, 2).expand(case.batch_size, -1, -1)
     cos, sin = (x.to(draw.rounded_to).to(draw.dtype) for x in (angle.cos(), angle.sin()))
-    layout = CallLayout.build(hidden_states, None, position, None, may_be_packed=False)
+    layout = CallLayout.build(hidden_states, TokenMask(), position, None, may_be_packed=False)
 
     def ours() -> torch.Tensor:
         return heads(hidden_states, (cos, sin), ModelCall(layout, {}, torch.is_grad_enabled()))

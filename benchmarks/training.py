@@ -24,7 +24,7 @@ from torch import nn
 from mosa_hf import MosaConfig
 from mosa_hf.modeling.call import ModelCall
 from mosa_hf.modeling.heads import MosaHeads
-from mosa_hf.routing.layout import CallLayout
+from mosa_hf.routing import CallLayout, TokenMask
 
 from .paper_layer import PaperLayer, published_layout
 
@@ -39,7 +39,7 @@ class OurLayer(nn.Module):
         super().__init__()
         self.heads = heads
         position = torch.arange(num_tokens)[None]
-        self.layout = CallLayout.build(torch.empty(batch_size, num_tokens), None, position, None, may_be_packed=False)
+        self.layout = CallLayout.build(torch.empty(batch_size, num_tokens), TokenMask(), position, None, may_be_packed=False)
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return self.heads(hidden_states, (cos, sin), ModelCall(self.layout, {}, torch.is_grad_enabled()))

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosa_hf.routing import CallLayout, valid_tokens
+from mosa_hf.routing import CallLayout, TokenMask, columns_of_mask, read_mask, valid_tokens
 
 
 def layout_of(
@@ -16,10 +16,17 @@ def layout_of(
     batch_size: int = 2,
     may_be_packed: bool = False,
     past_length: int | None = None,
+    may_look: bool = True,
 ) -> CallLayout:
     position_ids = torch.arange(num_tokens)[None] if position_ids is None else position_ids
     embeds = torch.zeros(batch_size, num_tokens, 4)
-    return CallLayout.build(embeds, mask, position_ids, num_cached, may_be_packed, past_length)
+    if not may_look:
+        meaning = columns_of_mask(mask, batch_size, num_tokens, past_length)
+    else:
+        past_length = past_length or 0
+        past = None if mask is None or not past_length else mask[:, :past_length].bool()
+        meaning = read_mask(mask, batch_size, num_tokens, past_length, past, is_cached=num_cached is not None)
+    return CallLayout.build(embeds, meaning, position_ids, num_cached, may_be_packed, may_look)
 
 
 def same(actual: CallLayout, expected: CallLayout) -> None:
@@ -44,10 +51,11 @@ def test_positions_and_order_with_padding_anywhere(mask, num_cached, cache):
     if cache == "s":
         past_length = 3
         whole = torch.cat((torch.ones(batch_size, 3), whole, torch.ones(batch_size, 2)), dim=1)
-    layout = layout_of(num_tokens, whole, None, cached, batch_size, past_length=past_length)
+    may_look = cache != "s"  # as of a static cache in a graph
+    layout = layout_of(num_tokens, whole, None, cached, batch_size, past_length=past_length, may_look=may_look)
 
     assert torch.equal(valid if layout.valid is None else layout.valid, valid)
-    assert (layout.valid is None) == (bool(valid.all()) and cache != "s")
+    assert (layout.valid is None) == (bool(valid.all()) and may_look)
     first = torch.zeros_like(valid) if layout.first is None else layout.first
     for row in range(batch_size):
         position = 0 if cached is None else num_cached[row]
@@ -114,7 +122,7 @@ def test_a_mask_without_padding_is_no_mask():
 
 def test_only_the_last_columns_of_a_mask_are_the_call():
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 1]])
-    layout = layout_of(2, mask, num_cached=torch.tensor([1, 3]))
+    layout = layout_of(2, mask, num_cached=torch.tensor([1, 3]), past_length=3)
     assert layout.valid.tolist() == [[True, True], [False, True]]
     assert layout.position[0].tolist() == [1, 2] and layout.position[1, 1] == 3
 

@@ -15,7 +15,7 @@ from mosa_hf.cache import GroupSet, Routed, SparseSpec, cache_bytes, upgrade_cac
 from mosa_hf.cache import store as store_module
 from mosa_hf.cache.growth import SLACK, static_capacity
 from mosa_hf.kernels.tensors import KeyValues, Runs
-from mosa_hf.routing import CallLayout
+from mosa_hf.routing import CallLayout, TokenMask
 
 NUM_CASES = 80
 MAX_LENGTH = 90
@@ -90,7 +90,7 @@ class Case:
         tokens = self.num_tokens_ever + torch.arange(batch_size * length).view(batch_size, length)
         self.num_tokens_ever += batch_size * length
         num_cached = torch.tensor([len(row.tokens) for row in self.rows])
-        mask = None if valid.all() else valid.long()
+        mask = TokenMask(None if valid.all() else valid)
         layout = CallLayout.build(tokens, mask, torch.arange(length)[None], num_cached, False)
         for b, row in enumerate(self.rows):
             for t in range(length):

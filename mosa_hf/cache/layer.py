@@ -38,7 +38,7 @@ class SparseSpec(NamedTuple):
     dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
     sets: tuple[GroupSet, ...]
     budget: int | None = None
-    has_dense: bool = True  # whether the layer has dense groups or heads
+    num_dense: int | None = None  # key/value heads of its dense groups or heads; None: as many as come
 
 
 class Routed(NamedTuple):
@@ -69,6 +69,8 @@ class SparseLayer(MixedLayer):
     dense_groups: tuple[int, ...] | None  # as in `SparseSpec`
     sparse_groups: tuple[tuple[int, ...], ...]  # of each set
     stores: tuple[SparseStore, ...]  # one for each set of groups
+    num_dense: int | None  # as in `SparseSpec`
+    seen: torch.Tensor | None = None  # of a cache's first such layer: see `seen_tokens`
 
     @property
     def num_tokens(self) -> torch.Tensor | None:
@@ -89,6 +91,10 @@ class SparseLayer(MixedLayer):
 
     def has_tokens(self) -> bool:
         return self.stores[0].has_tokens()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # `early_initialization` by who does not know the dense groups gives all heads.
+        super().lazy_initialization(key_states[:, : self.num_dense], value_states[:, : self.num_dense])
 
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
@@ -152,6 +158,7 @@ class SparseLayer(MixedLayer):
 
     def reset(self) -> None:
         super().reset()
+        self.seen = None
         for store in self.stores:
             store.reset()
 
@@ -164,6 +171,8 @@ class SparseLayer(MixedLayer):
         """
         _check_stores([self], tokens_to_remove)
         super().crop(tokens_to_remove)
+        if self.seen is not None and tokens_to_remove:
+            self.seen = self.seen[:, :tokens_to_remove]
         for store in self.stores:
             store.crop(-tokens_to_remove)
 
@@ -185,6 +194,8 @@ class SparseLayer(MixedLayer):
         return torch.arange(len(self.num_tokens), device=self.num_tokens.device)
 
     def _select_rows(self, rows: torch.Tensor) -> None:
+        if self.seen is not None:
+            self.seen = self.seen[rows.to(self.seen.device)]
         for store in self.stores:
             store.select_rows(rows)
 
@@ -291,7 +302,7 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             growths = [Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets]
         else:
             growths = [Growing() for _ in spec.sets]
-            if isinstance(layer, BaseQuantizedLayer) and not spec.has_dense:
+            if isinstance(layer, BaseQuantizedLayer) and spec.num_dense == 0:
                 layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
             if layer_class is DynamicLayer:
                 layer_class = PreallocatedDynamicLayer
@@ -300,8 +311,12 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
             SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
         )
         record_past = layer.__dict__.pop("record_past", False)
+        layer.num_dense = spec.num_dense
         layer.__class__ = _mixed(SparseLayer, layer_class)
         layer.record_past = record_past
+        if isinstance(layer, StaticLayer) and layer.is_initialized and spec.num_dense is not None:
+            if layer.keys.shape[1] != spec.num_dense:
+                layer.lazy_initialization(layer.keys, layer.values)
     first, *others = cache.layers or [None]
     if isinstance(first, CacheLayerMixin) and not isinstance(first, FirstLayer | StaticLayer) and specs:
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
@@ -319,6 +334,24 @@ def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
         if isinstance(layer, SparseLayer):
             return layer.num_tokens
     return None
+
+
+def seen_tokens(cache: Cache) -> torch.Tensor | None:
+    """`TokenMask.seen` of the tokens that an upgraded cache has seen."""
+    return next((layer.seen for layer in cache.layers if isinstance(layer, SparseLayer)), None)
+
+
+def note_seen(cache: Cache, seen: torch.Tensor | None) -> None:
+    """An upgraded cache is about to see more tokens, and `TokenMask.seen` of all of them is `seen`."""
+    for layer in cache.layers:
+        if isinstance(layer, SparseLayer):
+            layer.seen = seen
+            return
+
+
+def has_budget(cache: Cache) -> bool:
+    """Whether an upgraded cache may have to evict selected tokens: one of a model with a budget, and a static one."""
+    return any(layer.needs_score for layer in cache.layers if isinstance(layer, SparseLayer))
 
 
 def num_overflowed(cache: Cache) -> int:

@@ -1,13 +1,16 @@
 """The beginning of a model call, the same for every MoSA model: cache, positions, layout."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..cache import is_upgraded, num_cached_tokens, upgrade_cache
+from ..cache import has_budget, is_upgraded, note_seen, num_cached_tokens, seen_tokens, upgrade_cache
 from ..kernels.recording import is_exported, is_recorded
 from ..routing.layout import CallLayout
+from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
+from .attention_options import check_options, check_sequence_lengths
 
 
 class ModelCall(NamedTuple):
@@ -27,6 +30,8 @@ class ModelCall(NamedTuple):
 class MosaCallMixin:
     """For the decoder (base model) of any MoSA model, whose layers' modules `cache_spec` say what they keep."""
 
+    takes_masks_by_layer_type = False  # whether the family's forward takes a dict of prepared masks
+
     def begin_call(
         self,
         tokens: torch.Tensor,
@@ -34,21 +39,28 @@ class MosaCallMixin:
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool | None,
+        options: Mapping[str, Any],
     ) -> tuple[ModelCall, Cache | None, torch.Tensor]:
         """
         Args:
             tokens: `[B, T]` or `[B, T, D]`, of which only shape and device matter.
             attention_mask, position_ids, past_key_values, use_cache: as the decoder's forward takes them.
+            options: its other keyword arguments, which go on to attention functions.
 
         Returns:
             What layers share; the cache, upgraded, and made if there has to be one; position ids `[B or 1, T]`.
 
         Raises:
-            ValueError: for a static cache that is too short, or what cannot be exported.
+            ValueError: for a static cache that is too short, what cannot be exported, a mask that says more than
+                padding and packing, and whatever else would make attention another than causal.
         """
+        if not getattr(self.config, "is_causal", True):
+            raise ValueError(f"`is_causal` is False, of the config or of this call. {POSSIBLE}")
+        check_options(options)
         if is_exported():
             check_export(past_key_values, use_cache)
-        num_tokens = tokens.shape[1]
+        batch_size, num_tokens = tokens.shape[:2]
+        attention_mask = self._mask_of_sparse_layers(attention_mask)
         may_be_packed = attention_mask is None and past_key_values is None and not use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -60,26 +72,59 @@ class MosaCallMixin:
             is_static, past_length = past_key_values.is_compileable, past_key_values.get_seq_length()
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()
-        if is_static and not torch.compiler.is_compiling() and tokens.device.type == "cpu":
-            # Elsewhere it costs a synchronisation to look, and upstream's own write fails.
-            needed, capacity = int(past_length) + num_tokens, past_key_values.get_max_length()
+        # Elsewhere than on a CPU it costs a synchronisation to look, and upstream's own write fails.
+        may_look = not is_recorded() and (not is_static or tokens.device.type == "cpu")
+        if may_look:
+            mask = self._read_mask(attention_mask, batch_size, num_tokens, int(past_length), past_key_values)
+        else:
+            mask = columns_of_mask(attention_mask, batch_size, num_tokens, past_length if is_static else None)
+        if position_ids is None:
+            position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
+        layout = CallLayout.build(
+            tokens, mask, position_ids, num_cached_tokens(past_key_values), may_be_packed, may_look
+        )
+        if may_look:
+            check_sequence_lengths(options, layout)
+        return ModelCall(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
+
+    def _mask_of_sparse_layers(self, attention_mask: torch.Tensor | Mapping | None) -> torch.Tensor | None:
+        """The mask that layers with sparse groups or MoSA heads read, which have global attention."""
+        if not isinstance(attention_mask, Mapping):
+            return attention_mask
+        if not self.takes_masks_by_layer_type or "full_attention" not in attention_mask:
+            raise ValueError(
+                f"`attention_mask` is a dict of {', '.join(map(repr, attention_mask))}, but {type(self).__name__} takes "
+                + ("one with 'full_attention'." if self.takes_masks_by_layer_type else "one mask for all layers.")
+            )
+        return attention_mask["full_attention"]
+
+    def _read_mask(
+        self,
+        attention_mask: torch.Tensor | None,
+        batch_size: int,
+        num_tokens: int,
+        past_length: int,
+        past_key_values: Cache | None,
+    ) -> TokenMask:
+        """What a mask says of the call's tokens; the cache is told."""
+        if past_key_values is None:
+            return read_mask(attention_mask, batch_size, num_tokens)
+        if past_key_values.is_compileable:
+            needed, capacity = past_length + num_tokens, past_key_values.get_max_length()
             if needed > capacity and not all(past_key_values.is_sliding):
                 raise ValueError(
                     f"The static cache has a capacity of {capacity} tokens, not {needed}: raise `max_cache_len`."
                 )
-        if position_ids is None:
-            position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
-        if isinstance(attention_mask, dict):  # prepared masks by layer type
-            attention_mask = attention_mask.get("full_attention")
-        layout = CallLayout.build(
-            tokens,
-            attention_mask,
-            position_ids,
-            num_cached_tokens(past_key_values),
-            may_be_packed,
-            past_length if is_static else None,
-        )
-        return ModelCall(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
+        seen = seen_tokens(past_key_values)
+        mask = read_mask(attention_mask, batch_size, num_tokens, past_length, seen, is_cached=True)
+        if mask.segment is not None and has_budget(past_key_values):
+            raise ValueError(
+                "`attention_mask` keeps packed sequences apart, which static caches and `mosa_cache_budget` do not know "
+                "of: pass `use_cache=False`."
+            )
+        if mask.seen is not seen:
+            note_seen(past_key_values, mask.seen)
+        return mask
 
     def upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None = None) -> None:
         """

@@ -39,9 +39,9 @@ class MosaHeads(nn.Module):
             self.register_parameter(
                 name, nn.Parameter(torch.empty(self.num_groups, size)) if config.attention_bias else None
             )
-        self.has_dense_heads = config.num_attention_heads > 0
+        self.num_dense_groups = config.num_key_value_heads if config.num_attention_heads else 0
         # The layer's output bias belongs to the dense heads' `o_proj`, where there are any.
-        needs_output_bias = config.attention_bias and not self.has_dense_heads
+        needs_output_bias = config.attention_bias and not self.num_dense_groups
         self.o_bias = nn.Parameter(torch.empty(config.hidden_size)) if needs_output_bias else None
 
     def forward(
@@ -132,4 +132,4 @@ class MosaHeads(nn.Module):
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
         groups = GroupSet(tuple(range(self.num_groups)), 0, in_force(self.router).sparsity[0])
-        return SparseSpec(None, (groups,), self.budget, self.has_dense_heads)
+        return SparseSpec(None, (groups,), self.budget, self.num_dense_groups)

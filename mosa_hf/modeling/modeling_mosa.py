@@ -203,7 +203,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         call, past_key_values, position_ids = self.begin_call(
-            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
+            inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
         causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = inputs_embeds

@@ -24,6 +24,8 @@ from ..kernels import backend
 from ..kernels.tensors import KeyValues, Runs
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
+from ..routing.mask import POSSIBLE
+from .attention_options import check_options
 from .call import ModelCall
 from .configuration import SparseGroupsConfig
 from .router import MosaRouter, in_force
@@ -177,9 +179,8 @@ class SparseGroupsMixin:
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of this layer."""
-        return SparseSpec(
-            self.mosa_groups.dense, self.mosa_groups.sets, self.mosa_budget, has_dense=bool(self.mosa_groups.dense)
-        )
+        dense = self.mosa_groups.dense
+        return SparseSpec(dense, self.mosa_groups.sets, self.mosa_budget, num_dense=len(dense))
 
 
 def warn_of_idle_routers(router: MosaRouter) -> None:
@@ -197,8 +198,8 @@ def mosa_attention_forward(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,  # in upstream's order: other packages' wrappers pass it by place
     scaling: float | None = None,
-    dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     mosa: LayerCall | None = None,
@@ -213,8 +214,8 @@ def mosa_attention_forward(
         query: `[B, H, T, d]`, rotated.
         key, value: `[B, G, T, d]` without a cache; with one, the dense groups' alone, `[B, G_dense, S, d]`.
         attention_mask: of the dense groups, as their implementation wants it.
-        scaling: factor on the scores.
         dropout: of the dense groups' attention weights.
+        scaling: factor on the scores.
         softcap: c of c · tanh(score / c).
         s_aux: `[H]`, a sink's score for each query head.
         mosa: None for a layer without sparse groups.
@@ -224,7 +225,8 @@ def mosa_attention_forward(
         and every group is dense.
 
     Raises:
-        ValueError: on a model that has neither sparse groups nor MoSA heads.
+        ValueError: on a model that has neither sparse groups nor MoSA heads; for options that change scores in a way
+            that sparse groups do not know.
     """
     options = {"scaling": scaling, "dropout": dropout, **kwargs}
     if softcap is not None:
@@ -235,6 +237,9 @@ def mosa_attention_forward(
         check_has_mosa(module)
         return dense_attention(module, query, key, value, attention_mask, **options)
 
+    check_options(kwargs)
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"`is_causal` of {type(module).__name__} is False. {POSSIBLE}")
     groups = module.mosa_groups
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     num_groups = groups.num_groups
@@ -242,6 +247,8 @@ def mosa_attention_forward(
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
     outputs, order = [], []
     if groups.dense:
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
+            attention_mask = attention_mask[:, :1]  # of all heads; where they differ, the model has refused it
         if mosa.cache is None:
             key_dense, value_dense = take(key, groups.dense, dim=1), take(value, groups.dense, dim=1)
         else:

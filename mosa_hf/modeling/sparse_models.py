@@ -1,6 +1,7 @@
 """Models with sparse groups: a family's own classes, whose attention modules route (docs/design.md, section 2)."""
 
 import copy
+import inspect
 import os
 from pathlib import Path
 from types import MethodType
@@ -79,6 +80,11 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
 class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
     """Before a family's base model."""
 
+    @property
+    def takes_masks_by_layer_type(self) -> bool:
+        """Whether the family's forward takes a dict of prepared masks, which its code asks for."""
+        return "dict" in inspect.unwrap(self.family.base_model_class.forward).__code__.co_names
+
     def init_parallel_plans(self) -> None:
         super().init_parallel_plans()
         self._tp_plan.update(sparse_groups_plan(self, self._tp_plan))
@@ -103,7 +109,7 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
         if tokens is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         call, past_key_values, position_ids = self.begin_call(
-            tokens, attention_mask, position_ids, past_key_values, use_cache
+            tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
         return super().forward(
             input_ids=input_ids,

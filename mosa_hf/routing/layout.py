@@ -6,6 +6,7 @@ import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
 from ..kernels.recording import is_recorded
+from .mask import TokenMask
 
 
 @dataclass
@@ -34,44 +35,41 @@ class CallLayout:
     def build(
         cls,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        mask: TokenMask,
         position_ids: torch.Tensor,
         num_cached_tokens: torch.Tensor | None,
         may_be_packed: bool,
-        past_length: torch.Tensor | int | None = None,
+        may_look: bool = True,
     ) -> "CallLayout":
         """
         Args:
             inputs_embeds: `[B, T, D]`, for its shape and device.
-            attention_mask: as the user gave it: None, 2-D `[B, cached + T]`, or 4-D (bool, or float with 0 = keep).
+            mask: what the user's mask says of the call's tokens.
             position_ids: `[B or 1, T]`; a restart marks a packed sequence if `may_be_packed`.
             num_cached_tokens: `[B]` int64, real tokens that the cache has seen; None for no cache or an empty one.
             may_be_packed: Transformers' rule: neither a mask nor a cache was given.
-            past_length: where this call's tokens begin in a mask over a static cache; None: they are its last ones.
+            may_look: whether what is done may depend on data.
         """
         batch_size, num_tokens = inputs_embeds.shape[:2]
-        is_cpu = inputs_embeds.device.type == "cpu"
-        is_static = is_recorded() or (past_length is not None and not is_cpu)  # nothing may depend on data
-        valid = valid_tokens(attention_mask, num_tokens, past_length)
-        if valid is not None:
-            valid = valid.to(inputs_embeds.device).expand(batch_size, -1)  # a 4-D mask may have one row for all
+        device = inputs_embeds.device
+        valid, segment = (x if x is None else x.to(device).expand(batch_size, -1) for x in (mask.valid, mask.segment))
         order = inverse = None
-        if valid is not None and not is_static and bool(valid.all()):
-            valid = None
         if valid is None:
-            position = torch.arange(num_tokens, device=inputs_embeds.device).expand(batch_size, -1)
+            position = torch.arange(num_tokens, device=device).expand(batch_size, -1)
         else:
             position = (valid.long().cumsum(1) - 1).clamp(min=0)
-            if num_tokens > 1 and (is_static or bool((valid[:, :-1] & ~valid[:, 1:]).any())):
+            if num_tokens > 1 and (not may_look or bool((valid[:, :-1] & ~valid[:, 1:]).any())):
                 order, inverse = padding_first(valid)
 
-        segment = find_packed_sequence_indices(position_ids.expand(batch_size, -1)) if may_be_packed else None
-        if segment is None:
-            first = position == 0
+        if segment is not None:
+            first = position == segment
+        elif may_be_packed:
+            segment = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
+            first = position == 0 if segment is None else segment.diff(dim=1, prepend=segment[:, :1] - 1) != 0
         else:
-            first = segment.diff(dim=1, prepend=segment[:, :1] - 1) != 0
+            first = position == 0
         if num_cached_tokens is not None:
-            num_cached_tokens = num_cached_tokens.to(inputs_embeds.device, copy=True)[:, None]  # a cache counts on
+            num_cached_tokens = num_cached_tokens.to(device, copy=True)[:, None]  # a cache counts on
             position = position + num_cached_tokens
             first = first & (num_cached_tokens == 0)
         if valid is not None:
@@ -113,34 +111,3 @@ def padding_first(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     slot = torch.arange(valid.shape[1], device=valid.device).expand_as(inverse)
     return torch.zeros_like(inverse).scatter(1, inverse, slot), inverse
 
-
-def valid_tokens(
-    attention_mask: torch.Tensor | None, num_tokens: int, past_length: torch.Tensor | int | None = None
-) -> torch.Tensor | None:
-    """
-    `[B, num_tokens]` bool: which of a call's tokens are not padding; None if the mask cannot tell.
-
-    Args:
-        attention_mask: 2-D or 4-D, as the user gave it.
-        past_length: where the call's tokens begin in the mask; None: they are its last ones.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim == 4:
-        # The last query sees every real token of its row.
-        attention_mask = attention_mask[:, 0, -1]
-        if attention_mask.dtype.is_floating_point:
-            attention_mask = attention_mask == 0
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            "`attention_mask` must be 2-D [batch, length] or 4-D [batch, 1, queries, keys], "
-            f"got {tuple(attention_mask.shape)}."
-        )
-    if attention_mask.shape[1] < num_tokens:
-        raise ValueError(
-            f"`attention_mask` covers {attention_mask.shape[1]} tokens, fewer than the {num_tokens} that are passed."
-        )
-    if past_length is None:
-        return attention_mask[:, -num_tokens:].bool()
-    columns = past_length + torch.arange(num_tokens, device=attention_mask.device)
-    return attention_mask.index_select(1, columns).bool()
