@@ -39,7 +39,9 @@ class OurLayer(nn.Module):
         super().__init__()
         self.heads = heads
         position = torch.arange(num_tokens)[None]
-        self.layout = CallLayout.build(torch.empty(batch_size, num_tokens), TokenMask(), position, None, may_be_packed=False)
+        self.layout = CallLayout.build(
+            torch.empty(batch_size, num_tokens), TokenMask(), position, None, may_be_packed=False
+        )
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return self.heads(hidden_states, (cos, sin), ModelCall(self.layout, {}, torch.is_grad_enabled()))

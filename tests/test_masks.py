@@ -155,7 +155,9 @@ def test_block_diagonal_masks_are_packed_sequences(name, use_cache, form):
     if form == "padded":  # the end of the last sequence of a row, and the beginning of the first one of the other
         counts[0, -3:] = counts[1, :2] = False
         pairs &= counts[:, None, None]
-    mask = {"bool": pairs, "row for all": pairs[:1], "head each": pairs.expand(-1, 4, -1, -1)}.get(form, additive(pairs))
+    mask = {"bool": pairs, "row for all": pairs[:1], "head each": pairs.expand(-1, 4, -1, -1)}.get(
+        form, additive(pairs)
+    )
     expected = BASE(ids, attention_mask=mask, use_cache=use_cache).logits
     actual = model(ids, attention_mask=mask, use_cache=use_cache)
     assert (actual.logits - expected)[counts].abs().max() < 1e-4

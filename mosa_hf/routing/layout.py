@@ -110,4 +110,3 @@ def padding_first(valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     inverse = torch.where(valid == 1, num_padding[:, -1:] + valid.cumsum(1), num_padding) - 1
     slot = torch.arange(valid.shape[1], device=valid.device).expand_as(inverse)
     return torch.zeros_like(inverse).scatter(1, inverse, slot), inverse
-

@@ -111,8 +111,7 @@ def _check_shape(mask: Any, batch_size: int, num_tokens: int, length: int, is_ca
         raise ValueError(f"`attention_mask` must be a tensor, not a {type(mask).__name__}. {POSSIBLE}")
     if mask.ndim not in (2, 4):
         raise ValueError(
-            "`attention_mask` must be 2-D [batch, length] or 4-D [batch, 1, queries, keys], "
-            f"got {tuple(mask.shape)}."
+            f"`attention_mask` must be 2-D [batch, length] or 4-D [batch, 1, queries, keys], got {tuple(mask.shape)}."
         )
     if mask.shape[-1] < length:
         raise ValueError(
