@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosa_hf.routing import CallLayout, TokenMask, columns_of_mask, read_mask, valid_tokens
+from mosa_hf.routing import CallLayout, columns_of_mask, read_mask, valid_tokens
 
 
 def layout_of(
