@@ -92,9 +92,10 @@ class MosaCallMixin:
         if not isinstance(attention_mask, Mapping):
             return attention_mask
         if not self.takes_masks_by_layer_type or "full_attention" not in attention_mask:
+            wanted = "one with 'full_attention'" if self.takes_masks_by_layer_type else "one mask for all layers"
             raise ValueError(
-                f"`attention_mask` is a dict of {', '.join(map(repr, attention_mask))}, but {type(self).__name__} takes "
-                + ("one with 'full_attention'." if self.takes_masks_by_layer_type else "one mask for all layers.")
+                f"`attention_mask` is a dict of {', '.join(map(repr, attention_mask))}, but {type(self).__name__} "
+                f"takes {wanted}."
             )
         return attention_mask["full_attention"]
 
@@ -119,8 +120,8 @@ class MosaCallMixin:
         mask = read_mask(attention_mask, batch_size, num_tokens, past_length, seen, is_cached=True)
         if mask.segment is not None and has_budget(past_key_values):
             raise ValueError(
-                "`attention_mask` keeps packed sequences apart, which static caches and `mosa_cache_budget` do not know "
-                "of: pass `use_cache=False`."
+                "`attention_mask` keeps packed sequences apart, which static caches and `mosa_cache_budget` do not "
+                "know of: pass `use_cache=False`."
             )
         if mask.seen is not seen:
             note_seen(past_key_values, mask.seen)

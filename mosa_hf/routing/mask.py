@@ -54,8 +54,8 @@ def read_mask(
     if attention_mask is None:
         if past_seen is not None and not past_seen.all():
             raise ValueError(
-                "The cache holds padded rows, whose padding it has not stored: pass the `attention_mask` of all tokens "
-                "so far, cached ones included."
+                "The cache holds padded rows, whose padding it has not stored: pass the `attention_mask` of all "
+                "tokens so far, cached ones included."
             )
         return TokenMask()
     length = past_length + num_tokens
