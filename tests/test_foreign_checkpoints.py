@@ -1,4 +1,4 @@
-"""Checkpoints with something around the model, or without its head: converted where the stock model loads, or an error."""
+"""Checkpoints with something around the model, or without its head: converted as upstream loads them, or an error."""
 
 import json
 import re
