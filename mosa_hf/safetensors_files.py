@@ -1,14 +1,18 @@
-"""The safetensors files of a checkpoint directory, checked before anything is loaded."""
+"""The weight files of a checkpoint, checked before anything is loaded."""
 
 import json
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import load_state_dict
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-FLOATING = {"F64", "F32", "F16", "BF16"}  # dtypes, as safetensors names them, of weights that are not quantised
+# Dtypes, as safetensors names them, of weights that are not quantised.
+FLOATING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CHECKED = 65536  # numbers of a tensor that `check_finite` reads
 
 
@@ -17,7 +21,7 @@ class TensorHeader(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: str
-    file: Path
+    file: Path | None  # None: of a tensor in memory
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -66,11 +70,6 @@ def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
     return headers
 
 
-def tensor_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor name → shape; raises as `tensor_headers`."""
-    return {name: header.shape for name, header in tensor_headers(directory).items()}
-
-
 def file_headers(path: Path) -> dict[str, TensorHeader]:
     """
     Tensor name → header of one file.
@@ -84,6 +83,25 @@ def file_headers(path: Path) -> dict[str, TensorHeader]:
             return {name: TensorHeader(tuple(x.get_shape()), x.get_dtype(), path) for name, x in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or truncated ({error}): copy or download it again.") from error
+
+
+def loaded_headers(weights: Mapping[str, torch.Tensor] | Iterable[str | os.PathLike]) -> dict[str, TensorHeader]:
+    """
+    Tensor name → header of what Transformers has chosen to load: tensors, or files. Of files that have a tensor of one
+    name, the last one counts, as there; whether an index agrees does not matter, as there.
+
+    Raises:
+        FileNotFoundError: for a file that is not there.
+        ValueError: for a file that is truncated or otherwise damaged.
+    """
+    if isinstance(weights, Mapping):
+        return _headers_of(weights, None)
+    headers: dict[str, TensorHeader] = {}
+    for path in map(Path, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.parent} lacks the weight file {path.name}: copy or download it again.")
+        headers |= file_headers(path) if path.suffix == ".safetensors" else _pickle_headers(path)
+    return headers
 
 
 def check_finite(headers: dict[str, TensorHeader]) -> None:
@@ -107,6 +125,23 @@ def check_finite(headers: dict[str, TensorHeader]) -> None:
                     sample = file.get_tensor(name)
                 if not sample.isfinite().all():
                     raise ValueError(f"{path}: {name} has NaN or infinite values.")
+
+
+def _pickle_headers(path: Path) -> dict[str, TensorHeader]:
+    """As `file_headers`, of a file that `torch.save` wrote; the tensors' numbers are mapped and not read."""
+    try:
+        return _headers_of(load_state_dict(path), path)
+    except Exception as error:  # whatever a damaged file makes PyTorch raise
+        raise ValueError(f"{path} cannot be read ({error}): if it is damaged, copy or download it again.") from error
+
+
+def _headers_of(tensors: Mapping[str, torch.Tensor], file: Path | None) -> dict[str, TensorHeader]:
+    names = {dtype: name for name, dtype in FLOATING.items()}
+    return {
+        name: TensorHeader(tuple(tensor.shape), names.get(tensor.dtype, str(tensor.dtype)), file)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }
 
 
 def _weight_map(directory: Path) -> dict[str, str]:

@@ -15,7 +15,10 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoProcessor,
     AutoTokenizer,
+    GenerationConfig,
+    pipeline,
 )
 
 import mosa_hf
@@ -58,6 +61,23 @@ def test_tokenizers_are_the_familys(family, tmp_path):
         config.save_pretrained(tmp_path)
         classes.append(type(AutoTokenizer.from_pretrained(tmp_path)))
     assert classes[0] is classes[1]
+
+
+def test_nobody_is_asked_to_trust_code(form, tmp_path, monkeypatch):
+    """Of a folder that names code: what is loaded is the imported package, and tokenizers need none."""
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda question: questions.append(question) or "n")
+    form.model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert "auto_map" in json.loads((tmp_path / "config.json").read_text())
+    for trust in ({}, {"trust_remote_code": False}, {"trust_remote_code": True}):
+        assert type(AutoConfig.from_pretrained(tmp_path, **trust)) is form.config_class
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path, **trust)) is form.causal_lm_class
+        for auto in (AutoTokenizer, AutoProcessor):
+            assert auto.from_pretrained(tmp_path, **trust)("hello")["input_ids"] == byte_tokenizer()("hello").input_ids
+        assert type(pipeline("text-generation", str(tmp_path), **trust).model) is form.causal_lm_class
+    assert GenerationConfig.from_pretrained(tmp_path).bos_token_id == 1
+    assert not questions
 
 
 SCRIPT = """

@@ -130,6 +130,12 @@ class TestLlama(Suites, unittest.TestCase):
 
 
 class MosaSuites(Suites):
+    @pytest.mark.xfail(
+        strict=True, raises=ValueError, reason="it loads a file without weights: models without routers are refused"
+    )
+    def test_model_weights_reload_no_missing_tied_weights(self):
+        super().test_model_weights_reload_no_missing_tied_weights()
+
     @AVERAGED
     def test_hsdp_grad_accumulation_vs_single_device_0_replicate_and_shard(self):
         super().test_hsdp_grad_accumulation_vs_single_device_0_replicate_and_shard()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GgufConfig
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import rename_source_key, revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -44,6 +44,33 @@ COMPANIONS = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Buffers that old checkpoints hold and models compute themselves.
 RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+ADAPTER_NAME = "adapter_config.json"  # PEFT's
+# What names of weights say of a model that was saved with something around it: pattern, what it is, and the remedy.
+WRAPPED = (
+    (r"(^|\.)_orig_mod\.", "a model that `torch.compile` wraps", "save what it wraps, `model._orig_mod`"),
+    (r"(^|\.)_fsdp_wrapped_module\.", "a model that FSDP wraps", "gather its state dict and save the model itself"),
+    (r"^base_model\.model\.|\.lora_[AB]\b|\.base_layer\.", "a PEFT model", "save `model.merge_and_unload()`"),
+    (r"^module\.", "a model that DDP, DataParallel or DeepSpeed wraps", "save what it wraps, `model.module`"),
+    (
+        r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
+        "a model of pictures and text",
+        "load it with its own class, and save its language model alone, with the config of that",
+    ),
+)
+# The same of names that a model has besides those that its config asks for.
+HEADS_OF_OTHERS = (
+    (
+        r"^(v_head|value_head)\.",
+        "a value head, as TRL's reinforcement learning adds it",
+        "load the folder as `AutoModelForCausalLM`, which leaves that head out, and `save_pretrained`",
+    ),
+    (
+        r"^(score|classifier|qa_outputs|lm_head|embed_out)\.weight$",
+        "a head that `architectures` in the config does not name",
+        "set `architectures` to the class that the weights are of, or load them with the class that it names and "
+        "`save_pretrained`",
+    ),
+)
 
 
 def convert_checkpoint(
@@ -124,6 +151,12 @@ def read_config(directory: Path) -> PreTrainedConfig:
         ValueError: for a config that is damaged, out of range, or of a family without sparse groups.
     """
     path = directory / CONFIG_NAME
+    if (directory / ADAPTER_NAME).is_file():
+        raise ValueError(
+            f"{directory} has an adapter of PEFT ({ADAPTER_NAME}), which is not among the weights that are converted. "
+            "Merge it first (`PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(...)`), or "
+            "convert the base model and load the adapter onto that."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has no {CONFIG_NAME}: it is not a model directory.")
     try:
@@ -157,6 +190,7 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
                 "load them with Transformers and `save_pretrained`, which writes safetensors; then convert that."
             )
         raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
+    _check_names(headers, WRAPPED)
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
     layers = {int(found[1]) for name in headers if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
     if layers != set(range(config.num_hidden_layers)):
@@ -177,12 +211,26 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
     if any(name in headers for name in state.keys() - expected.keys()):
         expected = state
     optional = tied | revert_weight_conversion(model, {name: state[name] for name in tied}).keys()
+    prefix = f"{model.base_model_prefix}."
+    decoder_alone = model.base_model is not model and not any(name.startswith(prefix) for name in headers)
+    # As upstream, which loads any head from a decoder's weights, and a decoder from those of any head.
+    found = {rename_source_key(name, [], [], model.base_model_prefix, expected)[0]: name for name in headers}
+    if len(found) < len(headers):
+        twice = min(headers.keys() - found.values())
+        raise ValueError(f"{headers[twice].file} has {twice}, which is there with and without its prefix: keep one.")
+    found = {name: headers[source] for name, source in found.items()}
+    _check_names({name: header for name, header in found.items() if name not in expected}, HEADS_OF_OTHERS)
     for name, tensor in expected.items():
-        if name not in headers:
+        if name not in found:
             if name in optional:
                 continue
+            if decoder_alone and not name.startswith(prefix):
+                raise ValueError(
+                    f"{directory} holds a decoder alone, without {name}, but `architectures` in {CONFIG_NAME} asks "
+                    f"for {model_class.__name__}: name the decoder's class there, or save the model with its head."
+                )
             raise ValueError(f"{directory}: the weights lack {name}, which {CONFIG_NAME} asks for.")
-        header = headers[name]
+        header = found[name]
         if header.shape != tuple(tensor.shape):
             raise ValueError(
                 f"{header.file}: {name} has shape {header.shape}, but {CONFIG_NAME} asks for {tuple(tensor.shape)}. "
@@ -193,14 +241,24 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
                 f"{header.file}: {name} has dtype {header.dtype}, but {CONFIG_NAME} names no quantization: weights "
                 f"must be {', '.join(sorted(FLOATING))}."
             )
-    for name in sorted(headers.keys() - expected.keys()):
+    for name in sorted(found.keys() - expected.keys()):
         if not name.endswith(RECOMPUTED):
             raise ValueError(
-                f"{headers[name].file} has {name}, which {CONFIG_NAME} does not ask for. Weights and config belong to "
+                f"{found[name].file} has {name}, which {CONFIG_NAME} does not ask for. Weights and config belong to "
                 "different models."
             )
     check_finite(headers)
     return model, headers
+
+
+def _check_names(headers: dict[str, TensorHeader], kinds: tuple[tuple[str, str, str], ...]) -> None:
+    """
+    Raises:
+        ValueError: for a name of one of the `kinds`: pattern, what it is a sign of, and the remedy.
+    """
+    for pattern, what, remedy in kinds:
+        if name := next(filter(re.compile(pattern).search, sorted(headers)), None):
+            raise ValueError(f"{headers[name].file} has {name}, the name of a weight of {what}: {remedy}.")
 
 
 def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:

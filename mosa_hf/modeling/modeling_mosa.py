@@ -1,8 +1,5 @@
 """The native MoSA model: Llama's classes with the attention replaced (docs/design.md, section 2)."""
 
-import os
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -31,11 +28,11 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..compat import CACHE, takes_cache
 from ..routing import select_by_expert_choice, valid_tokens
-from ..safetensors_files import tensor_shapes
 from .call import ModelCall, MosaCallMixin
 from .configuration import MosaConfig
 from .generation import MosaGenerationMixin
 from .heads import MosaHeads
+from .loading import CheckedLoadingMixin
 from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter
 from .sparse_models import init_router
@@ -127,7 +124,7 @@ class MosaDecoderLayer(LlamaDecoderLayer):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-class MosaPreTrainedModel(InstalledCodeModelMixin, LlamaPreTrainedModel):
+class MosaPreTrainedModel(CheckedLoadingMixin, InstalledCodeModelMixin, LlamaPreTrainedModel):
     config: MosaConfig
     config_class = MosaConfig
     _no_split_modules = ["MosaDecoderLayer"]
@@ -138,19 +135,8 @@ class MosaPreTrainedModel(InstalledCodeModelMixin, LlamaPreTrainedModel):
     }
     # Selection compares logits with thresholds: half precision would make ties of them.
     _keep_in_fp32_modules_strict = ["router"]
+    router_remedy = "start from it with `mosa_hf.conversion.convert_to_native`"
     _can_compile_fullgraph = True
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        As `PreTrainedModel.from_pretrained`.
-
-        Raises:
-            FileNotFoundError, ValueError: for a local checkpoint with a missing or a truncated weight file, by name.
-        """
-        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
-            tensor_shapes(Path(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -15,11 +15,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..safetensors_files import FLOATING, file_headers
+from ..safetensors_files import file_headers
 from ..whole_files import whole_directory
 from .configuration import SparseGroupsConfig
 from .families import family_of
 from .group_plan import GroupPlan
+from .loading import check_router_dtype, check_router_value
 from .router import named_routers
 from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 
@@ -256,12 +257,7 @@ def _set_router_tensors(model: PreTrainedModel, path: Path) -> None:
         header, shape = headers[name], tuple(targets[name].shape)
         if header.shape != shape:
             raise ValueError(f"{path}: {name} has shape {header.shape}, but the model and the plan need {shape}.")
-        if header.dtype not in FLOATING:
-            raise ValueError(
-                f"{path}: {name} has dtype {header.dtype}, which is none of {', '.join(sorted(FLOATING))}."
-            )
+        check_router_dtype(path, name, header.dtype)
     for name, tensor in load_file(path).items():
-        # A threshold may be infinite: a group that selects everything, or nothing.
-        if tensor.isnan().any() or (not name.endswith(".threshold") and not tensor.isfinite().all()):
-            raise ValueError(f"{path}: {name} has NaN or infinite values.")
+        check_router_value(path, name, tensor)
         targets[name].copy_(tensor)

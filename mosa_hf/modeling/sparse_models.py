@@ -2,8 +2,6 @@
 
 import copy
 import inspect
-import os
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -16,21 +14,25 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..compat import CACHE, takes_cache
-from ..safetensors_files import tensor_shapes
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .devices import execution_device, offloaded_weights
+from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter, named_routers
 from .sparse_groups import SparseGroupsMixin
 
 
-class SparsePreTrainedMixin(InstalledCodeModelMixin):
+class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
     """Before every class of a family, base model and heads alike: builds, initialises and checks the routers."""
 
     # Selection compares logits with thresholds: half precision would make ties of them.
     _keep_in_fp32_modules_strict = ["mosa_router"]
+    router_remedy = (
+        "convert it (`mosa_hf.convert_model`, `mosa_hf.convert_checkpoint`), or load it with "
+        "`from_pretrained(..., routers=...)`"
+    )
     family: Any  # the `Family` of `families`, which sets it
 
     def __init__(self, config: SparseGroupsConfig, *args, **kwargs):
@@ -42,21 +44,19 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, routers=None, **kwargs):
         """
-        As `PreTrainedModel.from_pretrained`, and:
+        As `CheckedLoadingMixin.from_pretrained`, and:
 
         Args:
             routers: directory that `save_routers` wrote, or its name on the Hub. The first argument then is the base
                 model's, which is loaded as its own class loads it.
 
         Raises:
-            FileNotFoundError, ValueError: for a local checkpoint with a missing or a truncated weight file, by name.
+            FileNotFoundError, ValueError: for damaged weight files, and for routers that are missing or damaged.
         """
         if routers is not None:
             from .router_files import load_with_routers
 
             return load_with_routers(cls, pretrained_model_name_or_path, routers, **kwargs)
-        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
-            tensor_shapes(Path(pretrained_model_name_or_path))
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         freeze_idle_routers(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info`
         return loaded

@@ -12,9 +12,9 @@ from .conftest import TEXT, plain_shell
 
 # Each way runs in a fork, as fresh as the process that has imported nothing but what takes longest to import.
 SCRIPT = """
-import json, os, sys
+import builtins, json, os, sys
 import peft, torch, transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, pipeline
 
 original, converted, prompt, answer = sys.argv[1:]
 assert "mosa_hf" not in sys.modules
@@ -32,6 +32,14 @@ def causal_lm(path, options):
 def text_generation(path, options):
     return pipeline("text-generation", path, **options)(prompt, max_new_tokens=8, do_sample=False)[0]["generated_text"]
 
+def tokenizer(path, options, auto=AutoTokenizer):
+    questions = []
+    builtins.input = lambda question: questions.append(question) or "n"
+    return [auto.from_pretrained(path, **options)(prompt)["input_ids"], len(questions)]
+
+def processor(path, options):
+    return tokenizer(path, options, AutoProcessor)
+
 def outcome(function, path, options):
     try:
         return function(path, options)
@@ -39,19 +47,20 @@ def outcome(function, path, options):
         return f"{type(error).__name__}: {error}"
 
 outcomes = {}
-for function in (config, model, causal_lm, text_generation):
-    for path, trusted in ((original, False), (original, True), (converted, False), (converted, True)):
+TRUST = {"plain": {}, "trusted": {"trust_remote_code": True}, "refused": {"trust_remote_code": False}}
+ways = [(path, trust) for path in (original, converted) for trust in TRUST]
+for function in (config, model, causal_lm, text_generation, tokenizer, processor):
+    for path, trust in ways if function in (tokenizer, processor) else [way for way in ways if way[1] != "refused"]:
         read, write = os.pipe()
         if os.fork() == 0:
             os.close(read)
-            options = {"trust_remote_code": True} if trusted else {}
             with os.fdopen(write, "w") as pipe:
-                json.dump(outcome(function, path, options), pipe)
+                json.dump(outcome(function, path, TRUST[trust]), pipe)
             os._exit(0)
         os.close(write)
         with os.fdopen(read) as pipe:
             which = "original" if path == original else "converted"
-            outcomes[f"{function.__name__}, {which}, {'trusted' if trusted else 'plain'}"] = json.load(pipe)
+            outcomes[f"{function.__name__}, {which}, {trust}"] = json.load(pipe)
 with open(answer, "w") as file:
     json.dump(outcomes, file)
 """
@@ -92,6 +101,19 @@ def test_pipeline(outcomes, folders):
         for trust in ways:
             assert outcomes[f"text_generation, {folder.name}, {trust}"] == expected
         assert len(expected) > len(PROMPT)
+
+
+@pytest.mark.parametrize("auto, questions", [("tokenizer", 1), ("processor", 2)])
+def test_tokenizers_need_no_trust(auto, questions, outcomes):
+    """
+    The original's, whatever one answers. Upstream asks all the same where it reads a config of code that it does not
+    know; not where it was told, nor where `mosa_hf` was imported (`tests/test_registration.py`).
+    """
+    ids, asked = outcomes[f"{auto}, original, plain"]
+    assert asked == 0 and len(ids) > 20
+    assert outcomes[f"{auto}, converted, plain"] == [ids, questions]
+    for trust in ("trusted", "refused"):
+        assert outcomes[f"{auto}, original, {trust}"] == outcomes[f"{auto}, converted, {trust}"] == [ids, 0]
 
 
 def test_without_trust_an_error_names_it(outcomes, folders):
