@@ -5,26 +5,34 @@ window, is in no tensor.
 
 from .bytes import cache_bytes
 from .layer import (
+    CacheOfCall,
     GroupSet,
     Routed,
     SparseLayer,
     SparseSpec,
+    check_lengths,
     is_upgraded,
+    made_for,
     num_cached_tokens,
     num_overflowed,
     take,
     upgrade_cache,
+    upstream_class,
 )
 
 __all__ = [
+    "CacheOfCall",
     "GroupSet",
     "Routed",
     "SparseLayer",
     "SparseSpec",
     "cache_bytes",
+    "check_lengths",
     "is_upgraded",
+    "made_for",
     "num_cached_tokens",
     "num_overflowed",
     "take",
     "upgrade_cache",
+    "upstream_class",
 ]
