@@ -29,8 +29,8 @@ from transformers.utils import logging
 from mosa_hf import GroupPlan
 from mosa_hf.conversion.annealing import RateAnnealing
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, teacher_of
-from mosa_hf.conversion.identity import model_digest
 from mosa_hf.conversion.windows import spread
+from mosa_hf.modeling.identity import model_digest
 from mosa_hf.modeling.router_files import check_has_sparse_groups, write_routers
 from mosa_hf.whole_files import check_absent, whole_directory, whole_file
 

@@ -4,6 +4,7 @@ from .cache import cache_bytes
 from .conversion import ConversionConfig, convert_checkpoint, convert_model, to_dense
 from .kernels import use_backend
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel, families
+from .modeling.cache_files import load_cache, save_cache
 from .modeling.group_plan import GroupPlan
 from .modeling.router_files import load_routers, save_routers
 from .modeling.thresholds import calibrate_thresholds
@@ -27,7 +28,9 @@ __all__ = [
     "calibrate_thresholds",
     "convert_checkpoint",
     "convert_model",
+    "load_cache",
     "load_routers",
+    "save_cache",
     "save_routers",
     "to_dense",
     "trace_routing",

@@ -4,6 +4,7 @@ every operation that a cache knows.
 """
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama import LlamaConfig
 
-from mosa_hf.cache import GroupSet, Routed, SparseSpec, cache_bytes, upgrade_cache
+from mosa_hf.cache import CacheOfCall, GroupSet, Routed, SparseSpec, cache_bytes, upgrade_cache
 from mosa_hf.cache import store as store_module
 from mosa_hf.cache.growth import SLACK, static_capacity
 from mosa_hf.kernels.tensors import KeyValues, Runs
@@ -104,11 +105,11 @@ class Case:
         ]
         self.layer.begin(layout, routed)
         if self.is_paper:
-            self.cache.update(*2 * [tokens[:, None, :, None].float()], 0)
+            CacheOfCall(self.cache).update(*2 * [tokens[:, None, :, None].float()], 0)
             self.append_selected(layout, tokens, selected, score, new)
         else:
             groups = tuple(range(self.num_groups))
-            dense, _ = self.cache.update(self.states(tokens, groups), -self.states(tokens, groups), 0)
+            dense, _ = CacheOfCall(self.cache).update(self.states(tokens, groups), -self.states(tokens, groups), 0)
             assert dense.shape[1] == 1 and (dense[..., 1] == 1)[:, :, : self.num_columns].all()
             for each, read in zip(self.spec.sets, self.layer.readable(), strict=True):
                 self.check_read(read, each, new)
@@ -303,7 +304,9 @@ def test_against_a_list_of_tuples(is_static, is_paper, monkeypatch):
                 elif step == "copy":
                     original, case.cache = (
                         case.cache,
-                        case.pick([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])(case.cache),
+                        case.pick([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), by_states])(
+                            case.cache
+                        ),
                     )
                     with torch.inference_mode():
                         for store in original.layers[0].stores:  # the two share nothing
@@ -316,6 +319,15 @@ def test_against_a_list_of_tuples(is_static, is_paper, monkeypatch):
                     case.cache.activate_past_recording()
                 else:
                     case.crop()
+
+
+def by_states(cache):
+    """A copy whose stores were told what those of `cache` remember, as a file says it."""
+    copied = copy.deepcopy(cache)
+    for store, own in zip(copied.layers[0].stores, cache.layers[0].stores, strict=True):
+        tensors, plain = own.state()
+        store.set_state({name: x.clone() for name, x in tensors.items()}, json.loads(json.dumps(plain)))
+    return copied
 
 
 @pytest.mark.parametrize("is_static", [False, True], ids=["growing", "fixed"])

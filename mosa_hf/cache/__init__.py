@@ -5,32 +5,40 @@ window, is in no tensor.
 
 from .bytes import cache_bytes
 from .layer import (
+    CacheOfCall,
     GroupSet,
     Routed,
     SparseLayer,
     SparseSpec,
+    check_lengths,
     has_budget,
     is_upgraded,
+    made_for,
     note_seen,
     num_cached_tokens,
     num_overflowed,
     seen_tokens,
     take,
     upgrade_cache,
+    upstream_class,
 )
 
 __all__ = [
+    "CacheOfCall",
     "GroupSet",
     "Routed",
     "SparseLayer",
     "SparseSpec",
     "cache_bytes",
+    "check_lengths",
     "has_budget",
     "is_upgraded",
+    "made_for",
     "note_seen",
     "num_cached_tokens",
     "num_overflowed",
     "seen_tokens",
     "take",
     "upgrade_cache",
+    "upstream_class",
 ]

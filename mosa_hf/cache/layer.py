@@ -56,15 +56,31 @@ class MixedLayer(CacheLayerMixin):
     def __reduce__(self):
         return _blank, type(self).__bases__, self.__dict__
 
+    def __copy__(self) -> CacheLayerMixin:
+        """
+        A copy that goes its own way, as one of upstream's layers does, which never change a tensor: what is written to
+        in place is copied.
+        """
+        # Not a first layer, which would go on asking the layers behind the original one.
+        copied = _blank(*(base for base in type(self).__bases__ if base is not FirstLayer))
+        copied.__dict__ |= {name: value for name, value in self.__dict__.items() if name != "others"}
+        if isinstance(self, SparseLayer):
+            copied.stores = copy.deepcopy(self.stores)
+        if isinstance(self, PreallocatedDynamicLayer) and self.is_initialized:
+            copied.keys, copied.values = self.keys.clone(), self.values.clone()
+        return copied
+
 
 class SparseLayer(MixedLayer):
     """
     Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense groups'.
 
-    Of a model call: `begin`, then `update` as any cache layer, `readable` (what the sparse groups' queries may read)
-    and `evict` when they have.
+    Of a model call: `begin`, then `update` as any cache layer, but through `CacheOfCall`, `readable` (what the sparse
+    groups' queries may read) and `evict` when they have.
     """
 
+    owner: str  # class of the model that it was made for
+    made_for: tuple[int, SparseSpec]  # which of its layers
     # Plain tuples: exporters take a cache apart, and would build named ones wrongly.
     dense_groups: tuple[int, ...] | None  # as in `SparseSpec`
     sparse_groups: tuple[tuple[int, ...], ...]  # of each set
@@ -84,13 +100,16 @@ class SparseLayer(MixedLayer):
 
     def fits(self, spec: SparseSpec) -> bool:
         """Whether this is what `upgrade_cache` would make for `spec`, capacities aside."""
-        own = self.dense_groups, self.sparse_groups, [store.window for store in self.stores]
-        budgets = {store.budget for store in self.stores if not store.growth.is_fixed}
-        wanted = spec.dense, tuple(each.groups for each in spec.sets), [each.window for each in spec.sets]
-        return own == wanted and budgets <= {spec.budget}
+        own, wanted = (each._replace(sets=[one[:2] for one in each.sets]) for each in (self.made_for[1], spec))
+        return own == wanted  # all but sparsities
 
     def has_tokens(self) -> bool:
         return self.stores[0].has_tokens()
+
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call has begun and has not ended; after it, that it failed half-way."""
+        return self.stores[0].call is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # `early_initialization` by who does not know the dense groups gives all heads.
@@ -108,13 +127,27 @@ class SparseLayer(MixedLayer):
             )
             store.begin(selected, score, valid, layout.valid)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, of_call: bool = False, **kwargs
+    ) -> Any:
         """
         As upstream's, for `[B, G, T, d]` of all groups.
 
+        Args:
+            of_call: what `CacheOfCall` says and no other caller knows of.
+
         Returns:
             keys and values of the dense groups `[B, G_dense, S, d]`.
+
+        Raises:
+            ValueError: for the keys and values of another model, whose tokens no router has looked at.
         """
+        if not of_call:
+            raise ValueError(
+                f"This cache is {self.owner}'s, which keeps in it what its routers select: only that model can add to "
+                "it or read it, and what calls `update` here is another one, or no model. Give every model a cache "
+                "of its own (`DynamicCache(config=model.config)`); copy a filled one by `copy.deepcopy`."
+            )
         if self.dense_groups is None:
             return super().update(key_states, value_states, *args, **kwargs)
         self._read = []
@@ -212,7 +245,9 @@ class FirstLayer(MixedLayer):
         _check_stores([self, *self.others], tokens_to_remove)
         for layer in self.others:
             if isinstance(layer, DynamicSlidingWindowLayer):  # the one of upstream's that refuses: try it on a copy
-                layer = copy.copy(layer)
+                trial = object.__new__(type(layer))
+                trial.__dict__ |= layer.__dict__
+                layer = trial
                 (super(SparseLayer, layer) if isinstance(layer, SparseLayer) else layer).crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
@@ -244,7 +279,8 @@ def _blank(*bases: type) -> CacheLayerMixin:
 
 def __getattr__(name: str) -> type[CacheLayerMixin]:
     """The class of upgraded layers of Transformers' own, by name: exported programs look for them here."""
-    layer_class = getattr(cache_utils, name.removeprefix("Sparse"), None)
+    own = {"SparsePreallocatedDynamicLayer": PreallocatedDynamicLayer}
+    layer_class = own.get(name, getattr(cache_utils, name.removeprefix("Sparse"), None))
     if (
         not name.startswith("Sparse")
         or not isinstance(layer_class, type)
@@ -254,21 +290,47 @@ def __getattr__(name: str) -> type[CacheLayerMixin]:
     return _mixed(SparseLayer, layer_class)
 
 
-def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int | None = None) -> None:
+class CacheOfCall:
+    """
+    A cache as a module of a MoSA model hands it to its family's code, once the call has begun. So its layers tell that
+    call from the stock model's on the same cache, also after a call that failed half-way.
+    """
+
+    def __init__(self, cache: Cache):
+        self.cache = cache
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> Any:
+        return self.cache.update(key_states, value_states, layer_idx, *args, of_call=True, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def upgrade_cache(
+    cache: Cache,
+    specs: dict[int, SparseSpec | None],
+    max_cache_len: int | None = None,
+    owner: str = "a MoSA model",
+) -> None:
     """
     Give the layers that have sparse groups or MoSA heads their stores. Layers that have the same already are left
     alone.
 
     Args:
         cache: any cache of dynamic or static layers, as `generate` or the user made it.
-        specs: layer index → what it has to hold.
+        specs: layer index → what it has to hold; None: no sparse groups, and nothing to do.
         max_cache_len: tokens that a static cache will see, which it does not know if all its layers have a window.
+        owner: class of the model, for what its layers say to others.
 
     Raises:
-        ValueError: for a cache that holds tokens of another model, or is made for other groups, has too few layers, or
-            layers of another kind.
+        ValueError: for a cache that holds tokens of another model, or is made for other groups, has too few layers,
+            layers of another kind or out of order, or layers that hold different tokens.
     """
     for layer_idx, spec in specs.items():
+        if spec is None:
+            if layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], SparseLayer):
+                raise ValueError(_of_other_groups(cache.layers[layer_idx], layer_idx))
+            continue
         while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
             cache.layers.append(cache.layer_class_to_replicate())
         if layer_idx >= len(cache.layers):
@@ -279,48 +341,117 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
         layer = cache.layers[layer_idx]
         if isinstance(layer, SparseLayer):
             if not layer.fits(spec):
+                raise ValueError(_of_other_groups(layer, layer_idx))
+            if layer.made_for[0] != layer_idx:
                 raise ValueError(
-                    f"Layer {layer_idx} of `past_key_values` is made for a model whose groups differ from this one's "
-                    "in kind, `mosa_window` or `mosa_cache_budget`: make a new cache."
+                    f"Layer {layer_idx} of `past_key_values` was filled as layer {layer.made_for[0]}: put its "
+                    "`layers` in order again, or make a new cache."
                 )
+            layer.made_for = (layer_idx, spec)  # the same groups, maybe of another sparsity
             continue
         if not isinstance(layer, DynamicLayer | StaticLayer):
             raise ValueError(
                 f"Sparse groups cannot extend a cache layer of class {type(layer).__name__}: use a `DynamicCache` or "
                 "a `StaticCache`."
             )
-        if layer.get_seq_length():
+        if length := _held(layer):
             raise ValueError(
-                f"`past_key_values` holds {int(layer.get_seq_length())} tokens that this model's routers have not "
-                "seen. Pass an empty cache, or one that this model filled."
+                f"`past_key_values` holds {length} tokens that this model's routers have not seen, or has lost what "
+                f"they selected of them (layer {layer_idx}). Pass an empty cache, or one that this model filled: keys "
+                "and values alone do not make one. Copy one by `copy.deepcopy`, keep it on disk by "
+                "`mosa_hf.save_cache`."
             )
-        layer_class = type(layer)
-        if isinstance(layer, StaticLayer):
-            length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
-            if length is None:
-                raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
-            growths = [Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets]
-        else:
-            growths = [Growing() for _ in spec.sets]
-            if isinstance(layer, BaseQuantizedLayer) and spec.num_dense == 0:
-                layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
-            if layer_class is DynamicLayer:
-                layer_class = PreallocatedDynamicLayer
-        layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
-        layer.stores = tuple(
-            SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
-        )
-        record_past = layer.__dict__.pop("record_past", False)
-        layer.num_dense = spec.num_dense
-        layer.__class__ = _mixed(SparseLayer, layer_class)
-        layer.record_past = record_past
-        if isinstance(layer, StaticLayer) and layer.is_initialized and spec.num_dense is not None:
-            if layer.keys.shape[1] != spec.num_dense:
-                layer.lazy_initialization(layer.keys, layer.values)
+    check_lengths([cache.layers[layer_idx] for layer_idx in specs if layer_idx < len(cache.layers)])
+    for layer_idx, spec in specs.items():
+        if spec is not None and not isinstance(cache.layers[layer_idx], SparseLayer):
+            _upgrade_layer(cache, layer_idx, spec, max_cache_len)
+            cache.layers[layer_idx].owner = owner
     first, *others = cache.layers or [None]
-    if isinstance(first, CacheLayerMixin) and not isinstance(first, FirstLayer | StaticLayer) and specs:
+    if isinstance(first, FirstLayer):
+        first.others = tuple(others)  # which may be others than they were
+    elif isinstance(first, CacheLayerMixin) and not isinstance(first, StaticLayer) and any(specs.values()):
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
         first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(others)
+
+
+def _of_other_groups(layer: SparseLayer, layer_idx: int) -> str:
+    return (
+        f"Layer {layer_idx} of `past_key_values` is made for a model whose groups differ from this one's in kind, "
+        f"`mosa_window` or `mosa_cache_budget` ({layer.owner}): make a new cache."
+    )
+
+
+def _held(layer: DynamicLayer | StaticLayer) -> int:
+    """Tokens of one of upstream's layers, those whose keys have no heads, `[B, 0, T, d]`, included."""
+    length = int(layer.get_seq_length())
+    if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.ndim == 4:
+        length = max(length, layer.keys.shape[-2])
+    return length
+
+
+def check_lengths(layers: list[CacheLayerMixin]) -> None:
+    """
+    Raises:
+        ValueError: for layers of one cache that do not hold the same tokens, where that is known without asking a
+            device.
+    """
+    if any(isinstance(layer, SparseLayer) and layer.is_in_call for layer in layers):
+        raise ValueError(
+            "An earlier call failed half-way, and some layers of `past_key_values` hold its tokens: `reset()` it, "
+            "make a new cache, or go on with a copy (`copy.deepcopy`) that was made before that call."
+        )
+    lengths = [layer.get_seq_length() for layer in layers if isinstance(layer, CacheLayerMixin)]
+    lengths = {int(x) for x in lengths if isinstance(x, int) or x.device.type == "cpu"}
+    counted = {
+        layer.has_tokens() == bool(layer.get_seq_length())
+        for layer in layers
+        if isinstance(layer, SparseLayer) and isinstance(layer, DynamicLayer)
+    }
+    if len(lengths) > 1 or False in counted:
+        raise ValueError(
+            f"The layers of `past_key_values` hold different numbers of tokens ({sorted(lengths)}): some were "
+            "emptied, exchanged or filled by hand, another model has added to them, or a call failed half-way. "
+            "`reset()` it, make a new cache, or go on with a copy (`copy.deepcopy`) that was made before that."
+        )
+
+
+def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len: int | None) -> None:
+    layer = cache.layers[layer_idx]
+    layer_class = type(layer)
+    if isinstance(layer, StaticLayer):
+        length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
+        if length is None:
+            raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
+        growths = [Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets]
+    else:
+        growths = [Growing() for _ in spec.sets]
+        if isinstance(layer, BaseQuantizedLayer) and spec.num_dense == 0:
+            layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
+        if layer_class is DynamicLayer:
+            layer_class = PreallocatedDynamicLayer
+    layer.made_for, layer.dense_groups = (layer_idx, spec), spec.dense
+    layer.sparse_groups = tuple(each.groups for each in spec.sets)
+    layer.stores = tuple(
+        SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
+    )
+    record_past = layer.__dict__.pop("record_past", False)
+    layer.num_dense = spec.num_dense
+    layer.__class__ = _mixed(SparseLayer, layer_class)
+    layer.record_past = record_past
+    if isinstance(layer, StaticLayer) and layer.is_initialized and spec.num_dense is not None:
+        if layer.keys.shape[1] != spec.num_dense:  # initialised early, by who did not know the dense groups
+            layer.lazy_initialization(layer.keys, layer.values)
+
+
+def made_for(cache: Cache, num_layers: int) -> list[tuple[int, SparseSpec] | None]:
+    """What `upgrade_cache` made the first layers of a cache for, each: which layer, and what it has to hold."""
+    return [getattr(layer, "made_for", None) for layer in getattr(cache, "layers", ())[:num_layers]]
+
+
+def upstream_class(layer: CacheLayerMixin) -> type[CacheLayerMixin]:
+    """The class of Transformers that a layer was made of."""
+    layer_class = type(layer).__bases__[-1] if isinstance(layer, MixedLayer) else type(layer)
+    return DynamicLayer if layer_class is PreallocatedDynamicLayer else layer_class
 
 
 def is_upgraded(cache: Cache) -> bool:

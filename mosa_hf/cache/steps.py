@@ -42,8 +42,26 @@ class Step:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is held in memory."""
-        states = [*(self.overwritten or {}).values(), *(self.evicted or {}).values()]
-        return states + [x for x in (self.is_evicted, self.num_final, self.rows) if x is not None]
+        return list(self.state().values())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that is held in memory, by name: "evicted.key" is the key of `evicted`."""
+        nested = {"overwritten": self.overwritten, "evicted": self.evicted}
+        states = {f"{field}.{name}": x for field, each in nested.items() for name, x in (each or {}).items()}
+        plain = {name: getattr(self, name) for name in ("is_evicted", "num_final", "rows")}
+        return states | {name: x for name, x in plain.items() if x is not None}
+
+    @classmethod
+    def of_state(cls, states: dict[str, torch.Tensor]) -> "Step":
+        """The step that `state` gave the states of."""
+        fields: dict = {}
+        for name, x in states.items():
+            field, _, entry = name.partition(".")
+            if entry:
+                fields.setdefault(field, {})[entry] = x
+            else:
+                fields[field] = x
+        return cls(**fields)
 
 
 def of_todays_rows(steps: list[Step], num_groups: int) -> list[Step]:

@@ -1,6 +1,7 @@
 """What one set of a layer's groups remembers: the last tokens, and selected ones before them (DESIGN section 4)."""
 
 from bisect import bisect_left
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,13 @@ from ..routing.budget import evicted_at, lowest_score, within_budget
 from ..routing.layout import padding_first
 from .growth import Fixed, Growing, Memory
 from .steps import NUM_STEPS, Step, of_todays_rows
+
+# What a store remembers between two calls, beside `memory`, `pending`, `steps` and `masks`: see `state`.
+TENSORS = (
+    *("key", "value", "position", "selected", "score", "count", "num_selected", "num_evicted"),
+    *("num_stored", "num_pending", "num_final", "num_lost"),
+)
+PLAIN = ("record_past", "num_recorded", "free", "max_count", "max_tokens", "lengths")
 
 
 class SparseStore:
@@ -339,7 +347,8 @@ class SparseStore:
 
     def _readable_runs(self) -> Runs:
         """What a single token reads, all entries."""
-        if self.last_read is not None:
+        # Exporters that take a cache apart build views of the memory as memory of their own.
+        if self.last_read is not None and self.last_read.key is self.key:
             return self.last_read
         runs = Runs(self.key, self.value, self.memory.start, self.count, self.max_count, self.memory.stride)
         if torch.compiler.is_compiling() or self.key.device.type != "cpu":
@@ -506,9 +515,12 @@ class SparseStore:
         self._allocate_for(self.count)
         if self.growth.is_fixed:
             self.max_count, self.max_tokens = self.growth.stride, NEVER
-            if not torch.compiler.is_compiling():  # as upstream's static layers do: else no CUDA graphs
-                for states in (*self._states().values(), self.memory.start):
-                    torch._dynamo.mark_static_address(states)
+            self._mark_static()
+
+    def _mark_static(self) -> None:
+        if not torch.compiler.is_compiling():  # as upstream's static layers do: else no CUDA graphs
+            for states in (*self._states().values(), self.memory.start):
+                torch._dynamo.mark_static_address(states)
 
     def _allocate_for(self, count: torch.Tensor) -> None:
         """Empty memory for runs of `count` [B, G] entries."""
@@ -822,6 +834,88 @@ class SparseStore:
         pending = [] if self.pending is None else [states for states in self.pending if states is not None]
         held = [] if self.key is None else [*self._states().values(), self.memory.start, self.memory.capacity]
         return held + pending + [states for step in self.steps for states in step.tensors()]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """
+        All that is remembered between two calls, for `set_state` of a store of the same window, budget and growth:
+        tensors by name, and what JSON can hold.
+        """
+        tensors = {name: x for name in TENSORS if isinstance(x := getattr(self, name), torch.Tensor)}
+        parts = {} if self.pending is None else {"pending": self.pending._asdict()}
+        if self.memory is not None:
+            parts["memory"] = {"start": self.memory.start, "capacity": self.memory.capacity}
+        parts |= {f"steps.{i}": step.state() for i, step in enumerate(self.steps)}
+        parts["masks"] = {str(i): mask for i, mask in enumerate(self.masks)}
+        for part, states in parts.items():
+            tensors |= {f"{part}.{name}": x for name, x in states.items() if x is not None}
+        plain = {name: getattr(self, name) for name in PLAIN}
+        return tensors, plain | {"num_entries": self.memory and self.memory.size, "num_steps": len(self.steps)}
+
+    def set_state(self, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+        """
+        Remember what another store did, see `state`.
+
+        Raises:
+            ValueError: for states that are missing, unknown, or that no store can have had.
+        """
+        left = dict(tensors)
+
+        def part(prefix: str) -> dict[str, torch.Tensor]:
+            names = [name for name in left if name.startswith(prefix + ".")]
+            return {name.removeprefix(prefix + "."): left.pop(name) for name in names}
+
+        self._forget()
+        try:
+            for name in PLAIN:
+                setattr(self, name, plain[name])
+            masks = part("masks")
+            self.masks = [masks.pop(str(i), None) for i in range(len(self.lengths))]
+            self.steps = [Step.of_state(part(f"steps.{i}")) for i in range(plain["num_steps"])]
+            if pending := part("pending"):
+                optional = dict.fromkeys(("valid", "selected"))
+                self.pending = KeyValues(**optional | pending)
+            if memory := part("memory"):
+                stride = self.growth.stride if self.growth.is_fixed else None
+                self.memory = Memory(**memory, size=plain["num_entries"], stride=stride)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"these are not the states of a cache: {error}") from error
+        for name in TENSORS:
+            if name in left:
+                setattr(self, name, left.pop(name))
+        if left or masks:
+            raise ValueError(f"there are states that no cache has: {sorted([*left, *masks])}")
+        self._check_state()
+        if self.growth.is_fixed and self.memory is not None:
+            self._mark_static()
+
+    def _check_state(self) -> None:
+        """
+        Raises:
+            ValueError: if what is remembered cannot be read, or only beyond its memory.
+        """
+        counts = {"num_stored": self.num_stored, "num_final": self.num_final, "num_lost": self.num_lost}
+        runs = {name: getattr(self, name) for name in ("key", "value", "selected", "count", "memory")}
+        runs |= {name: getattr(self, name) for name in ("num_selected", "num_evicted")}
+        if self.budget is not None or not self.window:
+            runs["position"] = self.position
+        if self.budget is not None:
+            runs["score"] = self.score
+        for states in (counts, runs):  # there are none before the first call, and before anything is selected
+            missing = [name for name, x in states.items() if x is None]
+            if 0 < len(missing) < len(states):
+                raise ValueError(f"states are missing: {missing}")
+        if self.key is None:
+            return
+        if self.num_stored is None:
+            raise ValueError(f"states are missing: {list(counts)}")
+        if any(len(states) != self.memory.size + 1 for states in self._entries().values()):
+            raise ValueError(f"there are not {self.memory.size} entries and one more of each state")
+        start, capacity, count = self.memory.start, self.memory.capacity, self.count
+        if not (start.shape == capacity.shape == count.shape) or len(count) != len(self.num_stored):
+            raise ValueError("runs and rows differ in number")
+        is_within = (start >= 0) & (count >= 0) & (count <= capacity) & (start + capacity <= self.memory.size)
+        if not bool(is_within.all()):
+            raise ValueError("a run goes beyond its memory")
 
 
 def _cropped(pending: KeyValues, num_tokens: torch.Tensor, removed: torch.Tensor) -> KeyValues:

@@ -23,13 +23,13 @@ from transformers.utils import logging
 
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
+from ..modeling.identity import model_digest
 from ..modeling.thresholds import highest_share
 from ..whole_files import whole_file
 from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 from .effects import Effects
-from .identity import model_digest
 from .windows import calibration_windows
 
 # Two windows for each doubling.

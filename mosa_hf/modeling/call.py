@@ -6,7 +6,17 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from ..cache import has_budget, is_upgraded, note_seen, num_cached_tokens, seen_tokens, upgrade_cache
+from ..cache import (
+    SparseSpec,
+    check_lengths,
+    has_budget,
+    is_upgraded,
+    made_for,
+    note_seen,
+    num_cached_tokens,
+    seen_tokens,
+    upgrade_cache,
+)
 from ..kernels.recording import is_exported, is_recorded
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
@@ -31,6 +41,7 @@ class MosaCallMixin:
     """For the decoder (base model) of any MoSA model, whose layers' modules `cache_spec` say what they keep."""
 
     takes_masks_by_layer_type = False  # whether the family's forward takes a dict of prepared masks
+    _cache_made_for: list[tuple[int, SparseSpec] | None] | None = None  # the last one that `upgrade_cache` looked at
 
     def begin_call(
         self,
@@ -51,8 +62,9 @@ class MosaCallMixin:
             What layers share; the cache, upgraded, and made if there has to be one; position ids `[B or 1, T]`.
 
         Raises:
-            ValueError: for a static cache that is too short, what cannot be exported, a mask that says more than
-                padding and packing, and whatever else would make attention another than causal.
+            ValueError: for a cache that is not of this model, or of other rows; a static one that is too short; what
+                cannot be exported; a mask that says more than padding and packing, and whatever else would make
+                attention another than causal.
         """
         if not getattr(self.config, "is_causal", True):
             raise ValueError(f"`is_causal` is False, of the config or of this call. {POSSIBLE}")
@@ -67,8 +79,7 @@ class MosaCallMixin:
         # A static cache counts in place, and its masks cover all of it.
         is_static, past_length = False, 0
         if past_key_values is not None:
-            if num_tokens > 1 or not is_upgraded(past_key_values):  # single tokens continue what was looked at
-                self.upgrade_cache(past_key_values)
+            self._look_at_cache(past_key_values, tokens)
             is_static, past_length = past_key_values.is_compileable, past_key_values.get_seq_length()
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()
@@ -85,6 +96,8 @@ class MosaCallMixin:
         )
         if may_look:
             check_sequence_lengths(options, layout)
+            if past_key_values is not None:
+                note_seen(past_key_values, mask.seen)
         return ModelCall(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
 
     def _mask_of_sparse_layers(self, attention_mask: torch.Tensor | Mapping | None) -> torch.Tensor | None:
@@ -107,7 +120,7 @@ class MosaCallMixin:
         past_length: int,
         past_key_values: Cache | None,
     ) -> TokenMask:
-        """What a mask says of the call's tokens; the cache is told."""
+        """What a mask says of the call's tokens."""
         if past_key_values is None:
             return read_mask(attention_mask, batch_size, num_tokens)
         if past_key_values.is_compileable:
@@ -123,17 +136,38 @@ class MosaCallMixin:
                 "`attention_mask` keeps packed sequences apart, which static caches and `mosa_cache_budget` do not "
                 "know of: pass `use_cache=False`."
             )
-        if mask.seen is not seen:
-            note_seen(past_key_values, mask.seen)
         return mask
+
+    def _look_at_cache(self, past_key_values: Cache, tokens: torch.Tensor) -> None:
+        """Have it upgraded; refuse what the call's tokens `[B, T, ...]` cannot be added to before anything changes."""
+        expected = self._cache_made_for
+        is_single = tokens.shape[1] == 1 and not is_recorded()  # single tokens continue what was looked at
+        if not is_single or expected is None or made_for(past_key_values, len(expected)) != expected:
+            self.upgrade_cache(past_key_values)
+        elif not past_key_values.is_compileable:  # a call that failed leaves the first layers a token ahead
+            check_lengths([past_key_values.layers[layer_idx] for layer_idx in (0, len(expected) - 1)])
+        num_cached = None if is_recorded() else num_cached_tokens(past_key_values)
+        if num_cached is not None and len(num_cached) != len(tokens):
+            raise ValueError(
+                f"This call has a batch of {len(tokens)}, but `past_key_values` holds one of {len(num_cached)}: the "
+                "rows of a `DynamicCache` can be repeated (`batch_repeat_interleave`) or chosen "
+                "(`batch_select_indices`); for other rows, make a new cache."
+            )
 
     def upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None = None) -> None:
         """
         Let a cache hold what MoSA heads select; `cache.upgrade_cache` says what it takes and raises.
 
         Raises:
-            ValueError: also for an offloading cache of a model on the CPU.
+            ValueError: also for what is no cache of one list of layers, and for an offloading cache of a model on the
+                CPU.
         """
+        if not isinstance(getattr(past_key_values, "layers", None), list):
+            raise ValueError(
+                "`past_key_values` must be a `DynamicCache` or a `StaticCache`, not an object of class "
+                f"{type(past_key_values).__name__}: of an `EncoderDecoderCache` pass its `self_attention_cache`; keys "
+                "and values alone, in tuples, lack what the routers selected."
+            )
         if is_upgraded(past_key_values):
             if is_recorded():  # it was looked at when it was made
                 return
@@ -142,14 +176,20 @@ class MosaCallMixin:
                 "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
                 "CPU: leave `cache_implementation` out, or set it to 'static'."
             )
+        specs = self.cache_specs()
+        length = max_cache_len or self.config.max_position_embeddings
+        upgrade_cache(past_key_values, specs, length, type(self).__name__)
+        if not is_recorded():
+            self._cache_made_for = made_for(past_key_values, len(specs))
+
+    def cache_specs(self) -> dict[int, SparseSpec | None]:
+        """What a cache has to know of each layer that runs; None: the layer has no sparse groups or MoSA heads."""
         # Fewer layers run while `generate(assistant_early_exit=...)` drafts.
-        specs = {
-            module.layer_idx: module.cache_spec()
-            for module in self.modules()
-            if hasattr(module, "cache_spec") and module.layer_idx < self.config.num_hidden_layers
-        }
-        specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.sets}
-        upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
+        specs: dict[int, SparseSpec | None] = dict.fromkeys(range(self.config.num_hidden_layers))
+        for module in self.modules():
+            if hasattr(module, "cache_spec") and module.layer_idx in specs and (spec := module.cache_spec()).sets:
+                specs[module.layer_idx] = spec
+        return specs
 
 
 def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:

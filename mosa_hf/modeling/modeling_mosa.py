@@ -26,6 +26,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from ..cache import CacheOfCall
 from ..compat import CACHE, takes_cache
 from ..routing import select_by_expert_choice, valid_tokens
 from .call import ModelCall, MosaCallMixin
@@ -93,7 +94,9 @@ class MosaAttention(LlamaAttention):
         Returns:
             output `[B, T, D]` and the dense heads' attention weights, where the implementation gives them.
         """
-        attn_weights = None
+        attn_weights, cache = None, None
+        if self.mosa is not None and past_key_values is not None:
+            cache, past_key_values = past_key_values.layers[self.layer_idx], CacheOfCall(past_key_values)
         if self.has_dense_heads:
             attn_output, attn_weights = super().forward(
                 hidden_states,
@@ -108,7 +111,6 @@ class MosaAttention(LlamaAttention):
             nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
             past_key_values.update(nothing, nothing, self.layer_idx)
         if self.mosa is not None:
-            cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             mosa_output = self.mosa(hidden_states, position_embeddings, mosa_call, cache)
             attn_output = attn_output + mosa_output if self.has_dense_heads else mosa_output
         return attn_output, attn_weights

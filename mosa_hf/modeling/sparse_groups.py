@@ -18,7 +18,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..cache import GroupSet, Routed, SparseSpec, take
+from ..cache import CacheOfCall, GroupSet, Routed, SparseSpec, take
 from ..compat import CACHE
 from ..kernels import backend
 from ..kernels.tensors import KeyValues, Runs
@@ -132,7 +132,8 @@ class SparseGroupsMixin:
         """
         if mosa_call is None:
             raise ValueError(f"{type(self).__name__} runs within a MoSA model only: it lacks `mosa_call`.")
-        past_key_values: Cache | None = kwargs.get(CACHE, kwargs.get("layer_past"))
+        name = CACHE if CACHE in kwargs else "layer_past"
+        past_key_values: Cache | None = kwargs.get(name)
         cache = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
             cache = past_key_values.layers[self.layer_idx]
@@ -155,6 +156,7 @@ class SparseGroupsMixin:
         routed = [Routed(of_set(selected, own), of_set(score, own)) for own in columns]
         if cache is not None:
             cache.begin(layout, routed)
+            kwargs[name] = CacheOfCall(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerCall(layout, routed, gates, cache)
         output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)

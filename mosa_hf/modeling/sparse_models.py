@@ -222,6 +222,7 @@ def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedMod
     memo |= {id(weights): weights for weights in offloaded_weights(model)}
     memo[id(model.config)] = config
     result = copy.deepcopy(model, memo)
+    result.base_model.__dict__.pop("_cache_made_for", None)  # of other groups
     _set_class(result, model_class)
     return result
 

@@ -1,4 +1,4 @@
-"""Which model it is that unfinished work on disk is of."""
+"""Which model it is that unfinished work, or a cache, on disk is of."""
 
 import hashlib
 
