@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.adaption_prompt import AdaptedAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -200,6 +201,8 @@ def in_force(module: nn.Module) -> nn.Module:
     What computes when `module` is called: itself, or what lies within it if an adapter of PEFT is around it, such as
     the router of `modules_to_save=["mosa_router"]`, or the original one while that adapter is disabled.
     """
+    if isinstance(module, AdaptedAttention):
+        return module.model
     if isinstance(module, ModulesToSaveWrapper):
         active = () if module.disable_adapters else module.active_adapters
         own = [name for name in active if name in module.modules_to_save]
