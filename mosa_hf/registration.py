@@ -46,7 +46,7 @@ LORA_TARGETS = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
 def register() -> None:
-    """Register the models, their names, what is called "mosa" of attention, the parallel style, and PEFT's defaults."""
+    """Register the models, their names, what "mosa" is in attention, the parallel style, and PEFT's defaults."""
     AttentionInterface.register("mosa", mosa_attention_forward)
     # Without a mask function of the same name, padding would be ignored in silence.
     AttentionMaskInterface.register("mosa", sdpa_mask)

@@ -281,8 +281,8 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
         if layer.get_seq_length():
             raise ValueError(
                 f"`past_key_values` holds {int(layer.get_seq_length())} tokens that this model's routers have not "
-                "seen. Pass an empty cache, or one that this model filled. PEFT's prefix tuning and cartridges learn such "
-                "a cache: learn a prompt instead (`PromptTuningConfig`, `PromptEncoderConfig`), or adapters."
+                "seen. Pass an empty cache, or one that this model filled. PEFT's prefix tuning and cartridges learn "
+                "such a cache: learn a prompt instead (`PromptTuningConfig`, `PromptEncoderConfig`), or adapters."
             )
         layer_class = type(layer)
         if isinstance(layer, StaticLayer):

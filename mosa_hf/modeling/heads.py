@@ -94,8 +94,10 @@ class MosaHeads(nn.Module):
         past, until = store.read(tokens.position)
         tokens = tokens._replace(until=None if until is None else until.transpose(1, 2))
         kernels = backend(hidden_states)
+        # Where gradients are wanted, those of groups that select nothing are: they are 0.
         is_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        groups = tokens.selected.flatten(0, 1).any(dim=0).nonzero()[:, 0] if is_host else None
+        looks = is_host and not torch.is_grad_enabled()
+        groups = tokens.selected.flatten(0, 1).any(dim=0).nonzero()[:, 0] if looks else None
         if groups is None or len(groups) == self.num_groups:
             output, new = kernels.selected_heads(hidden_states, weights, tokens, past)
             store.append(new)
