@@ -262,6 +262,7 @@ class MosaConfig(RoutingConfig, LlamaConfig):
             MoSA groups per layer: one router, one key head and one value head each. Defaults to `num_mosa_heads`.
         mosa_router_aux_loss_coef (`float`, defaults to 0.0):
             Weight of a binary cross-entropy that pushes the score of selected tokens above 0.5 and of others below.
+            In training any loss that is made of the hidden states carries it.
         sliding_window (`int`, *optional*):
             Window of the dense heads; `None` means global attention. May differ by layer through `per_layer_config`.
 

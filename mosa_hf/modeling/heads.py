@@ -68,6 +68,8 @@ class MosaHeads(nn.Module):
         router.check_cache(cache)
         layout = call.layout.to(hidden_states.device)
         logits, selected = self.router(hidden_states, call, follows=cache is None)
+        if call.router_logits is not None:  # the first ones, if checkpointing computes them again
+            call.router_logits.setdefault(self.layer_idx, logits)
         needs_score = self.budget is not None or (cache is not None and cache.needs_score)
         score = router.score(logits, layout) if needs_score else None
         if cache is not None:
