@@ -1,6 +1,5 @@
 """The native model's auxiliary loss, whoever computes the loss: its gradient, its share of a step, its refusals."""
 
-from functools import partial
 from pathlib import Path
 
 import pytest

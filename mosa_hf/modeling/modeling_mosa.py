@@ -242,9 +242,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         hidden_states, aux_loss = self.norm(hidden_states), None
         if call.router_logits:
             hidden_states, aux_loss = self._carry_aux_loss(hidden_states, call, kwargs.get("num_items_in_batch"))
-        return MosaModelOutputWithPast(
-            last_hidden_state=hidden_states, **{CACHE: past_key_values}, aux_loss=aux_loss
-        )
+        return MosaModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values}, aux_loss=aux_loss)
 
     def _carry_aux_loss(
         self, hidden_states: torch.Tensor, call: ModelCall, num_items: torch.Tensor | int | None
@@ -327,7 +325,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             `config.mosa_router_aux_loss_coef` and times the part that this call has of `num_items_in_batch`.
         """
         # With gradients, the decoder computes the auxiliary loss anyway.
-        asks_for_it = labels is not None and bool(self.config.mosa_router_aux_loss_coef) and not torch.is_grad_enabled()
+        asks = labels is not None and not torch.is_grad_enabled() and bool(self.config.mosa_router_aux_loss_coef)
         outputs: MosaModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -335,7 +333,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=bool(output_router_logits or asks_for_it),
+            output_router_logits=bool(output_router_logits or asks),
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)

@@ -1,6 +1,7 @@
 """The routers of a layer's groups: logits, selection, and thresholds that follow (docs/design.md, section 3)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,16 @@ from .configuration import RoutingConfig
 
 logger = logging.get_logger(__name__)
 
+PRECISE = (torch.float32, torch.float64)
+
 
 class MosaRouter(nn.Module):
     """
     Routers, one a group: linear, or an MLP whose hidden layer the groups share. No `nn.Linear`s, since tools that
     quantise or adapt linear layers must leave routers as they are: selection compares logits with thresholds, in
-    float32 (float64 for a float64 model), whatever the model's dtype or autocast. The buffer `threshold` [G] follows
-    the groups' K-th highest logit while the weights train.
+    float32 (float64 for a float64 model), whatever the model's dtype or autocast, and so parameters and buffers keep
+    float32 in `model.to(torch.bfloat16)`. The buffer `threshold` [G] follows the groups' K-th highest logit while the
+    weights train.
 
     Args:
         config: of the model.
@@ -58,12 +62,8 @@ class MosaRouter(nn.Module):
         self.register_buffer("threshold", torch.zeros(num_groups, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` must not round the threshold: a moving average would stall between two values.
-        threshold = self.threshold
-        super()._apply(fn, recurse)
-        if self.threshold.dtype != torch.float32:
-            self.threshold = threshold.to(self.threshold.device)
-        return self
+        # `model.to(torch.bfloat16)` and `model.half()` go through here: they move routers, and round nothing of them.
+        return super()._apply(partial(unrounded, fn), recurse)
 
     def extra_repr(self) -> str:
         hidden = "" if self.hidden_weight is None else f"hidden_features={len(self.hidden_weight)}, "
@@ -141,6 +141,13 @@ class MosaRouter(nn.Module):
         if torch.is_autocast_enabled(hidden_states.device.type):
             with torch.autocast(hidden_states.device.type, enabled=False):
                 return self._logits(hidden_states)
+        if self.weight.dtype not in PRECISE and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"Routers have been rounded to {self.weight.dtype}, past `model.to`: tokens whose score is close to a "
+                "threshold may be selected otherwise than the checkpoint says. Load with "
+                "`from_pretrained(..., dtype=...)`, which leaves them in float32, and leave them out of the mixed "
+                "precision of FSDP."
+            )
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         states = hidden_states.to(dtype)
         if self.hidden_weight is not None:
@@ -194,6 +201,14 @@ class MosaRouter(nn.Module):
         if self.include_first and layout.first is not None:
             score = score.masked_fill(layout.first.to(score.device)[..., None], torch.inf)
         return score
+
+
+def unrounded(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """`fn(tensor)`, what `nn.Module._apply` does to a tensor, but in float32 where that would take digits from it."""
+    applied = fn(tensor)
+    if tensor.dtype not in PRECISE or applied.dtype in PRECISE:
+        return applied
+    return tensor.to(applied.device, torch.float32)
 
 
 def in_force(module: nn.Module) -> nn.Module:
