@@ -6,6 +6,7 @@ from .kernels import use_backend
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel, families
 from .modeling.group_plan import GroupPlan
 from .modeling.router_files import load_routers, save_routers
+from .modeling.routing_callback import RoutingCallback
 from .modeling.thresholds import calibrate_thresholds
 from .modeling.tracing import trace_routing
 from .registration import register
@@ -23,6 +24,7 @@ __all__ = [
     "MosaForCausalLM",
     "MosaForSequenceClassification",
     "MosaModel",
+    "RoutingCallback",
     "cache_bytes",
     "calibrate_thresholds",
     "convert_checkpoint",

@@ -49,8 +49,8 @@ class RoutingConfig(InstalledCodeConfigMixin):
             refuses it.
         mosa_threshold_momentum (`float`, defaults to 0.99):
             Momentum of the moving average of a group's K-th largest logit, which becomes its threshold while routers
-            train. 1: thresholds stay as they are, so that routing changes with the weights alone (what conversion
-            writes, since thresholds were set on text).
+            train; it follows faster while the group is off its rate. 1: thresholds stay as they are, so that routing
+            changes with the weights alone (what conversion writes, since thresholds were set on text).
         mosa_router_bias (`bool`, defaults to `False`):
             Whether routers have a bias.
         mosa_cache_budget (`int`, *optional*):
