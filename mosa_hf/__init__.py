@@ -7,6 +7,7 @@ from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification
 from .modeling.cache_files import load_cache, save_cache
 from .modeling.group_plan import GroupPlan
 from .modeling.router_files import load_routers, save_routers
+from .modeling.routing_callback import RoutingCallback
 from .modeling.thresholds import calibrate_thresholds
 from .modeling.tracing import trace_routing
 from .registration import register
@@ -24,6 +25,7 @@ __all__ = [
     "MosaForCausalLM",
     "MosaForSequenceClassification",
     "MosaModel",
+    "RoutingCallback",
     "cache_bytes",
     "calibrate_thresholds",
     "convert_checkpoint",

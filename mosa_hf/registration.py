@@ -2,9 +2,11 @@
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import transformers
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
+from peft.utils import constants
 from transformers import AttentionInterface, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -38,11 +40,13 @@ AUTO = {
         modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     ),
 }
-LORA_TARGETS = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+# PEFT's tables by model type: what each of its methods adapts by default.
+PEFT_TABLES = [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")]
+LORA_TARGETS = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
 def register() -> None:
-    """Register the models, their names, what is called "mosa" of attention, the parallel style, and LoRA defaults."""
+    """Register the models, their names, what "mosa" is in attention, the parallel style, and PEFT's defaults."""
     AttentionInterface.register("mosa", mosa_attention_forward)
     # Without a mask function of the same name, padding would be ignored in silence.
     AttentionMaskInterface.register("mosa", sdpa_mask)
@@ -52,6 +56,8 @@ def register() -> None:
     _register_model(MosaConfig, MosaModel, heads, like="llama")
     for family in FAMILIES.values():
         _register_model(family.config_class, family.model_class, family.head_classes, like=family.name)
+        # Adaption prompts wrap attention modules, which the native model looks into.
+        _fill([TRANSFORMERS_MODEL_CONFIG], family.config_class.model_type, like=family.name)
         classes += [family.config_class, family.model_class, *family.head_classes.values()]
         # How checkpoints of the family, or of one of its classes, are laid out on disk: experts tensor by tensor, or
         # a head under another name.
@@ -92,7 +98,7 @@ def _register_model(
     head_classes: dict[str, type[PreTrainedModel]],
     like: str,
 ) -> None:
-    """Register the classes of a model type, with the tokenizer and the LoRA targets of the type `like`."""
+    """Register the classes of a model type, with the tokenizer and PEFT's defaults of the type `like`."""
     name = config_class.model_type
     AutoConfig.register(name, config_class, exist_ok=True)
     AutoModel.register(config_class, model_class, exist_ok=True)
@@ -109,4 +115,12 @@ def _register_model(
         TOKENIZER_MAPPING_NAMES.setdefault(name, TOKENIZER_MAPPING_NAMES[like])
     if like in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
         MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(name)
-    LORA_TARGETS.setdefault(name, LORA_TARGETS.get(like, ["q_proj", "v_proj", "qkv_proj", "query_key_value"]))
+    _fill(PEFT_TABLES, name, like)
+    LORA_TARGETS.setdefault(name, ["q_proj", "v_proj", "qkv_proj", "query_key_value"])
+
+
+def _fill(tables: list[dict[str, Any]], name: str, like: str) -> None:
+    """Give the model type `name` what each table has of the type `like`."""
+    for table in tables:
+        if like in table:
+            table.setdefault(name, table[like])

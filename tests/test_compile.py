@@ -54,8 +54,10 @@ def test_forward(name, budget, compiler):
 
 @pytest.mark.parametrize("name, budget", [("native", None), ("sparse", 3)])
 def test_training(name, budget):
-    """Loss, gradients and the thresholds' moving average."""
-    model = FORMS[name].model(mosa_cache_budget=budget, mosa_routing="threshold" if budget else "expert_choice")
+    """Loss, gradients and the thresholds' moving average; the native model's auxiliary loss."""
+    fields = {"mosa_router_aux_loss_coef": 0.5} if name == "native" else {}
+    routing = "threshold" if budget else "expert_choice"
+    model = FORMS[name].model(mosa_cache_budget=budget, mosa_routing=routing, **fields)
     expected = training_step(model)
     check_same_step(training_step(model, compiler=FAST), expected)
     assert_no_graph_break()

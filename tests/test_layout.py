@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mosa_hf.routing import CallLayout, columns_of_mask, read_mask, valid_tokens
+from mosa_hf.routing import CallLayout, columns_of_mask, read_mask
 
 
 def layout_of(
@@ -133,4 +133,4 @@ def test_only_the_last_columns_of_a_mask_are_the_call():
 )
 def test_masks_of_the_wrong_shape_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
-        valid_tokens(torch.ones(shape), 4)
+        read_mask(torch.ones(shape), 2, 4)

@@ -40,6 +40,18 @@ def choice(logits: torch.Tensor, router: nn.Module) -> tuple[torch.Tensor, torch
     return torch.cat([part[0] for part in parts], dim=-1), torch.cat([part[1] for part in parts])
 
 
+def followed(
+    threshold: torch.Tensor, logits: torch.Tensor, chosen: torch.Tensor, last: torch.Tensor, momentum: float
+) -> torch.Tensor:
+    """
+    Where a call moves thresholds: by 1 - momentum, by more the further they are from selecting as many tokens as are
+    chosen, and by 0.9 where that is a quarter or more.
+    """
+    num_selected, num_chosen = ((each[:, 1:]).sum((0, 1)) for each in (logits >= threshold, chosen))
+    follow = ((num_selected / num_chosen - 1).abs() / 0.25).clamp(max=0.9).clamp(min=1 - momentum)
+    return (1 - follow) * threshold + follow * last
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_thresholds_are_moving_averages_of_training_calls(form, routing, dtype):
@@ -66,7 +78,7 @@ def test_thresholds_are_moving_averages_of_training_calls(form, routing, dtype):
             assert logits.dtype == router.threshold.dtype == torch.float32
             by_threshold = select_by_threshold(logits, threshold, first=first)
             assert torch.equal(selected, chosen if routing == "expert_choice" else by_threshold)
-            expected = 0.99 * threshold + 0.01 * last
+            expected = followed(threshold, logits, chosen, last, momentum=0.99)
             torch.testing.assert_close(router.threshold, expected, rtol=1e-5, atol=1e-6)
         before = [router.threshold.clone() for router in routers]
 
@@ -186,14 +198,15 @@ def test_ranks_average_their_thresholds(tmp_path: Path):
     batches, model = random_ids(2, 1, 16), form.model().train()
     torch.save(batches, tmp_path / "batches.pt")
     start = [router.threshold.clone() for router in routers_of(model)]
-    last = []
+    seen = []  # by process and layer: logits, what is chosen of them, and the last one of these
     for batch in batches:
-        outputs = routed(model, batch, use_cache=False)
-        last.append(
-            [choice(logits, router)[1] for (logits, _), router in zip(outputs, routers_of(model), strict=True)]
-        )
+        logits = [each for each, _ in routed(model, batch, use_cache=False)]
+        pairs = zip(logits, routers_of(model), strict=True)
+        seen.append([(each.detach(), *choice(each, router)) for each, router in pairs])
     torch.multiprocessing.start_processes(train_on_rank, (str(tmp_path), form), nprocs=2, start_method="fork")
-    for layer, (threshold, one, two) in enumerate(zip(start, *last, strict=True)):
-        expected = 0.5 * (0.5 * threshold + 0.5 * (one + two) / 2) + 0.5 * one
+    for layer, (threshold, one, two) in enumerate(zip(start, *seen, strict=True)):
+        both = [torch.cat(states) for states in zip(one[:2], two[:2], strict=True)]
+        expected = followed(threshold, *both, (one[2] + two[2]) / 2, momentum=0.5)
+        expected = followed(expected, *one, momentum=0.5)
         for rank in range(2):
             torch.testing.assert_close(torch.load(tmp_path / f"thresholds_{rank}.pt")[layer], expected)

@@ -359,7 +359,8 @@ def upgrade_cache(
                 f"`past_key_values` holds {length} tokens that this model's routers have not seen, or has lost what "
                 f"they selected of them (layer {layer_idx}). Pass an empty cache, or one that this model filled: keys "
                 "and values alone do not make one. Copy one by `copy.deepcopy`, keep it on disk by "
-                "`mosa_hf.save_cache`."
+                "`mosa_hf.save_cache`. PEFT's prefix tuning and cartridges learn such keys and values: learn a prompt "
+                "instead (`PromptTuningConfig`, `PromptEncoderConfig`), or adapters."
             )
     check_lengths([cache.layers[layer_idx] for layer_idx in specs if layer_idx < len(cache.layers)])
     for layer_idx, spec in specs.items():

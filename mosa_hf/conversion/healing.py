@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router import MosaRouter
+from ..modeling.routing_callback import selected_shares
 from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
 from .divergence import mean_divergence
@@ -37,7 +38,8 @@ class HealingTrainer(Trainer):
     it trains, averaged over tokens. Whatever has `requires_grad` learns: adapters, all weights, or routers (with
     `mosa_gate_slope` > 0, which passes them a gradient). Selection is hard from the first step on, so with frozen
     routers what is trained is what `generate` runs. Beside the divergence, "loss", it logs the share of tokens that
-    groups select, "selected", and what share of the keys and values a cache would then keep of `cache_length` tokens.
+    groups select, "selected" (and what `RoutingCallback` does, while routers learn), and what share of the keys and
+    values a cache would then keep of `cache_length` tokens.
 
     Args:
         model: with sparse groups, or PEFT's wrapper of one.
@@ -113,6 +115,7 @@ class HealingTrainer(Trainer):
             rates = {layer: self.accelerator.reduce(each, "mean").cpu() for layer, each in own.items()}
             self._rates.clear()
             self._calls.clear()
+            logs.update(selected_shares(self.model))  # of routers that learn
             logs["selected"] = round(torch.cat(list(rates.values())).mean().item(), 4)
             config = self.model.config
             if isinstance(config, SparseGroupsConfig):

@@ -30,11 +30,13 @@ class ModelCall(NamedTuple):
     `thresholds`: layer index → the thresholds `[G]` that this call routes with in training, so that gradient
     checkpointing recomputes the same selection after the moving average went on.
     `has_grad`: whether the call records gradients. Layers cannot tell: reentrant checkpointing runs them without.
+    `router_logits`: layer index → logits `[B, T, G]`, if something is to be made of them.
     """
 
     layout: CallLayout
     thresholds: dict[int, torch.Tensor]
     has_grad: bool
+    router_logits: dict[int, torch.Tensor] | None = None
 
 
 class MosaCallMixin:

@@ -49,8 +49,8 @@ class RoutingConfig(InstalledCodeConfigMixin):
             refuses it.
         mosa_threshold_momentum (`float`, defaults to 0.99):
             Momentum of the moving average of a group's K-th largest logit, which becomes its threshold while routers
-            train. 1: thresholds stay as they are, so that routing changes with the weights alone (what conversion
-            writes, since thresholds were set on text).
+            train; it follows faster while the group is off its rate. 1: thresholds stay as they are, so that routing
+            changes with the weights alone (what conversion writes, since thresholds were set on text).
         mosa_router_bias (`bool`, defaults to `False`):
             Whether routers have a bias.
         mosa_cache_budget (`int`, *optional*):
@@ -262,6 +262,7 @@ class MosaConfig(RoutingConfig, LlamaConfig):
             MoSA groups per layer: one router, one key head and one value head each. Defaults to `num_mosa_heads`.
         mosa_router_aux_loss_coef (`float`, defaults to 0.0):
             Weight of a binary cross-entropy that pushes the score of selected tokens above 0.5 and of others below.
+            In training any loss that is made of the hidden states carries it.
         sliding_window (`int`, *optional*):
             Window of the dense heads; `None` means global attention. May differ by layer through `per_layer_config`.
 

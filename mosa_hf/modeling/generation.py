@@ -1,6 +1,7 @@
 """What `generate` needs to know of models that select tokens."""
 
 import torch
+from peft import PeftModel, PeftType
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
@@ -11,6 +12,8 @@ from ..compat import CACHE, takes_cache
 from .router import MosaRouter
 
 logger = logging.get_logger(__name__)
+
+LEARNED_CACHES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
 class MosaGenerationMixin:
@@ -23,8 +26,16 @@ class MosaGenerationMixin:
         As `GenerationMixin.generate`.
 
         Raises:
-            ValueError: if the model would route by expert choice, which cannot be computed token by token.
+            ValueError: if the model would route by expert choice, which cannot be computed token by token; for PEFT's
+                prefix tuning.
         """
+        # PEFT calls this method of the model within; of its caches, Transformers 5.24 ignores what a prefix learned.
+        caller = getattr(self.prepare_inputs_for_generation, "__self__", None)
+        if isinstance(caller, PeftModel) and caller.active_peft_config.peft_type in LEARNED_CACHES:
+            raise ValueError(
+                "PEFT's prefix tuning and cartridges learn keys and values of no token, which no router can select: "
+                "learn a prompt instead (`PromptTuningConfig`, `PromptEncoderConfig`), or adapters."
+            )
         for router in self.modules():
             if isinstance(router, MosaRouter) and router.routing == "expert_choice":
                 field = "mosa_routing" if self.training else "mosa_inference_routing"

@@ -68,6 +68,8 @@ class MosaHeads(nn.Module):
         router.check_cache(cache)
         layout = call.layout.to(hidden_states.device)
         logits, selected = self.router(hidden_states, call, follows=cache is None)
+        if call.router_logits is not None:  # the first ones, if checkpointing computes them again
+            call.router_logits.setdefault(self.layer_idx, logits)
         needs_score = self.budget is not None or (cache is not None and cache.needs_score)
         score = router.score(logits, layout) if needs_score else None
         if cache is not None:
@@ -94,8 +96,10 @@ class MosaHeads(nn.Module):
         past, until = store.read(tokens.position)
         tokens = tokens._replace(until=None if until is None else until.transpose(1, 2))
         kernels = backend(hidden_states)
+        # Where gradients are wanted, those of groups that select nothing are: they are 0.
         is_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        groups = tokens.selected.flatten(0, 1).any(dim=0).nonzero()[:, 0] if is_host else None
+        looks = is_host and not torch.is_grad_enabled()
+        groups = tokens.selected.flatten(0, 1).any(dim=0).nonzero()[:, 0] if looks else None
         if groups is None or len(groups) == self.num_groups:
             output, new = kernels.selected_heads(hidden_states, weights, tokens, past)
             store.append(new)

@@ -1,15 +1,13 @@
 """The native MoSA model: Llama's classes with the attention replaced (docs/design.md, section 2)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    find_packed_sequence_indices,
-)
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
@@ -28,7 +26,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..cache import CacheOfCall
 from ..compat import CACHE, takes_cache
-from ..routing import select_by_expert_choice, valid_tokens
+from .auxiliary_loss import CarriedLoss, router_loss, share_of_items
 from .call import ModelCall, MosaCallMixin
 from .configuration import MosaConfig
 from .generation import MosaGenerationMixin
@@ -154,8 +152,22 @@ class MosaPreTrainedModel(CheckedLoadingMixin, InstalledCodeModelMixin, LlamaPre
             init_router(module, std)
 
 
+@dataclass
+class MosaModelOutputWithPast(MoeModelOutputWithPast):
+    """`MoeModelOutputWithPast`, and the routers' auxiliary loss, a number."""
+
+    aux_loss: torch.Tensor | None = None
+
+
 class MosaModel(MosaCallMixin, MosaPreTrainedModel):
-    """Decoder of `MosaConfig.num_hidden_layers` layers; outputs hidden states."""
+    """
+    Decoder of `MosaConfig.num_hidden_layers` layers; outputs hidden states.
+
+    `aux_loss_scale`: what the auxiliary loss is multiplied by where others compute the loss, and do not say of how
+    many tokens it is a mean: 1 if those are this call's, 1 / 4 if four calls are accumulated.
+    """
+
+    aux_loss_scale: float = 1.0
 
     def __init__(self, config: MosaConfig):
         if config.output_attentions:
@@ -182,8 +194,15 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeModelOutputWithPast:
-        """As `LlamaModel.forward`; `output_attentions` is refused where a layer has no dense heads."""
+    ) -> MosaModelOutputWithPast:
+        """
+        As `LlamaModel.forward`; `output_attentions` is refused where a layer has no dense heads.
+
+        Returns:
+            As `LlamaModel.forward`, and with `config.mosa_router_aux_loss_coef` `aux_loss`: the mean of the layers'
+            `router_loss`. In training any loss of the hidden states has its gradient, times the coefficient, unless
+            the loss is made of `aux_loss` itself (docs/routing.md).
+        """
         if kwargs.get("output_attentions", self.config.output_attentions):
             self.config.check_attentions()
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -193,6 +212,8 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         call, past_key_values, position_ids = self.begin_call(
             inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
+        if self.config.mosa_router_aux_loss_coef and (call.has_grad or kwargs.get("output_router_logits")):
+            call = call._replace(router_logits={})
         causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -207,8 +228,20 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
                 mosa_call=call,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states)
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values})
+        hidden_states, aux_loss = self.norm(hidden_states), None
+        if call.router_logits:
+            hidden_states, aux_loss = self._carry_aux_loss(hidden_states, call, kwargs.get("num_items_in_batch"))
+        return MosaModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values}, aux_loss=aux_loss)
+
+    def _carry_aux_loss(
+        self, hidden_states: torch.Tensor, call: ModelCall, num_items: torch.Tensor | int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`hidden_states` [B, T, D], and the auxiliary loss, whose gradient they bring along in training."""
+        routers = {router.layer_idx: router for router in mosa_routers(self)}
+        losses = [router_loss(logits, routers[layer], call.layout) for layer, logits in call.router_logits.items()]
+        loss = torch.stack([each.to(hidden_states.device) for each in losses]).mean()
+        scale = self.aux_loss_scale * self.config.mosa_router_aux_loss_coef if self.training else 0.0
+        return CarriedLoss.apply(hidden_states, loss, scale, num_items)
 
     def _active_layers(self) -> nn.ModuleList:
         """The layers that run: all, except while `generate(assistant_early_exit=...)` drafts and lowers the number."""
@@ -274,32 +307,33 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
 
         Args:
             output_router_logits: also return `router_logits`, one `[B, T, G]` float32 tensor for each layer that has
-                MoSA heads. They are computed anyway when `config.mosa_router_aux_loss_coef` is not 0 and labels are
-                given; the auxiliary loss is then part of `loss`.
+                MoSA heads.
+
+        Returns:
+            As `LlamaForCausalLM.forward`, and `aux_loss`, see `MosaModel.forward`. `loss` includes it, times
+            `config.mosa_router_aux_loss_coef` and times the part that this call has of `num_items_in_batch`.
         """
-        coefficient = self.config.mosa_router_aux_loss_coef if labels is not None else 0.0
-        outputs: MoeModelOutputWithPast = self.model(
+        # With gradients, the decoder computes the auxiliary loss anyway.
+        asks = labels is not None and not torch.is_grad_enabled() and bool(self.config.mosa_router_aux_loss_coef)
+        outputs: MosaModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=bool(output_router_logits or coefficient),
+            output_router_logits=bool(output_router_logits or asks),
             **kwargs,
         )
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
 
-        loss = aux_loss = None
+        loss, aux_loss = None, outputs.aux_loss
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if coefficient:
-            segment = None
-            if attention_mask is None and outputs.get(CACHE) is None and position_ids is not None:
-                segment = find_packed_sequence_indices(position_ids.expand(len(logits), -1))
-            aux_loss = self._router_aux_loss(outputs.router_logits, attention_mask, segment)
-            loss = loss + coefficient * aux_loss.to(loss.device)
+            if aux_loss is not None:
+                share = share_of_items(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
+                loss = loss + (self.config.mosa_router_aux_loss_coef * share * aux_loss).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -309,35 +343,6 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-
-    def _router_aux_loss(
-        self,
-        router_logits: tuple[torch.Tensor, ...],
-        attention_mask: torch.Tensor | None,
-        segment: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """
-        Binary cross-entropy between sigmoid(z) and "among the K highest of its sequence", averaged over tokens, groups
-        and layers (the auxiliary loss of Mixture-of-Depths).
-        """
-        losses = []
-        for logits, router in zip(router_logits, mosa_routers(self), strict=True):
-            if torch.is_grad_enabled() and router.weight.requires_grad and not logits.requires_grad:
-                raise ValueError(
-                    "`mosa_router_aux_loss_coef` has no effect under reentrant gradient checkpointing: use "
-                    "`use_reentrant=False`, or set it to 0."
-                )
-            valid = valid_tokens(attention_mask, logits.shape[1])
-            valid = None if valid is None else valid.to(logits.device)
-            target, _ = select_by_expert_choice(
-                logits.detach(), router.sparsity[0], router.min_tokens, valid, segment=segment
-            )
-            weight = torch.ones_like(logits) if valid is None else valid[..., None].expand_as(logits).to(logits.dtype)
-            loss = nn.functional.binary_cross_entropy_with_logits(
-                logits, target.to(logits.dtype), weight, reduction="sum"
-            )
-            losses.append((loss / weight.sum()).to(self.device))
-        return torch.stack(losses).mean()
 
 
 class MosaForSequenceClassification(GenericForSequenceClassification, MosaPreTrainedModel):

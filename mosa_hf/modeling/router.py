@@ -1,9 +1,11 @@
 """The routers of a layer's groups: logits, selection, and thresholds that follow (docs/design.md, section 3)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.adaption_prompt import AdaptedAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -18,13 +20,19 @@ from .configuration import RoutingConfig
 
 logger = logging.get_logger(__name__)
 
+PRECISE = (torch.float32, torch.float64)
+TOLERANCE = 0.25  # how far off its rate a group is, as a part of it, when its threshold becomes that of a call
+SHARE_MOMENTUM = 0.9  # of the share of tokens that groups select in training
+SHARE_INTERVAL = 16  # calls between two looks at it
+
 
 class MosaRouter(nn.Module):
     """
     Routers, one a group: linear, or an MLP whose hidden layer the groups share. No `nn.Linear`s, since tools that
     quantise or adapt linear layers must leave routers as they are: selection compares logits with thresholds, in
-    float32 (float64 for a float64 model), whatever the model's dtype or autocast. The buffer `threshold` [G] follows
-    the groups' K-th highest logit while the weights train.
+    float32 (float64 for a float64 model), whatever the model's dtype or autocast, and so parameters and buffers keep
+    float32 in `model.to(torch.bfloat16)`. The buffer `threshold` [G] follows the groups' K-th highest logit while the
+    weights train, and `share` [G] is the moving average of the part of the tokens that reach it.
 
     Args:
         config: of the model.
@@ -55,14 +63,12 @@ class MosaRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_groups, width, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(num_groups, dtype=torch.float32)) if config.mosa_router_bias else None
         self.register_buffer("threshold", torch.zeros(num_groups, dtype=torch.float32))
+        self.register_buffer("share", 1 / torch.tensor(self.sparsity, dtype=torch.float32), persistent=False)
+        self.num_followed = 0  # calls
 
     def _apply(self, fn, recurse=True):
-        # `model.to(torch.bfloat16)` must not round the threshold: a moving average would stall between two values.
-        threshold = self.threshold
-        super()._apply(fn, recurse)
-        if self.threshold.dtype != torch.float32:
-            self.threshold = threshold.to(self.threshold.device)
-        return self
+        # `model.to(torch.bfloat16)` and `model.half()` go through here: they move routers, and round nothing of them.
+        return super()._apply(partial(unrounded, fn), recurse)
 
     def extra_repr(self) -> str:
         hidden = "" if self.hidden_weight is None else f"hidden_features={len(self.hidden_weight)}, "
@@ -114,21 +120,24 @@ class MosaRouter(nn.Module):
             selected = torch.ones_like(logits, dtype=torch.bool)
             return logits, selected if valid is None else selected & valid[..., None]
         # Gradients mark training: reinforcement learning also generates, and evaluates, in training mode.
-        learns = self.momentum < 1 and self.training and self._learns() and torch.is_grad_enabled()
-        if learns and not follows and not torch.compiler.is_compiling():
+        learns = self.training and self._learns() and torch.is_grad_enabled()
+        if learns and self.momentum < 1 and not follows and not torch.compiler.is_compiling():
             logger.warning_once(
                 "Routers learn, but their thresholds stay as they are: they follow in calls without a cache alone. To "
                 "train, pass `use_cache=False` or set `model.config.use_cache = False`, as `Trainer` does."
             )
-        follows = follows and learns
-        if follows or self.routing == "expert_choice":
+        follows = follows and learns and not (is_exported() and self.momentum == 1)
+        moves = follows and self.momentum < 1
+        if moves or self.routing == "expert_choice":
             if is_exported():  # how many tokens are chosen is a number, and would be the samples'
                 raise ValueError(
                     "An exported program selects by thresholds: call `model.eval()`, with "
                     "`mosa_inference_routing='threshold'`, before the export."
                 )
-            selected, last = self._choose(logits.detach(), valid, first, segment)
-        threshold = self._follow(last, call) if follows else call.thresholds.get(self.layer_idx, self.threshold)
+            selected, _ = choice = self._choose(logits.detach(), valid, first, segment)
+        if follows:
+            self._follow(logits.detach(), choice if moves else None, call)
+        threshold = call.thresholds.get(self.layer_idx, self.threshold)
         if self.routing == "threshold":
             if any(self.keeps_all):
                 keeps_all = torch.tensor(self.keeps_all, device=logits.device)
@@ -140,6 +149,13 @@ class MosaRouter(nn.Module):
         if torch.is_autocast_enabled(hidden_states.device.type):
             with torch.autocast(hidden_states.device.type, enabled=False):
                 return self._logits(hidden_states)
+        if self.weight.dtype not in PRECISE and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"Routers have been rounded to {self.weight.dtype}, past `model.to`: tokens whose score is close to a "
+                "threshold may be selected otherwise than the checkpoint says. Load with "
+                "`from_pretrained(..., dtype=...)`, which leaves them in float32, and leave them out of the mixed "
+                "precision of FSDP."
+            )
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         states = hidden_states.to(dtype)
         if self.hidden_weight is not None:
@@ -169,18 +185,61 @@ class MosaRouter(nn.Module):
         return selected, last
 
     @torch.no_grad()
-    def _follow(self, last: torch.Tensor, call: ModelCall) -> torch.Tensor:
-        """Move `threshold` towards `last` [G], once a model call; returns the threshold that the call routes with."""
-        if self.layer_idx not in call.thresholds:
-            call.thresholds[self.layer_idx] = self.threshold.clone()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                seen = last.isfinite().float()
-                last = torch.stack((last.nan_to_num(), seen))
-                torch.distributed.all_reduce(last)
-                last = last[0] / last[1]
-            moved = self.threshold * self.momentum + last * (1 - self.momentum)
-            self.threshold.copy_(torch.where(last.isfinite(), moved, self.threshold))
-        return call.thresholds[self.layer_idx]
+    def _follow(self, logits: torch.Tensor, choice: tuple[torch.Tensor, torch.Tensor] | None, call: ModelCall) -> None:
+        """
+        Note what share of the tokens the thresholds select, and move them if there is a `choice`; once a model call,
+        which goes on routing by those that it began with.
+
+        They move towards the last logit chosen, by 1 - momentum while they select about as many tokens as were chosen,
+        and by more the further they are off: logits that training moves leave a slow average behind.
+
+        Args:
+            logits: `[B, T, G]`.
+            choice: by expert choice: chosen `[B, T, G]` bool, and `[G]` the logit that as many tokens reach; NaN if no
+                token was free to be chosen.
+        """
+        if self.layer_idx in call.thresholds:
+            return
+        call.thresholds[self.layer_idx] = self.threshold.clone()
+        layout = call.layout.to(logits.device)
+        free = torch.ones_like(layout.position, dtype=torch.bool) if layout.valid is None else layout.valid
+        if self.include_first and layout.first is not None:
+            free = free & ~layout.first
+        counted = [free[..., None].expand_as(logits), free[..., None] & (logits >= self.threshold)]
+        if choice is not None:
+            counted.append(free[..., None] & choice[0])
+        seen = [each.sum((0, 1)).to(logits.dtype) for each in counted]
+        if choice is not None:
+            seen += [choice[1].nan_to_num(), choice[1].isfinite().to(logits.dtype)]
+        seen = torch.stack(seen)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(seen)
+        num_free, num_selected, *others = seen
+        share = torch.lerp(self.share, (num_selected / num_free).to(self.share.dtype), 1 - SHARE_MOMENTUM)
+        self.share.copy_(torch.where(num_free > 0, share, self.share))
+        if others:
+            num_chosen, last, num_seen = others
+            # Never all the way: of a threshold that is a logit itself, rounding decides whether its token is selected.
+            follow = ((num_selected - num_chosen).abs() / num_chosen / TOLERANCE).clamp(max=0.9)
+            follow = follow.clamp(min=1 - self.momentum)
+            moved = self.threshold * (1 - follow) + last / num_seen * follow
+            self.threshold.copy_(torch.where((num_chosen > 0) & (num_seen > 0), moved, self.threshold))
+        if not torch.compiler.is_compiling():
+            self.num_followed += 1
+            self._warn_of_share()
+
+    def _warn_of_share(self) -> None:
+        """Now and then, since to look costs a synchronisation on a GPU."""
+        if self.num_followed % SHARE_INTERVAL:
+            return
+        limit = 2 / torch.tensor(self.sparsity, device=self.share.device)
+        if (self.share > limit).any():
+            logger.warning_once(
+                "While routers learn, some group has come to select more than twice the share of the tokens that its "
+                "sparsity asks for. Let thresholds follow (`mosa_threshold_momentum=0.99`), lower the learning rate, "
+                "or set thresholds anew after training (`mosa_hf.calibrate_thresholds`). `mosa_hf.RoutingCallback` "
+                "logs the shares."
+            )
 
     def score(self, logits: torch.Tensor, layout: CallLayout) -> torch.Tensor:
         """
@@ -195,11 +254,21 @@ class MosaRouter(nn.Module):
         return score
 
 
+def unrounded(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    """`fn(tensor)`, what `nn.Module._apply` does to a tensor, but in float32 where that would take digits from it."""
+    applied = fn(tensor)
+    if tensor.dtype not in PRECISE or applied.dtype in PRECISE:
+        return applied
+    return tensor.to(applied.device, torch.float32)
+
+
 def in_force(module: nn.Module) -> nn.Module:
     """
     What computes when `module` is called: itself, or what lies within it if an adapter of PEFT is around it, such as
     the router of `modules_to_save=["mosa_router"]`, or the original one while that adapter is disabled.
     """
+    if isinstance(module, AdaptedAttention):
+        return module.model
     if isinstance(module, ModulesToSaveWrapper):
         active = () if module.disable_adapters else module.active_adapters
         own = [name for name in active if name in module.modules_to_save]

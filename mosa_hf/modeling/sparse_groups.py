@@ -141,8 +141,9 @@ class SparseGroupsMixin:
         router.check_cache(cache)
         layout = mosa_call.layout
         trains_routers = bool(self.mosa_gate_slope)
-        if self.training and mosa_call.has_grad and not trains_routers and not torch.compiler.is_compiling():
-            warn_of_idle_routers(router)
+        learns = mosa_call.has_grad and any(each.requires_grad for each in self.mosa_router.parameters())
+        if self.training and learns and not trains_routers and not torch.compiler.is_compiling():
+            warn_of_idle_routers()
         follows = trains_routers and past_key_values is None
         logits, selected = self.mosa_router(hidden_states, mosa_call, follows=follows)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
@@ -160,8 +161,10 @@ class SparseGroupsMixin:
         gates = [of_set(gate, own) for own in columns]
         call = LayerCall(layout, routed, gates, cache)
         output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
-        if gate is not None and not routed:  # the other processes wait for this one's part of the router's gradient
-            output = output + 0.0 * gate.sum()
+        # Other processes wait for this one's part of a router's gradient, be there any or none. The gradient of no
+        # logits is 0, and of no number that may be infinite.
+        if gate is not None or (learns and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            output = output + logits[..., :0].sum()
         return output, *others
 
     def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ModelCall) -> torch.Tensor | None:
@@ -185,13 +188,13 @@ class SparseGroupsMixin:
         return SparseSpec(dense, self.mosa_groups.sets, self.mosa_budget, num_dense=len(dense))
 
 
-def warn_of_idle_routers(router: MosaRouter) -> None:
+def warn_of_idle_routers() -> None:
     """Say so if someone means to train routers that no gradient reaches."""
-    if any(parameter.requires_grad for parameter in router.parameters()):
-        logger.warning_once(
-            "Routers are set to be trained, but `mosa_gate_slope` is 0, which passes them no gradient: they stay as "
-            "they are. To train them, load the model with `from_pretrained(..., mosa_gate_slope=1.0)`."
-        )
+    logger.warning_once(
+        "Routers are set to be trained, but `mosa_gate_slope` is 0, which passes them no gradient: they stay as they "
+        "are. To train them, load the model with `from_pretrained(..., mosa_gate_slope=1.0)`. In several processes "
+        "their gradient is 0, and a weight decay would shrink them: freeze them by `router.requires_grad_(False)`."
+    )
 
 
 def mosa_attention_forward(

@@ -133,6 +133,9 @@ def freeze_idle_routers(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def init_router(router: MosaRouter, std: float) -> None:
     """Weights of N(0, std²), biases of 0, and thresholds that select one token in ρ of normalised inputs."""
+    init.copy_(router.share, 1 / torch.tensor(router.sparsity, device=router.share.device))
+    if router.weight.is_meta:  # under Accelerate's `init_empty_weights`, buffers have a device, and weights have none
+        return
     init.normal_(router.weight, mean=0.0, std=std)
     if router.bias is not None:
         init.zeros_(router.bias)

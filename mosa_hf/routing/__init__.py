@@ -2,7 +2,7 @@
 
 from .budget import evicted_at, within_budget
 from .layout import CallLayout
-from .mask import TokenMask, columns_of_mask, read_mask, valid_tokens
+from .mask import TokenMask, columns_of_mask, read_mask
 from .selection import select_by_expert_choice, select_by_threshold
 
 __all__ = [
@@ -13,6 +13,5 @@ __all__ = [
     "read_mask",
     "select_by_expert_choice",
     "select_by_threshold",
-    "valid_tokens",
     "within_budget",
 ]

@@ -75,11 +75,6 @@ def read_mask(
     return TokenMask(None if all_valid else valid, None, seen)
 
 
-def valid_tokens(attention_mask: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-    """`[B, T]` bool: which of a call's `num_tokens` tokens are not padding; None if all. Raises as `read_mask`."""
-    return None if attention_mask is None else read_mask(attention_mask, len(attention_mask), num_tokens).valid
-
-
 def columns_of_mask(
     attention_mask: Any, batch_size: int, num_tokens: int, past_length: torch.Tensor | None
 ) -> TokenMask:
