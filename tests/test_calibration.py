@@ -254,8 +254,8 @@ def test_thresholds_follow_each_groups_own_rate(model, input_ids):
     calibrate_thresholds(converted, [{"input_ids": text, "attention_mask": mask}])
     logits = {}
     hooks = [
-        router.register_forward_hook(lambda module, args, output: logits.update({module.layer_idx: output}))
-        for router in converted.mosa_routers().values()
+        router.register_forward_hook(lambda module, args, output, layer=layer: logits.update({layer: output}))
+        for layer, router in converted.mosa_routers().items()
     ]
     with torch.no_grad():
         converted(text, attention_mask=mask, use_cache=False)

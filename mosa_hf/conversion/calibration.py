@@ -19,6 +19,7 @@ from ..compat import CACHE
 from ..modeling.devices import input_device
 from ..modeling.families import Family, family_of
 from ..modeling.group_plan import GroupPlan
+from ..modeling.layers import attention_modules, check_numbered
 from ..modeling.modes import evaluating
 
 # Least importance before the logarithm. A token below it is as good as never read; without the floor its logarithm,
@@ -156,7 +157,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> list[nn.Module]:
     """The attention modules of some layers."""
-    modules = {each.layer_idx: each for each in model.modules() if type(each) is family.base_attention_class}
+    modules = attention_modules(model.base_model, family.base_attention_class)
+    modules = {layer: module for layer, module in modules.items() if type(module) is family.base_attention_class}
+    check_numbered(modules, model.config.num_hidden_layers)
     if lacking := sorted(set(layers) - modules.keys()):
         raise ValueError(
             f"`model` ({type(model).__name__}) has no {family.base_attention_class.__name__} in layer {lacking[0]}: "
@@ -231,7 +234,7 @@ def fit_routers(
                 "`attn_implementation='eager'`."
             )
         attention = output[1][0, :, :, :num_tokens].unflatten(0, (num_groups, -1))
-        value = cache.layers[layers[index]].values[0, :, :num_tokens]
+        value = cache.layers[module.layer_idx].values[0, :, :num_tokens]
         if index not in grams:
             num_heads = output[1].shape[1]
             projection = getattr(module, family.output_projection)

@@ -19,6 +19,7 @@ from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan
+from ..modeling.layers import layer_of
 from ..modeling.router import MosaRouter
 from ..modeling.sparse_groups import LayerCall, LayerGroups, SparseGroupsMixin, mosa_attention_forward
 from ..modeling.sparse_models import with_sparse_groups
@@ -143,12 +144,11 @@ class Effects:
         """
         model = self.with_plan(plan)
         probes = {}
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, SparseGroupsMixin):
-                layer = module.layer_idx
+                layer = layer_of(name)
                 others = [
-                    Choice(LayerGroups.of_layer(self._config(other), layer), self._thresholds(layer, other))
-                    for other in moves
+                    Choice(LayerGroups.of_plan(other.layers[layer]), self._thresholds(layer, other)) for other in moves
                 ]
                 module.mosa_probe = probes[layer] = Probe(module.mosa_router, others)
                 module.config._attn_implementation = PROBED

@@ -1,6 +1,7 @@
 """Healing: a short training that brings a converted model back to what the original predicts (docs/design.md, 6)."""
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.group_plan import GroupPlan
-from ..modeling.router import MosaRouter
+from ..modeling.layers import layer_of
+from ..modeling.router import MosaRouter, named_routers
 from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
 from .divergence import mean_divergence
@@ -75,13 +77,15 @@ class HealingTrainer(Trainer):
         self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
         self._rates: dict[int, torch.Tensor] = {}  # layer -> [G], summed over its calls since the last log
         self._calls: dict[int, int] = {}
-        for router in mosa_routers(model):
-            router.register_forward_hook(self._note_rates)
+        mosa_routers(model)  # that there are any
+        for name, router in named_routers(model):
+            router.register_forward_hook(partial(self._note_rates, layer_of(name)))
 
-    def _note_rates(self, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _note_rates(
+        self, layer: int, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         selected, valid = output[1], args[1].layout.valid
         tokens = selected[..., 0].numel() if valid is None else valid.sum().clamp(min=1).to(selected.device)
-        layer = router.layer_idx
         self._rates[layer] = self._rates.get(layer, 0) + selected.sum((0, 1)) / tokens
         self._calls[layer] = self._calls.get(layer, 0) + 1
 

@@ -3,29 +3,33 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache import is_upgraded, num_cached_tokens, upgrade_cache
 from ..kernels.recording import is_exported, is_recorded
 from ..routing.layout import CallLayout
+from .layers import attention_modules, check_numbered, check_windows
 
 
 class ModelCall(NamedTuple):
     """
     What the layers of one model call share.
 
-    `thresholds`: layer index → the thresholds `[G]` that this call routes with in training, so that gradient
-    checkpointing recomputes the same selection after the moving average went on.
+    `thresholds`: router → the thresholds `[G]` that this call routes with in training, so that gradient checkpointing
+    recomputes the same selection after the moving average went on.
     `has_grad`: whether the call records gradients. Layers cannot tell: reentrant checkpointing runs them without.
     """
 
     layout: CallLayout
-    thresholds: dict[int, torch.Tensor]
+    thresholds: dict[nn.Module, torch.Tensor]
     has_grad: bool
 
 
 class MosaCallMixin:
-    """For the decoder (base model) of any MoSA model, whose layers' modules `cache_spec` say what they keep."""
+    """For the decoder (base model) of any MoSA model, whose attention modules' `cache_spec` says what they keep."""
+
+    attention_class: type[nn.Module]  # of its layers, dense ones included
 
     def begin_call(
         self,
@@ -96,14 +100,20 @@ class MosaCallMixin:
                 "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
                 "CPU: leave `cache_implementation` out, or set it to 'static'."
             )
-        # Fewer layers run while `generate(assistant_early_exit=...)` drafts.
+        modules = self.running_attention()
+        check_numbered(modules, self.config.num_hidden_layers)
+        check_windows(modules, past_key_values.is_sliding)
         specs = {
-            module.layer_idx: module.cache_spec()
-            for module in self.modules()
-            if hasattr(module, "cache_spec") and module.layer_idx < self.config.num_hidden_layers
+            module.layer_idx: spec
+            for module in modules.values()
+            if hasattr(module, "cache_spec") and (spec := module.cache_spec()).sets
         }
-        specs = {layer_idx: spec for layer_idx, spec in specs.items() if spec.sets}
         upgrade_cache(past_key_values, specs, max_cache_len or self.config.max_position_embeddings)
+
+    def running_attention(self) -> dict[int, nn.Module]:
+        """Place → attention module of the layers that run: fewer, while `assistant_early_exit` drafts."""
+        modules = attention_modules(self, self.attention_class)
+        return {place: module for place, module in modules.items() if place < self.config.num_hidden_layers}
 
 
 def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:

@@ -18,19 +18,17 @@ class MosaHeads(nn.Module):
     group by group as `[group, out, in]`.
 
     Args:
-        config: the layer's configuration (`config.per_layer_config[layer_idx]`).
-        layer_idx: index of the layer.
+        config: the layer's configuration (`config.per_layer_config[i]`).
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.budget = config.mosa_cache_budget
         self.num_groups = config.num_mosa_key_value_heads
         self.head_dim = config.head_dim
         query_dim = config.num_mosa_heads // self.num_groups * self.head_dim  # R * d
 
-        self.router = MosaRouter(config, layer_idx, [config.mosa_sparsity] * self.num_groups)
+        self.router = MosaRouter(config, [config.mosa_sparsity] * self.num_groups)
         self.q_proj = nn.Parameter(torch.empty(self.num_groups, query_dim, config.hidden_size))
         self.k_proj = nn.Parameter(torch.empty(self.num_groups, self.head_dim, config.hidden_size))
         self.v_proj = nn.Parameter(torch.empty(self.num_groups, self.head_dim, config.hidden_size))

@@ -28,17 +28,13 @@ class MosaRouter(nn.Module):
 
     Args:
         config: of the model.
-        layer_idx: index of the layer.
         sparsity: ρ of each group.
         hidden_size: units of the hidden layer, H: logits are weight [G, H] · GELU(hidden_weight [H, D] · x +
             hidden_bias). None: weight [G, D] · x.
     """
 
-    def __init__(
-        self, config: RoutingConfig, layer_idx: int, sparsity: Sequence[float], hidden_size: int | None = None
-    ):
+    def __init__(self, config: RoutingConfig, sparsity: Sequence[float], hidden_size: int | None = None):
         super().__init__()
-        self.layer_idx = layer_idx
         self.sparsity = tuple(sparsity)
         self.keeps_all = tuple(each == 1 for each in self.sparsity)  # groups that select every token
         self.min_tokens = config.mosa_min_tokens
@@ -128,7 +124,7 @@ class MosaRouter(nn.Module):
                     "`mosa_inference_routing='threshold'`, before the export."
                 )
             selected, last = self._choose(logits.detach(), valid, first, segment)
-        threshold = self._follow(last, call) if follows else call.thresholds.get(self.layer_idx, self.threshold)
+        threshold = self._follow(last, call) if follows else call.thresholds.get(self, self.threshold)
         if self.routing == "threshold":
             if any(self.keeps_all):
                 keeps_all = torch.tensor(self.keeps_all, device=logits.device)
@@ -171,8 +167,8 @@ class MosaRouter(nn.Module):
     @torch.no_grad()
     def _follow(self, last: torch.Tensor, call: ModelCall) -> torch.Tensor:
         """Move `threshold` towards `last` [G], once a model call; returns the threshold that the call routes with."""
-        if self.layer_idx not in call.thresholds:
-            call.thresholds[self.layer_idx] = self.threshold.clone()
+        if self not in call.thresholds:
+            call.thresholds[self] = self.threshold.clone()
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 seen = last.isfinite().float()
                 last = torch.stack((last.nan_to_num(), seen))
@@ -180,7 +176,7 @@ class MosaRouter(nn.Module):
                 last = last[0] / last[1]
             moved = self.threshold * self.momentum + last * (1 - self.momentum)
             self.threshold.copy_(torch.where(last.isfinite(), moved, self.threshold))
-        return call.thresholds[self.layer_idx]
+        return call.thresholds[self]
 
     def score(self, logits: torch.Tensor, layout: CallLayout) -> torch.Tensor:
         """

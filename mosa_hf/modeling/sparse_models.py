@@ -19,6 +19,8 @@ from ..safetensors_files import tensor_shapes
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .devices import execution_device, offloaded_weights
+from .group_plan import GroupPlan, SparseGroup
+from .layers import attention_modules, check_number, layer_of
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter, named_routers
@@ -33,6 +35,7 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
     family: Any  # the `Family` of `families`, which sets it
 
     def __init__(self, config: SparseGroupsConfig, *args, **kwargs):
+        config.fit_layers()
         if config.output_attentions:
             config.check_attentions()
         super().__init__(config, *args, **kwargs)
@@ -60,6 +63,11 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
         freeze_idle_routers(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info`
         return loaded
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`, with a config that says what the layers are now."""
+        self.base_model.update_config()
+        super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # Upstream looks for experts in the source of the class's own file.
@@ -72,12 +80,39 @@ class SparsePreTrainedMixin(InstalledCodeModelMixin):
             init_router(module, getattr(self.config, "initializer_range", 0.02))
 
     def mosa_routers(self) -> dict[int, MosaRouter]:
-        """Layer index → its router in force, for the layers that have sparse groups."""
-        return {router.layer_idx: router for _, router in named_routers(self)}
+        """Layer, counted from the first → its router in force, for the layers that have sparse groups."""
+        return {layer_of(name): router for name, router in named_routers(self)}
 
 
 class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
     """Before a family's base model."""
+
+    built_layers: list[tuple[SparseGroup | None, ...]]  # what its layers were when `config.mosa_plan` was of them
+
+    def layer_plans(self) -> list[tuple[SparseGroup | None, ...]]:
+        """What the groups of each layer are."""
+        dense = (None,) * self.config.num_groups
+        modules = attention_modules(self, SparseGroupsMixin)
+        return [modules[i].mosa_plan if i in modules else dense for i in range(len(self.layers))]
+
+    def update_config(self) -> None:
+        """
+        Let `config.mosa_plan` say what each layer is, after layers were taken out, added or moved; saving and
+        `generate` do it.
+
+        Raises:
+            ValueError: for fewer layers than `config.num_hidden_layers`, or `layer_types` of other layers.
+        """
+        config, plans = self.config, self.layer_plans()
+        check_number(len(plans), config)
+        has_moved = plans != self.built_layers
+        if not has_moved and (config.mosa_plan is None or len(config.mosa_plan) == config.num_hidden_layers):
+            return
+        plan = GroupPlan(tuple(plans[: config.num_hidden_layers]))
+        plan.validate(config.num_hidden_layers, config.num_groups, config.sliding_layers())
+        if config.mosa_plan is not None or GroupPlan.of_config(config) != plan:
+            config.mosa_plan = plan.to_list()
+        self.built_layers = plans
 
     def init_parallel_plans(self) -> None:
         super().init_parallel_plans()
@@ -98,6 +133,7 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
     ):
         """As the family's forward; `output_attentions` is refused where a layer has no attention weights to give."""
         if kwargs.get("output_attentions", self.config.output_attentions):
+            self.update_config()
             self.config.check_attentions()
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
@@ -154,10 +190,12 @@ def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Non
     if not isinstance(decoder, SparseModelMixin):
         _set_class(decoder, model.family.model_class)
     if not any(isinstance(module, SparseGroupsMixin) for module in decoder.modules()):
-        for module in list(decoder.modules()):
-            if type(module) is model.family.base_attention_class and any(config.groups_of_layer(module.layer_idx)):
+        for layer, module in attention_modules(decoder, decoder.attention_class).items():
+            plan = config.groups_of_layer(layer)
+            if type(module) is decoder.attention_class and any(plan):
                 _set_class(module, model.family.attention_class)
-                module.add_sparse_groups(config)
+                module.add_sparse_groups(config, plan)
+        decoder.built_layers = decoder.layer_plans()
         if decoder is not model:
             decoder.post_init()
     model.post_init()
@@ -195,10 +233,11 @@ def without_sparse_groups(model: PreTrainedModel) -> PreTrainedModel:
     decoder = base.base_model
     if decoder is not base:
         _set_class(decoder, family.base_model_class)
+    del decoder.built_layers
     for module in decoder.modules():
         if isinstance(module, SparseGroupsMixin):
             del module.mosa_router
-            for name in ("mosa_groups", "mosa_budget", "mosa_gate_slope"):
+            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope"):
                 delattr(module, name)
             _set_class(module, family.base_attention_class)
             module.config = base.config

@@ -8,6 +8,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .call import ModelCall
 from .devices import input_device
+from .layers import layer_of
 from .modes import evaluating
 from .router import MosaRouter, named_routers
 
@@ -80,14 +81,14 @@ def seen_logits(
         for router, rule in zip(routers, routing, strict=True):
             router.inference_routing = rule
 
-    for router in routers:
+    for name, router in named_routers(model):
         seen = logits[router] = torch.cat(logits[router] or [torch.empty(0, len(router.sparsity))])
         if len(seen) == 0:
             raise ValueError(
                 "`batches` holds no tokens to calibrate on: pass at least one batch of two or more tokens."
             )
         if not seen.isfinite().all():
-            raise ValueError(f"The router of layer {router.layer_idx} gives logits that are not finite.")
+            raise ValueError(f"The router of layer {layer_of(name)} gives logits that are not finite.")
     return [logits[router] for router in routers]
 
 
