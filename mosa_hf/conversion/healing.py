@@ -152,7 +152,8 @@ def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
     """
     if getattr(model, "peft_config", None):
         raise ValueError("The model has adapters, which would be part of its teacher: take the teacher before them.")
-    teacher = to_dense(model)
-    memo = {id(tensor): tensor for tensor in teacher.parameters() if not tensor.requires_grad}
+    teacher, own = to_dense(model), dict(model.named_parameters())
+    # The very parameters, not only their memory: they go to a device together.
+    memo = {id(each): own[name] for name, each in teacher.named_parameters() if not each.requires_grad}
     memo |= {id(tensor): tensor for tensor in teacher.buffers()}
     return copy.deepcopy(teacher, memo).eval()

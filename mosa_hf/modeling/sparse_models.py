@@ -203,8 +203,8 @@ def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Non
 
 def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> PreTrainedModel:
     """
-    A model with sparse groups and freshly initialised routers that shares every weight tensor with `model`, quantised
-    ones too. `model` is left as it was.
+    A model with sparse groups and freshly initialised routers whose weights, quantised ones too, are in the memory of
+    those of `model`, see `_shared_copy`. `model` is left as it was.
 
     Args:
         model: of a family in `families`, base model or with any head.
@@ -250,13 +250,27 @@ def without_sparse_groups(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """A copy of the modules, not of their tensors, with another config and class."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """
+    A copy of the modules, not of their weights, with another config and class. Parameters are its own, in the memory
+    of the model's: what replaces their content (another size, dtype or device), freezes them or adds up their
+    gradients concerns one model; what writes into that memory (an optimizer's step, a merged adapter) both.
+    """
+    memo = {id(tensor): own_parameter(tensor) for tensor in model.parameters()}
+    memo |= {id(tensor): tensor for tensor in model.buffers()}
     memo |= {id(weights): weights for weights in offloaded_weights(model)}
     memo[id(model.config)] = config
     result = copy.deepcopy(model, memo)
     _set_class(result, model_class)
     return result
+
+
+def own_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter in the same memory; the same one if it is of a class of its own, such as quantised ones."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    own.__dict__.update(parameter.__dict__)
+    return own
 
 
 def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
