@@ -1,6 +1,7 @@
 """Healing: a short training that brings a converted model back to what the original predicts (docs/design.md, 6)."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,13 +18,13 @@ from ..modeling.router import MosaRouter, named_routers
 from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
 from .divergence import mean_divergence
-from .windows import token_windows
+from .windows import Chat, token_windows
 
 
 class TokenWindows(Dataset):
-    """A text as training examples: its `token_windows`."""
+    """A text, several, or chats, as training examples: their `token_windows`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | Sequence[Chat], length: int):
         self.windows = token_windows(tokenizer, text, length)
 
     def __len__(self) -> int:
