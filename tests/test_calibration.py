@@ -213,8 +213,8 @@ def test_leaves_the_model_as_it_was(model, input_ids, error):
 )
 def test_bad_arguments(model, shape, ridge, words):
     with pytest.raises(ValueError, match=words):
-        fit_routers(model, torch.zeros(shape, dtype=torch.long), ALIKE, ridge=ridge)
-    with pytest.raises(ValueError, match=r"is a str; pass token ids .*`calibration_windows\(tokenizer, text\)`"):
+        fit_routers(model, torch.arange(math.prod(shape)).view(shape) % 64, ALIKE, ridge=ridge)
+    with pytest.raises(ValueError, match=r"is a str of .*; pass token ids .*`calibration_windows\(tokenizer, text\)`"):
         fit_routers(model, "A text.", ALIKE)
 
 

@@ -113,9 +113,12 @@ def test_a_checkpoint_is_converted_on_texts_and_chats(tokenizer, tmp_path):
 
 
 WRONG = {
-    "a text": ("A text.", r"pass token ids \[N, T\], which `calibration_windows\(tokenizer, text\)` makes"),
-    "texts": (TEXTS, r"list of texts or chats; pass token ids"),
-    "chats": (CHATS, r"list of texts or chats; pass token ids"),
+    "a text": (
+        "A text.",
+        r"is a str of what is to be tokenized; pass token ids \[N, T\], which `calibration_windows\(tokenizer, text\)` makes",
+    ),
+    "texts": (TEXTS, "is a list of what is to be tokenized; pass token ids"),
+    "chats": (CHATS, "is a list of what is to be tokenized; pass token ids"),
     "padded": (BatchEncoding({"input_ids": random_tokens(2, 8)}), "is a BatchEncoding, which may hold padding"),
     "constant": (torch.full((2, 16), 7), "is the token 7 over and over"),
     "two tokens": (torch.tensor([[5, 9]]), "has 1 tokens to learn from, which all look alike"),

@@ -112,8 +112,8 @@ def calibration_ids(calibration: Any, config: PreTrainedConfig) -> torch.Tensor:
     """
     if is_text(calibration):
         raise ValueError(
-            "`input_ids`, the calibration text, is a str or a list of texts or chats; pass token ids [N, T], which "
-            "`calibration_windows(tokenizer, text)` makes of those."
+            f"`input_ids`, the calibration text, is a {type(calibration).__name__} of what is to be tokenized; pass "
+            "token ids [N, T], which `calibration_windows(tokenizer, text)` makes of a text, of texts and of chats."
         )
     if isinstance(calibration, Mapping):
         raise ValueError(
