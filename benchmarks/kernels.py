@@ -177,7 +177,7 @@ def selected_heads(case: Case, draw: Draw) -> tuple[Contender, dict[str, Contend
         mosa_sparsity=case.sparsity,
         mosa_include_first=False,
     )
-    heads = MosaHeads(config, 0).to(DEVICE, draw.dtype).train()  # by expert choice
+    heads = MosaHeads(config).to(DEVICE, draw.dtype).train()  # by expert choice
     dense = DenseLayer(case.hidden_size, case.dense_heads, case.head_dim).to(DEVICE, draw.dtype)
     for parameter in (*heads.parameters(), *dense.parameters()):
         parameter.data = draw(*parameter.shape, scale=case.hidden_size**-0.5).detach()

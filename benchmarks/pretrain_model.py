@@ -28,8 +28,8 @@ SURE = 20.0  # a logit whose sigmoid is 1
 class StrideRouter(MosaRouter):
     """Selects every ρ-th token by its position: nothing is learned, and heads are not gated."""
 
-    def __init__(self, config, layer_idx: int, sparsity):
-        super().__init__(config, layer_idx, sparsity)
+    def __init__(self, config, sparsity):
+        super().__init__(config, sparsity)
         self.weight = None
 
     def forward(self, hidden_states, call, follows=True):
@@ -50,7 +50,7 @@ def build(run: Run) -> MosaForCausalLM:
     if run.kind == "stride":
         for layer in model.model.layers:
             heads = layer.self_attn.mosa
-            heads.router = StrideRouter(config, layer.self_attn.layer_idx, heads.router.sparsity)
+            heads.router = StrideRouter(config, heads.router.sparsity)
     if run.zero_outputs:  # else more dense heads were worse: probably what they add at first drowns the token
         with torch.no_grad():
             for name, parameter in model.named_parameters():

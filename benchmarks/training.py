@@ -59,7 +59,7 @@ def heads_and_rival(
         mosa_sparsity=sparsity,
         mosa_include_first=False,
     )
-    heads = MosaHeads(config, 0).to(dtype).train()
+    heads = MosaHeads(config).to(dtype).train()
     for parameter in heads.parameters():
         nn.init.normal_(parameter, std=HIDDEN_SIZE**-0.5)
     hidden_states = torch.randn(batch_size, num_tokens, HIDDEN_SIZE, dtype=dtype, requires_grad=True)

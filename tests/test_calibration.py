@@ -213,8 +213,8 @@ def test_leaves_the_model_as_it_was(model, input_ids, error):
 )
 def test_bad_arguments(model, shape, ridge, words):
     with pytest.raises(ValueError, match=words):
-        fit_routers(model, torch.zeros(shape, dtype=torch.long), ALIKE, ridge=ridge)
-    with pytest.raises(ValueError, match=r"is a str; pass token ids .*`calibration_windows\(tokenizer, text\)`"):
+        fit_routers(model, torch.arange(math.prod(shape)).view(shape) % 64, ALIKE, ridge=ridge)
+    with pytest.raises(ValueError, match=r"is a str of .*; pass token ids .*`calibration_windows\(tokenizer, text\)`"):
         fit_routers(model, "A text.", ALIKE)
 
 
@@ -254,8 +254,8 @@ def test_thresholds_follow_each_groups_own_rate(model, input_ids):
     calibrate_thresholds(converted, [{"input_ids": text, "attention_mask": mask}])
     logits = {}
     hooks = [
-        router.register_forward_hook(lambda module, args, output: logits.update({module.layer_idx: output}))
-        for router in converted.mosa_routers().values()
+        router.register_forward_hook(lambda module, args, output, layer=layer: logits.update({layer: output}))
+        for layer, router in converted.mosa_routers().items()
     ]
     with torch.no_grad():
         converted(text, attention_mask=mask, use_cache=False)

@@ -29,4 +29,4 @@ def test_same_function():
 def test_other_heads_are_refused(fields, message):
     fields = {"num_mosa_heads": 3, "num_mosa_key_value_heads": 3, "mosa_include_first": False, **fields}
     with pytest.raises(ValueError, match=message):
-        PaperLayer(MosaHeads(tiny_config(**fields), 0))
+        PaperLayer(MosaHeads(tiny_config(**fields)))

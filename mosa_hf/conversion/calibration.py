@@ -19,7 +19,9 @@ from ..compat import CACHE
 from ..modeling.devices import input_device
 from ..modeling.families import Family, family_of
 from ..modeling.group_plan import GroupPlan
+from ..modeling.layers import attention_modules, check_numbered
 from ..modeling.modes import evaluating
+from .windows import calibration_ids
 
 # Least importance before the logarithm. A token below it is as good as never read; without the floor its logarithm,
 # arbitrarily far down, would dominate the squared error.
@@ -82,6 +84,12 @@ class _Regression:
         mean += self.shift.cpu().double()
         size = covariance.shape[0] - len(self.groups)
         covariance, cross = covariance[:size, :size], covariance[:size, size:]
+        # What is left of equal rows is rounding.
+        if not covariance.diagonal().mean() > 1e-12 * mean[:size].square().mean():
+            raise ValueError(
+                f"The calibration text has {self.count} tokens to learn from, which all look alike to the model: pass "
+                "more text, and such as it will read."
+            )
         covariance.diagonal().add_(ridge * covariance.diagonal().mean())
         weight = torch.linalg.solve(covariance, cross).T
         return weight.float(), (mean[size:] - weight @ mean[:size]).float()
@@ -105,7 +113,9 @@ def importance(
     """
     value = value.float()
     squared = torch.einsum("gtd,grde,gte->grt", value, output_gram, value)  # ‖W_O v‖²
-    strongest = (attention / hidden_states.float().norm(dim=-1)[:, None]).amax(2)  # [G, R, T]
+    size = hidden_states.float().norm(dim=-1)[:, None]
+    size = size.masked_fill(size == 0, torch.inf)  # padding's embedding, of which there is nothing to be relative to
+    strongest = (attention / size).amax(2)  # [G, R, T]
     return (strongest * squared.clamp_min(0).sqrt()).amax(1).T
 
 
@@ -156,7 +166,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> list[nn.Module]:
     """The attention modules of some layers."""
-    modules = {each.layer_idx: each for each in model.modules() if type(each) is family.base_attention_class}
+    modules = attention_modules(model.base_model, family.base_attention_class)
+    modules = {layer: module for layer, module in modules.items() if type(module) is family.base_attention_class}
+    check_numbered(modules, model.config.num_hidden_layers)
     if lacking := sorted(set(layers) - modules.keys()):
         raise ValueError(
             f"`model` ({type(model).__name__}) has no {family.base_attention_class.__name__} in layer {lacking[0]}: "
@@ -168,15 +180,6 @@ def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> l
 def _check_text(input_ids: torch.Tensor, most: int, ridge: float) -> None:
     if ridge <= 0:
         raise ValueError(f"`ridge` is {ridge}; pass a positive number, for channels can be collinear.")
-    if not isinstance(input_ids, torch.Tensor):
-        raise ValueError(
-            f"`input_ids`, the calibration text, is a {type(input_ids).__name__}; pass token ids [N, T], which "
-            "`calibration_windows(tokenizer, text)` makes."
-        )
-    if input_ids.ndim != 2 or len(input_ids) < 1 or input_ids.shape[1] < 2:
-        raise ValueError(
-            f"`input_ids` has shape {list(input_ids.shape)}; pass [N, T], at least one window of T >= 2 tokens."
-        )
     if 2 * input_ids.shape[1] > most:
         raise ValueError(
             f"`input_ids` has windows of {input_ids.shape[1]} tokens, which the model reads twice: pass windows of at "
@@ -192,7 +195,8 @@ def fit_routers(
     Args:
         model: of a family in `families`, weights quantised or not. It is left as found: mode, attention
             implementation, hooks.
-        input_ids: [N, T], N windows of T tokens of text like that which the model will read, without padding.
+        input_ids: [N, T], N windows of T tokens of text like that which the model will read, without padding; or a
+            list of the token ids of each document, see `calibration_ids`.
             8 k tokens of several kinds are enough for a 135 M model.
         plan: which groups are sparse; it fits the model.
         include_first: the first token is always selected, and therefore no example for the regression.
@@ -209,6 +213,7 @@ def fit_routers(
             not finite.
     """
     layers = [layer for layer, groups in enumerate(plan.layers) if any(groups)]
+    input_ids = calibration_ids(input_ids, model.config)
     _check_text(input_ids, model.config.max_position_embeddings, ridge)
     family = family_of(model.config.model_type)
     modules = _attention_modules(model, family, layers)
@@ -231,7 +236,7 @@ def fit_routers(
                 "`attn_implementation='eager'`."
             )
         attention = output[1][0, :, :, :num_tokens].unflatten(0, (num_groups, -1))
-        value = cache.layers[layers[index]].values[0, :, :num_tokens]
+        value = cache.layers[module.layer_idx].values[0, :, :num_tokens]
         if index not in grams:
             num_heads = output[1].shape[1]
             projection = getattr(module, family.output_projection)

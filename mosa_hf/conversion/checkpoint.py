@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +26,7 @@ from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_hea
 from ..whole_files import check_absent, whole_directory
 from .configuration import ConversionConfig
 from .convert import convert_model
-from .windows import calibration_windows
+from .windows import calibration_windows, is_text
 
 # What goes along with a model's weights and config.
 COMPANIONS = (
@@ -77,7 +79,7 @@ def convert_checkpoint(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     conversion: ConversionConfig | None = None,
-    calibration: str | torch.Tensor | None = None,
+    calibration: str | Sequence[Any] | torch.Tensor | None = None,
     *,
     routers: str | os.PathLike | None = None,
     routers_only: bool = False,
@@ -94,8 +96,9 @@ def convert_checkpoint(
             saved.
         destination: directory to create. It appears when it is whole, or not at all.
         conversion: what to produce.
-        calibration: text, or token ids `[N, T]`, that routers and thresholds are fitted on. Not needed with `routers`,
-            nor where every sparsity is 1.
+        calibration: what routers and thresholds are fitted on: a text, a list of texts or of chats, which are read
+            one after the other (`calibration_windows`); or token ids, as `convert_model` takes them. Not needed with
+            `routers`, nor where every sparsity is 1.
         routers: directory that `save_routers` wrote, in place of `conversion` and `calibration`.
         routers_only: write the routers alone, as `save_routers` does.
         num_windows, window_length: how much of a text is read: windows, and tokens of one.
@@ -121,7 +124,7 @@ def convert_checkpoint(
         config = read_config(source)
         model, headers = check_weights(source, config)
     if calibration is not None:
-        if isinstance(calibration, str):
+        if is_text(calibration):
             calibration = calibration_windows(_tokenizer(source), calibration, num_windows, window_length)
         if headers:
             model = type(model).from_pretrained(source, dtype="auto", use_safetensors=True)

@@ -1,10 +1,12 @@
 """Conversion of a pretrained model in memory: groups of its attention become sparse (docs/design.md, section 6)."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.configuration import MosaConfig, SparseGroupsConfig
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
@@ -13,12 +15,13 @@ from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, fits_of, mean_losses, one_threshold
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
+from .windows import calibration_ids
 
 
 def convert_model(
     model: PreTrainedModel,
     conversion: ConversionConfig,
-    calibration: torch.Tensor | None = None,
+    calibration: torch.Tensor | Sequence[torch.Tensor | Sequence[int]] | None = None,
     fits: list[RouterFit | None] | None = None,
 ) -> PreTrainedModel:
     """
@@ -28,8 +31,9 @@ def convert_model(
     Args:
         model: of a family in `mosa_hf.modeling.families`, with or without a head.
         conversion: what to produce.
-        calibration: token ids `[N, T]`, N windows of the text that routers and thresholds are fitted on; see
-            `calibration_windows`. May be left out where every sparsity is 1 and nothing is selected.
+        calibration: token ids `[N, T]`, N windows of the text that routers and thresholds are fitted on, which
+            `calibration_windows` makes of texts and chats; or a list of the token ids of each document, which are read
+            one after the other (`calibration_ids`). May be left out where every sparsity is 1 and nothing is selected.
         fits: what `fit_routers` gave for `candidate_plan` without a choice of groups, where several conversions of one
             model share it. Thresholds are set on `calibration` anyway.
 
@@ -38,8 +42,12 @@ def convert_model(
         `config.mosa_conversion` records groups, losses and settings.
 
     Raises:
-        ValueError: unsupported family, impossible group choice, or missing calibration; the message names the remedy.
+        ValueError: unsupported family, a model that is converted already, impossible group choice, or a calibration
+            that is missing or no text of the model; the message names the remedy.
     """
+    check_convertible(model)
+    if calibration is not None:
+        calibration = calibration_ids(calibration, model.config)
     family = family_of(model.config.model_type)
     family.sparse_class_of(type(model))
     base_config = family.config_class.from_base(model.config)
@@ -76,6 +84,24 @@ def convert_model(
         windows = logging.tqdm(calibration.split(1), desc="Setting thresholds", unit="window")
         calibrate_thresholds(converted, windows)
     return converted
+
+
+def check_convertible(model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ValueError: for a model that has routers already.
+    """
+    config = model.config
+    if isinstance(config, SparseGroupsConfig):
+        raise ValueError(
+            f"{type(model).__name__} is converted already: convert its base, `mosa_hf.to_dense(model)`, or "
+            "change its plan when it is loaded (`mosa_plan`)."
+        )
+    if isinstance(config, MosaConfig):
+        raise ValueError(
+            f"{type(model).__name__} is the native model, whose heads select tokens already: convert a model of a "
+            "family of Transformers."
+        )
 
 
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:

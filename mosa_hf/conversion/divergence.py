@@ -28,7 +28,8 @@ def _with_rest(log_probability: torch.Tensor) -> torch.Tensor:
 
 def mean_divergence(actual: torch.Tensor, expected: torch.Tensor, top_k: int | None = None) -> torch.Tensor:
     """
-    KL(expected ‖ actual) in nats, averaged over N tokens; float32 copies are made of a few tokens at a time.
+    KL(expected ‖ actual) in nats, averaged over N tokens; float32 copies are made of a few tokens at a time. It is
+    differentiated once: with `create_graph=True` it is refused.
 
     Args:
         actual, expected: logits `[N, V]`; the gradient is that of `actual`.
@@ -57,8 +58,12 @@ class _MeanDivergence(torch.autograd.Function):
         return total / len(actual)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if torch.is_grad_enabled():  # the gradient that is made with the loss is a constant
+            raise RuntimeError(
+                "`mean_divergence` has no gradient of its gradient (`create_graph=True`): compute the divergence with "
+                "`torch.nn.functional.kl_div` of `log_softmax`."
+            )
         (gradient,) = ctx.saved_tensors
         return gradient * (upstream / len(gradient)), None, None
 

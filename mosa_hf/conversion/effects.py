@@ -4,7 +4,6 @@ model with the plan's sparse groups; and its derivative with respect to every gr
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan
+from ..modeling.layers import layer_of
 from ..modeling.router import MosaRouter
 from ..modeling.sparse_groups import LayerCall, LayerGroups, SparseGroupsMixin, mosa_attention_forward
 from ..modeling.sparse_models import with_sparse_groups
@@ -141,14 +141,13 @@ class Effects:
         Args:
             moves: plans that have the same sparse groups as `plan`.
         """
-        model = self.with_plan(plan)
+        model = self.with_plan(plan).requires_grad_(False)
         probes = {}
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, SparseGroupsMixin):
-                layer = module.layer_idx
+                layer = layer_of(name)
                 others = [
-                    Choice(LayerGroups.of_layer(self._config(other), layer), self._thresholds(layer, other))
-                    for other in moves
+                    Choice(LayerGroups.of_plan(other.layers[layer]), self._thresholds(layer, other)) for other in moves
                 ]
                 module.mosa_probe = probes[layer] = Probe(module.mosa_router, others)
                 module.config._attn_implementation = PROBED
@@ -156,15 +155,14 @@ class Effects:
                 _recompute(module)
         model.enable_input_require_grads()
         size = (len(moves), len(plan.layers), len(plan.layers[0]))
-        with _without_gradients(self.model):
-            for row in range(first, len(self.texts)):
-                expected = self.expected(row)
-                with torch.enable_grad():
-                    divergence(self._logits(model, row), expected).backward()
-                effects = torch.zeros(size)
-                for layer, probe in probes.items():
-                    effects[:, layer] = probe.take_effects()
-                yield effects
+        for row in range(first, len(self.texts)):
+            expected = self.expected(row)
+            with torch.enable_grad():
+                divergence(self._logits(model, row), expected).backward()
+            effects = torch.zeros(size)
+            for layer, probe in probes.items():
+                effects[:, layer] = probe.take_effects()
+            yield effects
 
 
 class Choice(NamedTuple):
@@ -267,16 +265,3 @@ def _recompute(layer: nn.Module) -> None:
         )
 
     layer.forward = recomputed
-
-
-@contextmanager
-def _without_gradients(model: nn.Module) -> Iterator[None]:
-    """No weight of the model wants a gradient meanwhile."""
-    wanting = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)

@@ -1,6 +1,8 @@
 """Healing: a short training that brings a converted model back to what the original predicts (docs/design.md, 6)."""
 
 import copy
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,18 +13,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.group_plan import GroupPlan
-from ..modeling.router import MosaRouter
+from ..modeling.layers import layer_of
+from ..modeling.router import MosaRouter, named_routers
 from ..modeling.routing_callback import selected_shares
 from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
 from .divergence import mean_divergence
-from .windows import token_windows
+from .windows import Chat, token_windows
 
 
 class TokenWindows(Dataset):
-    """A text as training examples: its `token_windows`."""
+    """A text, several, or chats, as training examples: their `token_windows`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | Sequence[Chat], length: int):
         self.windows = token_windows(tokenizer, text, length)
 
     def __len__(self) -> int:
@@ -77,13 +80,15 @@ class HealingTrainer(Trainer):
         self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
         self._rates: dict[int, torch.Tensor] = {}  # layer -> [G], summed over its calls since the last log
         self._calls: dict[int, int] = {}
-        for router in mosa_routers(model):
-            router.register_forward_hook(self._note_rates)
+        mosa_routers(model)  # that there are any
+        for name, router in named_routers(model):
+            router.register_forward_hook(partial(self._note_rates, layer_of(name)))
 
-    def _note_rates(self, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _note_rates(
+        self, layer: int, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         selected, valid = output[1], args[1].layout.valid
         tokens = selected[..., 0].numel() if valid is None else valid.sum().clamp(min=1).to(selected.device)
-        layer = router.layer_idx
         self._rates[layer] = self._rates.get(layer, 0) + selected.sum((0, 1)) / tokens
         self._calls[layer] = self._calls.get(layer, 0) + 1
 
@@ -151,7 +156,8 @@ def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
     """
     if getattr(model, "peft_config", None):
         raise ValueError("The model has adapters, which would be part of its teacher: take the teacher before them.")
-    teacher = to_dense(model)
-    memo = {id(tensor): tensor for tensor in teacher.parameters() if not tensor.requires_grad}
+    teacher, own = to_dense(model), dict(model.named_parameters())
+    # The very parameters, not only their memory: they go to a device together.
+    memo = {id(each): own[name] for name, each in teacher.named_parameters() if not each.requires_grad}
     memo |= {id(tensor): tensor for tensor in teacher.buffers()}
     return copy.deepcopy(teacher, memo).eval()

@@ -13,6 +13,7 @@ from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, mean_losses
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
+from .windows import calibration_ids
 
 # The gate must be neutral right after conversion and still pass a gradient to the routers. Logits of the size b + ε z
 # leave the gate at sigmoid(b) up to 1e-6, which W_O makes up for.
@@ -40,6 +41,8 @@ def convert_to_native(
     if conversion.plan is not None or conversion.window:
         raise ValueError("The paper's heads have no window and one sparsity: leave out `plan` and set `window=0`.")
     config = model.config
+    if calibration is not None:
+        calibration = calibration_ids(calibration, config)
     candidates = candidate_plan(family_of("llama").config_class.from_base(config), conversion)
     fits = None
     if calibration is not None:

@@ -30,7 +30,7 @@ from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 from .effects import Effects
-from .windows import calibration_windows
+from .windows import calibration_ids, calibration_windows
 
 # Two windows for each doubling.
 WINDOWS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -386,6 +386,7 @@ def search_plan(
     """
     config = family_of(model.config.model_type).config_class.from_base(model.config)
     candidates = candidate_plan(config, ConversionConfig(include_first=planning.include_first))
+    calibration = calibration_ids(calibration, model.config)
     about = [asdict(planning), model_digest(model), config.to_dict(), calibration.tolist(), texts.tolist()]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     journal = Journal(directory and directory / "measured.json", digest, len(texts))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from .derivatives import is_transformed
 from .recording import is_exported
 
 
@@ -42,11 +43,12 @@ for _name in ("reference", "torch", *(["triton"] if _has_gpu_build else [])):
 def backend(states: torch.Tensor) -> Backend:
     """
     The operations that run on tensors like `states`: what `use_backend` chose; else the reference in a program that is
-    exported, which holds PyTorch's own operators then; else Triton on a GPU, PyTorch elsewhere.
+    exported, which holds PyTorch's own operators then, and under transforms of `torch.func`; else Triton on a GPU,
+    PyTorch elsewhere.
     """
     if _chosen is not None:
         return _backends[_chosen]
-    if is_exported():
+    if is_exported() or is_transformed():
         return _backends["reference"]
     # Triton's kernels add up in float32: a float64 model wants more.
     on_gpu = states.device.type == "cuda" and states.dtype != torch.float64

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from .derivatives import refuse_second_gradient
+
 MaybeTensor = torch.Tensor | None
 
 
@@ -33,6 +35,8 @@ def opaque_op(
     )
     def backward_op(grad: torch.Tensor, *inputs) -> list[torch.Tensor]:
         return _gradients(run, grad, inputs, learn)
+
+    refuse_second_gradient(backward_op)
 
     @op.register_fake
     def _(first: torch.Tensor, *others) -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache import (
@@ -21,26 +22,29 @@ from ..kernels.recording import is_exported, is_recorded
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
 from .attention_options import check_options, check_sequence_lengths
+from .layers import attention_modules, check_numbered, check_windows
 
 
 class ModelCall(NamedTuple):
     """
     What the layers of one model call share.
 
-    `thresholds`: layer index → the thresholds `[G]` that this call routes with in training, so that gradient
-    checkpointing recomputes the same selection after the moving average went on.
+    `thresholds`: router → the thresholds `[G]` that this call routes with in training, so that gradient checkpointing
+    recomputes the same selection after the moving average went on.
     `has_grad`: whether the call records gradients. Layers cannot tell: reentrant checkpointing runs them without.
-    `router_logits`: layer index → logits `[B, T, G]`, if something is to be made of them.
+    `router_logits`: router → logits `[B, T, G]`, if something is to be made of them.
     """
 
     layout: CallLayout
-    thresholds: dict[int, torch.Tensor]
+    thresholds: dict[nn.Module, torch.Tensor]
     has_grad: bool
-    router_logits: dict[int, torch.Tensor] | None = None
+    router_logits: dict[nn.Module, torch.Tensor] | None = None
 
 
 class MosaCallMixin:
-    """For the decoder (base model) of any MoSA model, whose layers' modules `cache_spec` say what they keep."""
+    """For the decoder (base model) of any MoSA model, whose attention modules' `cache_spec` says what they keep."""
+
+    attention_class: type[nn.Module]  # of its layers, dense ones included
 
     takes_masks_by_layer_type = False  # whether the family's forward takes a dict of prepared masks
     _cache_made_for: list[tuple[int, SparseSpec] | None] | None = None  # the last one that `upgrade_cache` looked at
@@ -178,6 +182,9 @@ class MosaCallMixin:
                 "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
                 "CPU: leave `cache_implementation` out, or set it to 'static'."
             )
+        modules = self.running_attention()
+        check_numbered(modules, self.config.num_hidden_layers)
+        check_windows(modules, past_key_values.is_sliding)
         specs = self.cache_specs()
         length = max_cache_len or self.config.max_position_embeddings
         upgrade_cache(past_key_values, specs, length, type(self).__name__)
@@ -186,12 +193,16 @@ class MosaCallMixin:
 
     def cache_specs(self) -> dict[int, SparseSpec | None]:
         """What a cache has to know of each layer that runs; None: the layer has no sparse groups or MoSA heads."""
-        # Fewer layers run while `generate(assistant_early_exit=...)` drafts.
         specs: dict[int, SparseSpec | None] = dict.fromkeys(range(self.config.num_hidden_layers))
-        for module in self.modules():
-            if hasattr(module, "cache_spec") and module.layer_idx in specs and (spec := module.cache_spec()).sets:
+        for module in self.running_attention().values():
+            if hasattr(module, "cache_spec") and (spec := module.cache_spec()).sets:
                 specs[module.layer_idx] = spec
         return specs
+
+    def running_attention(self) -> dict[int, nn.Module]:
+        """Place → attention module of the layers that run: fewer, while `assistant_early_exit` drafts."""
+        modules = attention_modules(self, self.attention_class)
+        return {place: module for place, module in modules.items() if place < self.config.num_hidden_layers}
 
 
 def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:

@@ -80,9 +80,11 @@ class RoutingConfig(InstalledCodeConfigMixin):
 
         Raises:
             StrictDataclassError: for a `mosa_*` field out of range.
-            ValueError: for one that the model would not read, see `SparseGroupsConfig.check_read`.
+            ValueError: for one that the model would not read, see `SparseGroupsConfig.check_read`; for more layers
+                than those of `mosa_plan`.
         """
         result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).fit_layers()
         if given := [name for name in kwargs if name.startswith("mosa_")]:
             config = result[0] if isinstance(result, tuple) else result
             config.validate()
@@ -110,6 +112,10 @@ class RoutingConfig(InstalledCodeConfigMixin):
                 f"`mosa_cache_budget` must be at least 1, or None to keep every selected token, got "
                 f"{self.mosa_cache_budget}."
             )
+
+    @abstractmethod
+    def fit_layers(self) -> None:
+        """Drop what the config says of layers beyond `num_hidden_layers`, which someone has lowered."""
 
     @abstractmethod
     def has_attentions(self, layer_idx: int) -> bool:
@@ -201,6 +207,37 @@ class SparseGroupsConfig(RoutingConfig):
             return self.layer_types[layer_idx] != "full_attention"
         return getattr(self, "sliding_window", None) is not None
 
+    def sliding_layers(self) -> list[int]:
+        """
+        The layers whose attention has a sliding window of its own.
+
+        Raises:
+            ValueError: if `layer_types` is of other layers.
+        """
+        types = getattr(self, "layer_types", None)
+        if types is not None and len(types) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` names {len(types)} layers, but the model has {self.num_hidden_layers}: set "
+                "`config.layer_types` to those of its layers."
+            )
+        return [layer for layer in range(self.num_hidden_layers) if self.is_sliding(layer)]
+
+    def fit_layers(self) -> None:
+        """
+        As `RoutingConfig.fit_layers`.
+
+        Raises:
+            ValueError: for more layers than those of the plan.
+        """
+        if self.mosa_plan is None or len(self.mosa_plan) == self.num_hidden_layers:
+            return
+        if len(self.mosa_plan) < self.num_hidden_layers:
+            raise ValueError(
+                f"`num_hidden_layers` is {self.num_hidden_layers}, but `mosa_plan` names the groups of "
+                f"{len(self.mosa_plan)} layers: pass a `mosa_plan` of all layers too."
+            )
+        self.mosa_plan = self.mosa_plan[: self.num_hidden_layers]
+
     def groups_of_layer(self, layer_idx: int) -> tuple[SparseGroup | None, ...]:
         """What each key/value group of a layer is; None: dense."""
         if self.mosa_plan is not None:
@@ -240,8 +277,9 @@ class SparseGroupsConfig(RoutingConfig):
         if getattr(self, "use_bidirectional_attention", None):
             raise ValueError("`use_bidirectional_attention` does not fit sparse groups, which are causal.")
         if self.mosa_plan is not None:
-            sliding = [layer for layer in range(self.num_hidden_layers) if self.is_sliding(layer)]
-            GroupPlan.from_list(self.mosa_plan).validate(self.num_hidden_layers, self.num_groups, sliding)
+            GroupPlan.from_list(self.mosa_plan).validate(
+                self.num_hidden_layers, self.num_groups, self.sliding_layers()
+            )
 
 
 @strict
@@ -298,6 +336,12 @@ class MosaConfig(RoutingConfig, LlamaConfig):
         if self.head_dim is None and self.num_attention_heads == 0:
             raise ValueError("`head_dim` must be given when `num_attention_heads` is 0: it cannot be derived.")
         super().__post_init__(**kwargs)
+
+    def fit_layers(self) -> None:
+        if self.is_heterogeneous:
+            own = self._heterogeneity_spec.per_layer_overrides
+            if max(own, default=0) >= self.num_hidden_layers:
+                self.per_layer_config = {i: fields for i, fields in own.items() if i < self.num_hidden_layers}
 
     def has_attentions(self, layer_idx: int) -> bool:
         """Those of the dense heads, which are all that is returned of a layer."""

@@ -148,6 +148,7 @@ def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
             f"Mosa{prefix}Model",
             (SparseModelMixin, base("Model")),
             config_class=config_class,
+            attention_class=base("Attention"),
             _can_record_outputs=_recordable(base("Model")),
         ),
         output_projection=names.get("output_projection", "o_proj"),

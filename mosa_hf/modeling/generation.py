@@ -45,6 +45,8 @@ class MosaGenerationMixin:
                     + (", or call `model.eval()`" if router.inference_routing == "threshold" else "")
                     + " (thresholds: `mosa_hf.calibrate_thresholds`)."
                 )
+        if len(self.base_model.layers) == self.config.num_hidden_layers:  # drafting lowers it
+            self.base_model.update_config()  # of which caches are made
         try:
             output = super().generate(*args, **kwargs)
             cache = self._generation_cache
@@ -115,7 +117,7 @@ class MosaGenerationMixin:
         num_heads, head_dim = shape
         num_layers = self.config.num_hidden_layers
         num_heads = [num_heads] * num_layers if isinstance(num_heads, int) else list(num_heads)
-        for module in self.base_model.modules():
+        for module in self.base_model.running_attention().values():
             if hasattr(module, "cache_spec") and (dense := module.cache_spec().dense) is not None:
                 num_heads[module.layer_idx] = len(dense)
         return num_heads, head_dim

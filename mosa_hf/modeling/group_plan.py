@@ -68,7 +68,18 @@ class GroupPlan:
 
     @classmethod
     def of_config(cls, config: Any) -> "GroupPlan":
-        """The plan of a model with sparse groups."""
+        """
+        The plan of a model with sparse groups.
+
+        Raises:
+            ValueError: if the config's is of another number of layers.
+        """
+        if config.mosa_plan is not None and len(config.mosa_plan) != config.num_hidden_layers:
+            raise ValueError(
+                f"`mosa_plan` names the groups of {len(config.mosa_plan)} layers, but `num_hidden_layers` is "
+                f"{config.num_hidden_layers}. Where layers were taken out of a model or added to it, "
+                "`model.base_model.update_config()` writes the plan of those that it has."
+            )
         return cls(tuple(map(config.groups_of_layer, range(config.num_hidden_layers))))
 
     @classmethod

@@ -18,19 +18,17 @@ class MosaHeads(nn.Module):
     group by group as `[group, out, in]`.
 
     Args:
-        config: the layer's configuration (`config.per_layer_config[layer_idx]`).
-        layer_idx: index of the layer.
+        config: the layer's configuration (`config.per_layer_config[i]`).
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.layer_idx = layer_idx
         self.budget = config.mosa_cache_budget
         self.num_groups = config.num_mosa_key_value_heads
         self.head_dim = config.head_dim
         query_dim = config.num_mosa_heads // self.num_groups * self.head_dim  # R * d
 
-        self.router = MosaRouter(config, layer_idx, [config.mosa_sparsity] * self.num_groups)
+        self.router = MosaRouter(config, [config.mosa_sparsity] * self.num_groups)
         self.q_proj = nn.Parameter(torch.empty(self.num_groups, query_dim, config.hidden_size))
         self.k_proj = nn.Parameter(torch.empty(self.num_groups, self.head_dim, config.hidden_size))
         self.v_proj = nn.Parameter(torch.empty(self.num_groups, self.head_dim, config.hidden_size))
@@ -69,7 +67,7 @@ class MosaHeads(nn.Module):
         layout = call.layout.to(hidden_states.device)
         logits, selected = self.router(hidden_states, call, follows=cache is None)
         if call.router_logits is not None:  # the first ones, if checkpointing computes them again
-            call.router_logits.setdefault(self.layer_idx, logits)
+            call.router_logits.setdefault(router, logits)
         needs_score = self.budget is not None or (cache is not None and cache.needs_score)
         score = router.score(logits, layout) if needs_score else None
         if cache is not None:

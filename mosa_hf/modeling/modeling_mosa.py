@@ -1,6 +1,7 @@
 """The native MoSA model: Llama's classes with the attention replaced (docs/design.md, section 2)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,18 +25,18 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..cache import CacheOfCall
+from ..cache import CacheOfCall, SparseSpec
 from ..compat import CACHE, takes_cache
 from .auxiliary_loss import CarriedLoss, router_loss, share_of_items
 from .call import ModelCall, MosaCallMixin
-from .configuration import MosaConfig
+from .configuration import PER_LAYER_FIELDS, MosaConfig
 from .generation import MosaGenerationMixin
 from .heads import MosaHeads
+from .layers import attention_modules, check_number
 from .loading import CheckedLoadingMixin
 from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter
 from .sparse_models import init_router
-from .thresholds import mosa_routers
 
 
 class LayerConfig:
@@ -69,7 +70,8 @@ class MosaAttention(LlamaAttention):
         self.mask_config = LayerConfig(config, layer_config.sliding_window)
         self.config = config  # the model's own: `set_attn_implementation` changes that one
         self.sliding_window = layer_config.sliding_window
-        self.mosa = MosaHeads(layer_config, layer_idx) if layer_config.num_mosa_heads else None
+        self.mosa = MosaHeads(layer_config) if layer_config.num_mosa_heads else None
+        self.layer_fields = {name: getattr(layer_config, name) for name in PER_LAYER_FIELDS}
 
     @takes_cache
     def forward(
@@ -113,6 +115,10 @@ class MosaAttention(LlamaAttention):
             attn_output = attn_output + mosa_output if self.has_dense_heads else mosa_output
         return attn_output, attn_weights
 
+    def cache_spec(self) -> SparseSpec:
+        """What a cache has to know of this layer."""
+        return SparseSpec(None, (), None) if self.mosa is None else self.mosa.cache_spec()
+
 
 class MosaDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: MosaConfig, layer_idx: int):
@@ -137,6 +143,11 @@ class MosaPreTrainedModel(CheckedLoadingMixin, InstalledCodeModelMixin, LlamaPre
     _keep_in_fp32_modules_strict = ["router"]
     router_remedy = "start from it with `mosa_hf.conversion.convert_to_native`"
     _can_compile_fullgraph = True
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`, with a config that says what the layers are now."""
+        self.base_model.update_config()
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -169,7 +180,10 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
 
     aux_loss_scale: float = 1.0
 
+    attention_class = MosaAttention
+
     def __init__(self, config: MosaConfig):
+        config.fit_layers()
         if config.output_attentions:
             config.check_attentions()
         super().__init__(config)
@@ -180,6 +194,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.built_layers = self._layer_fields()
         self.post_init()
 
     @takes_cache
@@ -204,6 +219,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
             the loss is made of `aux_loss` itself (docs/routing.md).
         """
         if kwargs.get("output_attentions", self.config.output_attentions):
+            self.update_config()
             self.config.check_attentions()
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -237,11 +253,36 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         self, hidden_states: torch.Tensor, call: ModelCall, num_items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` [B, T, D], and the auxiliary loss, whose gradient they bring along in training."""
-        routers = {router.layer_idx: router for router in mosa_routers(self)}
-        losses = [router_loss(logits, routers[layer], call.layout) for layer, logits in call.router_logits.items()]
+        losses = [router_loss(logits, router, call.layout) for router, logits in call.router_logits.items()]
         loss = torch.stack([each.to(hidden_states.device) for each in losses]).mean()
         scale = self.aux_loss_scale * self.config.mosa_router_aux_loss_coef if self.training else 0.0
         return CarriedLoss.apply(hidden_states, loss, scale, num_items)
+
+    def _layer_fields(self) -> list[dict[str, Any]]:
+        """What layers may differ in, layer by layer."""
+        return [module.layer_fields for module in attention_modules(self, self.attention_class).values()]
+
+    def update_config(self) -> None:
+        """
+        Let `config.per_layer_config` say what each layer is, after layers were taken out, added or moved; saving and
+        `generate` do it.
+
+        Raises:
+            ValueError: for fewer layers than `config.num_hidden_layers`.
+        """
+        config, fields = self.config, self._layer_fields()
+        check_number(len(self.layers), config)
+        config.fit_layers()
+        if fields == self.built_layers:
+            return
+        running = fields[: config.num_hidden_layers]
+        names = {name for name in PER_LAYER_FIELDS if any(own[name] != running[0][name] for own in running)}
+        names |= config.per_layer_attributes or set()
+        config.per_layer_config = None
+        usual = {name: getattr(config, name) for name in names}
+        own = {i: {name: own[name] for name in names if own[name] != usual[name]} for i, own in enumerate(running)}
+        config.per_layer_config = {i: each for i, each in own.items() if each} or None
+        self.built_layers = fields
 
     def _active_layers(self) -> nn.ModuleList:
         """The layers that run: all, except while `generate(assistant_early_exit=...)` drafts and lowers the number."""

@@ -36,17 +36,13 @@ class MosaRouter(nn.Module):
 
     Args:
         config: of the model.
-        layer_idx: index of the layer.
         sparsity: ρ of each group.
         hidden_size: units of the hidden layer, H: logits are weight [G, H] · GELU(hidden_weight [H, D] · x +
             hidden_bias). None: weight [G, D] · x.
     """
 
-    def __init__(
-        self, config: RoutingConfig, layer_idx: int, sparsity: Sequence[float], hidden_size: int | None = None
-    ):
+    def __init__(self, config: RoutingConfig, sparsity: Sequence[float], hidden_size: int | None = None):
         super().__init__()
-        self.layer_idx = layer_idx
         self.sparsity = tuple(sparsity)
         self.keeps_all = tuple(each == 1 for each in self.sparsity)  # groups that select every token
         self.min_tokens = config.mosa_min_tokens
@@ -137,7 +133,7 @@ class MosaRouter(nn.Module):
             selected, _ = choice = self._choose(logits.detach(), valid, first, segment)
         if follows:
             self._follow(logits.detach(), choice if moves else None, call)
-        threshold = call.thresholds.get(self.layer_idx, self.threshold)
+        threshold = call.thresholds.get(self, self.threshold)
         if self.routing == "threshold":
             if any(self.keeps_all):
                 keeps_all = torch.tensor(self.keeps_all, device=logits.device)
@@ -198,9 +194,9 @@ class MosaRouter(nn.Module):
             choice: by expert choice: chosen `[B, T, G]` bool, and `[G]` the logit that as many tokens reach; NaN if no
                 token was free to be chosen.
         """
-        if self.layer_idx in call.thresholds:
+        if self in call.thresholds:
             return
-        call.thresholds[self.layer_idx] = self.threshold.clone()
+        call.thresholds[self] = self.threshold.clone()
         layout = call.layout.to(logits.device)
         free = torch.ones_like(layout.position, dtype=torch.bool) if layout.valid is None else layout.valid
         if self.include_first and layout.first is not None:

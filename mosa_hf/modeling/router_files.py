@@ -70,6 +70,7 @@ def write_routers(model: PreTrainedModel, directory: Path, base_model: str | Non
     """The files of `save_routers`, into a directory that exists."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_has_sparse_groups(model)
+    model.base_model.update_config()
     config = model.config
     base_model = base_model or base_name(config)
     content = {

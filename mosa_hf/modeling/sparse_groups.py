@@ -8,6 +8,7 @@ as it is. `SparseGroupsMixin` routes before it, the cache layer keeps what is se
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from ..routing.mask import POSSIBLE
 from .attention_options import check_options
 from .call import ModelCall
 from .configuration import SparseGroupsConfig
+from .group_plan import SparseGroup
 from .router import MosaRouter, in_force
 
 logger = logging.get_logger(__name__)
@@ -41,8 +43,8 @@ class LayerGroups(NamedTuple):
     columns: tuple[tuple[int, ...], ...]  # of each set's groups among the router's, which lists sparse groups in order
 
     @classmethod
-    def of_layer(cls, config: SparseGroupsConfig, layer_idx: int) -> "LayerGroups":
-        groups = config.groups_of_layer(layer_idx)
+    def of_plan(cls, groups: Sequence[SparseGroup | None]) -> "LayerGroups":
+        """Those of a layer of a `GroupPlan`."""
         sparse = [group for group, kind in enumerate(groups) if kind is not None]
         windows: dict[int, list[int]] = {}
         for group in sparse:
@@ -103,17 +105,19 @@ class SparseGroupsMixin:
     submodule `mosa_router` and no other weight.
     """
 
-    mosa_groups: LayerGroups
+    mosa_plan: tuple[SparseGroup | None, ...]  # what the layer's groups are, wherever in the model it is
+    mosa_groups: LayerGroups  # the same by index, in a parallel process of its own groups alone
     mosa_router: MosaRouter
 
-    def add_sparse_groups(self, config: SparseGroupsConfig) -> None:
-        """Make an attention module of the family, already of this class, one with sparse groups."""
+    def add_sparse_groups(self, config: SparseGroupsConfig, plan: tuple[SparseGroup | None, ...]) -> None:
+        """Make an attention module of the family, already of this class, one with the sparse groups of `plan`."""
         self.config = DispatchingConfig(config)
-        self.mosa_groups = LayerGroups.of_layer(config, self.layer_idx)
+        self.mosa_plan = plan
+        self.mosa_groups = LayerGroups.of_plan(plan)
         self.mosa_budget = config.mosa_cache_budget
         self.mosa_gate_slope = config.mosa_gate_slope
-        sparsity = [group.sparsity for group in config.groups_of_layer(self.layer_idx) if group is not None]
-        self.mosa_router = MosaRouter(config, self.layer_idx, sparsity, config.mosa_router_hidden_size)
+        sparsity = [group.sparsity for group in plan if group is not None]
+        self.mosa_router = MosaRouter(config, sparsity, config.mosa_router_hidden_size)
         if not config.mosa_gate_slope:  # nothing passes them a gradient
             self.mosa_router.requires_grad_(False)
 
@@ -176,7 +180,7 @@ class SparseGroupsMixin:
         if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
         router = in_force(self.mosa_router)
-        threshold = call.thresholds.get(self.layer_idx, router.threshold)
+        threshold = call.thresholds.get(router, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin
             gate = gate.masked_fill(call.layout.first.to(gate.device)[..., None], 0.0)

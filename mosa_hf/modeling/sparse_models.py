@@ -17,6 +17,8 @@ from ..compat import CACHE, takes_cache
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .devices import execution_device, offloaded_weights
+from .group_plan import GroupPlan, SparseGroup
+from .layers import attention_modules, check_number, layer_of
 from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
@@ -36,6 +38,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
     family: Any  # the `Family` of `families`, which sets it
 
     def __init__(self, config: SparseGroupsConfig, *args, **kwargs):
+        config.fit_layers()
         if config.output_attentions:
             config.check_attentions()
         super().__init__(config, *args, **kwargs)
@@ -61,6 +64,11 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
         freeze_idle_routers(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info`
         return loaded
 
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As `PreTrainedModel.save_pretrained`, with a config that says what the layers are now."""
+        self.base_model.update_config()
+        super().save_pretrained(*args, **kwargs)
+
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         # Upstream looks for experts in the source of the class's own file.
@@ -73,17 +81,44 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
             init_router(module, getattr(self.config, "initializer_range", 0.02))
 
     def mosa_routers(self) -> dict[int, MosaRouter]:
-        """Layer index → its router in force, for the layers that have sparse groups."""
-        return {router.layer_idx: router for _, router in named_routers(self)}
+        """Layer, counted from the first → its router in force, for the layers that have sparse groups."""
+        return {layer_of(name): router for name, router in named_routers(self)}
 
 
 class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
     """Before a family's base model."""
 
+    built_layers: list[tuple[SparseGroup | None, ...]]  # what its layers were when `config.mosa_plan` was of them
+
     @property
     def takes_masks_by_layer_type(self) -> bool:
         """Whether the family's forward takes a dict of prepared masks, which its code asks for."""
         return "dict" in inspect.unwrap(self.family.base_model_class.forward).__code__.co_names
+
+    def layer_plans(self) -> list[tuple[SparseGroup | None, ...]]:
+        """What the groups of each layer are."""
+        dense = (None,) * self.config.num_groups
+        modules = attention_modules(self, SparseGroupsMixin)
+        return [modules[i].mosa_plan if i in modules else dense for i in range(len(self.layers))]
+
+    def update_config(self) -> None:
+        """
+        Let `config.mosa_plan` say what each layer is, after layers were taken out, added or moved; saving and
+        `generate` do it.
+
+        Raises:
+            ValueError: for fewer layers than `config.num_hidden_layers`, or `layer_types` of other layers.
+        """
+        config, plans = self.config, self.layer_plans()
+        check_number(len(plans), config)
+        has_moved = plans != self.built_layers
+        if not has_moved and (config.mosa_plan is None or len(config.mosa_plan) == config.num_hidden_layers):
+            return
+        plan = GroupPlan(tuple(plans[: config.num_hidden_layers]))
+        plan.validate(config.num_hidden_layers, config.num_groups, config.sliding_layers())
+        if config.mosa_plan is not None or GroupPlan.of_config(config) != plan:
+            config.mosa_plan = plan.to_list()
+        self.built_layers = plans
 
     def init_parallel_plans(self) -> None:
         super().init_parallel_plans()
@@ -104,6 +139,7 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
     ):
         """As the family's forward; `output_attentions` is refused where a layer has no attention weights to give."""
         if kwargs.get("output_attentions", self.config.output_attentions):
+            self.update_config()
             self.config.check_attentions()
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
@@ -163,10 +199,12 @@ def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Non
     if not isinstance(decoder, SparseModelMixin):
         _set_class(decoder, model.family.model_class)
     if not any(isinstance(module, SparseGroupsMixin) for module in decoder.modules()):
-        for module in list(decoder.modules()):
-            if type(module) is model.family.base_attention_class and any(config.groups_of_layer(module.layer_idx)):
+        for layer, module in attention_modules(decoder, decoder.attention_class).items():
+            plan = config.groups_of_layer(layer)
+            if type(module) is decoder.attention_class and any(plan):
                 _set_class(module, model.family.attention_class)
-                module.add_sparse_groups(config)
+                module.add_sparse_groups(config, plan)
+        decoder.built_layers = decoder.layer_plans()
         if decoder is not model:
             decoder.post_init()
     model.post_init()
@@ -174,8 +212,8 @@ def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Non
 
 def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> PreTrainedModel:
     """
-    A model with sparse groups and freshly initialised routers that shares every weight tensor with `model`, quantised
-    ones too. `model` is left as it was.
+    A model with sparse groups and freshly initialised routers whose weights, quantised ones too, are in the memory of
+    those of `model`, see `_shared_copy`. `model` is left as it was.
 
     Args:
         model: of a family in `families`, base model or with any head.
@@ -204,10 +242,11 @@ def without_sparse_groups(model: PreTrainedModel) -> PreTrainedModel:
     decoder = base.base_model
     if decoder is not base:
         _set_class(decoder, family.base_model_class)
+    del decoder.built_layers
     for module in decoder.modules():
         if isinstance(module, SparseGroupsMixin):
             del module.mosa_router
-            for name in ("mosa_groups", "mosa_budget", "mosa_gate_slope"):
+            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope"):
                 delattr(module, name)
             _set_class(module, family.base_attention_class)
             module.config = base.config
@@ -220,14 +259,28 @@ def without_sparse_groups(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """A copy of the modules, not of their tensors, with another config and class."""
-    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    """
+    A copy of the modules, not of their weights, with another config and class. Parameters are its own, in the memory
+    of the model's: what replaces their content (another size, dtype or device), freezes them or adds up their
+    gradients concerns one model; what writes into that memory (an optimizer's step, a merged adapter) both.
+    """
+    memo = {id(tensor): own_parameter(tensor) for tensor in model.parameters()}
+    memo |= {id(tensor): tensor for tensor in model.buffers()}
     memo |= {id(weights): weights for weights in offloaded_weights(model)}
     memo[id(model.config)] = config
     result = copy.deepcopy(model, memo)
     result.base_model.__dict__.pop("_cache_made_for", None)  # of other groups
     _set_class(result, model_class)
     return result
+
+
+def own_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    """Another parameter in the same memory; the same one if it is of a class of its own, such as quantised ones."""
+    if type(parameter) is not nn.Parameter:
+        return parameter
+    own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    own.__dict__.update(parameter.__dict__)
+    return own
 
 
 def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:

@@ -8,14 +8,18 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .call import ModelCall
 from .devices import input_device
+from .layers import layer_of
 from .modes import evaluating
 from .router import MosaRouter, named_routers
+from .token_ids import check_token_ids
 
 ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
 
 
 @torch.no_grad()
-def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]) -> None:
+def calibrate_thresholds(
+    model: PreTrainedModel, batches: Iterable[torch.Tensor | Sequence[int] | Mapping[str, torch.Tensor]]
+) -> None:
     """
     Set the `threshold` of every group of `model`, in place, to the (1 - 1/ρ) quantile of its logits on some text, ρ
     being the group's own.
@@ -25,10 +29,12 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
 
     Args:
         model: any MoSA model.
-        batches: token ids `[B, T]`, or mappings with `input_ids` and perhaps `attention_mask`. One pass is made.
+        batches: token ids `[B, T]`, or `[T]` of one document, as tensors or lists; or mappings with `input_ids` and
+            perhaps `attention_mask`. One pass is made.
 
     Raises:
-        ValueError: if the model has no MoSA heads, `batches` are none or hold no tokens, or logits are not finite.
+        ValueError: if the model has no MoSA heads, `batches` are none or hold no tokens of its vocabulary, or logits
+            are not finite.
     """
     routers = mosa_routers(model)
     thresholds = [
@@ -40,7 +46,7 @@ def calibrate_thresholds(model: PreTrainedModel, batches: Iterable[torch.Tensor 
 
 @torch.no_grad()
 def seen_logits(
-    model: PreTrainedModel, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
+    model: PreTrainedModel, batches: Iterable[torch.Tensor | Sequence[int] | Mapping[str, torch.Tensor]]
 ) -> list[torch.Tensor]:
     """
     The logits `[N, G]` of every router of `model` on the N tokens of some text that it has a choice of, on the CPU.
@@ -66,13 +72,8 @@ def seen_logits(
             router.inference_routing = "expert_choice"
         with evaluating(model):
             for batch in batches:
-                inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-                if getattr(inputs.get("input_ids"), "ndim", 0) != 2:
-                    raise ValueError(
-                        "`batches` must be several of token ids [B, T], or of mappings with such `input_ids`: pass a "
-                        "list of them, or `input_ids.split(1)`."
-                    )
-                inputs = {name: inputs[name].to(device) for name in ("input_ids", "attention_mask") if name in inputs}
+                inputs = read_batch(batch, model.config.vocab_size)
+                inputs = {name: states.to(device) for name, states in inputs.items()}
                 model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
@@ -80,15 +81,39 @@ def seen_logits(
         for router, rule in zip(routers, routing, strict=True):
             router.inference_routing = rule
 
-    for router in routers:
+    for name, router in named_routers(model):
         seen = logits[router] = torch.cat(logits[router] or [torch.empty(0, len(router.sparsity))])
         if len(seen) == 0:
             raise ValueError(
                 "`batches` holds no tokens to calibrate on: pass at least one batch of two or more tokens."
             )
         if not seen.isfinite().all():
-            raise ValueError(f"The router of layer {router.layer_idx} gives logits that are not finite.")
+            raise ValueError(f"The router of layer {layer_of(name)} gives logits that are not finite.")
     return [logits[router] for router in routers]
+
+
+def read_batch(
+    batch: torch.Tensor | Sequence[int] | Mapping[str, torch.Tensor], vocab_size: int
+) -> dict[str, torch.Tensor]:
+    """
+    `input_ids` `[B, T]`, and `attention_mask` where it is given.
+
+    Raises:
+        ValueError: for what is no batch, or no token id.
+    """
+    inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+    try:
+        names = [name for name in ("input_ids", "attention_mask") if inputs.get(name) is not None]
+        inputs = {name: torch.as_tensor(inputs[name]) for name in names}
+    except (TypeError, ValueError, RuntimeError):  # texts, rows of several lengths
+        inputs = {}
+    if "input_ids" not in inputs or inputs["input_ids"].ndim not in (1, 2):
+        raise ValueError(
+            "`batches` must be several of token ids [B, T] or [T], or of mappings with such `input_ids`: pass a list "
+            "of them. `mosa_hf.conversion.calibration_windows(tokenizer, texts)` makes them of texts and chats."
+        )
+    check_token_ids(inputs["input_ids"], vocab_size, "batches")
+    return {name: torch.atleast_2d(states) for name, states in inputs.items()}
 
 
 def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tensor:

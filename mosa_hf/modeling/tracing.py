@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from .layers import layer_of
 from .router import MosaRouter
 from .thresholds import mosa_routers
 
@@ -16,10 +17,10 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     Record the selections of every call of `model` inside the `with` block.
 
     Yields:
-        layer index → one `[B, T, G]` bool tensor a call, on the CPU.
+        layer → one `[B, T, G]` bool tensor a call, on the CPU. Layers are counted from the first of the model.
 
     Raises:
-        ValueError: if the model has no MoSA heads.
+        ValueError: if the model has no MoSA heads, or is a part of one.
 
     ```python
     with trace_routing(model) as selected:
@@ -27,11 +28,14 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     rate = selected[0][0].float().mean()
     ```
     """
-    selections: dict[int, list[torch.Tensor]] = {router.layer_idx: [] for router in mosa_routers(model)}
+    mosa_routers(model)  # that there are any
+    layers = {  # of the routers too that an adapter replaces, until it is disabled
+        module: layer_of(name) for name, module in model.named_modules() if isinstance(module, MosaRouter)
+    }
+    selections: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers.values()}
     hooks = [
-        router.register_forward_hook(lambda module, args, output: selections[module.layer_idx].append(output[1].cpu()))
-        for router in model.modules()
-        if isinstance(router, MosaRouter)  # those too that an adapter replaces, until it is disabled
+        router.register_forward_hook(lambda module, args, output: selections[layers[module]].append(output[1].cpu()))
+        for router in layers
     ]
     try:
         yield selections

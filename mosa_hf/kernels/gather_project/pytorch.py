@@ -5,7 +5,9 @@ from collections.abc import Iterator, Sequence
 from itertools import repeat
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from ..derivatives import is_differentiated_again, plain_gradients
+from ..tensors import rotate
 
 BLOCK_SIZE = 3 * 2**17  # elements of gathered rows: more of them leave the cache, and cost page faults
 
@@ -111,6 +113,26 @@ def _forward(
     return *states, None if gate is None else gate.clone()
 
 
+def _plain(
+    hidden_states, token, cos, sin, gate, query, key, value, router, query_bias, key_bias, value_bias, router_bias
+):
+    """The same in operations that can be differentiated again and again."""
+    rows = hidden_states[token]  # [G, N, D]
+
+    def project(weight, bias):
+        states = rows @ weight.transpose(1, 2)
+        return states if bias is None else states + bias[:, None]
+
+    angles = [angle[token][:, :, None] for angle in (cos, sin)]
+    states = [project(weight, bias) for weight, bias in ((query, query_bias), (key, key_bias))]
+    states = [rotate(each.unflatten(-1, (-1, key.shape[1])), *angles).flatten(2) for each in states]
+    states.append(project(value, value_bias))
+    if gate is None:
+        return tuple(states)
+    bias = None if router_bias is None else router_bias[:, None]
+    return *states, project(router[:, None], bias)[..., 0].sigmoid()
+
+
 class _GatherProject(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):  # PyTorch inspects the signature in every call: a short one takes less
@@ -118,12 +140,15 @@ class _GatherProject(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:9])
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_query, grad_key, grad_value, grad_gate):
-        hidden_states, token, cos, sin, gate, *weights = ctx.saved_tensors
+        if is_differentiated_again(grad_query):
+            grads = (grad_query, grad_key, grad_value)
+            grads = grads if grad_gate is None else (*grads, grad_gate)
+            return plain_gradients(_plain, ctx.saved_tensors, ctx.needs_input_grad, grads)
+        hidden_states, token, cos, sin, gate, *weights = ctx.saved_tensors[:9]
         learns_rows, learns_weight, learns_bias = (
             ctx.needs_input_grad[part] for part in (0, slice(5, 9), slice(9, 13))
         )

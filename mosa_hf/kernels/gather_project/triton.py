@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..derivatives import refuse_second_gradient
 from ..triton_builds import KernelBuild
 from ..triton_slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
 
@@ -526,6 +527,9 @@ def _backward(ctx, query_grad, key_grad, value_grad):
 
 
 gather_project.register_autograd(_backward, setup_context=_save)
+refuse_second_gradient(unrotate)
+refuse_second_gradient(hidden_gradient)
+refuse_second_gradient(weight_gradient)
 
 
 def production_builds() -> list[KernelBuild]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ..derivatives import refuse_second_gradient
 from ..tensors import NEVER, Runs
 from ..triton_builds import KernelBuild
 from .reference import FarKeys, NearKeys
@@ -613,6 +614,7 @@ def _differentiate(ctx, output_grad, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+refuse_second_gradient(_backward)
 
 
 def production_builds() -> list[KernelBuild]:

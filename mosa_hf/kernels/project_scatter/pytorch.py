@@ -1,8 +1,8 @@
 """Output projections added to the selected tokens, a few groups at a time, as in `gather_project`."""
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import is_differentiated_again, plain_gradients
 from ..gather_project.pytorch import blocks_of_groups, gather_rows
 
 
@@ -34,6 +34,13 @@ def _forward(heads, gate, token, weight, num_tokens):
     return output
 
 
+def _plain(heads, gate, token, weight, num_tokens):
+    """The same in operations that can be differentiated again and again."""
+    update = (heads * gate[..., None]) @ weight.transpose(1, 2)
+    output = heads.new_zeros(num_tokens, weight.shape[1], dtype=torch.promote_types(heads.dtype, torch.float32))
+    return (output.index_add(0, token.flatten(), update.flatten(0, 1).to(output.dtype)),)
+
+
 class _ProjectScatter(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):  # as in `gather_project`
@@ -42,10 +49,13 @@ class _ProjectScatter(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs[:4])
+        ctx.num_tokens = inputs[4]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if is_differentiated_again(grad):
+            inputs = (*ctx.saved_tensors, ctx.num_tokens)
+            return plain_gradients(_plain, inputs, ctx.needs_input_grad, (grad,))
         heads, gate, token, weight = ctx.saved_tensors
         learns_heads, learns_gate, _, learns_weight, _ = ctx.needs_input_grad
         gated = heads * gate[..., None] if learns_weight else None

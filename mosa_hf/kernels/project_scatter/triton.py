@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..derivatives import refuse_second_gradient
 from ..triton_builds import KernelBuild
 from ..triton_slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
 
@@ -341,6 +342,8 @@ def _backward(ctx, grad):
 
 
 project_scatter.register_autograd(_backward, setup_context=_save)
+refuse_second_gradient(heads_gradient)
+refuse_second_gradient(weight_gradient)
 
 
 def production_builds() -> list[KernelBuild]:

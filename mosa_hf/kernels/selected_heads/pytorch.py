@@ -7,6 +7,7 @@ slots of all rows of the batch lie together, `[G, B * K]`: they share its weight
 import torch
 import torch.nn.functional as F
 
+from ..derivatives import once
 from ..gather_project.pytorch import gather_project
 from ..opaque import opaque_op
 from ..project_scatter.pytorch import project_scatter
@@ -102,7 +103,7 @@ def _selected_heads(
         mask = mask.transpose(0, 1).flatten(0, 1)[:, None]  # [G * B, 1, K, S]
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     key, value = (states.expand(-1, query.shape[1], -1, -1) for states in (key, value))
-    heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+    heads = once(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None))
 
     heads = heads.transpose(1, 2).flatten(2).view(*token.shape, weights.output.shape[2])
     gate = (gate * by_slot(filled)).to(heads.dtype)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attend import scaled, softmax
+from ..derivatives import once
 from ..opaque import opaque_op
 from ..selected_positions.pytorch import selected_positions
 from ..tensors import KeyValues, Runs, gather_slots
@@ -160,7 +161,7 @@ def _attention(
         key, value = (states.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1) for states in (key, value))
         added = None if added is None else added.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1)
         heads = F.scaled_dot_product_attention(query.flatten(0, 1), key, value, attn_mask=added, scale=scale)
-        return heads.unflatten(0, query.shape[:2])
+        return once(heads).unflatten(0, query.shape[:2])
     scores = scaled(query, key, scale, softcap)  # [B, G, R, T, S]
     if added is not None:
         scores = scores + added[:, :, None]

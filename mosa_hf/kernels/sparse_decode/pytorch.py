@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attend import scaled, softmax
+from ..derivatives import once
 from ..tensors import Runs
 
 LOOP = 16  # up to so many runs, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
@@ -30,7 +31,7 @@ def sparse_decode(
         key, value = (states.expand(-1, num_heads, -1, -1) for states in (key, value))
         mask = filled.flatten(0, 1)[:, None, None]
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        return heads.view(*runs.start.shape, num_heads, -1)
+        return once(heads).view(*runs.start.shape, num_heads, -1)
     scores = scaled(query[:, :, :, None], key, scale, softcap)[:, :, :, 0]  # [B, G, R, S]
     scores = scores.masked_fill(~filled[:, :, None], -torch.inf)
     return softmax(scores, sinks).to(value.dtype) @ value
@@ -47,7 +48,7 @@ def _run_by_run(
             heads.append(torch.zeros_like(one))
         elif is_plain:
             one, key, value = (states[None, None] for states in (one, key, value))
-            heads.append(F.scaled_dot_product_attention(one, key, value, scale=scale)[0, 0])
+            heads.append(once(F.scaled_dot_product_attention(one, key, value, scale=scale))[0, 0])
         else:
             scores = scaled(one[:, None], key, scale, softcap)[:, 0]  # [R, S]
             weights = softmax(scores, None if sinks is None else sinks[i % query.shape[1]])
