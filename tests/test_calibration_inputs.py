@@ -115,7 +115,7 @@ def test_a_checkpoint_is_converted_on_texts_and_chats(tokenizer, tmp_path):
 WRONG = {
     "a text": (
         "A text.",
-        r"is a str of what is to be tokenized; pass token ids \[N, T\], which `calibration_windows.* makes",
+        r"is a str of what is to be tokenized; pass .*`calibration_windows\(tokenizer, text\)` makes",
     ),
     "texts": (TEXTS, "is a list of what is to be tokenized; pass token ids"),
     "chats": (CHATS, "is a list of what is to be tokenized; pass token ids"),
