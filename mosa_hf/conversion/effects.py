@@ -15,12 +15,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..cache import Routed, take
+from ..modeling.attention import LayerCall, LayerGroups, mosa_attention_forward
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router import MosaRouter
-from ..modeling.sparse_groups import LayerCall, LayerGroups, SparseGroupsMixin, mosa_attention_forward
+from ..modeling.sparse_groups import SparseGroupsMixin
 from ..modeling.sparse_models import with_sparse_groups
 from ..modeling.thresholds import highest_share
 from ..routing.selection import select_by_threshold
