@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from .triton_builds import KernelBuild
+from .triton_builds import KernelBuild, tensors
 
 
 class Tiles(NamedTuple):
@@ -239,7 +239,5 @@ def sum_by_token(rows: torch.Tensor, index: torch.Tensor, count: torch.Tensor, n
 
 
 def production_builds() -> list[KernelBuild]:
-    signature = {"rows_ptr": "*fp32", "order_ptr": "*i64", "start_ptr": "*i64", "output_ptr": "*fp32"}
-    return [
-        KernelBuild("sum_by_token D=1024", _sum_by_token, {**signature, "hidden_size": "i32"}, {"BLOCK_D": 1024}, 4, 3)
-    ]
+    signature = tensors("*fp32", "rows", "output") | tensors("*i64", "order", "start") | {"hidden_size": "i32"}
+    return [KernelBuild("sum_by_token D=1024", _sum_by_token, signature, {"BLOCK_D": 1024}, 4, 3)]

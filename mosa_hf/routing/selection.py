@@ -100,11 +100,11 @@ def _highest_of_rows(
     # the rate over all of them.
     pooled = best
     if batch_size > 1:
-        num_pooled = batch_size * most
-        pooled = best.flatten(0, 1).topk(num_pooled, dim=0).values if may_look else None
-        # That is all of them, unless what a row has left might be higher than the lowest.
-        if pooled is None or not bool((best[:, -1] <= pooled[-1]).all()):
-            pooled = score.flatten(0, 1).topk(num_pooled, dim=0).values
+        # The best of the rows are all, unless what a row has left might be higher than the lowest of them.
+        if may_look:
+            pooled = best.flatten(0, 1).topk(batch_size * most, dim=0).values
+        if not (may_look and bool((best[:, -1] <= pooled[-1]).all())):
+            pooled = score.flatten(0, 1).topk(batch_size * most, dim=0).values
     return selected, pooled.view(-1, num_groups).index_select(0, (quota.sum() - 1).clamp(min=0).view(1))[0]
 
 

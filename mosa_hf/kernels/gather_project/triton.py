@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_builds import KernelBuild
+from ..triton_builds import SLOTS, KernelBuild, tensors
 from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
 
 
@@ -458,24 +458,17 @@ gather_project.register_autograd(_backward, setup_context=_save)
 
 
 def production_builds() -> list[KernelBuild]:
-    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
-    slots = {"index_ptr": "*i32", "count_ptr": "*i32", **{name: "i32" for name in sizes}}
-    hidden_size = {"hidden_size": "i32:16"}
-
-    def tensors(*names: str) -> dict[str, str]:
-        return {f"{name}_ptr": "*bf16" for name in names}
-
     builds = []
     for head_dim in (64, 128):
         tile = tiles(head_dim, torch.bfloat16)
         rotation, outer = tile.in_pairs(head_dim), tile.in_pieces(tile.head)
         projection = {"bias_ptr": None, "BLOCK_D": tile.hidden} | rotation
         inner = {"ATOMIC": True} | tile.in_pieces(tile.inner)
-        forward = tensors("hidden", "weight", "cos", "sin", "output") | slots | hidden_size
-        unrotated = tensors("grad", "cos", "sin", "output") | slots
-        hidden = tensors("query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
-        hidden |= slots | hidden_size | {"output_ptr": "*fp32", "num_heads": "i32"}
-        weight = tensors("hidden", "grad", "weight_grad", "bias_grad") | slots | hidden_size
+        forward = tensors("*bf16", "hidden", "weight", "cos", "sin", "output") | SLOTS | {"hidden_size": "i32:16"}
+        unrotated = tensors("*bf16", "grad", "cos", "sin", "output") | SLOTS
+        hidden = tensors("*bf16", "query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
+        hidden |= SLOTS | tensors("*fp32", "output") | {"hidden_size": "i32:16", "num_heads": "i32"}
+        weight = tensors("*bf16", "hidden", "grad", "weight_grad", "bias_grad") | SLOTS | {"hidden_size": "i32:16"}
         name, warps = f"gather_project d={head_dim}", tile.num_warps
         builds += [
             KernelBuild(name, _gather_project, forward, projection, warps, tile.num_stages),

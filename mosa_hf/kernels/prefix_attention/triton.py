@@ -601,8 +601,8 @@ def _(output_grad, output, lse, *inputs):
 LEARN = (0, 1, 2, 5, 7, 8, 12)
 
 
-def _gradients_like(*inputs: torch.Tensor | None) -> list[torch.Tensor]:
-    return [inputs[0].new_empty(0) if x is None else torch.empty_like(x) for x in inputs]
+def _gradients_like(query: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
+    return [query.new_empty(0) if x is None else torch.empty_like(x) for x in (query, *others)]
 
 
 def _save(ctx, inputs, output):

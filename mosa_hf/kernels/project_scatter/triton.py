@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_builds import KernelBuild
+from ..triton_builds import SLOTS, KernelBuild, tensors
 from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
 
 
@@ -294,21 +294,15 @@ project_scatter.register_autograd(_backward, setup_context=_save)
 
 
 def production_builds() -> list[KernelBuild]:
-    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
-    slots = {"index_ptr": "*i32", "count_ptr": "*i32", "gate_ptr": "*fp32", **{name: "i32" for name in sizes}}
-    slots["hidden_size"] = "i32:16"
-
-    def tensors(*names: str) -> dict[str, str]:
-        return {f"{name}_ptr": "*bf16" for name in names}
-
+    slots = SLOTS | tensors("*fp32", "gate") | {"hidden_size": "i32:16"}
     builds = []
     for head_dim in (64, 128):
         tile = tiles(head_dim, torch.bfloat16)
         inner, outer = {"ATOMIC": True} | tile.in_pieces(tile.inner), tile.in_pieces(tile.head)
         heads = {"num_heads": "i32"} | slots
-        forward = tensors("heads", "weight") | {"output_ptr": "*fp32"} | heads
-        backward = tensors("grad", "heads", "weight", "heads_grad") | {"gate_grad_ptr": "*fp32"} | heads
-        weight = tensors("grad", "heads", "weight_grad") | slots
+        forward = tensors("*bf16", "heads", "weight") | tensors("*fp32", "output") | heads
+        backward = tensors("*bf16", "grad", "heads", "weight", "heads_grad") | tensors("*fp32", "gate_grad") | heads
+        weight = tensors("*bf16", "grad", "heads", "weight_grad") | slots
         name, warps = f"project_scatter d={head_dim}", tile.num_warps
         builds += [
             KernelBuild(name, _project_scatter, forward, inner, tile.scatter_warps, 2),

@@ -18,7 +18,7 @@ QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked c
 class FarSlots(NamedTuple):
     """The selected near tokens that are out of the window of some query, K a group, in ascending position."""
 
-    index: torch.Tensor  # [B, G, K] int64, their near slots
+    slot: torch.Tensor  # [B, G, K] int64, of `near`
     filled: torch.Tensor  # [B, G, K] bool, False behind the last of a group
     key: torch.Tensor  # [B, G, K, d]
     value: torch.Tensor  # [B, G, K, d]
@@ -92,7 +92,7 @@ def sparse_attention(
 
 def _far_slots(near: KeyValues, far_bias: torch.Tensor | None, window: int) -> FarSlots:
     """Of S > `window` near tokens. `far_bias`: `[B, G, S]`."""
-    assert near.selected is not None
+    assert near.selected is not None  # of all tokens, some are not
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
     num_far = selected.shape[2] - window
     index, filled = selected_positions(selected[:, :, :num_far].transpose(1, 2))  # [B, G, K]
@@ -104,7 +104,7 @@ def _far_slots(near: KeyValues, far_bias: torch.Tensor | None, window: int) -> F
 
 def _kept_columns(kept: KeyValues, positions: torch.Tensor) -> Columns:
     """The kept keys for queries at `positions` [B, 1, T, 1]."""
-    assert kept.valid is not None
+    assert kept.valid is not None  # runs have empty slots
     mask = kept.valid[:, :, None]
     if kept.until is not None:
         mask = mask & (positions < kept.until[:, :, None])
@@ -121,14 +121,14 @@ def _far_columns(
     num_sure = 0  # as many of them all queries read
     if segment is None and far.until is None and slots[0] >= window:
         num_sure = int(far.least[slots[0] - window])
-    index = far.index[:, :, None, num_sure:num_far]
-    slot = torch.arange(slots.start, slots.stop, device=index.device)  # [T]
-    mask = far.filled[:, :, None, num_sure:num_far] & (index <= slot[:, None] - window)
+    slot = far.slot[:, :, None, num_sure:num_far]
+    own = torch.arange(slots.start, slots.stop, device=slot.device)  # [T]
+    mask = far.filled[:, :, None, num_sure:num_far] & (slot <= own[:, None] - window)
     if far.until is not None:
         mask = mask & (positions < far.until[:, :, None, :num_far])
     if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
-        row = torch.arange(len(segment), device=index.device)[:, None, None, None]
-        mask = mask & (segment[row, index] == segment[:, None, slots.start : slots.stop, None])
+        row = torch.arange(len(segment), device=slot.device)[:, None, None, None]
+        mask = mask & (segment[row, slot] == segment[:, None, slots.start : slots.stop, None])
     bias = None if far.bias is None else far.bias[:, :, :num_far]
     return Columns(far.key[:, :, :num_far], far.value[:, :, :num_far], mask, bias)
 
@@ -213,30 +213,17 @@ def _learns_in_bfloat16(*states: torch.Tensor) -> bool:
 
 
 def _run(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far_bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    near_position: torch.Tensor,
-    valid: torch.Tensor | None,
-    selected: torch.Tensor,
-    until: torch.Tensor | None,
-    position: torch.Tensor,
-    segment: torch.Tensor | None,
-    window: int,
-    scale: float | None,
-    softcap: float | None,
+    query, key, value, far_bias, sinks, key_position, valid, selected, until, position, segment, window, scale, softcap
 ) -> torch.Tensor:
     valid = None if valid is None else valid[:, None].expand_as(selected)
-    near = KeyValues(key, value, near_position[:, None].expand_as(selected), valid, selected, until)
+    near = KeyValues(key, value, key_position[:, None].expand_as(selected), valid, selected, until)
     return sparse_attention(query, near, None, position, segment, window, far_bias, scale, softcap, sinks)
 
 
 opaque_sparse_attention = opaque_op(
     "sparse_attention",
     _run,
-    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor near_position, Tensor? valid, "
+    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor key_position, Tensor? valid, "
     "Tensor selected, Tensor? until, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
     learn=(0, 1, 2, 3, 4),  # queries, keys, values, bias, sinks
 )
