@@ -90,7 +90,7 @@ class HealingTrainer(Trainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ):
         inputs = {name: states for name, states in inputs.items() if name != "labels"}
         device = inputs["input_ids"].device
@@ -114,7 +114,7 @@ class HealingTrainer(Trainer):
             self._rates.clear()
             self._calls.clear()
             logs["selected"] = round(torch.cat(list(rates.values())).mean().item(), 4)
-            config = self.model.config
+            config = getattr(self.model, "config", None)
             if isinstance(config, SparseGroupsConfig):
                 logs[f"kv_share_{self.cache_length}"] = round(kv_share(config, rates, self.cache_length), 4)
         super().log(logs, *args, **kwargs)
@@ -149,6 +149,6 @@ def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
     if getattr(model, "peft_config", None):
         raise ValueError("The model has adapters, which would be part of its teacher: take the teacher before them.")
     teacher = to_dense(model)
-    memo = {id(tensor): tensor for tensor in teacher.parameters() if not tensor.requires_grad}
+    memo: dict[int, torch.Tensor] = {id(each): each for each in teacher.parameters() if not each.requires_grad}
     memo |= {id(tensor): tensor for tensor in teacher.buffers()}
     return copy.deepcopy(teacher, memo).eval()

@@ -99,7 +99,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, scores in by_model.items():
         for task in dict.fromkeys(each.task for each in scores):
-            row = {"model": name, "task": task, **summary(task, scores)}
+            row: dict[str, Any] = {"model": name, "task": task, **summary(task, scores)}
             row["share"] = row["kv_bytes"] / summary(task, first)["kv_bytes"]
             if task.startswith(PERPLEXITY):
                 # How much less probable a token is than to the first model, slice by slice: they share the text.

@@ -4,11 +4,10 @@ dense groups go through the implementation that the user chose, sparse groups th
 """
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import GroupSet, Routed, take
@@ -29,15 +28,15 @@ class LayerGroups(NamedTuple):
     @classmethod
     def of_layer(cls, config: SparseGroupsConfig, layer_idx: int) -> "LayerGroups":
         groups = config.groups_of_layer(layer_idx)
-        sparse = [group for group, kind in enumerate(groups) if kind is not None]
+        sparse = {group: kind for group, kind in enumerate(groups) if kind is not None}
         windows: dict[int, list[int]] = {}
-        for group in sparse:
-            windows.setdefault(groups[group].window, []).append(group)
+        for group, kind in sparse.items():
+            windows.setdefault(kind.window, []).append(group)
         sets = tuple(
-            GroupSet(tuple(members), window, min(groups[group].sparsity for group in members))
+            GroupSet(tuple(members), window, min(sparse[group].sparsity for group in members))
             for window, members in windows.items()
         )
-        columns = tuple(tuple(sparse.index(group) for group in each.groups) for each in sets)
+        columns = tuple(tuple(list(sparse).index(group) for group in each.groups) for each in sets)
         return cls(tuple(group for group, kind in enumerate(groups) if kind is None), sets, columns)
 
     @property
@@ -69,8 +68,16 @@ class LayerCall(NamedTuple):
     cache: Any  # the layer's, with the call's tokens; None without a cache
 
 
+class AttentionModule(Protocol):
+    """What the attention function "mosa" reads of the module that calls it; of a stock model's, the config alone."""
+
+    config: Any
+    mosa_groups: LayerGroups
+    mosa_budget: int | None
+
+
 def mosa_attention_forward(
-    module: nn.Module,
+    module: AttentionModule,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -118,13 +125,14 @@ def mosa_attention_forward(
     num_groups = groups.num_groups
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
-    outputs, order = [], []
+    outputs: list[torch.Tensor] = []  # of each set of groups, [B, G, R, T, d]
+    order: list[int] = []  # of the groups in them
     if groups.dense:
         if mosa.cache is None:
             key_dense, value_dense = take(key, groups.dense, dim=1), take(value, groups.dense, dim=1)
         else:
             key_dense, value_dense = key, value
-        dense = module
+        dense: AttentionModule | DenseHeads = module
         if sinks is not None:
             options["s_aux"] = take(sinks, groups.dense, dim=0).flatten()
             dense = DenseHeads(module, options["s_aux"])
@@ -206,29 +214,24 @@ def uncached(
 ) -> KeyValues:
     """The keys and values `[B, G, T, d]` of a call without a cache, with padding moved to the left."""
     layout = layout.to(key.device)
-    key, value, selected, score = (
-        None if states is None else layout.pad_left(states, dim=2)
-        for states in (
-            key,
-            value,
-            routed.selected.transpose(1, 2),
-            None if routed.score is None else routed.score.transpose(1, 2),
-        )
-    )  # [B, G, T, ...]
-    position, valid, segment = (
-        None if states is None else layout.pad_left(states, dim=1)
-        for states in (layout.position, layout.valid, layout.segment)
-    )
-    position = position[:, None].expand_as(selected)
-    valid = None if valid is None else valid[:, None].expand_as(selected)
+    selected = routed.selected.transpose(1, 2)
+    key, value, selected = (layout.pad_left(states, dim=2) for states in (key, value, selected))  # [B, G, T, ...]
+    position = layout.pad_left(layout.position, dim=1)[:, None].expand_as(selected)
+    valid, segment = (
+        None if states is None else layout.pad_left(states, dim=1)[:, None]
+        for states in (layout.valid, layout.segment)
+    )  # [B, 1, T]
+    valid = None if valid is None else valid.expand_as(selected)
     until = None
     if budget is not None:
-        until = evicted_at(score, position, selected, budget, None if segment is None else segment[:, None])
+        assert routed.score is not None
+        score = layout.pad_left(routed.score.transpose(1, 2), dim=2)
+        until = evicted_at(score, position, selected, budget, segment)
     return KeyValues(key, value, position, valid, selected, until)
 
 
 def dense_attention(
-    module: nn.Module,
+    module: "AttentionModule | DenseHeads",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -246,7 +249,7 @@ def dense_attention(
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, query, key, value, attention_mask, **options)
 
 
-def eager_attention_of(module: nn.Module) -> Any:
+def eager_attention_of(module: object) -> Any:
     """The family's own `eager_attention_forward`, which knows its softcap and sinks."""
     for each in type(module).__mro__:
         if (function := getattr(sys.modules[each.__module__], "eager_attention_forward", None)) is not None:
@@ -270,7 +273,9 @@ def additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Ten
 class DenseHeads:
     """An attention module whose per-head `sinks` are those of its dense heads, for implementations that read them."""
 
-    def __init__(self, module: nn.Module, sinks: torch.Tensor):
+    config: Any
+
+    def __init__(self, module: AttentionModule, sinks: torch.Tensor):
         self.module = module
         self.sinks = sinks
 
@@ -278,7 +283,7 @@ class DenseHeads:
         return getattr(self.module, name)
 
 
-def check_has_mosa(module: nn.Module) -> None:
+def check_has_mosa(module: AttentionModule) -> None:
     """
     Raises:
         ValueError: if an attention module belongs to a stock model, which "mosa" can do nothing for: an attention

@@ -7,15 +7,16 @@ as it is. `SparseGroupsMixin` routes before it, the cache layer keeps what is se
 "mosa" (`attention`) reads it.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from ..cache import Routed, SparseSpec, take
+from ..cache import Routed, SparseLayer, SparseSpec, take
 from ..compat import CACHE
 from .attention import LayerCall, LayerGroups
 from .call import ModelCall
@@ -39,7 +40,21 @@ class DispatchingConfig:
         return getattr(self.model_config, name)
 
 
-class SparseGroupsMixin:
+if TYPE_CHECKING:
+
+    class FamilyAttention(nn.Module):
+        """What the mixin relies on: what the attention class of every family has."""
+
+        config: Any
+        layer_idx: int
+
+        def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]: ...
+
+else:
+    FamilyAttention = object
+
+
+class SparseGroupsMixin(FamilyAttention):
     """
     Stands before a family's attention class: `class MosaQwen3Attention(SparseGroupsMixin, Qwen3Attention)`. Adds a
     submodule `mosa_router` and no other weight.
@@ -61,7 +76,7 @@ class SparseGroupsMixin:
 
     def forward(
         self, hidden_states: torch.Tensor, *args, mosa_call: ModelCall | None = None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Any, ...]:
         """
         As the family's forward.
 
@@ -77,8 +92,8 @@ class SparseGroupsMixin:
         past_key_values: Cache | None = kwargs.get(CACHE, kwargs.get("layer_past"))
         cache = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
-            cache = past_key_values.layers[self.layer_idx]
-        router = in_force(self.mosa_router)
+            cache = cast(SparseLayer, past_key_values.layers[self.layer_idx])
+        router = cast(MosaRouter, in_force(self.mosa_router))
         router.check_cache(cache)
         layout = mosa_call.layout
         trains_routers = bool(self.mosa_gate_slope)
@@ -112,7 +127,7 @@ class SparseGroupsMixin:
         """
         if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
-        router = in_force(self.mosa_router)
+        router = cast(MosaRouter, in_force(self.mosa_router))
         threshold = call.thresholds.get(self.layer_idx, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin
