@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import GroupPlan, cache_bytes, to_dense, trace_routing
+from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
@@ -82,7 +83,7 @@ def decode_speed(model: PreTrainedModel, cache: Cache, token: torch.Tensor, num_
     """Tokens per second of greedy decoding of `token` [1, 1] and what follows it, after what `cache` holds."""
     start = time.perf_counter()
     for _ in range(num_tokens):
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(token, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
     return num_tokens / (time.perf_counter() - start)
 
 
