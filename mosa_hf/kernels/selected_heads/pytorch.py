@@ -77,27 +77,15 @@ def _selected_heads(
     new = KeyValues(new_key, new_value, position, filled, None, until, score)
 
     # Empty slots come last: a causal read of the slots never meets them before a filled slot's own turn.
-    mask = None
+    mask, old = None, None if past is None else past.pad()
     if past is not None or tokens.segment is not None or until is not None:
-        mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=index.device).tril()  # [K, K]
-        mask = mask.expand(batch_size, num_groups, num_slots, num_slots)
-        if tokens.segment is not None:
-            segment = of_slots(tokens.segment, index)
-            mask = mask & (segment[..., :, None] == segment[..., None, :])
-        if until is not None:
-            mask = mask & (position[..., :, None] < until[..., None, :])
-        old = None if past is None else past.pad()
-        if old is not None:
-            assert old.valid is not None  # runs have empty slots
-            old_mask = old.valid[:, :, None].expand(-1, -1, num_slots, -1)
-            if old.until is not None:
-                old_mask = old_mask & (position[..., :, None] < old.until[..., None, :])
-            mask = torch.cat((old_mask, mask), dim=-1)
-            key, value = (
-                torch.cat((before.transpose(0, 1)[:, :, None], states), dim=3)
-                for before, states in ((old.key, key), (old.value, value))
-            )
-        mask = mask.transpose(0, 1).flatten(0, 1)[:, None]  # [G * B, 1, K, S]
+        segment = None if tokens.segment is None else of_slots(tokens.segment, index)
+        mask = _mask(new, segment, old).transpose(0, 1).flatten(0, 1)[:, None]  # [G * B, 1, K, S]
+    if old is not None:
+        key, value = (
+            torch.cat((before.transpose(0, 1)[:, :, None], states), dim=3)
+            for before, states in ((old.key, key), (old.value, value))
+        )
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     key, value = (states.expand(-1, query.shape[1], -1, -1) for states in (key, value))
     heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
@@ -106,6 +94,27 @@ def _selected_heads(
     gate = (gate * by_slot(filled)).to(heads.dtype)
     output = project_scatter(heads, gate, token, weights.output, batch_size * num_tokens)
     return output.unflatten(0, (batch_size, num_tokens)), new
+
+
+def _mask(new: KeyValues, segment: torch.Tensor | None, old: KeyValues | None) -> torch.Tensor:
+    """
+    What slots read of the cached keys `old` and of the slots `new` up to themselves, `[B, G, K, S]` bool.
+    `segment`: `[B, G, K]`.
+    """
+    num_slots = new.position.shape[2]
+    mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=new.position.device).tril()  # [K, K]
+    mask = mask.expand(*new.position.shape, num_slots)
+    if segment is not None:
+        mask = mask & (segment[..., :, None] == segment[..., None, :])
+    if new.until is not None:
+        mask = mask & (new.position[..., :, None] < new.until[..., None, :])
+    if old is None:
+        return mask
+    assert old.valid is not None  # runs have empty slots
+    of_old = old.valid[:, :, None].expand(-1, -1, num_slots, -1)
+    if old.until is not None:
+        of_old = of_old & (new.position[..., :, None] < old.until[..., None, :])
+    return torch.cat((of_old, mask), dim=-1)
 
 
 def _run(hidden_states: torch.Tensor, *inputs: Any) -> torch.Tensor:
