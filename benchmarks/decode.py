@@ -60,7 +60,7 @@ class Decoder:
             self.seconds[is_busy].append(time.perf_counter() - start)
 
     def milliseconds(self, is_busy: bool = False) -> float:
-        """Of the median step."""
+        """The time of the median step."""
         return 1e3 * statistics.median(self.seconds[is_busy])
 
 

@@ -71,8 +71,8 @@ def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
 
 def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     """
-    By definition (docs/design.md, section 4), for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense + Σ groups
-    (n_selected + window)).
+    What a cache takes by definition (docs/design.md, section 4), for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense
+    + Σ groups (n_selected + window)).
     """
     counted = entries(model, input_ids)
     return 2 * model.dtype.itemsize * (counted.dense + counted.sparse) * model.config.head_dim

@@ -44,7 +44,7 @@ class StrideRouter(MosaRouter):
 
 
 def build(run: Run) -> MosaForCausalLM:
-    """With fresh weights."""
+    """The model of a run, with fresh weights."""
     torch.manual_seed(run.seed)
     config = run.config()
     model = MosaForCausalLM(config)

@@ -55,7 +55,7 @@ def exact(row: Row, text: str = "held out") -> float:
 
 
 def followed(row: Row) -> float | None:
-    """By the thresholds that training left; None for a model that has none."""
+    """The loss by the thresholds that training left; None for a model that has none."""
     return row["loss"]["held out"].get("followed")
 
 

@@ -106,7 +106,7 @@ def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]
 
 def mean_losses(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[list[float | None]]:
     """
-    For each layer and group the mean importance of a token that it does not select, under one threshold for all
+    The mean importance of a token that a group does not select, for each layer and group, under one threshold for all
     candidates; None for groups that are none.
     """
     logits, importance = (_tokens(candidates, candidates, fits, name) for name in ("predicted", "importance"))

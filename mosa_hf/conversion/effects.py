@@ -118,7 +118,7 @@ class Effects:
         return [own.index(group) for group in groups]
 
     def _thresholds(self, layer: int, plan: GroupPlan) -> torch.Tensor:
-        """Of the sparse groups of a layer `[G]`, for logits without bias, which routers lack."""
+        """The thresholds of the sparse groups of a layer `[G]`, for logits without bias, which routers lack."""
         groups = {group: kind for group, kind in enumerate(plan.layers[layer]) if kind is not None}
         fitted, fit = self._fitted(layer, list(groups)), self.fits[layer]
         assert fit is not None
@@ -137,7 +137,7 @@ class Effects:
 
     def of_moves(self, plan: GroupPlan, moves: Sequence[GroupPlan], first: int = 0) -> Iterator[torch.Tensor]:
         """
-        For each text from the `first` on the derivative `[M, L, G]` of the divergence with respect to each group's
+        The derivative `[M, L, G]` of the divergence, for each text from the `first` on, with respect to each group's
         move from `plan` to each of M other plans, at the plan: what the move alone would change the divergence by,
         were that linear. Zero for groups that are dense.
 
@@ -179,7 +179,8 @@ class Choice(NamedTuple):
 
 class Probe:
     """
-    Of one attention module: what it would give for other choices of its groups, against the gradient of what it gives.
+    Tells of one attention module what it would give for other choices of its groups, against the gradient of what it
+    gives.
 
     Args:
         router: of the module, whose logits decide what the choices select.

@@ -101,7 +101,7 @@ class Rates:
         self.last = next((i for i, window in enumerate(WINDOWS) if window >= planning.num_tokens), len(WINDOWS) - 1)
 
     def plan(self, settings: dict[Pair, Setting], threshold: float) -> GroupPlan:
-        """With the rates that a threshold gives; at least one calibration token is selected."""
+        """The plan with the rates that a threshold gives; at least one calibration token is selected."""
         kinds = {
             pair: SparseGroup(WINDOWS[setting.window], self._sparsity(pair, threshold - setting.offset))
             for pair, setting in settings.items()
@@ -109,7 +109,7 @@ class Rates:
         return self.candidates.with_sparse(kinds)
 
     def _sparsity(self, pair: Pair, threshold: float) -> float:
-        """Of a group with a threshold of its own."""
+        """The sparsity of a group with a threshold of its own."""
         logits = self.logits[pair]
         below = int(torch.searchsorted(logits, threshold))
         return round(len(logits) / max(len(logits) - below, 1), 2)
@@ -128,7 +128,7 @@ class Rates:
         return setting._replace(offset=threshold - own)
 
     def share(self, plan: GroupPlan) -> float:
-        """Of the bytes of the original's cache, layers with a sliding window aside."""
+        """The share of the bytes of the original's cache, layers with a sliding window aside."""
         sparse = plan.sparse()
         kept = [sparse[pair].kept_share(self.planning.num_tokens) for pair in self.logits]
         return sum(kept) / len(kept)
@@ -327,7 +327,7 @@ class Search:
         return answers
 
     def _threshold(self, settings: dict[Pair, Setting]) -> float:
-        """Of settings that meet the share."""
+        """The threshold of settings that meet the share."""
         threshold = self.rates.threshold(settings)
         assert threshold is not None
         return threshold
@@ -336,7 +336,7 @@ class Search:
         return self.rates.plan(settings, self._threshold(settings))
 
     def _divergence(self, settings: dict[Pair, Setting]) -> float | None:
-        """Of the plan of some settings; None if they cannot meet the share."""
+        """The divergence of the plan of some settings; None if they cannot meet the share."""
         if self.rates.threshold(settings) is None:
             return None
         plan = self._plan(settings)
@@ -425,7 +425,7 @@ def _fits(
     planning: PlanningConfig,
     path: Path | None,
 ) -> list[RouterFit | None]:
-    """Of the routers; those in a file, if there is one."""
+    """The fits of the routers; those in a file, if there is one."""
     if path is None or not path.exists():
         fits = fit_routers(model, calibration, candidates, include_first=planning.include_first)
         if path is not None:

@@ -100,7 +100,7 @@ def group_slots(
 
 @triton.jit
 def piece_of_head(piece, HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr):
-    """Of a group's pieces, counted over its heads: the head, the channels [BLOCK_HEAD], and which are in the head."""
+    """The head of a piece, counted over a group's heads, its channels [BLOCK_HEAD], and which are in the head."""
     num_pieces: tl.constexpr = (HEAD_DIM + BLOCK_HEAD - 1) // BLOCK_HEAD
     channel = piece % num_pieces * BLOCK_HEAD + tl.arange(0, BLOCK_HEAD)
     return piece // num_pieces, channel, channel < HEAD_DIM

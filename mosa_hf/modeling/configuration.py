@@ -88,8 +88,8 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        As `PreTrainedConfig.from_dict`, which looks at none of the fields that `kwargs` (those of `from_pretrained`)
-        change.
+        Does what `PreTrainedConfig.from_dict` does, which looks at none of the fields that `kwargs` (those of
+        `from_pretrained`) change.
 
         Raises:
             StrictDataclassError: for a `mosa_*` field out of range.

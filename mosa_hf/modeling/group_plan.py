@@ -74,7 +74,7 @@ class GroupPlan:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "GroupPlan":
         """
-        From a JSON file, `{"layers": [...]}`, see `from_list`.
+        Reads a JSON file, `{"layers": [...]}`, see `from_list`.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -97,7 +97,7 @@ class GroupPlan:
     @classmethod
     def from_list(cls, layers: list[Any]) -> "GroupPlan":
         """
-        From JSON: a list of layers, each a list of `null` or `{"window": ..., "sparsity": ...}`.
+        Reads JSON: a list of layers, each a list of `null` or `{"window": ..., "sparsity": ...}`.
 
         Raises:
             ValueError: naming the layer and group that cannot be read.
@@ -112,7 +112,7 @@ class GroupPlan:
         )
 
     def to_list(self) -> list[list[dict[str, int | float] | None]]:
-        """As JSON has it, see `from_list`."""
+        """What JSON has of it, see `from_list`."""
         return [
             [None if group is None else {"window": group.window, "sparsity": group.sparsity} for group in groups]
             for groups in self.layers

@@ -27,12 +27,12 @@ else:
 
 
 class InstalledCodeConfigMixin(ConfigBase):
-    """For a configuration whose classes are those of this package."""
+    """Belongs to a configuration whose classes are those of this package."""
 
     remote_classes: ClassVar[dict[str, str]] = {}  # "AutoModel" → the name of its class; `registration` fills it
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedConfig.save_pretrained`, with the file that loads the model by `trust_remote_code=True`."""
+        """Does what upstream's does, and writes the file that loads the model by `trust_remote_code=True`."""
         self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in self.remote_classes.items()}
         names = sorted(set(self.remote_classes.values()))
         code = CODE.format(names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names))
@@ -46,7 +46,7 @@ class InstalledCodeConfigMixin(ConfigBase):
 
 
 class InstalledCodeModelMixin:
-    """For a model of this package."""
+    """Belongs to a model of this package."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

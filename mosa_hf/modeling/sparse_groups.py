@@ -78,7 +78,7 @@ class SparseGroupsMixin(FamilyAttention):
         self, hidden_states: torch.Tensor, *args, mosa_call: ModelCall | None = None, **kwargs
     ) -> tuple[Any, ...]:
         """
-        As the family's forward.
+        Does what the family's forward does.
 
         Args:
             hidden_states: `[B, T, D]`.

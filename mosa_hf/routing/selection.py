@@ -76,7 +76,7 @@ def _quota(length: torch.Tensor, sparsity: float, min_tokens: int) -> torch.Tens
 def _highest_of_rows(
     score: torch.Tensor, sparsity: float, min_tokens: int, valid: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of `score` [B, T, G] the K highest, and the score `[G]` that B · K tokens of the batch reach."""
+    """The K highest of each row of `score` [B, T, G], and the score `[G]` that B · K tokens of the batch reach."""
     batch_size, num_tokens, num_groups = score.shape
     most = min(max(int(num_tokens / sparsity), min_tokens), num_tokens)
     if valid is None:

@@ -196,7 +196,7 @@ def _hull(first, last, num_slots):
 @triton.jit
 def scaled_scores(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """
-    Of `products` q · k: scores in base 2 after the softcap, and the softcap's tanh (no use without a softcap).
+    Scores in base 2 of `products` q · k after the softcap, and the softcap's tanh (no use without a softcap).
     """
     if SOFTCAP is None:
         tanh = products

@@ -91,7 +91,7 @@ def sparse_attention(
 
 
 def _far_slots(near: KeyValues, far_bias: torch.Tensor | None, window: int) -> FarSlots:
-    """Of S > `window` near tokens. `far_bias`: `[B, G, S]`."""
+    """Finds what is far of S > `window` near tokens. `far_bias`: `[B, G, S]`."""
     assert near.selected is not None  # of all tokens, some are not
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
     num_far = selected.shape[2] - window

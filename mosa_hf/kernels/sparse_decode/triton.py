@@ -201,7 +201,7 @@ def _decode(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Of contiguous tensors, as `decode_runs` prepares them."""
+    """Takes contiguous tensors, as `decode_runs` prepares them."""
     batch_size, num_groups, num_heads, head_dim = query.shape
     output = torch.empty_like(query)
     if query.numel() == 0:
