@@ -36,10 +36,11 @@ $(OLDEST)/.mosa-hf-oldest: pyproject.toml tests/oldest.txt
 lint: $(VENV)/.mosa-hf-test
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m mypy
 
 # Never removes VENV when it is yours.
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra of pyproject.toml, so that a second run installs nothing.

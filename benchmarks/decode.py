@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, StaticCache
 
 from mosa_hf import ConversionConfig, GroupPlan, cache_bytes, convert_model
+from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows
 
 from . import measure, sources
@@ -55,11 +56,11 @@ class Decoder:
         """Read `tokens` [1, T], one a step."""
         for token in tokens.split(1, dim=1):
             start = time.perf_counter()
-            self.model(token, past_key_values=self.cache, use_cache=True)
+            self.model(token, use_cache=True, **{CACHE: self.cache})
             self.seconds[is_busy].append(time.perf_counter() - start)
 
     def milliseconds(self, is_busy: bool = False) -> float:
-        """Of the median step."""
+        """The time of the median step."""
         return 1e3 * statistics.median(self.seconds[is_busy])
 
 

@@ -48,7 +48,7 @@ class Exercise:
 
     @cached_property
     def all_settings(self) -> dict[str, Any]:
-        """With a digest of what is read, so that a row of other tokens is another row."""
+        """The settings with a digest of what is read, so that a row of other tokens is another row."""
         ids = json.dumps([reading.to_dict() for reading in self.readings])
         return {**self.settings, "digest": hashlib.sha256(ids.encode()).hexdigest()[:12]}
 

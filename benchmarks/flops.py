@@ -11,14 +11,14 @@ from mosa_hf import MosaConfig
 
 
 def dense_head(config: MosaConfig, length: int) -> float:
-    """Of one dense head with a key/value head of its own, one layer, one sequence of `length` tokens."""
+    """FLOPs of one dense head with a key/value head of its own, one layer, one sequence of `length` tokens."""
     keys = length if config.sliding_window is None else min(length, config.sliding_window)
     return 8 * config.hidden_size * config.head_dim * length + 4 * config.head_dim * length * keys
 
 
 def selected_head(config: MosaConfig, slots: float, squares: float | None = None) -> float:
     """
-    Of one of the paper's heads without its router, one layer, one sequence.
+    FLOPs of one of the paper's heads without its router, one layer, one sequence.
 
     Args:
         slots: selected tokens; a mean over heads if they differ.
@@ -41,7 +41,7 @@ def forward(
     config: MosaConfig, length: int, slots: float | None = None, squares: float | None = None, routers: bool = True
 ) -> float:
     """
-    Of one sequence, all layers alike, one query head a group.
+    FLOPs of one sequence, all layers alike, one query head a group.
 
     Args:
         slots, squares: see `selected_head`; by default what expert choice selects.

@@ -160,7 +160,7 @@ class Models:
 
 
 def digest_of(model: PreTrainedModel) -> str:
-    """Of the routers of a model with sparse groups, and of its plan."""
+    """A digest of the routers of a model with sparse groups, and of its plan."""
     digest = hashlib.sha256(json.dumps(GroupPlan.of_config(model.config).to_list()).encode())
     for router in model.mosa_routers().values():
         for tensor in router.state_dict().values():

@@ -33,7 +33,7 @@ def write(rows: list[dict[str, Any]], directory: Path) -> None:
 
 
 def by_method(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
-    """For each method its rows by task; the method that keeps most comes first."""
+    """Each method's rows by task; the method that keeps most comes first."""
     methods: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         methods.setdefault(label(row["method"], row["parameters"]), {})[row["task"]] = row
@@ -41,7 +41,7 @@ def by_method(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
 
 
 def share(own: dict[str, dict[str, Any]], tasks: list[str]) -> float:
-    """Of the original's bytes, over those of `tasks` that a method has rows of; nan if it has none."""
+    """The share of the original's bytes, over those of `tasks` that a method has rows of; nan if it has none."""
     shares = [own[task]["share"] for task in tasks if task in own]
     return sum(shares) / len(shares) if shares else math.nan
 

@@ -69,7 +69,7 @@ class Case:
         return int(self.num_tokens / self.sparsity)
 
     def shortened(self) -> "Case":
-        """As far as the specification can follow."""
+        """The case, as far as the specification can follow."""
         if self.operation == "sparse_decode":
             return self
         rows, tokens = min(self.batch_size, CHECKED_ROWS), min(self.num_tokens, CHECKED_TOKENS)
@@ -107,7 +107,7 @@ class Contender(NamedTuple):
         return [output.detach(), *torch.autograd.grad(output, self.inputs, output.detach())]
 
     def on(self, name: str) -> "Contender":
-        """On the named backend."""
+        """The case on the named backend."""
         return Contender(use_backend(name)(self.call), self.inputs)
 
 

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import GroupPlan, cache_bytes, to_dense, trace_routing
+from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
@@ -70,8 +71,8 @@ def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
 
 def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     """
-    By definition (docs/design.md, section 4), for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense + Σ groups
-    (n_selected + window)).
+    What a cache takes by definition (docs/design.md, section 4), for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense
+    + Σ groups (n_selected + window)).
     """
     counted = entries(model, input_ids)
     return 2 * model.dtype.itemsize * (counted.dense + counted.sparse) * model.config.head_dim
@@ -82,7 +83,7 @@ def decode_speed(model: PreTrainedModel, cache: Cache, token: torch.Tensor, num_
     """Tokens per second of greedy decoding of `token` [1, 1] and what follows it, after what `cache` holds."""
     start = time.perf_counter()
     for _ in range(num_tokens):
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token = model(token, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
     return num_tokens / (time.perf_counter() - start)
 
 

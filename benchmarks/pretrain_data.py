@@ -14,7 +14,7 @@ HELD_OUT = 20
 
 
 def blocks_of(name: str, characters: int) -> list[str]:
-    """Of one text, spread over it: together about `characters` of it, or all."""
+    """Blocks of one text, spread over it: together about `characters` of it, or all."""
     text = sources.text(name)
     every = max(len(text) // characters, 1)
     return [text[start : start + BLOCK] for start in range(0, len(text), BLOCK * every)]

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, get_cosine_schedule_with_warmup
 
 from mosa_hf import MosaForCausalLM, cache_bytes, calibrate_thresholds
+from mosa_hf.compat import CACHE
 from mosa_hf.modeling.router import MosaRouter, named_routers
 from mosa_hf.whole_files import whole_file
 
@@ -43,7 +44,7 @@ class StrideRouter(MosaRouter):
 
 
 def build(run: Run) -> MosaForCausalLM:
-    """With fresh weights."""
+    """The model of a run, with fresh weights."""
     torch.manual_seed(run.seed)
     config = run.config()
     model = MosaForCausalLM(config)
@@ -165,7 +166,7 @@ def decoded(model: MosaForCausalLM, windows: torch.Tensor) -> tuple[float, dict[
     """The same loss, token by token with a cache; and the bytes that this holds at the end, for one row, by kind."""
     cache, total = DynamicCache(config=model.config), 0.0
     for i, token in enumerate(windows[:, :-1].split(1, dim=1)):
-        logits = model(token, past_key_values=cache, use_cache=True).logits[:, 0]
+        logits = model(token, use_cache=True, **{CACHE: cache}).logits[:, 0]
         total += F.cross_entropy(logits, windows[:, i + 1], reduction="sum").item()
     held = {kind: count / len(windows) for kind, count in cache_bytes(cache).items()}
     return total / windows[:, 1:].numel(), held

@@ -94,17 +94,17 @@ class Run:
         )
 
     def forward_flops(self, slots: float | None = None, squares: float | None = None) -> float:
-        """Of one sequence; see `flops.forward`."""
+        """FLOPs of one sequence; see `flops.forward`."""
         return flops.forward(self.config(), self.length, slots, squares, routers=self.kind == "mosa")
 
     def training_flops(self) -> float:
-        """Of the whole run, a backward counted as two forwards."""
+        """FLOPs of the whole run, a backward counted as two forwards."""
         return 3 * self.forward_flops() * self.batch_size * self.steps
 
     def matched(self, reference: "Run", name: str | None = None) -> "Run":
         """
-        With as much of the field `name` as makes a forward cost what `reference`'s does, to the nearest whole number.
-        By default it is the number of the paper's heads, or of windows where there are no others.
+        The run with as much of the field `name` as makes a forward cost what `reference`'s does, to the nearest whole
+        number. By default it is the number of the paper's heads, or of windows where there are no others.
         """
         if name is None:
             name = "dense_heads" if self.kind in ("dense", "window") else "mosa_heads"

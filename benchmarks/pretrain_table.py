@@ -55,7 +55,7 @@ def exact(row: Row, text: str = "held out") -> float:
 
 
 def followed(row: Row) -> float | None:
-    """By the thresholds that training left; None for a model that has none."""
+    """The loss by the thresholds that training left; None for a model that has none."""
     return row["loss"]["held out"].get("followed")
 
 
@@ -112,25 +112,25 @@ def write(studies: Studies, rows: list[Row], directory: Path) -> None:
         draw(studies, rows).savefig(unfinished, format="png", dpi=130)
 
 
+# Of a run, what a table may show.
+FIELDS = (
+    "length",
+    "dense_heads",
+    "mosa_heads",
+    "sparsity",
+    "window",
+    "momentum",
+    "include_first",
+    "aux_loss",
+    "learning_rate",
+    "intermediate_size",
+)
+
+
 def table_of(study: list[Run], measured: Measured) -> str:
     """A row for each kind of run that was measured; differences to dense of the same length, seed by seed."""
     kinds = [run for run in without_seeds(study) if measured.of(run)]
-    varied = [
-        name
-        for name in (
-            "length",
-            "dense_heads",
-            "mosa_heads",
-            "sparsity",
-            "window",
-            "momentum",
-            "include_first",
-            "aux_loss",
-            "learning_rate",
-            "intermediate_size",
-        )
-        if len({getattr(run, name) for run in kinds}) > 1
-    ]
+    varied = [name for name in FIELDS if len({getattr(run, name) for run in kinds}) > 1]
     head = [
         "model",
         *(name.replace("_", " ") for name in varied),
@@ -144,24 +144,35 @@ def table_of(study: list[Run], measured: Measured) -> str:
     head += ["training TFLOP", "with padding", "CPU ms a step"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for run in kinds:
-        rows = list(measured.of(run).values())
-        cells = [name_of(run), *(_field(run, name) for name in varied), str(len(rows))]
-        for value in (published, followed, exact):
-            cells.append("" if value(rows[0]) is None else Interval.of([value(row) for row in rows]).text())
-        leak = None if published(rows[0]) is None else Interval.of([exact(row) - published(row) for row in rows])
-        cells.append("" if leak is None else leak.text("+"))
-        reference = dense_of(study, run)
-        difference = None if reference is None or run == reference else measured.difference(run, reference)
-        cells.append("" if difference is None else difference.text("+"))
-        cells.append(Interval.of([exact(row, "unseen") for row in rows]).text())
-        cells.append(f"{mean(row['selected_share'] for row in rows):.3f}" if "selected_share" in rows[0] else "")
-        cells.append(f"{mean(sum(row['kv_bytes'].values()) for row in rows):,.0f}")
-        cells.append(f"{rows[0]['parameters']:,}")
-        for name in ("training_flops_of_selected", "training_flops_with_padding"):
-            cells.append(f"{mean(row.get(name, row['training_flops']) for row in rows) / 1e12:.3g}")
-        cells.append(f"{mean(row['step_cpu_ms'] for row in rows):.0f}")
-        lines.append(cells)
+        cells = [name_of(run), *(_field(run, name) for name in varied)]
+        lines.append(cells + _losses(study, run, measured) + _costs(list(measured.of(run).values())))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _losses(study: list[Run], run: Run, measured: Measured) -> list[str]:
+    """The cells of a table that tell what a kind of run predicts, after the number of its seeds."""
+    rows = list(measured.of(run).values())
+    cells = [str(len(rows))]
+    for value in (published, followed, exact):
+        cells.append("" if value(rows[0]) is None else Interval.of([value(row) for row in rows]).text())
+    leak = None if published(rows[0]) is None else Interval.of([exact(row) - published(row) for row in rows])
+    cells.append("" if leak is None else leak.text("+"))
+    reference = dense_of(study, run)
+    difference = None if reference is None or run == reference else measured.difference(run, reference)
+    cells.append("" if difference is None else difference.text("+"))
+    cells.append(Interval.of([exact(row, "unseen") for row in rows]).text())
+    return cells
+
+
+def _costs(rows: list[Row]) -> list[str]:
+    """The cells of a table that tell what a kind of run takes."""
+    cells = [f"{mean(row['selected_share'] for row in rows):.3f}" if "selected_share" in rows[0] else ""]
+    cells.append(f"{mean(sum(row['kv_bytes'].values()) for row in rows):,.0f}")
+    cells.append(f"{rows[0]['parameters']:,}")
+    for name in ("training_flops_of_selected", "training_flops_with_padding"):
+        cells.append(f"{mean(row.get(name, row['training_flops']) for row in rows) / 1e12:.3g}")
+    cells.append(f"{mean(row['step_cpu_ms'] for row in rows):.0f}")
+    return cells
 
 
 def _field(run: Run, name: str) -> str:
@@ -259,6 +270,15 @@ def fewest_heads(study: list[Run], measured: Measured) -> str | None:
 def page(studies: Studies, rows: list[Row]) -> str:
     """Markdown: how it was measured, the answer, and a table for each study, of the rows that belong to one."""
     rows = [row for own in Measured.of_study(in_order(studies), rows).rows.values() for row in own.values()]
+    worst = max(abs(row["sample"]["teacher_forced"] - row["sample"]["decoded"]) for row in rows)
+    parts = [PAGE.format(facts="\n".join(f"- {each}" for each in facts_of(rows)), worst=worst)]
+    for name in studies:
+        parts += section_of(name, studies, rows)
+    return "\n\n".join(parts) + "\n"
+
+
+def facts_of(rows: list[Row]) -> list[str]:
+    """Where and when it was measured, and how long that took."""
     facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
     facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
     facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))
@@ -268,33 +288,32 @@ def page(studies: Studies, rows: list[Row]) -> str:
         f"{len(rows)} runs, {minutes:.0f} minutes of a machine that may have done other work too; training steps "
         f"took {training:.0f} minutes of CPU time, by their medians"
     )
-    worst = max(abs(row["sample"]["teacher_forced"] - row["sample"]["decoded"]) for row in rows)
-    parts = [PAGE.format(facts="\n".join(f"- {each}" for each in facts), worst=worst)]
-    for name, study in studies.items():
-        measured = Measured.of_study(study, rows)
-        missing = [run for run in dict.fromkeys(study) if run not in measured]
-        parts.append(f"## {name[0].upper()}{name[1:]}")
-        own = set(study) - (set(studies[HEADLINE]) if name != HEADLINE and HEADLINE in studies else set())
-        if any(run in measured for run in own):
-            if name == HEADLINE:
-                parts += ["\n".join(f"{i + 1}. {each}" for i, each in enumerate(sentences(study, measured)))]
-                parts.append("![Loss of each model, and of each sparsity](pretrain.png)")
-            if name.startswith(MATCH) and study[0] in measured and (line := fewest_heads(study, measured)):
-                parts.append(line)
-            parts.append(table_of(study, measured))
-            if name == HEADLINE and (line := against_stride(study, measured)):
-                parts.append(line)
-            parts.append(settings_of(study))
-        if missing:
-            seeds = {
-                kind: [run.seed for run in missing if same_but_seed(run, kind)] for kind in without_seeds(missing)
-            }
-            named = [
-                ", ".join(filter(None, (name_of(kind), changes_of(kind, study[0]), _listed("seed", own))))
-                for kind, own in seeds.items()
-            ]
-            parts.append(f"**Missing**, {len(missing)} of {len(set(study))} runs: {'; '.join(named)}.")
-    return "\n\n".join(parts) + "\n"
+    return facts
+
+
+def section_of(name: str, studies: Studies, rows: list[Row]) -> list[str]:
+    """The paragraphs of one study."""
+    study, parts = studies[name], [f"## {name[0].upper()}{name[1:]}"]
+    measured = Measured.of_study(study, rows)
+    own = set(study) - (set(studies[HEADLINE]) if name != HEADLINE and HEADLINE in studies else set())
+    if any(run in measured for run in own):
+        if name == HEADLINE:
+            parts += ["\n".join(f"{i + 1}. {each}" for i, each in enumerate(sentences(study, measured)))]
+            parts.append("![Loss of each model, and of each sparsity](pretrain.png)")
+        if name.startswith(MATCH) and study[0] in measured and (line := fewest_heads(study, measured)):
+            parts.append(line)
+        parts.append(table_of(study, measured))
+        if name == HEADLINE and (line := against_stride(study, measured)):
+            parts.append(line)
+        parts.append(settings_of(study))
+    if missing := [run for run in dict.fromkeys(study) if run not in measured]:
+        seeds = {kind: [run.seed for run in missing if same_but_seed(run, kind)] for kind in without_seeds(missing)}
+        named = [
+            ", ".join(filter(None, (name_of(kind), changes_of(kind, study[0]), _listed("seed", own_seeds))))
+            for kind, own_seeds in seeds.items()
+        ]
+        parts.append(f"**Missing**, {len(missing)} of {len(set(study))} runs: {'; '.join(named)}.")
+    return parts
 
 
 def settings_of(study: list[Run]) -> str:
@@ -347,23 +366,16 @@ trained on, and of another kind.
 
 def draw(studies: Studies, rows: list[Row]) -> Figure:
     """Loss by model, by sparsity and by heads: exact, and as expert choice reads it."""
-    panels = [name for name in (HEADLINE, SPARSITY, MATCH) if name in studies]
-    in_headline = set(studies.get(HEADLINE, []))
-    all_measured = Measured(rows)
+    in_headline, all_measured = set(studies.get(HEADLINE, [])), Measured(rows)
     panels = [
         name
-        for name in panels
-        if name == HEADLINE or any(run in all_measured for run in studies[name] if run not in in_headline)
+        for name in (HEADLINE, SPARSITY, MATCH)
+        if name == HEADLINE or any(run in all_measured for run in studies.get(name, []) if run not in in_headline)
+        if name in studies
     ]
     figure = Figure(figsize=(5.4 * max(len(panels), 1), 4.4), layout="constrained")
     for axes, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
-        study = [*studies[name], *studies.get(name + BY_THRESHOLD, [])]
-        if name == SPARSITY:
-            study += [run for run in studies.get(FEWER, []) if run.intermediate_size != study[0].intermediate_size]
-        measured = Measured.of_study(study, rows)
-        kinds = [run for run in without_seeds(study) if measured.of(run)]
-        if name != HEADLINE:  # a mean over other seeds would not be on one curve with it
-            kinds = [run for run in kinds if study[0].seed in measured.of(run)]
+        measured, kinds = _panel(name, studies, rows)
         if not kinds:
             continue
         if name == HEADLINE:
@@ -377,6 +389,18 @@ def draw(studies: Studies, rows: list[Row]) -> Figure:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8)
     return figure
+
+
+def _panel(name: str, studies: Studies, rows: list[Row]) -> tuple[Measured, list[Run]]:
+    """What is measured of the study `name` and of those that are drawn with it, and its kinds of runs."""
+    study = [*studies[name], *studies.get(name + BY_THRESHOLD, [])]
+    if name == SPARSITY:
+        study += [run for run in studies.get(FEWER, []) if run.intermediate_size != study[0].intermediate_size]
+    measured = Measured.of_study(study, rows)
+    kinds = [run for run in without_seeds(study) if measured.of(run)]
+    if name != HEADLINE:  # a mean over other seeds would not be on one curve with it
+        kinds = [run for run in kinds if study[0].seed in measured.of(run)]
+    return measured, kinds
 
 
 def _draw_models(axes, kinds: list[Run], measured: Measured) -> None:

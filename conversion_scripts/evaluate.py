@@ -113,7 +113,7 @@ def folders_of(name: str) -> list[str]:
 
 
 def identity(folders: list[str]) -> str:
-    """Of the files of directories, without reading them; of names on the Hub, the names."""
+    """What tells the files of directories from others, without reading them; of names on the Hub, the names."""
     files = [
         [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
         for folder in map(Path, folders)

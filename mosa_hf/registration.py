@@ -20,9 +20,9 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.utils.import_utils import is_serve_available
 
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
+from .modeling.attention import mosa_attention_forward
 from .modeling.families import FAMILIES, HEADS
 from .modeling.parallel import register_style
-from .modeling.sparse_groups import mosa_attention_forward
 
 # A head's Auto class, and where Transformers looks its classes up by name: label smoothing, pipelines, cards.
 AUTO = {

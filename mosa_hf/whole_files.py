@@ -11,7 +11,7 @@ from pathlib import Path
 
 def check_absent(destination: Path) -> None:
     """
-    For long work to ask before it begins; `whole_directory` asks too.
+    Long work asks before it begins; `whole_directory` asks too.
 
     Raises:
         FileExistsError: if `destination` exists.

@@ -1,5 +1,6 @@
 """Tiny base models of every family, each with the features on that set it apart, which tests convert."""
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -25,6 +26,16 @@ LOCAL_LAYER = {"layer_types": ["full_attention", "sliding_attention", "full_atte
 
 # A text in which every sentence is another one.
 SENTENCES = " ".join(f"Boat number {i} left the harbour at {7 * i} and came back with nothing." for i in range(400))
+
+
+# For tests of what users run: it warns of nothing, neither that what we call is deprecated nor in files of ours.
+QUIET = pytest.mark.filterwarnings(
+    "error::FutureWarning",
+    "error:::mosa_hf",
+    "error:::conversion_scripts",
+    "error:::benchmarks",
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks for it
+)
 
 
 def rope(theta: float = 100.0, **fields) -> dict:

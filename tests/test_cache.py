@@ -364,7 +364,7 @@ def test_a_static_cache_forgets_a_call_that_failed(monkeypatch):
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt
 
-        patch.setattr("mosa_hf.modeling.sparse_groups.sparse_attention", interrupted)
+        patch.setattr("mosa_hf.modeling.attention.sparse_attention", interrupted)
         logits_after(model, cache, input_ids)
     cache.reset()
     assert torch.equal(logits_after(model, cache, input_ids), expected)

@@ -27,7 +27,7 @@ from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.modeling.group_plan import SparseGroup
 
-from .bases import byte_tokenizer, random_tokens, tiny_base
+from .bases import QUIET, byte_tokenizer, random_tokens, tiny_base
 
 TEXT = " ".join(f"the {i}th word of a text that is long enough;" for i in range(60))
 FAMILIES = ("llama", "gpt_neox", "gemma3_text", "phi3", "mixtral")  # others: `test_families`
@@ -187,6 +187,7 @@ def test_convert_a_directory(source, tmp_path):
         convert_checkpoint(source, tmp_path / "other", ConversionConfig(), routers=tmp_path)
 
 
+@QUIET
 def test_the_command(source, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

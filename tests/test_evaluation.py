@@ -27,7 +27,7 @@ from mosa_hf.evaluation import (
 )
 from mosa_hf.modeling.router_files import write_routers
 
-from .bases import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
+from .bases import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +277,7 @@ def evaluated(folders, capsys, *arguments) -> list[dict]:
     return content["rows"]
 
 
+@QUIET
 def test_command(folders, capsys):
     rows = evaluated(folders, capsys, folders / "converted", "--facts", 1)
     names = ["its weights, dense", "converted"]

@@ -17,9 +17,10 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from mosa_hf import calibrate_thresholds, convert_checkpoint, trace_routing
+from mosa_hf.modeling.attention import eager_attention_of
 from mosa_hf.modeling.families import FAMILIES, HEADS
 from mosa_hf.modeling.router_files import save_routers
-from mosa_hf.modeling.sparse_groups import SparseGroupsMixin, eager_attention_of
+from mosa_hf.modeling.sparse_groups import SparseGroupsMixin
 from mosa_hf.modeling.sparse_models import with_sparse_groups, without_sparse_groups
 
 from .bases import random_tokens, tiny_base

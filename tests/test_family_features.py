@@ -15,7 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from mosa_hf import use_backend
-from mosa_hf.modeling import sparse_groups
+from mosa_hf.modeling import attention
 from mosa_hf.modeling.families import FAMILIES
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
@@ -221,13 +221,13 @@ def test_feature(family, feature):
 )
 def test_kernels_are_given_what_scores_need(family, option, operation, monkeypatch):
     """Dropped on the way to a kernel, in a prompt or in single tokens, it shows, also where all is selected."""
-    kernels = sparse_groups.backend(IDS)
+    kernels = attention.backend(IDS)
 
     def dropping(*args, **options) -> Any:
         assert options.pop(option) is not None
         return getattr(kernels, operation)(*args, **options)
 
-    monkeypatch.setattr(sparse_groups, "backend", lambda query: kernels._replace(**{operation: dropping}))
+    monkeypatch.setattr(attention, "backend", lambda query: kernels._replace(**{operation: dropping}))
     logits = logits_of(sparse(original(family), family, 1))
     error = (logits - logits_with_everything(family)["original"]).abs().amax((0, 2))
     prompt, tokens = error.split((PREFILL, len(error) - PREFILL))

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from benchmarks import frontier, frontier_table, measure
+from benchmarks import decode, demo, frontier, frontier_table, measure
 from benchmarks.exercises import Exercise, Size, unseen_slices
 from benchmarks.frontier import Method, Results
 from benchmarks.origin import origin_of
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
 from mosa_hf.evaluation import CacheMemory, Continuation, Reading, following, score
 
-from .bases import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
+from .bases import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
 ORIGIN = {
     "command": "python -m benchmarks.frontier",
@@ -59,6 +59,19 @@ def exercise() -> Exercise:
     fact = Continuation("fact", [3, 4, 5, 6], [(2, 4)])
     text = following(ids, 40, "perplexity, text")
     return Exercise({"prompt": 40}, [text, Reading(ids[:30].tolist(), [fact])])
+
+
+@QUIET
+def test_the_demo_and_the_decoding_benchmark(models, exercise):
+    """Each model has a speed, and the rival as many entries as the converted model, to a token of its window."""
+    original, converted = models["original"], models["converted"]
+    result = demo.compare(original, converted, exercise.readings)
+    assert {row["model"] for row in result["rows"]} == set(result["tokens_per_second"])
+    assert all(speed > 0 for speed in result["tokens_per_second"].values())
+    ids = random_tokens(1, 20)
+    decoder = decode.Decoder(converted, ids[:, :12])
+    decoder.take_turn(ids[:, 12:], is_busy=False)
+    assert decoder.cache.get_seq_length() == 20 and len(decoder.seconds[False]) == 8
 
 
 def test_what_is_there_is_not_measured_again(tmp_path, models, exercise):

@@ -18,7 +18,7 @@ from mosa_hf import ConversionConfig, GroupPlan, MosaLlamaForCausalLM, cache_byt
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, kv_share, mean_divergence, teacher_of
 from mosa_hf.modeling.group_plan import SparseGroup
 
-from .bases import byte_tokenizer, random_tokens, tiny_base
+from .bases import QUIET, byte_tokenizer, random_tokens, tiny_base
 from .test_training import windows_of_bytes
 
 LENGTH = 128
@@ -152,6 +152,7 @@ def prepare(folder: Path) -> str:
     )
 
 
+@QUIET
 @pytest.mark.parametrize("learn", ["lora", "full", "routers"])
 def test_the_command(learn, tmp_path):
     """Interrupted and resumed it writes what an unbroken run writes, and that loads by one line."""

@@ -17,7 +17,7 @@ from mosa_hf import (
     trace_routing,
     use_backend,
 )
-from mosa_hf.modeling import sparse_groups
+from mosa_hf.modeling import attention
 
 from .conftest import FORMS, MIXED_LAYERS, SHAPE, native_form, sparse_form, tiny_model
 from .contract import (
@@ -113,13 +113,13 @@ def test_the_gate_is_the_logarithm_of_the_sigmoid_of_the_margin(monkeypatch):
     """Log σ(slope · (z − θ)); none for the first token, which has no margin to speak of."""
     model, gates = sparse_form(**ONE_WINDOW, mosa_gate_slope=0.7).model(), []
     thresholds = [router.threshold.clone() for router in model.mosa_routers().values()]
-    inner = sparse_groups.sparse_attention
+    inner = attention.sparse_attention
 
     def record(query, read, layout, window, gate, **options):
         gates.append(gate)
         return inner(query, read, layout, window, gate, **options)
 
-    monkeypatch.setattr(sparse_groups, "sparse_attention", record)
+    monkeypatch.setattr(attention, "sparse_attention", record)
     logits = []
     for router in model.mosa_routers().values():
         router.register_forward_hook(lambda module, args, output: logits.append(output))

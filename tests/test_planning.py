@@ -14,7 +14,7 @@ from mosa_hf.conversion.planning import WINDOWS, PlanningConfig, Rates, Setting,
 from mosa_hf.modeling.families import family_of
 from mosa_hf.modeling.group_plan import SparseGroup
 
-from .bases import byte_tokenizer, random_tokens, tiny_base
+from .bases import QUIET, byte_tokenizer, random_tokens, tiny_base
 
 TOKENS = 96
 
@@ -285,6 +285,7 @@ def test_texts():
         measured_texts(tokenizer, text, 3, 5000)
 
 
+@QUIET
 def test_command(tmp_path, capsys):
     source, text, destination = tmp_path / "source", tmp_path / "text.txt", tmp_path / "plan.json"
     tiny_base().save_pretrained(source)

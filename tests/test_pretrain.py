@@ -17,6 +17,8 @@ from benchmarks.pretrain_model import StrideRouter, build, decoded, evaluate, re
 from benchmarks.pretrain_runs import HEADLINE, MATCH, PRESETS, SPARSITY, Run, headline, in_order
 from mosa_hf import MosaConfig, trace_routing
 
+from .bases import QUIET
+
 RESULTS = Path(pretrain.__file__).parent / "results"
 DENSE = Run(
     kind="dense",
@@ -212,6 +214,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(routing, corpus, tmp_path
         assert torch.equal(value, resumed.state_dict()[name]), name
 
 
+@QUIET
 def test_from_configurations_to_a_page(corpus, tmp_path, capsys, monkeypatch):
     runs = [dataclasses.replace(run, steps=3) for run in headline(DENSE, MOSA, 8)]
     config = tmp_path / "runs.json"

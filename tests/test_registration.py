@@ -28,6 +28,7 @@ from mosa_hf.registration import register
 from .bases import byte_tokenizer
 from .conftest import FORMS
 from .contract import random_ids
+from .public_names import STUB, stub
 
 
 def test_every_package_is_installed():
@@ -36,6 +37,12 @@ def test_every_package_is_installed():
     listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     found = {".".join(path.parent.relative_to(root).parts) for path in root.glob("mosa_hf/**/__init__.py")}
     assert set(listed) == found | {"mosa_hf.conversion_scripts"}
+
+
+def test_type_checkers_see_the_public_names():
+    """`python -m tests.public_names` writes the file anew."""
+    assert STUB.read_text(encoding="utf-8") == stub()
+    assert set(mosa_hf.__all__) <= set(vars(mosa_hf))
 
 
 def test_auto_classes(form):

@@ -1,5 +1,7 @@
 """Which key/value groups become sparse, and what share of the tokens each selects (docs/design.md, section 6)."""
 
+from collections.abc import Iterable
+
 import torch
 
 from ..modeling.configuration import SparseGroupsConfig
@@ -22,6 +24,7 @@ def candidate_plan(config: SparseGroupsConfig, conversion: ConversionConfig) -> 
     num_layers, num_groups = config.num_hidden_layers, config.num_groups
     sliding = [layer for layer in range(num_layers) if config.is_sliding(layer)]
     if conversion.plan is not None:
+        assert isinstance(conversion.plan, GroupPlan)  # a path has been read
         conversion.plan.validate(num_layers, num_groups, sliding)
         if not conversion.plan.sparse_pairs():
             raise ValueError("The plan leaves every group dense: there is nothing to convert.")
@@ -51,14 +54,14 @@ def choose_groups(
 ) -> GroupPlan:
     """`candidates`; or as many of them as `conversion` asks for, those with the least of `mean_losses`."""
     pairs = candidates.sparse_pairs()
-    if losses is None and any(candidates.layers[layer][group].sparsity != 1 for layer, group in pairs):
+    if losses is None and any(group.sparsity != 1 for group in candidates.sparse().values()):
         raise ValueError("`calibration` is needed to fit routers: pass token ids [windows, tokens] of some text.")
     if not isinstance(conversion.groups, int) or conversion.groups == len(pairs):
         return candidates
     if losses is None:
         raise ValueError("`calibration` is needed to rank groups: pass it, or name the `groups`.")
-    ranked = sorted(pairs, key=lambda pair: losses[pair[0]][pair[1]])
-    return _only(candidates, ranked[: conversion.groups])
+    ranked = sorted((losses[layer][group], (layer, group)) for layer, group in pairs)
+    return _only(candidates, [pair for _, pair in ranked[: conversion.groups]])
 
 
 def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]) -> GroupPlan:
@@ -74,8 +77,8 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
     least = 1 / next(fit.predicted.shape[1] for fit in fits if fit is not None)  # a token of each window
     rates = (logits >= _threshold(plan, logits)).float().mean(1).clamp(min=least).tolist()
     sparse = {
-        (layer, group): SparseGroup(plan.layers[layer][group].window, max(round(1 / rate, 2), 1.0))
-        for (layer, group), rate in zip(plan.sparse_pairs(), rates, strict=True)
+        pair: SparseGroup(group.window, max(round(1 / rate, 2), 1.0))
+        for (pair, group), rate in zip(plan.sparse().items(), rates, strict=True)
     }
     return plan.with_sparse(sparse)
 
@@ -92,17 +95,18 @@ def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]
     for groups, all_groups, fit in zip(plan.layers, candidates.layers, fits, strict=True):
         fitted = [group for group, kind in enumerate(all_groups) if kind is not None]
         kept = [fitted.index(group) for group, kind in enumerate(groups) if kind is not None]
-        own.append(
-            RouterFit(fit.weight[kept], fit.bias[kept], fit.predicted[..., kept], fit.importance[..., kept])
-            if kept
-            else None
-        )
+        if not kept:
+            own.append(None)
+        else:
+            assert fit is not None
+            parts = (fit.weight[kept], fit.bias[kept], fit.predicted[..., kept], fit.importance[..., kept])
+            own.append(RouterFit(*parts))
     return own
 
 
 def mean_losses(candidates: GroupPlan, fits: list[RouterFit | None]) -> list[list[float | None]]:
     """
-    For each layer and group the mean importance of a token that it does not select, under one threshold for all
+    The mean importance of a token that a group does not select, for each layer and group, under one threshold for all
     candidates; None for groups that are none.
     """
     logits, importance = (_tokens(candidates, candidates, fits, name) for name in ("predicted", "importance"))
@@ -121,20 +125,23 @@ def _tokens(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]
 
 def _threshold(plan: GroupPlan, logits: torch.Tensor) -> torch.Tensor:
     """The one with which `logits` [groups, tokens] select as many tokens as the plan's own sparsities would."""
-    kinds = [plan.layers[layer][group] for layer, group in plan.sparse_pairs()]
-    overall = len(kinds) / sum(1 / kind.sparsity for kind in kinds)
+    groups = plan.sparse().values()
+    overall = len(groups) / sum(1 / group.sparsity for group in groups)
     return highest_share(logits.view(-1, 1), [overall])
 
 
 def of_groups(candidates: GroupPlan, states: list[torch.Tensor | None]) -> dict[tuple[int, int], torch.Tensor]:
     """`states` [N, T, G] of each layer's candidates as `(layer, group)` → `[N, T]`."""
-    found = {}
+    found: dict[tuple[int, int], torch.Tensor] = {}
     for layer, (groups, own) in enumerate(zip(candidates.layers, states, strict=True)):
         fitted = [group for group, kind in enumerate(groups) if kind is not None]
-        found |= {(layer, group): own[..., i] for i, group in enumerate(fitted)}
+        if fitted:
+            assert own is not None
+            found |= {(layer, group): own[..., i] for i, group in enumerate(fitted)}
     return found
 
 
-def _only(plan: GroupPlan, pairs) -> GroupPlan:
+def _only(plan: GroupPlan, pairs: Iterable[tuple[int, int]]) -> GroupPlan:
     """The plan with all but some `(layer, group)` pairs dense."""
-    return plan.with_sparse({(layer, group): plan.layers[layer][group] for layer, group in pairs})
+    sparse = plan.sparse()
+    return plan.with_sparse({pair: sparse[pair] for pair in pairs})

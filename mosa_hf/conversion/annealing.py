@@ -36,7 +36,7 @@ class RateAnnealing(TrainerCallback):
         self.final = [router.threshold.clone() for router in self.routers]
 
     def thresholds(self, step: int) -> list[torch.Tensor]:
-        """Of each router, `[G]`, in a step; the first is 0."""
+        """The thresholds of each router, `[G]`, in a step; the first is 0."""
         if step >= self.steps:
             return self.final
         return [

@@ -79,7 +79,7 @@ def convert_model(
             router.threshold.zero_()
             if chosen is not None:
                 router.weight.copy_(chosen[layer].weight)
-    if fits is not None:
+    if fits is not None and calibration is not None:
         # On the converted model: what its layers see differs a little from what the original's saw.
         windows = logging.tqdm(calibration.split(1), desc="Setting thresholds", unit="window")
         calibrate_thresholds(converted, windows)
@@ -119,7 +119,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
 def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: ConversionConfig) -> SparseGroupsConfig:
     """The configuration of `model` with the sparse groups of a plan, which is written out if it is not uniform."""
     config_class = family_of(model.config.model_type).config_class
-    kinds = [plan.layers[layer][group] for layer, group in plan.sparse_pairs()]
+    kinds = list(plan.sparse().values())
     usual = max(kinds, key=kinds.count)
     if conversion.plan is None:
         usual = SparseGroup(conversion.window, conversion.sparsity)

@@ -5,7 +5,7 @@ model with the plan's sparse groups; and its derivative with respect to every gr
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -14,19 +14,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..cache import Routed, take
+from ..modeling.attention import LayerCall, LayerGroups, mosa_attention_forward
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.families import family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.layers import layer_of
 from ..modeling.router import MosaRouter
-from ..modeling.sparse_groups import LayerCall, LayerGroups, SparseGroupsMixin, mosa_attention_forward
+from ..modeling.sparse_groups import SparseGroupsMixin
 from ..modeling.sparse_models import with_sparse_groups
 from ..modeling.thresholds import highest_share
 from ..routing.selection import select_by_threshold
 from .calibration import RouterFit, frozen
 from .divergence import divergence_of_likely
 
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]  # query, key, value, mask
 PROBED = "mosa_probed"  # the attention function of models whose choices are probed
 MOST_LIKELY = 256  # tokens whose probabilities are compared one by one; all others as one
 
@@ -116,11 +118,12 @@ class Effects:
         return [own.index(group) for group in groups]
 
     def _thresholds(self, layer: int, plan: GroupPlan) -> torch.Tensor:
-        """Of the sparse groups of a layer `[G]`, for logits without bias, which routers lack."""
-        groups = [group for group, kind in enumerate(plan.layers[layer]) if kind is not None]
-        fitted, fit = self._fitted(layer, groups), self.fits[layer]
+        """The thresholds of the sparse groups of a layer `[G]`, for logits without bias, which routers lack."""
+        groups = {group: kind for group, kind in enumerate(plan.layers[layer]) if kind is not None}
+        fitted, fit = self._fitted(layer, list(groups)), self.fits[layer]
+        assert fit is not None
         predicted = fit.predicted[:, int(self.include_first) :, fitted].flatten(0, 1)
-        rates = [plan.layers[layer][group].sparsity for group in groups]
+        rates = [kind.sparsity for kind in groups.values()]
         keeps_all = torch.tensor([rate == 1 for rate in rates])
         return (highest_share(predicted, rates) - fit.bias[fitted]).masked_fill(keeps_all, -torch.inf)
 
@@ -134,7 +137,7 @@ class Effects:
 
     def of_moves(self, plan: GroupPlan, moves: Sequence[GroupPlan], first: int = 0) -> Iterator[torch.Tensor]:
         """
-        For each text from the `first` on the derivative `[M, L, G]` of the divergence with respect to each group's
+        The derivative `[M, L, G]` of the divergence, for each text from the `first` on, with respect to each group's
         move from `plan` to each of M other plans, at the plan: what the move alone would change the divergence by,
         were that linear. Zero for groups that are dense.
 
@@ -149,7 +152,7 @@ class Effects:
                 others = [
                     Choice(LayerGroups.of_plan(other.layers[layer]), self._thresholds(layer, other)) for other in moves
                 ]
-                module.mosa_probe = probes[layer] = Probe(module.mosa_router, others)
+                cast(Probed, module).mosa_probe = probes[layer] = Probe(module.mosa_router, others)
                 module.config._attn_implementation = PROBED
             elif isinstance(module, GradientCheckpointingLayer):
                 _recompute(module)
@@ -174,7 +177,8 @@ class Choice(NamedTuple):
 
 class Probe:
     """
-    Of one attention module: what it would give for other choices of its groups, against the gradient of what it gives.
+    Tells of one attention module what it would give for other choices of its groups, against the gradient of what it
+    gives.
 
     Args:
         router: of the module, whose logits decide what the choices select.
@@ -183,15 +187,17 @@ class Probe:
 
     def __init__(self, router: MosaRouter, choices: list[Choice]):
         self.choices = choices
-        self.logits = None  # [B, T, G] of the last call
-        self._effects = [0.0] * len(choices)
+        self.logits: torch.Tensor | None = None  # [B, T, G] of the last call
+        self._effects: list[Any] = [0.0] * len(choices)  # [G] each, once a gradient has come by
         router.register_forward_hook(self._see)
 
     def _see(self, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.logits = output[0].detach()
 
     @torch.no_grad()
-    def watch(self, module: nn.Module, output: torch.Tensor, states: tuple, call: LayerCall, options: dict) -> None:
+    def watch(
+        self, module: SparseGroupsMixin, output: torch.Tensor, states: States, call: LayerCall, options: dict
+    ) -> None:
         """
         Add up the effects of a call when the gradient of its output comes by.
 
@@ -199,6 +205,7 @@ class Probe:
             output: `[B, T, H, d]`.
             states: query, key, value and mask, as `mosa_attention_forward` takes them.
         """
+        assert self.logits is not None  # the router has been called
         first = call.layout.first if module.mosa_router.include_first else None
         changes = []
         for choice in self.choices:
@@ -222,10 +229,19 @@ class Probe:
         return effects
 
 
+class Probed(SparseGroupsMixin):
+    """An attention module with a probe, as types have it: none is made."""
+
+    mosa_probe: Probe
+
+
 class Regrouped:
     """An attention module as the attention function "mosa" sees it, but with other groups."""
 
-    def __init__(self, module: nn.Module, groups: LayerGroups):
+    config: Any
+    mosa_budget: int | None
+
+    def __init__(self, module: SparseGroupsMixin, groups: LayerGroups):
         self.module, self.mosa_groups = module, groups
 
     def __getattr__(self, name: str):
@@ -233,7 +249,7 @@ class Regrouped:
 
 
 def probed_attention(
-    module: nn.Module,
+    module: "Probed",
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -244,7 +260,7 @@ def probed_attention(
     """The attention function "mosa", watched by the module's `mosa_probe` when gradients are recorded."""
     states = (query, key, value, attention_mask)
     output, weights = mosa_attention_forward(module, *states, mosa=mosa, **options)
-    if output.requires_grad:
+    if mosa is not None and output.requires_grad:
         module.mosa_probe.watch(module, output, states, mosa, options)
     return output, weights
 

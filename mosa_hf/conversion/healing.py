@@ -97,7 +97,7 @@ class HealingTrainer(Trainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ):
         inputs = {name: states for name, states in inputs.items() if name != "labels"}
         device = inputs["input_ids"].device
@@ -122,7 +122,7 @@ class HealingTrainer(Trainer):
             self._calls.clear()
             logs.update(selected_shares(self.model))  # of routers that learn
             logs["selected"] = round(torch.cat(list(rates.values())).mean().item(), 4)
-            config = self.model.config
+            config = getattr(self.model, "config", None)
             if isinstance(config, SparseGroupsConfig):
                 logs[f"kv_share_{self.cache_length}"] = round(kv_share(config, rates, self.cache_length), 4)
         super().log(logs, *args, **kwargs)
@@ -158,6 +158,8 @@ def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError("The model has adapters, which would be part of its teacher: take the teacher before them.")
     teacher, own = to_dense(model), dict(model.named_parameters())
     # The very parameters, not only their memory: they go to a device together.
-    memo = {id(each): own[name] for name, each in teacher.named_parameters() if not each.requires_grad}
+    memo: dict[int, torch.Tensor] = {
+        id(each): own[name] for name, each in teacher.named_parameters() if not each.requires_grad
+    }
     memo |= {id(tensor): tensor for tensor in teacher.buffers()}
     return copy.deepcopy(teacher, memo).eval()

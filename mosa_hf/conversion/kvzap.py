@@ -42,6 +42,7 @@ def load_kvzap(
         ValueError: for a predictor of another model, and for tensors that are missing or of another shape.
     """
     config_file, weights_file = (cached_file(os.fspath(directory), name) for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME))
+    assert config_file is not None and weights_file is not None  # else it has raised
     with open(config_file, encoding="utf-8") as file:
         settings = json.load(file)
     family = family_of(model.config.model_type)

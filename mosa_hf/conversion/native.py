@@ -102,6 +102,7 @@ def _state_dict(
     """The weights of the converted model, by name; copies, so that training one model leaves the other as it is."""
     state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     num_groups = model.config.num_key_value_heads
+    assert num_groups is not None  # `LlamaConfig` fills it in
     for layer in range(model.config.num_hidden_layers):
         mosa = [group for group in range(num_groups) if (layer, group) in converted]
         if not mosa:
@@ -126,8 +127,9 @@ def _state_dict(
 
         weight = output.new_zeros(len(mosa), output.shape[1], dtype=torch.float32)
         if fits is not None:
-            own = [[group for i, group in fitted if i == layer].index(group) for group in mosa]
-            weight = fits[layer].weight[own]
+            fit, own = fits[layer], [[group for i, group in fitted if i == layer].index(group) for group in mosa]
+            assert fit is not None
+            weight = fit.weight[own]
         state_dict[f"{prefix}mosa.router.weight"] = weight * GATE_SCALE
         state_dict[f"{prefix}mosa.router.bias"] = weight.new_full((len(mosa),), GATE_BIAS)
         state_dict[f"{prefix}mosa.router.threshold"] = weight.new_full((len(mosa),), GATE_BIAS)

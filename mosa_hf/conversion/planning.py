@@ -101,7 +101,7 @@ class Rates:
         self.last = next((i for i, window in enumerate(WINDOWS) if window >= planning.num_tokens), len(WINDOWS) - 1)
 
     def plan(self, settings: dict[Pair, Setting], threshold: float) -> GroupPlan:
-        """With the rates that a threshold gives; at least one calibration token is selected."""
+        """The plan with the rates that a threshold gives; at least one calibration token is selected."""
         kinds = {
             pair: SparseGroup(WINDOWS[setting.window], self._sparsity(pair, threshold - setting.offset))
             for pair, setting in settings.items()
@@ -109,7 +109,7 @@ class Rates:
         return self.candidates.with_sparse(kinds)
 
     def _sparsity(self, pair: Pair, threshold: float) -> float:
-        """Of a group with a threshold of its own."""
+        """The sparsity of a group with a threshold of its own."""
         logits = self.logits[pair]
         below = int(torch.searchsorted(logits, threshold))
         return round(len(logits) / max(len(logits) - below, 1), 2)
@@ -128,8 +128,9 @@ class Rates:
         return setting._replace(offset=threshold - own)
 
     def share(self, plan: GroupPlan) -> float:
-        """Of the bytes of the original's cache, layers with a sliding window aside."""
-        kept = [plan.layers[layer][group].kept_share(self.planning.num_tokens) for layer, group in self.logits]
+        """The share of the bytes of the original's cache, layers with a sliding window aside."""
+        sparse = plan.sparse()
+        kept = [sparse[pair].kept_share(self.planning.num_tokens) for pair in self.logits]
         return sum(kept) / len(kept)
 
     def threshold(self, settings: dict[Pair, Setting]) -> float | None:
@@ -278,7 +279,7 @@ class Search:
             chosen = exchange(effects, costs, number)
             if not chosen:
                 break
-            threshold, others = self.rates.threshold(settings), dict(settings)
+            threshold, others = self._threshold(settings), dict(settings)
             for index, move in chosen.items():
                 pair = self.pairs[index]
                 others[pair] = self.rates.moved(pair, settings[pair], MOVES[move], threshold)
@@ -310,7 +311,8 @@ class Search:
         # Half of the bytes for the window, half for what is selected.
         half = self.planning.share * self.planning.num_tokens / 2
         best = min(possible, key=lambda i: abs(WINDOWS[i] - half))
-        divergence = measured(best)
+        divergence = self._divergence(alike(best))
+        assert divergence is not None
         for direction in (-1, 1):
             while (other := measured(best + direction)) is not None and other < divergence:
                 best, divergence = best + direction, other
@@ -324,11 +326,17 @@ class Search:
             self.progress.update()
         return answers
 
+    def _threshold(self, settings: dict[Pair, Setting]) -> float:
+        """The threshold of settings that meet the share."""
+        threshold = self.rates.threshold(settings)
+        assert threshold is not None
+        return threshold
+
     def _plan(self, settings: dict[Pair, Setting]) -> GroupPlan:
-        return self.rates.plan(settings, self.rates.threshold(settings))
+        return self.rates.plan(settings, self._threshold(settings))
 
     def _divergence(self, settings: dict[Pair, Setting]) -> float | None:
-        """Of the plan of some settings; None if they cannot meet the share."""
+        """The divergence of the plan of some settings; None if they cannot meet the share."""
         if self.rates.threshold(settings) is None:
             return None
         plan = self._plan(settings)
@@ -337,7 +345,7 @@ class Search:
 
     def _moves(self, settings: dict[Pair, Setting]) -> tuple[torch.Tensor, torch.Tensor]:
         """What each of `MOVES` would do in each group, to the divergence and to the bytes, `[M, N]` each."""
-        threshold = self.rates.threshold(settings)
+        threshold = self._threshold(settings)
         plan = self.rates.plan(settings, threshold)
         others = [
             self.rates.plan(
@@ -351,12 +359,10 @@ class Search:
         )
         effects = torch.tensor(answers).mean(0)  # [M, L, G]
         tokens = self.planning.num_tokens
-
-        def cost(other: GroupPlan, layer: int, group: int) -> float:
-            kept = [each.layers[layer][group].kept_share(tokens) for each in (other, plan)]
-            return (kept[0] - kept[1]) / len(self.pairs)
-
-        costs = torch.tensor([[cost(other, *pair) for pair in self.pairs] for other in others])
+        kept = [[each.sparse()[pair].kept_share(tokens) for pair in self.pairs] for each in (plan, *others)]
+        costs = torch.tensor(
+            [[(new - old) / len(self.pairs) for new, old in zip(own, kept[0], strict=True)] for own in kept[1:]]
+        )
         layers, groups = zip(*self.pairs, strict=True)
         return effects[:, list(layers), list(groups)], costs
 
@@ -420,7 +426,7 @@ def _fits(
     planning: PlanningConfig,
     path: Path | None,
 ) -> list[RouterFit | None]:
-    """Of the routers; those in a file, if there is one."""
+    """The fits of the routers; those in a file, if there is one."""
     if path is None or not path.exists():
         fits = fit_routers(model, calibration, candidates, include_first=planning.include_first)
         if path is not None:

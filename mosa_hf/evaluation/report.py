@@ -99,7 +99,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, scores in by_model.items():
         for task in dict.fromkeys(each.task for each in scores):
-            row = {"model": name, "task": task, **summary(task, scores)}
+            row: dict[str, Any] = {"model": name, "task": task, **summary(task, scores)}
             row["share"] = row["kv_bytes"] / summary(task, first)["kv_bytes"]
             if task.startswith(PERPLEXITY):
                 # How much less probable a token is than to the first model, slice by slice: they share the text.
@@ -117,8 +117,8 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def summary(task: str, scores: list[Score]) -> dict[str, float]:
     """
-    Of the scores of one task: mean `log_probability` of the answers' `tokens`; `perplexity` of a text, else answers
-    that are `right`, out of how many; means of `length` and `kv_bytes`.
+    What the scores of one task give: mean `log_probability` of the answers' `tokens`; `perplexity` of a text, else
+    answers that are `right`, out of how many; means of `length` and `kv_bytes`.
     """
     own = _of(task, scores)
     sums = {field.name: sum(getattr(each, field.name) for each in own) for field in dataclasses.fields(Score)[1:]}

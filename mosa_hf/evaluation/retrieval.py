@@ -52,10 +52,10 @@ def key_values(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed:
     gives one of the words again, its value is the answer.
     """
     chance = random.Random(seed)
-    words = set()
-    while len(words) < 2 * NUM_PAIRS:
-        words.add("".join(chance.choice("bdfgklmnprstvz") + chance.choice("aeiou") for _ in range(3)))
-    words = chance.sample(sorted(words), 2 * NUM_PAIRS)
+    made_up: set[str] = set()
+    while len(made_up) < 2 * NUM_PAIRS:
+        made_up.add("".join(chance.choice("bdfgklmnprstvz") + chance.choice("aeiou") for _ in range(3)))
+    words = chance.sample(sorted(made_up), 2 * NUM_PAIRS)
     pairs = dict(zip(words[:NUM_PAIRS], words[NUM_PAIRS:], strict=True))
     listing = "\nThe dictionary:\n" + "".join(f"{key}: {value}\n" for key, value in pairs.items())
     context = _strewn(tokenizer, text, [listing], length)

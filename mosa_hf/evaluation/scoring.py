@@ -39,7 +39,7 @@ class Reading:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Reading":
-        """From `to_dict`, or JSON of it."""
+        """Makes one from `to_dict`, or from JSON of it."""
         continuations = [
             Continuation(each["task"], each["ids"], [tuple(span) for span in each["answers"]])
             for each in content["continuations"]
@@ -50,7 +50,7 @@ class Reading:
 @dataclass(frozen=True)
 class Score:
     """
-    Of one continuation.
+    What one continuation gets.
 
     log_probability: of the answers' tokens, summed.
     tokens: how many these are.

@@ -79,6 +79,6 @@ def _gradients(
         return function(*(changed.get(i, x) for i, x in enumerate(inputs)))
 
     # Not by autograd: an op runs below it.
-    _, pull_back = torch.func.vjp(output_of, *(inputs[i] for i in given))
+    pull_back = torch.func.vjp(output_of, *(inputs[i] for i in given))[1]
     grads = dict(zip(given, pull_back(grad), strict=True))
     return [grads[i].contiguous() if i in grads else grad.new_empty(0) for i in learn]

@@ -68,7 +68,7 @@ class Runs(NamedTuple):
     key: torch.Tensor  # [N, d]
     value: torch.Tensor  # [N, d]
     start: torch.Tensor  # [B, G] int64, the first entry of each run
-    count: torch.Tensor  # [B, G] int64, entries of each run
+    count: torch.Tensor  # type: ignore[assignment]  # [B, G] int64, entries of each run; a tuple counts otherwise
     max_count: int  # no run has more entries: an upper bound that is known without asking the device
     # Runs that lie evenly: run i (of B * G) starts at entry `i * stride + offset`. None: they lie anywhere.
     stride: int | None = None
@@ -125,22 +125,24 @@ class Runs(NamedTuple):
 
 def join(*parts: KeyValues | None) -> KeyValues:
     """All of these keys in one, masks spelled out, `until` where any part has one, and scores where all have them."""
-    parts = [part for part in parts if part is not None]
-    true = [torch.ones_like(part.position, dtype=torch.bool) for part in parts]
-    until = score = None
-    if any(part.until is not None for part in parts):
-        until = [torch.full_like(part.position, NEVER) if part.until is None else part.until for part in parts]
-        until = torch.cat(until, dim=2)
-    if all(part.score is not None for part in parts):
-        score = torch.cat([part.score for part in parts], dim=2)
+    given = [part for part in parts if part is not None]
+    true = [torch.ones_like(part.position, dtype=torch.bool) for part in given]
+    scores = [part.score for part in given if part.score is not None]
+
+    def cat(states: list[torch.Tensor | None], missing: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([x if x is not None else other for x, other in zip(states, missing, strict=True)], dim=2)
+
+    until = None
+    if any(part.until is not None for part in given):
+        until = cat([part.until for part in given], [torch.full_like(part.position, NEVER) for part in given])
     return KeyValues(
-        torch.cat([part.key for part in parts], dim=2),
-        torch.cat([part.value for part in parts], dim=2),
-        torch.cat([part.position for part in parts], dim=2),
-        torch.cat([t if part.valid is None else part.valid for part, t in zip(parts, true, strict=True)], dim=2),
-        torch.cat([t if part.selected is None else part.selected for part, t in zip(parts, true, strict=True)], dim=2),
+        torch.cat([part.key for part in given], dim=2),
+        torch.cat([part.value for part in given], dim=2),
+        torch.cat([part.position for part in given], dim=2),
+        cat([part.valid for part in given], true),
+        cat([part.selected for part in given], true),
         until,
-        score,
+        torch.cat(scores, dim=2) if len(scores) == len(given) else None,
     )
 
 
@@ -149,6 +151,12 @@ def gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     channels = states.shape[3:]
     index = index.expand(-1, states.shape[1], -1)
     return states.gather(2, index.view(index.shape + (1,) * len(channels)).expand(index.shape + channels))
+
+
+def of_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`states` [B, T] or [B, T, G] of the tokens in slots `index` [B, G, K]: `[B, G, K]`."""
+    states = states[:, None].expand(-1, index.shape[1], -1) if states.ndim == 2 else states.transpose(1, 2)
+    return states.gather(2, index)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

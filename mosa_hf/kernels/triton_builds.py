@@ -16,3 +16,13 @@ class KernelBuild(NamedTuple):
     constants: dict[str, Any]  # constexpr argument → value; arguments that are None belong here as well
     num_warps: int
     num_stages: int
+
+
+def tensors(kind: str, *names: str) -> dict[str, str]:
+    """The signature's part of the arguments `<name>_ptr`."""
+    return {f"{name}_ptr": kind for name in names}
+
+
+# What kernels that walk slots take of them.
+SLOTS = tensors("*i32", "index", "count")
+SLOTS |= dict.fromkeys(("batch_size", "num_tokens", "num_groups", "num_slots"), "i32")

@@ -1,22 +1,25 @@
-"""How kernels walk the selected tokens, and how they add rows back to tokens in a fixed order.
+"""How kernels are launched on the selected tokens and walk them, and how they add rows back to tokens.
 
 A *slot* is a place for one selected token: slot k of row b and group g holds token `index[b, g, k]` if
 k < `count[b, g]`, else it is empty. A group's slots of all rows of the batch are visited one row after another, as one
 list of B * K: with a high sparsity a single row has too few of them to fill a block.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
-from .triton_builds import KernelBuild
+from .triton_builds import KernelBuild, tensors
 
 
 class Tiles(NamedTuple):
     """Sizes of matmul tiles of one head size and dtype."""
 
+    head_dim: int
     slots: int  # rows: fills tensor cores, and groups with few tokens waste little of it
     hidden: int  # channels of hidden states
     head: int  # channels of a head where they are columns of the product; a larger head is cut into pieces
@@ -30,13 +33,43 @@ class Tiles(NamedTuple):
         """Pairs of channels that hold as many channels as `head`, and no fewer than a tensor core takes."""
         return max(16, self.head // 2)
 
+    def blocks(self, index: torch.Tensor) -> int:
+        """How many blocks of slots `index` [B, G, K] has in each group."""
+        return triton.cdiv(len(index) * index.shape[2], self.slots)
+
+    def in_pairs(self, rotary_dim: int) -> dict[str, int]:
+        """Constants of a kernel that walks the heads in pairs of channels."""
+        sizes = {"HEAD_DIM": self.head_dim, "ROTARY_DIM": rotary_dim, "BLOCK_K": self.slots, "BLOCK_PAIRS": self.pairs}
+        return sizes | {"NUM_PAIR_BLOCKS": triton.cdiv(self.head_dim // 2, self.pairs)}
+
+    def in_pieces(self, size: int) -> dict[str, int]:
+        """Constants of a kernel that walks the heads in pieces of `size` channels, and hidden channels."""
+        sizes = {"HEAD_DIM": self.head_dim, "BLOCK_K": self.slots, "BLOCK_D": self.hidden, "BLOCK_HEAD": size}
+        return sizes | {"NUM_PIECES": triton.cdiv(self.head_dim, size)}
+
 
 def tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """The table that every projection reads."""
     head = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:  # exact products run outside of tensor cores, with both factors in registers
-        return Tiles(32, 32, min(head, 32), min(head, 32), 4, 4, 2)
-    return Tiles(64, 64, min(head, 128), min(head, 64), 4 if head_dim <= 64 else 8, 8, 3)
+        return Tiles(head_dim, 32, 32, min(head, 32), min(head, 32), 4, 4, 2)
+    return Tiles(head_dim, 64, 64, min(head, 128), min(head, 64), 4 if head_dim <= 64 else 8, 8, 3)
+
+
+def launch(
+    kernel: JITFunction,
+    grid: tuple[int, ...],
+    tensors: Sequence[torch.Tensor | None],
+    index: torch.Tensor,
+    num_tokens: int,
+    *sizes: int,
+    **options: Any,
+) -> None:
+    """Launch `kernel` on `tensors`, made contiguous; then come B, T, G and K of the slots `index`, and `sizes`."""
+    batch_size, num_groups, num_slots = index.shape
+    states = [None if each is None else each.contiguous() for each in tensors]
+    with torch.cuda.device_of(index):
+        kernel[grid](*states, batch_size, num_tokens, num_groups, num_slots, *sizes, **options)
 
 
 @triton.jit
@@ -67,7 +100,7 @@ def group_slots(
 
 @triton.jit
 def piece_of_head(piece, HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr):
-    """Of a group's pieces, counted over its heads: the head, the channels [BLOCK_HEAD], and which are in the head."""
+    """The head of a piece, counted over a group's heads, its channels [BLOCK_HEAD], and which are in the head."""
     num_pieces: tl.constexpr = (HEAD_DIM + BLOCK_HEAD - 1) // BLOCK_HEAD
     channel = piece % num_pieces * BLOCK_HEAD + tl.arange(0, BLOCK_HEAD)
     return piece // num_pieces, channel, channel < HEAD_DIM
@@ -118,14 +151,43 @@ def add_to_tokens(
         tl.store(output_ptr + place[:, None] * hidden_size + column[None, :], rows, mask=mask)
 
 
-def output_of_tokens(index: torch.Tensor, num_tokens: int, hidden_size: int) -> tuple[torch.Tensor, bool]:
+def launch_to_tokens(
+    kernel: JITFunction,
+    tensors: Sequence[torch.Tensor],
+    index: torch.Tensor,
+    count: torch.Tensor,
+    num_tokens: int,
+    hidden_size: int,
+    num_heads: int,
+    tile: Tiles,
+) -> torch.Tensor:
     """
-    What `add_to_tokens` writes to, for slots `index` [B, G, K], and its ATOMIC. Where that is False, as under
-    `torch.use_deterministic_algorithms`, `sum_by_token` has to follow.
+    Launch a kernel that ends in `add_to_tokens`: on `tensors`, the slots `index` [B, G, K], `count` [B, G] and its
+    output. A token collects from all groups that selected it: with atomic additions, or, under
+    `torch.use_deterministic_algorithms`, in a fixed order.
+
+    Returns:
+        `[B, T, D]` float32.
     """
-    if torch.are_deterministic_algorithms_enabled():
-        return index.new_empty(*index.shape, hidden_size, dtype=torch.float32), False
-    return index.new_zeros(len(index), num_tokens, hidden_size, dtype=torch.float32), True
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    if atomic:
+        output = index.new_zeros(len(index), num_tokens, hidden_size, dtype=torch.float32)
+    else:
+        output = index.new_empty(*index.shape, hidden_size, dtype=torch.float32)
+    launch(
+        kernel,
+        (tile.blocks(index), triton.cdiv(hidden_size, tile.hidden), index.shape[1]),
+        (*tensors, index, count, output),
+        index,
+        num_tokens,
+        hidden_size,
+        num_heads,
+        ATOMIC=atomic,
+        num_warps=tile.scatter_warps,
+        num_stages=2,
+        **tile.in_pieces(tile.inner),
+    )
+    return output if atomic else sum_by_token(output, index, count, num_tokens)
 
 
 @triton.jit
@@ -170,13 +232,12 @@ def sum_by_token(rows: torch.Tensor, index: torch.Tensor, count: torch.Tensor, n
     start = torch.searchsorted(token, torch.arange(batch_size * num_tokens + 1, device=device))
     output = rows.new_empty(batch_size, num_tokens, hidden_size, dtype=torch.float32)
     block = min(1024, triton.next_power_of_2(hidden_size))
-    grid = (batch_size * num_tokens, triton.cdiv(hidden_size, block))
-    _sum_by_token[grid](rows, order, start, output, hidden_size, BLOCK_D=block)
+    with torch.cuda.device_of(rows):
+        grid = (batch_size * num_tokens, triton.cdiv(hidden_size, block))
+        _sum_by_token[grid](rows, order, start, output, hidden_size, BLOCK_D=block)
     return output
 
 
 def production_builds() -> list[KernelBuild]:
-    signature = {"rows_ptr": "*fp32", "order_ptr": "*i64", "start_ptr": "*i64", "output_ptr": "*fp32"}
-    return [
-        KernelBuild("sum_by_token D=1024", _sum_by_token, {**signature, "hidden_size": "i32"}, {"BLOCK_D": 1024}, 4, 3)
-    ]
+    signature = tensors("*fp32", "rows", "output") | tensors("*i64", "order", "start") | {"hidden_size": "i32"}
+    return [KernelBuild("sum_by_token D=1024", _sum_by_token, signature, {"BLOCK_D": 1024}, 4, 3)]

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -29,8 +29,21 @@ PER_LAYER_FIELDS = (
 )
 
 
+if TYPE_CHECKING:
+
+    class DecoderConfig(PreTrainedConfig):
+        """What a mixin relies on: fields that the configuration of every decoder has."""
+
+        hidden_size: int = 0
+        num_attention_heads: int = 0
+        num_hidden_layers: int = 0
+
+else:
+    DecoderConfig = object
+
+
 @dataclass(kw_only=True, repr=False)
-class RoutingConfig(InstalledCodeConfigMixin):
+class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
     """
     How tokens are selected (docs/design.md, section 3); mixed into the configuration of every model with routers.
 
@@ -75,8 +88,8 @@ class RoutingConfig(InstalledCodeConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """
-        As `PreTrainedConfig.from_dict`, which looks at none of the fields that `kwargs` (those of `from_pretrained`)
-        change.
+        Does what `PreTrainedConfig.from_dict` does, which looks at none of the fields that `kwargs` (those of
+        `from_pretrained`) change.
 
         Raises:
             StrictDataclassError: for a `mosa_*` field out of range.
@@ -355,7 +368,7 @@ class MosaConfig(RoutingConfig, LlamaConfig):
                     layer_config.validate_architecture()
                 except ValueError as error:
                     raise ValueError(f"`per_layer_config`, layer {layer_idx}: {error}") from error
-            if shared := sorted(self.per_layer_attributes.difference(PER_LAYER_FIELDS)):
+            if shared := sorted(set(self.per_layer_attributes or ()).difference(PER_LAYER_FIELDS)):
                 raise ValueError(
                     f"`per_layer_config` sets {shared}, which all layers share. Set it for the whole model; only "
                     f"{', '.join(PER_LAYER_FIELDS)} may differ by layer."
@@ -368,7 +381,7 @@ class MosaConfig(RoutingConfig, LlamaConfig):
             raise ValueError(
                 "`num_attention_heads` and `num_mosa_heads` are both 0: a layer needs a head of either kind."
             )
-        if self.head_dim < 2 or self.head_dim % 2:
+        if self.head_dim is None or self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
                 f"`head_dim` must be a positive even number (rotary embeddings pair it), got {self.head_dim}."
             )

@@ -10,6 +10,7 @@ head, model type "mosa_qwen3". They are attributes of this module.
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
+from typing import cast
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
@@ -27,7 +28,7 @@ HEADS = ("ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "
 
 # Model type, prefix of the classes' names, and where a name does not follow from those: its file, or the name itself;
 # the attention module's output projection, where that is not `o_proj`.
-ROWS = (
+ROWS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("cohere2", "Cohere2", {}),
     ("gemma2", "Gemma2", {}),
     (
@@ -128,7 +129,7 @@ def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
         return getattr(modeling, names.get(suffix, prefix + suffix))
 
     base_config = getattr(configuration, f"{prefix}Config")
-    config_class = strict(
+    config_class: type[SparseGroupsConfig] = strict(
         _class(
             f"Mosa{prefix}Config",
             (SparseGroupsConfig, base_config),
@@ -153,7 +154,7 @@ def _family(name: str, prefix: str, names: dict[str, str]) -> Family:
         ),
         output_projection=names.get("output_projection", "o_proj"),
     )
-    family.model_class.family = family
+    cast(type[SparsePreTrainedMixin], family.model_class).family = family
     for head in HEADS:
         mixins: tuple[type, ...] = (SparsePreTrainedMixin,)
         if head == "ForCausalLM":

@@ -28,7 +28,7 @@ class SparseGroup:
     window: int
     sparsity: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
             raise ValueError(f"`window` must be an integer of at least 0, got {self.window!r}.")
         is_number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
@@ -85,7 +85,7 @@ class GroupPlan:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "GroupPlan":
         """
-        From a JSON file, `{"layers": [...]}`, see `from_list`.
+        Reads a JSON file, `{"layers": [...]}`, see `from_list`.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -108,7 +108,7 @@ class GroupPlan:
     @classmethod
     def from_list(cls, layers: list[Any]) -> "GroupPlan":
         """
-        From JSON: a list of layers, each a list of `null` or `{"window": ..., "sparsity": ...}`.
+        Reads JSON: a list of layers, each a list of `null` or `{"window": ..., "sparsity": ...}`.
 
         Raises:
             ValueError: naming the layer and group that cannot be read.
@@ -123,7 +123,7 @@ class GroupPlan:
         )
 
     def to_list(self) -> list[list[dict[str, int | float] | None]]:
-        """As JSON has it, see `from_list`."""
+        """What JSON has of it, see `from_list`."""
         return [
             [None if group is None else {"window": group.window, "sparsity": group.sparsity} for group in groups]
             for groups in self.layers
@@ -151,9 +151,13 @@ class GroupPlan:
                     "its cache is bounded already: leave its groups null."
                 )
 
+    def sparse(self) -> dict[tuple[int, int], SparseGroup]:
+        """Every sparse group, by `(layer, group)`."""
+        return {(layer, i): each for layer, groups in enumerate(self.layers) for i, each in enumerate(groups) if each}
+
     def sparse_pairs(self) -> list[tuple[int, int]]:
         """The `(layer, group)` of every sparse group."""
-        return [(layer, i) for layer, groups in enumerate(self.layers) for i, group in enumerate(groups) if group]
+        return list(self.sparse())
 
     def with_sparse(self, sparse: Mapping[tuple[int, int], SparseGroup]) -> "GroupPlan":
         """A plan of as many layers and groups: those of `sparse`, by `(layer, group)`, and all others dense."""

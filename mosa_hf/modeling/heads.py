@@ -1,14 +1,16 @@
 """The paper's heads of one layer (docs/design.md, section 2): routers, projections of selected tokens, the output."""
 
+from typing import cast
+
 import torch
 from torch import nn
-from transformers.configuration_utils import PreTrainedConfig
 
 from ..cache import GroupSet, Routed, SparseLayer, SparseSpec
 from ..kernels import backend
 from ..kernels.tensors import HeadWeights, Tokens
 from ..routing.budget import evicted_at
 from .call import ModelCall
+from .configuration import RoutingConfig
 from .router import MosaRouter, in_force
 
 
@@ -21,7 +23,11 @@ class MosaHeads(nn.Module):
         config: the layer's configuration (`config.per_layer_config[i]`).
     """
 
-    def __init__(self, config: PreTrainedConfig):
+    q_bias: nn.Parameter | None
+    k_bias: nn.Parameter | None
+    v_bias: nn.Parameter | None
+
+    def __init__(self, config: RoutingConfig):
         super().__init__()
         self.budget = config.mosa_cache_budget
         self.num_groups = config.num_mosa_key_value_heads
@@ -62,7 +68,7 @@ class MosaHeads(nn.Module):
         Raises:
             ValueError: for expert-choice routing on top of cached tokens.
         """
-        router = in_force(self.router)
+        router = cast(MosaRouter, in_force(self.router))
         router.check_cache(cache)
         layout = call.layout.to(hidden_states.device)
         logits, selected = self.router(hidden_states, call, follows=cache is None)
@@ -75,7 +81,7 @@ class MosaHeads(nn.Module):
         cos, sin = (x.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1) for x in position_embeddings)
         tokens = Tokens(layout.position, layout.valid, layout.segment, cos, sin, selected, logits.sigmoid(), score)
         hidden_states = layout.pad_left(hidden_states, dim=1)
-        tokens = Tokens(*(None if x is None else layout.pad_left(x, dim=1) for x in tokens))
+        tokens = Tokens._make(None if x is None else layout.pad_left(x, dim=1) for x in tokens)
         if cache is not None:
             output = self._attend_cached(hidden_states, tokens, cache)
         else:
@@ -105,7 +111,7 @@ class MosaHeads(nn.Module):
         # Groups that select nothing cost nothing: neither their weights nor their cache are read.
         output, new = torch.zeros_like(hidden_states), None
         if len(groups):
-            weights = HeadWeights(*(None if weight is None else weight[groups] for weight in weights))
+            weights = HeadWeights._make(None if weight is None else weight[groups] for weight in weights)
             tokens = tokens._replace(
                 selected=tokens.selected[..., groups],
                 gate=tokens.gate[..., groups],
@@ -126,6 +132,7 @@ class MosaHeads(nn.Module):
 
     def _evictions(self, tokens: Tokens) -> torch.Tensor | None:
         """`[B, T, G]`: when the budget evicts the tokens of a call without a cache."""
+        assert tokens.score is not None and self.budget is not None
         selected, score = tokens.selected.transpose(1, 2), tokens.score.transpose(1, 2)
         segment = None if tokens.segment is None else tokens.segment[:, None]
         until = evicted_at(score, tokens.position[:, None].expand_as(selected), selected, self.budget, segment)
@@ -133,5 +140,5 @@ class MosaHeads(nn.Module):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
-        groups = GroupSet(tuple(range(self.num_groups)), 0, in_force(self.router).sparsity[0])
+        groups = GroupSet(tuple(range(self.num_groups)), 0, cast(MosaRouter, in_force(self.router)).sparsity[0])
         return SparseSpec(None, (groups,), self.budget, self.num_dense_groups)

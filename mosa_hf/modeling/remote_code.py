@@ -5,7 +5,9 @@ The file beside a saved model through which Transformers loads it where `mosa_hf
 
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
 
 from ..whole_files import whole_file
 
@@ -18,19 +20,25 @@ __all__ = [{quoted}]
 '''
 
 
-class InstalledCodeConfigMixin:
-    """For a configuration whose classes are those of this package."""
+if TYPE_CHECKING:  # what the mixin relies on
+    ConfigBase = PreTrainedConfig
+else:
+    ConfigBase = object
+
+
+class InstalledCodeConfigMixin(ConfigBase):
+    """Belongs to a configuration whose classes are those of this package."""
 
     remote_classes: ClassVar[dict[str, str]] = {}  # "AutoModel" → the name of its class; `registration` fills it
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As `PreTrainedConfig.save_pretrained`, with the file that loads the model by `trust_remote_code=True`."""
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Does what upstream's does, and writes the file that loads the model by `trust_remote_code=True`."""
         self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in self.remote_classes.items()}
         names = sorted(set(self.remote_classes.values()))
         code = CODE.format(names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names))
         with whole_file(Path(save_directory) / f"{MODULE}.py") as unfinished:
             unfinished.write_text(code, encoding="utf-8")
-        super().save_pretrained(save_directory, **kwargs)  # last: without a config nothing loads
+        super().save_pretrained(save_directory, *args, **kwargs)  # last: without a config nothing loads
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -38,7 +46,7 @@ class InstalledCodeConfigMixin:
 
 
 class InstalledCodeModelMixin:
-    """For a model of this package."""
+    """Belongs to a model of this package."""
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -81,15 +81,15 @@ def seen_logits(
         for router, rule in zip(routers, routing, strict=True):
             router.inference_routing = rule
 
-    for name, router in named_routers(model):
-        seen = logits[router] = torch.cat(logits[router] or [torch.empty(0, len(router.sparsity))])
+    collected = [torch.cat(logits.pop(router) or [torch.empty(0, len(router.sparsity))]) for router in routers]
+    for (name, _), seen in zip(named_routers(model), collected, strict=True):
         if len(seen) == 0:
             raise ValueError(
                 "`batches` holds no tokens to calibrate on: pass at least one batch of two or more tokens."
             )
         if not seen.isfinite().all():
             raise ValueError(f"The router of layer {layer_of(name)} gives logits that are not finite.")
-    return [logits[router] for router in routers]
+    return collected
 
 
 def read_batch(

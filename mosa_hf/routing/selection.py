@@ -76,7 +76,7 @@ def _quota(length: torch.Tensor, sparsity: float, min_tokens: int) -> torch.Tens
 def _highest_of_rows(
     score: torch.Tensor, sparsity: float, min_tokens: int, valid: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row of `score` [B, T, G] the K highest, and the score `[G]` that B · K tokens of the batch reach."""
+    """The K highest of each row of `score` [B, T, G], and the score `[G]` that B · K tokens of the batch reach."""
     batch_size, num_tokens, num_groups = score.shape
     most = min(max(int(num_tokens / sparsity), min_tokens), num_tokens)
     if valid is None:
@@ -100,11 +100,11 @@ def _highest_of_rows(
     # the rate over all of them.
     pooled = best
     if batch_size > 1:
-        num_pooled = batch_size * most
-        pooled = best.flatten(0, 1).topk(num_pooled, dim=0).values if may_look else None
-        # That is all of them, unless what a row has left might be higher than the lowest.
-        if pooled is None or not bool((best[:, -1] <= pooled[-1]).all()):
-            pooled = score.flatten(0, 1).topk(num_pooled, dim=0).values
+        # The best of the rows are all, unless what a row has left might be higher than the lowest of them.
+        if may_look:
+            pooled = best.flatten(0, 1).topk(batch_size * most, dim=0).values
+        if not (may_look and bool((best[:, -1] <= pooled[-1]).all())):
+            pooled = score.flatten(0, 1).topk(batch_size * most, dim=0).values
     return selected, pooled.view(-1, num_groups).index_select(0, (quota.sum() - 1).clamp(min=0).view(1))[0]
 
 

@@ -81,7 +81,7 @@ def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_pa
 
 
 def test_quality(converted, original, tokenizer):
-    """At most 6 % more perplexity than the original on prose that calibration never saw (DESIGN section 2)."""
+    """At most 6 % more perplexity than the original on prose that calibration never saw."""
     windows = calibration_windows(tokenizer, fetched(sources.text, "debian_handbook"), 4, 1024)
     before, after = measure.perplexity(original, windows), measure.perplexity(converted, windows)
     print(f"perplexity {before:.2f} -> {after:.2f}")

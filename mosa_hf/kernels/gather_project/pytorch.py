@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import torch
 
@@ -14,10 +15,10 @@ BLOCK_SIZE = 3 * 2**17  # elements of gathered rows: more of them leave the cach
 
 def blocks_of_groups(
     token: torch.Tensor, hidden_size: int, *lists: Sequence[torch.Tensor | None]
-) -> Iterator[tuple[torch.Tensor | tuple[torch.Tensor | None, ...], ...]]:
+) -> Iterator[tuple[torch.Tensor, tuple[tuple[Any, ...], ...]]]:
     """
     `token` [G, N] and `lists` of tensors `[G, ...]` (or None) in equal blocks of groups that have few rows `[N, D]`;
-    on a GPU all in one.
+    on a GPU all in one. Each block: its tokens, and each of the lists.
     """
     num_groups, num_slots = token.shape
     num_blocks = 1
@@ -26,10 +27,10 @@ def blocks_of_groups(
         num_blocks = math.ceil(num_groups / most)
     slots = token.chunk(num_blocks)  # in half the time of `split`
 
-    def split(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[torch.Tensor | None, ...]]:
+    def split(tensors: Sequence[torch.Tensor | None]) -> Iterator[tuple[Any, ...]]:
         return zip(*(repeat(None, len(slots)) if x is None else x.chunk(num_blocks) for x in tensors), strict=True)
 
-    return zip(slots, *map(split, lists), strict=True)
+    return zip(slots, zip(*map(split, lists), strict=True), strict=True)
 
 
 def gather_rows(states: torch.Tensor, token: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -100,16 +101,16 @@ def _forward(
     states = [hidden_states.new_empty(*token.shape, weight.shape[1]) for weight in weights]
     columns = [weight.transpose(1, 2) for weight in weights]
     rows = None  # one buffer for all blocks: fresh memory costs page faults
-    for slots, *block in blocks_of_groups(token, hidden_states.shape[1], columns, states):
+    for slots, block in blocks_of_groups(token, hidden_states.shape[1], columns, states):
         rows = gather_rows(hidden_states, slots, out=rows)
         for weight, projected in zip(*block, strict=True):
             torch.bmm(rows, weight, out=projected)
     for projected, bias in zip(states, biases, strict=True):
         if bias is not None:
             projected += bias[:, None]
-    angles = [gather_rows(angle, token) for angle in (cos, sin)]
+    cos, sin = (gather_rows(angle, token) for angle in (cos, sin))
     for projected in states[:2]:
-        _rotate(projected, key.shape[1], *angles)
+        _rotate(projected, key.shape[1], cos, sin)
     return *states, None if gate is None else gate.clone()
 
 
@@ -160,30 +161,30 @@ class _GatherProject(torch.autograd.Function):
         if gate is not None:
             grads.append((grad_gate * gate * (1 - gate))[..., None])  # [G, N, 1]
             weights[3] = weights[3][:, None]
-        grad_weights, grad_biases = [None] * 4, [None] * 4
-        for i, grad in enumerate(grads):
-            if learns_weight[i]:
-                grad_weights[i] = torch.empty_like(weights[i])
-            if learns_bias[i]:
-                grad_biases[i] = grad.sum(1)
+        grad_weights = [
+            torch.empty_like(x) if learns else None for x, learns in zip(weights, learns_weight, strict=True)
+        ]
+        grad_biases = [x.sum(1) if learns else None for x, learns in zip(grads, learns_bias, strict=False)]
+        grad_biases += [None] * (4 - len(grads))
         total = None
         if learns_rows:
             total = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
 
         lists = (grads, weights[: len(grads)], grad_weights[: len(grads)])
         rows = None
-        for slots, *block in blocks_of_groups(token, hidden_states.shape[1], *lists):
+        for slots, block in blocks_of_groups(token, hidden_states.shape[1], *lists):
             rows = gather_rows(hidden_states, slots, out=rows)
             for grad, _, grad_weight in zip(*block, strict=True):
                 if grad_weight is not None:
                     torch.bmm(grad.transpose(1, 2), rows, out=grad_weight)
-            if learns_rows:
+            if total is not None:
                 (grad, *others), (weight, *other_weights), _ = block
                 update = torch.bmm(grad, weight, out=rows)
                 for grad, weight in zip(others, other_weights, strict=True):
                     update.baddbmm_(grad, weight)
                 total.index_add_(0, slots.flatten(), update.flatten(0, 1).to(total.dtype))
 
-        for of_router in (grad_weights, grad_biases):
-            of_router[3] = None if of_router[3] is None else of_router[3][:, 0]
+        for learned in (grad_weights, grad_biases):
+            if (of_router := learned[3]) is not None:
+                learned[3] = of_router[:, 0]
         return None if total is None else total.to(hidden_states.dtype), *[None] * 4, *grad_weights, *grad_biases

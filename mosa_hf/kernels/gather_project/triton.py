@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
-from ..triton_builds import KernelBuild
-from ..triton_slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
+from ..triton_builds import SLOTS, KernelBuild, tensors
+from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
 
 
 @triton.jit
@@ -164,11 +164,11 @@ def _hidden_gradient(
     query_grad_ptr,  # [B, G, R, K, d], before the rotation, as all gradients here
     key_grad_ptr,  # [B, G, K, d]
     value_grad_ptr,  # [B, G, K, d]
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
     query_weight_ptr,  # [G, R * d, D]
     key_weight_ptr,  # [G, d, D]
     value_weight_ptr,  # [G, d, D]
+    index_ptr,  # [B, G, K]
+    count_ptr,  # [B, G]
     output_ptr,  # see `add_to_tokens`
     batch_size,
     num_tokens,
@@ -216,9 +216,9 @@ def _hidden_gradient(
 @triton.jit
 def _weight_gradient(
     hidden_ptr,  # [B, T, D]
+    grad_ptr,  # [B, G, H, K, d], before the rotation
     index_ptr,  # [B, G, K]
     count_ptr,  # [B, G]
-    grad_ptr,  # [B, G, H, K, d], before the rotation
     weight_grad_ptr,  # [G, H * d, D]
     bias_grad_ptr,  # [G, H * d]
     batch_size,
@@ -307,32 +307,18 @@ def gather_project(
     ):
         num_heads = weight.shape[1] // head_dim
         output = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
-        blocks = triton.cdiv(batch_size * num_slots, tile.slots)
-        grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
-        with torch.cuda.device_of(hidden_states):
-            _gather_project[grid](
-                hidden_states,
-                index,
-                count,
-                weight.contiguous(),
-                None if bias is None else bias.contiguous(),
-                cos,
-                sin,
-                output,
-                batch_size,
-                num_tokens,
-                num_groups,
-                num_slots,
-                hidden_size,
-                HEAD_DIM=head_dim,
-                ROTARY_DIM=rotary_dim,
-                NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
-                BLOCK_K=tile.slots,
-                BLOCK_PAIRS=tile.pairs,
-                BLOCK_D=tile.hidden,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+        launch(
+            _gather_project,
+            (tile.blocks(index), num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups),
+            (hidden_states, index, count, weight, bias, cos, sin, output),
+            index,
+            num_tokens,
+            hidden_size,
+            BLOCK_D=tile.hidden,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            **tile.in_pairs(rotary_dim),
+        )
         outputs.append(output)
     query, key, value = outputs
     return query, key.squeeze(2), value.squeeze(2)
@@ -362,30 +348,12 @@ def unrotate(
     An extra pass over few tokens, which keeps the angles out of the matmuls of the backward: there they would take the
     registers that tiles need.
     """
-    batch_size, num_groups, num_heads, num_slots, head_dim = grad.shape
+    _, num_groups, num_heads, _, head_dim = grad.shape
     tile = tiles(head_dim, grad.dtype)
     output = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    blocks = triton.cdiv(batch_size * num_slots, tile.slots)
-    grid = (blocks, num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
-    with torch.cuda.device_of(grad):
-        _unrotate[grid](
-            grad.contiguous(),
-            index,
-            count,
-            cos.contiguous(),
-            sin.contiguous(),
-            output,
-            batch_size,
-            cos.shape[1],
-            num_groups,
-            num_slots,
-            HEAD_DIM=head_dim,
-            ROTARY_DIM=cos.shape[-1],
-            NUM_PAIR_BLOCKS=triton.cdiv(head_dim // 2, tile.pairs),
-            BLOCK_K=tile.slots,
-            BLOCK_PAIRS=tile.pairs,
-            num_warps=8,
-        )
+    grid = (tile.blocks(index), num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
+    tensors = (grad, index, count, cos, sin, output)
+    launch(_unrotate, grid, tensors, index, cos.shape[1], num_warps=8, **tile.in_pairs(cos.shape[-1]))
     return output
 
 
@@ -408,42 +376,14 @@ def hidden_gradient(
 ) -> torch.Tensor:
     """
     Gradient `[B, T, D]` for the hidden states, from gradients before the rotation: `query_grad` [B, G, R, K, d],
-    `key_grad` and `value_grad` [B, G, 1, K, d]. A token collects from all groups that selected it: with atomic
-    additions in float32, or, under `torch.use_deterministic_algorithms`, in a fixed order.
+    `key_grad` and `value_grad` [B, G, 1, K, d].
     """
-    batch_size, num_groups, num_heads, num_slots, head_dim = query_grad.shape
+    num_heads, head_dim = query_grad.shape[2], query_grad.shape[4]
+    tensors = (query_grad, key_grad, value_grad, query_weight, key_weight, value_weight)
     tile = tiles(head_dim, query_grad.dtype)
-    hidden_size = key_weight.shape[2]
-    output, atomic = output_of_tokens(index, num_tokens, hidden_size)
-    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
-    with torch.cuda.device_of(key_grad):
-        _hidden_gradient[grid](
-            query_grad.contiguous(),
-            key_grad.contiguous(),
-            value_grad.contiguous(),
-            index,
-            count,
-            query_weight.contiguous(),
-            key_weight.contiguous(),
-            value_weight.contiguous(),
-            output,
-            batch_size,
-            num_tokens,
-            num_groups,
-            num_slots,
-            hidden_size,
-            num_heads,
-            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
-            HEAD_DIM=head_dim,
-            ATOMIC=atomic,
-            BLOCK_K=tile.slots,
-            BLOCK_HEAD=tile.inner,
-            BLOCK_D=tile.hidden,
-            num_warps=tile.scatter_warps,
-            num_stages=2,
-        )
-        if not atomic:
-            output = sum_by_token(output, index, count, num_tokens)
+    output = launch_to_tokens(
+        _hidden_gradient, tensors, index, count, num_tokens, key_weight.shape[2], num_heads, tile
+    )
     return output.to(key_grad.dtype)
 
 
@@ -465,28 +405,17 @@ def weight_gradient(
     tile = tiles(head_dim, grad.dtype)
     weight_grad = grad.new_empty(num_groups, num_heads * head_dim, hidden_size)
     bias_grad = grad.new_empty(num_groups, num_heads * head_dim)
-    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
-    with torch.cuda.device_of(grad):
-        _weight_gradient[grid](
-            hidden_states.contiguous(),
-            index,
-            count,
-            grad.contiguous(),
-            weight_grad,
-            bias_grad,
-            batch_size,
-            num_tokens,
-            num_groups,
-            num_slots,
-            hidden_size,
-            NUM_PIECES=triton.cdiv(head_dim, tile.head),
-            HEAD_DIM=head_dim,
-            BLOCK_K=tile.slots,
-            BLOCK_HEAD=tile.head,
-            BLOCK_D=tile.hidden,
-            num_warps=tile.num_warps,
-            num_stages=2,
-        )
+    launch(
+        _weight_gradient,
+        (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups),
+        (hidden_states, grad, index, count, weight_grad, bias_grad),
+        index,
+        num_tokens,
+        hidden_size,
+        num_warps=tile.num_warps,
+        num_stages=2,
+        **tile.in_pieces(tile.head),
+    )
     return weight_grad, bias_grad
 
 
@@ -533,27 +462,17 @@ refuse_second_gradient(weight_gradient)
 
 
 def production_builds() -> list[KernelBuild]:
-    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
-    slots = {"index_ptr": "*i32", "count_ptr": "*i32", **{name: "i32" for name in sizes}}
-    hidden_size = {"hidden_size": "i32:16"}
-
-    def tensors(*names: str) -> dict[str, str]:
-        return {f"{name}_ptr": "*bf16" for name in names}
-
     builds = []
     for head_dim in (64, 128):
         tile = tiles(head_dim, torch.bfloat16)
-        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots}
-        rotation = {"ROTARY_DIM": head_dim, "BLOCK_PAIRS": tile.pairs, "NUM_PAIR_BLOCKS": 1} | blocks
-        blocks["BLOCK_D"] = tile.hidden
+        rotation, outer = tile.in_pairs(head_dim), tile.in_pieces(tile.head)
         projection = {"bias_ptr": None, "BLOCK_D": tile.hidden} | rotation
-        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
-        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
-        forward = tensors("hidden", "weight", "cos", "sin", "output") | slots | hidden_size
-        unrotated = tensors("grad", "cos", "sin", "output") | slots
-        hidden = tensors("query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
-        hidden |= slots | hidden_size | {"output_ptr": "*fp32", "num_heads": "i32"}
-        weight = tensors("hidden", "grad", "weight_grad", "bias_grad") | slots | hidden_size
+        inner = {"ATOMIC": True} | tile.in_pieces(tile.inner)
+        forward = tensors("*bf16", "hidden", "weight", "cos", "sin", "output") | SLOTS | {"hidden_size": "i32:16"}
+        unrotated = tensors("*bf16", "grad", "cos", "sin", "output") | SLOTS
+        hidden = tensors("*bf16", "query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
+        hidden |= SLOTS | tensors("*fp32", "output") | {"hidden_size": "i32:16", "num_heads": "i32"}
+        weight = tensors("*bf16", "hidden", "grad", "weight_grad", "bias_grad") | SLOTS | {"hidden_size": "i32:16"}
         name, warps = f"gather_project d={head_dim}", tile.num_warps
         builds += [
             KernelBuild(name, _gather_project, forward, projection, warps, tile.num_stages),

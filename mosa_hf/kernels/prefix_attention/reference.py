@@ -62,6 +62,7 @@ def prefix_attention(
 
     key, value, mask, bias = far.key, far.value, reads(far), far.bias
     if far.until is not None:
+        assert position is not None
         mask = mask & (position[..., None] < far.until[:, :, None])
     if near is not None:
         key, value = torch.cat((key, near.key), dim=2), torch.cat((value, near.value), dim=2)

@@ -47,26 +47,8 @@ def prefix_attention(
     Raises:
         ValueError: for shapes or dtypes that do not fit together.
     """
-    batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"Queries are {query.dtype}; the kernels take float32, float16 and bfloat16.")
-    if head_dim > 256:
-        raise ValueError(f"Head size {head_dim} is larger than 256.")
-    if far.until is not None and position is None:
-        raise ValueError("`far.until` is compared with the queries' `position`, which is missing.")
-    if sinks is not None and sinks.shape != (num_groups, num_heads):
-        raise ValueError(f"Sinks {tuple(sinks.shape)} do not fit queries {tuple(query.shape)}.")
-    for name, keys in (("far", far), ("near", near)):
-        if keys is None:
-            continue
-        shape = (batch_size, num_groups, keys.key.shape[2], head_dim)
-        if keys.key.shape != shape or keys.value.shape != shape:
-            raise ValueError(
-                f"{name} keys {tuple(keys.key.shape)} and values {tuple(keys.value.shape)} do not fit queries "
-                f"{tuple(query.shape)}."
-            )
-        if keys.key.dtype != query.dtype or keys.value.dtype != query.dtype:
-            raise ValueError(f"{name} keys are {keys.key.dtype}, values {keys.value.dtype}, queries {query.dtype}.")
+    _check(query, far, near, position, sinks)
+    batch_size, num_groups, _, num_queries, head_dim = query.shape
 
     def per_query(numbers):
         if numbers is None:
@@ -93,6 +75,32 @@ def prefix_attention(
         None if softcap is None else float(softcap),
     )
     return output
+
+
+def _check(
+    query: torch.Tensor, far: FarKeys, near: NearKeys | None, position: torch.Tensor | None, sinks: torch.Tensor | None
+) -> None:
+    """Raise what `prefix_attention` raises."""
+    batch_size, num_groups, num_heads, _, head_dim = query.shape
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"Queries are {query.dtype}; the kernels take float32, float16 and bfloat16.")
+    if head_dim > 256:
+        raise ValueError(f"Head size {head_dim} is larger than 256.")
+    if far.until is not None and position is None:
+        raise ValueError("`far.until` is compared with the queries' `position`, which is missing.")
+    if sinks is not None and sinks.shape != (num_groups, num_heads):
+        raise ValueError(f"Sinks {tuple(sinks.shape)} do not fit queries {tuple(query.shape)}.")
+    for name, keys in (("far", far), ("near", near)):
+        if keys is None:
+            continue
+        shape = (batch_size, num_groups, keys.key.shape[2], head_dim)
+        if keys.key.shape != shape or keys.value.shape != shape:
+            raise ValueError(
+                f"{name} keys {tuple(keys.key.shape)} and values {tuple(keys.value.shape)} do not fit queries "
+                f"{tuple(query.shape)}."
+            )
+        if keys.key.dtype != query.dtype or keys.value.dtype != query.dtype:
+            raise ValueError(f"{name} keys are {keys.key.dtype}, values {keys.value.dtype}, queries {query.dtype}.")
 
 
 def after_runs(runs: Runs | None, far: FarKeys) -> FarKeys:
@@ -189,7 +197,7 @@ def _hull(first, last, num_slots):
 @triton.jit
 def scaled_scores(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
     """
-    Of `products` q · k: scores in base 2 after the softcap, and the softcap's tanh (no use without a softcap).
+    Scores in base 2 of `products` q · k after the softcap, and the softcap's tanh (no use without a softcap).
     """
     if SOFTCAP is None:
         tanh = products
@@ -594,8 +602,8 @@ def _(output_grad, output, lse, *inputs):
 LEARN = (0, 1, 2, 5, 7, 8, 12)
 
 
-def _gradients_like(*inputs: torch.Tensor | None) -> list[torch.Tensor]:
-    return [inputs[0].new_empty(0) if x is None else torch.empty_like(x) for x in inputs]
+def _gradients_like(query: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
+    return [query.new_empty(0) if x is None else torch.empty_like(x) for x in (query, *others)]
 
 
 def _save(ctx, inputs, output):

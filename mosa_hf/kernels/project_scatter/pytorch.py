@@ -28,7 +28,7 @@ def _forward(heads, gate, token, weight, num_tokens):
     output = heads.new_zeros(num_tokens, hidden_size, dtype=torch.promote_types(heads.dtype, torch.float32))
     gated = heads * gate[..., None]
     update = None  # one buffer for all blocks, as in `gather_project`
-    for slots, block in blocks_of_groups(token, hidden_size, (gated, weight.transpose(1, 2))):
+    for slots, (block,) in blocks_of_groups(token, hidden_size, (gated, weight.transpose(1, 2))):
         update = torch.bmm(*block, out=None if update is None else update[: len(slots)])
         output.index_add_(0, slots.flatten(), update.flatten(0, 1).to(output.dtype))
     return output
@@ -63,12 +63,14 @@ class _ProjectScatter(torch.autograd.Function):
         grad_gated = torch.empty_like(heads) if learns_heads or learns_gate else None
         lists = ((gated, weight), (grad_weight, grad_gated))
         grad, rows = grad.to(heads.dtype), None
-        for slots, (states, block), outputs in blocks_of_groups(token, weight.shape[1], *lists):
+        for slots, ((states, block), outputs) in blocks_of_groups(token, weight.shape[1], *lists):
             rows = gather_rows(grad, slots, out=rows)  # [g, N, D]
             if learns_weight:
                 torch.bmm(rows.transpose(1, 2), states, out=outputs[0])
             if grad_gated is not None:
                 torch.bmm(rows, block, out=outputs[1])
+        if grad_gated is None:
+            return None, None, None, grad_weight, None
         grad_gate = (grad_gated * heads).sum(-1) if learns_gate else None
         grad_heads = grad_gated.mul_(gate[..., None]) if learns_heads else None
         return grad_heads, grad_gate, None, grad_weight, None

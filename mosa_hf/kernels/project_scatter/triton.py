@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
-from ..triton_builds import KernelBuild
-from ..triton_slots import add_to_tokens, group_slots, load_piece, output_of_tokens, piece_of_head, sum_by_token, tiles
+from ..triton_builds import SLOTS, KernelBuild, tensors
+from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
 
 
 @triton.jit
@@ -200,36 +200,11 @@ def project_scatter(
     Returns:
         `[B, T, D]` of the heads' dtype, summed in float32; zero for tokens that no group selected.
     """
-    batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    num_heads, head_dim = heads.shape[2], heads.shape[4]
     tile = tiles(head_dim, heads.dtype)
-    hidden_size = weight.shape[1]
-    output, atomic = output_of_tokens(index, num_tokens, hidden_size)
-    grid = (triton.cdiv(batch_size * num_slots, tile.slots), triton.cdiv(hidden_size, tile.hidden), num_groups)
-    with torch.cuda.device_of(heads):
-        _project_scatter[grid](
-            heads.contiguous(),
-            gate.contiguous(),
-            weight.contiguous(),
-            index,
-            count,
-            output,
-            batch_size,
-            num_tokens,
-            num_groups,
-            num_slots,
-            hidden_size,
-            num_heads,
-            NUM_PIECES=triton.cdiv(head_dim, tile.inner),
-            HEAD_DIM=head_dim,
-            ATOMIC=atomic,
-            BLOCK_K=tile.slots,
-            BLOCK_HEAD=tile.inner,
-            BLOCK_D=tile.hidden,
-            num_warps=tile.scatter_warps,
-            num_stages=2,
-        )
-        if not atomic:
-            output = sum_by_token(output, index, count, num_tokens)
+    output = launch_to_tokens(
+        _project_scatter, (heads, gate, weight), index, count, num_tokens, weight.shape[1], num_heads, tile
+    )
     return output.to(heads.dtype)
 
 
@@ -248,36 +223,22 @@ def heads_gradient(
     count: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of heads `[B, G, R, K, d]` and gate `[B, G, K]` from `grad` [B, T, D]; 0 in empty slots."""
-    batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    _, num_groups, num_heads, _, head_dim = heads.shape
     tile = tiles(head_dim, heads.dtype)
     _, num_tokens, hidden_size = grad.shape
-    heads_grad = heads.new_empty(heads.shape)
-    gate_grad = gate.new_empty(gate.shape)
-    grid = (triton.cdiv(batch_size * num_slots, tile.slots), num_groups)
-    with torch.cuda.device_of(heads):
-        _heads_gradient[grid](
-            grad.contiguous(),
-            heads.contiguous(),
-            gate.contiguous(),
-            weight.contiguous(),
-            index,
-            count,
-            heads_grad,
-            gate_grad,
-            batch_size,
-            num_tokens,
-            num_groups,
-            num_slots,
-            hidden_size,
-            num_heads,
-            NUM_PIECES=triton.cdiv(head_dim, tile.head),
-            HEAD_DIM=head_dim,
-            BLOCK_K=tile.slots,
-            BLOCK_HEAD=tile.head,
-            BLOCK_D=tile.hidden,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    heads_grad, gate_grad = heads.new_empty(heads.shape), gate.new_empty(gate.shape)
+    launch(
+        _heads_gradient,
+        (tile.blocks(index), num_groups),
+        (grad, heads, gate, weight, index, count, heads_grad, gate_grad),
+        index,
+        num_tokens,
+        hidden_size,
+        num_heads,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **tile.in_pieces(tile.head),
+    )
     return heads_grad, gate_grad
 
 
@@ -291,32 +252,21 @@ def weight_gradient(
     grad: torch.Tensor, heads: torch.Tensor, gate: torch.Tensor, index: torch.Tensor, count: torch.Tensor
 ) -> torch.Tensor:
     """Gradient `[G, D, R * d]` of W_O, from `grad` [B, T, D]."""
-    batch_size, num_groups, num_heads, num_slots, head_dim = heads.shape
+    _, num_groups, num_heads, _, head_dim = heads.shape
     tile = tiles(head_dim, heads.dtype)
     _, num_tokens, hidden_size = grad.shape
     weight_grad = heads.new_empty(num_groups, hidden_size, num_heads * head_dim)
-    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
-    with torch.cuda.device_of(heads):
-        _weight_gradient[grid](
-            grad.contiguous(),
-            heads.contiguous(),
-            gate.contiguous(),
-            index,
-            count,
-            weight_grad,
-            batch_size,
-            num_tokens,
-            num_groups,
-            num_slots,
-            hidden_size,
-            NUM_PIECES=triton.cdiv(head_dim, tile.head),
-            HEAD_DIM=head_dim,
-            BLOCK_K=tile.slots,
-            BLOCK_HEAD=tile.head,
-            BLOCK_D=tile.hidden,
-            num_warps=tile.num_warps,
-            num_stages=2,
-        )
+    launch(
+        _weight_gradient,
+        (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups),
+        (grad, heads, gate, index, count, weight_grad),
+        index,
+        num_tokens,
+        hidden_size,
+        num_warps=tile.num_warps,
+        num_stages=2,
+        **tile.in_pieces(tile.head),
+    )
     return weight_grad
 
 
@@ -347,23 +297,15 @@ refuse_second_gradient(weight_gradient)
 
 
 def production_builds() -> list[KernelBuild]:
-    sizes = ("batch_size", "num_tokens", "num_groups", "num_slots")
-    slots = {"index_ptr": "*i32", "count_ptr": "*i32", "gate_ptr": "*fp32", **{name: "i32" for name in sizes}}
-    slots["hidden_size"] = "i32:16"
-
-    def tensors(*names: str) -> dict[str, str]:
-        return {f"{name}_ptr": "*bf16" for name in names}
-
+    slots = SLOTS | tensors("*fp32", "gate") | {"hidden_size": "i32:16"}
     builds = []
     for head_dim in (64, 128):
         tile = tiles(head_dim, torch.bfloat16)
-        blocks = {"HEAD_DIM": head_dim, "BLOCK_K": tile.slots, "BLOCK_D": tile.hidden}
-        inner = {"BLOCK_HEAD": tile.inner, "NUM_PIECES": triton.cdiv(head_dim, tile.inner), "ATOMIC": True} | blocks
-        outer = {"BLOCK_HEAD": tile.head, "NUM_PIECES": triton.cdiv(head_dim, tile.head)} | blocks
+        inner, outer = {"ATOMIC": True} | tile.in_pieces(tile.inner), tile.in_pieces(tile.head)
         heads = {"num_heads": "i32"} | slots
-        forward = tensors("heads", "weight") | {"output_ptr": "*fp32"} | heads
-        backward = tensors("grad", "heads", "weight", "heads_grad") | {"gate_grad_ptr": "*fp32"} | heads
-        weight = tensors("grad", "heads", "weight_grad") | slots
+        forward = tensors("*bf16", "heads", "weight") | tensors("*fp32", "output") | heads
+        backward = tensors("*bf16", "grad", "heads", "weight", "heads_grad") | tensors("*fp32", "gate_grad") | heads
+        weight = tensors("*bf16", "grad", "heads", "weight_grad") | slots
         name, warps = f"project_scatter d={head_dim}", tile.num_warps
         builds += [
             KernelBuild(name, _project_scatter, forward, inner, tile.scatter_warps, 2),

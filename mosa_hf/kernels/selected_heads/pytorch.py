@@ -4,6 +4,8 @@ Selections are sorted by position, so that a query reads a prefix of the slots (
 slots of all rows of the batch lie together, `[G, B * K]`: they share its weights.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -12,7 +14,7 @@ from ..gather_project.pytorch import gather_project
 from ..opaque import opaque_op
 from ..project_scatter.pytorch import project_scatter
 from ..selected_positions.pytorch import selected_positions
-from ..tensors import HeadWeights, KeyValues, Runs, Tokens
+from ..tensors import HeadWeights, KeyValues, Runs, Tokens, of_slots
 from . import reference
 
 
@@ -32,7 +34,7 @@ def selected_heads(
         output, new = _selected_heads(hidden_states, weights, tokens, past)
         return output.to(dtype), new
     hidden_states = hidden_states.to(torch.get_autocast_dtype(device_type))
-    weights = HeadWeights(*(None if x is None else x.to(hidden_states.dtype) for x in weights))
+    weights = HeadWeights._make(None if x is None else x.to(hidden_states.dtype) for x in weights)
     with torch.autocast(device_type, enabled=False):
         output, new = _selected_heads(hidden_states, weights, tokens, past)
     return output.to(dtype), new
@@ -48,16 +50,10 @@ def _selected_heads(
     row = torch.arange(batch_size, device=index.device)[:, None]
     token = (index.transpose(0, 1) + row * num_tokens).flatten(1)  # [G, B * K], into the tokens of all rows
 
-    def gather(states: torch.Tensor | None) -> torch.Tensor | None:  # [B, T] or [B, T, G] -> [B, G, K]
-        if states is None:
-            return None
-        states = states[:, None].expand(-1, num_groups, -1) if states.ndim == 2 else states.transpose(1, 2)
-        return states.gather(2, index)
-
     def by_slot(states: torch.Tensor) -> torch.Tensor:  # [B, G, K] -> [G, B * K]
         return states.transpose(0, 1).flatten(1)
 
-    gate = by_slot(gather(tokens.gate))
+    gate = by_slot(of_slots(tokens.gate, index))
     # The router learns from the selected tokens alone, rather than from a gradient of all tokens' logits.
     sparse = weights.router is not None and gate.dtype == hidden_states.dtype
     router = (weights.router, weights.router_bias) if sparse else (None, None)
@@ -70,37 +66,27 @@ def _selected_heads(
         *(*weights[:3], router[0]),
         *(*weights[4:7], router[1]),
     )
-    gate = slot_gate if sparse else gate
+    gate = gate if slot_gate is None else slot_gate
 
     query, key, value = (
         states.view(num_groups, batch_size, num_slots, states.shape[2] // head_dim, head_dim).transpose(2, 3)
         for states in (query, key, value)
     )  # [G, B, R or 1, K, d]
-    position, until = gather(tokens.position), gather(tokens.until)  # [B, G, K]
-    key_values = (states[:, :, 0].transpose(0, 1) for states in (key, value))
-    new = KeyValues(*key_values, position, filled, None, until, gather(tokens.score))
+    position = of_slots(tokens.position, index)  # [B, G, K]
+    until, score = (None if x is None else of_slots(x, index) for x in (tokens.until, tokens.score))
+    new_key, new_value = (states[:, :, 0].transpose(0, 1) for states in (key, value))
+    new = KeyValues(new_key, new_value, position, filled, None, until, score)
 
     # Empty slots come last: a causal read of the slots never meets them before a filled slot's own turn.
-    mask = None
+    mask, old = None, None if past is None else past.pad()
     if past is not None or tokens.segment is not None or until is not None:
-        mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=index.device).tril()  # [K, K]
-        mask = mask.expand(batch_size, num_groups, num_slots, num_slots)
-        if tokens.segment is not None:
-            segment = gather(tokens.segment)
-            mask = mask & (segment[..., :, None] == segment[..., None, :])
-        if until is not None:
-            mask = mask & (position[..., :, None] < until[..., None, :])
-        past = None if past is None else past.pad()
-        if past is not None:
-            past_mask = past.valid[:, :, None].expand(-1, -1, num_slots, -1)
-            if past.until is not None:
-                past_mask = past_mask & (position[..., :, None] < past.until[..., None, :])
-            mask = torch.cat((past_mask, mask), dim=-1)
-            key, value = (
-                torch.cat((old.transpose(0, 1)[:, :, None], states), dim=3)
-                for old, states in ((past.key, key), (past.value, value))
-            )
-        mask = mask.transpose(0, 1).flatten(0, 1)[:, None]  # [G * B, 1, K, S]
+        segment = None if tokens.segment is None else of_slots(tokens.segment, index)
+        mask = _mask(new, segment, old).transpose(0, 1).flatten(0, 1)[:, None]  # [G * B, 1, K, S]
+    if old is not None:
+        key, value = (
+            torch.cat((before.transpose(0, 1)[:, :, None], states), dim=3)
+            for before, states in ((old.key, key), (old.value, value))
+        )
     query, key, value = (states.flatten(0, 1) for states in (query, key, value))
     key, value = (states.expand(-1, query.shape[1], -1, -1) for states in (key, value))
     heads = once(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None))
@@ -111,8 +97,29 @@ def _selected_heads(
     return output.unflatten(0, (batch_size, num_tokens)), new
 
 
-def _run(hidden_states: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
-    weights, tokens = HeadWeights(*inputs[:7]), Tokens(*inputs[7:14], until=inputs[14])
+def _mask(new: KeyValues, segment: torch.Tensor | None, old: KeyValues | None) -> torch.Tensor:
+    """
+    What slots read of the cached keys `old` and of the slots `new` up to themselves, `[B, G, K, S]` bool.
+    `segment`: `[B, G, K]`.
+    """
+    num_slots = new.position.shape[2]
+    mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=new.position.device).tril()  # [K, K]
+    mask = mask.expand(*new.position.shape, num_slots)
+    if segment is not None:
+        mask = mask & (segment[..., :, None] == segment[..., None, :])
+    if new.until is not None:
+        mask = mask & (new.position[..., :, None] < new.until[..., None, :])
+    if old is None:
+        return mask
+    assert old.valid is not None  # runs have empty slots
+    of_old = old.valid[:, :, None].expand(-1, -1, num_slots, -1)
+    if old.until is not None:
+        of_old = of_old & (new.position[..., :, None] < old.until[..., None, :])
+    return torch.cat((of_old, mask), dim=-1)
+
+
+def _run(hidden_states: torch.Tensor, *inputs: Any) -> torch.Tensor:
+    weights, tokens = HeadWeights(*inputs[:7]), Tokens(*inputs[7:14])._replace(until=inputs[14])
     return selected_heads(hidden_states, weights, tokens)[0]
 
 

@@ -28,6 +28,7 @@ def selected_heads(
     new = KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None, until, score)
     keys = join(None if past is None else past.pad(), new)
 
+    assert keys.valid is not None  # `join` spells it out
     mask = keys.valid[:, :, None] & (keys.position[:, :, None] <= tokens.position[:, None, :, None])  # [B, G, T, S]
     if keys.until is not None:
         mask = mask & (tokens.position[:, None, :, None] < keys.until[:, :, None])

@@ -7,7 +7,7 @@ from ..prefix_attention.triton import FarKeys, after_runs, prefix_attention
 from ..project_scatter.triton import project_scatter
 from ..selected_positions.triton import selected_positions
 from ..sparse_decode.triton import decode_runs
-from ..tensors import HeadWeights, KeyValues, Runs, Tokens
+from ..tensors import HeadWeights, KeyValues, Runs, Tokens, of_slots
 
 
 def selected_heads(
@@ -23,7 +23,7 @@ def selected_heads(
     if torch.is_autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
         hidden_states = hidden_states.to(dtype)
-        weights = HeadWeights(*(None if weight is None else weight.to(dtype) for weight in weights[:7]))
+        weights = HeadWeights._make(None if weight is None else weight.to(dtype) for weight in weights)
     num_tokens = hidden_states.shape[1]
     num_slots = num_tokens
     if num_tokens > 1 and not torch.compiler.is_compiling():
@@ -34,30 +34,24 @@ def selected_heads(
     )  # [B, G, R, K, d], [B, G, K, d], [B, G, K, d]
 
     slots = index.long()
-
-    def gather(states):  # [B, T] or [B, T, G] -> [B, G, K]
-        if states is None:
-            return None
-        states = states[:, None].expand(-1, slots.shape[1], -1) if states.ndim == 2 else states.transpose(1, 2)
-        return states.gather(2, slots)
-
     slot = torch.arange(num_slots, device=index.device)
     filled = slot < count[..., None]  # [B, G, K]
-    position = gather(tokens.position)  # [B, G, K]
-    new = KeyValues(key, value, position, filled, None, gather(tokens.until), gather(tokens.score))
-    has_limits = None if past is None else past.until is not None
-    if num_tokens == 1 and has_limits == (tokens.until is not None) and not torch.is_grad_enabled():
+    position = of_slots(tokens.position, slots)  # [B, G, K]
+    until, score = (None if x is None else of_slots(x, slots) for x in (tokens.until, tokens.score))
+    new = KeyValues(key, value, position, filled, None, until, score)
+    is_step = num_tokens == 1 and not torch.is_grad_enabled()
+    if is_step and past is not None and (past.until is None) == (until is None):
         read = past._replace(count=torch.where(filled[..., 0], past.count, 0))
-        limits = (position[..., 0], new.until[..., 0]) if has_limits else None
+        limits = None if until is None else (position[..., 0], until[..., 0])
         heads = decode_runs(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
     else:
         start = None
         if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one
-            segment = gather(tokens.segment).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
+            segment = of_slots(tokens.segment, slots).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
             start = torch.searchsorted(segment, segment)
-        far = after_runs(past, FarKeys(key, value, start, slot + 1, until=new.until))  # up to the slot itself
+        far = after_runs(past, FarKeys(key, value, start, slot + 1, until=until))  # up to the slot itself
         far = far._replace(end=torch.where(filled, far.end, 0))
         heads = prefix_attention(query, far, position=position)  # [B, G, R, K, d]
 
-    output = project_scatter(heads, gather(tokens.gate).float(), weights.output, index, count, num_tokens)
-    return output, new
+    gate = of_slots(tokens.gate, slots).float()
+    return project_scatter(heads, gate, weights.output, index, count, num_tokens), new

@@ -1,4 +1,4 @@
-"""From what is selected to slots, on any device."""
+"""Turns what is selected into slots, on any device."""
 
 import torch
 

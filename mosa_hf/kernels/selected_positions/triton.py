@@ -1,4 +1,4 @@
-"""From what is selected to slots, in one pass over the tokens."""
+"""Turns what is selected into slots, in one pass over the tokens."""
 
 import torch
 import triton

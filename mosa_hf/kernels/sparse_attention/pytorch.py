@@ -1,5 +1,8 @@
 """Attention of sparse groups wherever PyTorch runs: blocks of queries, each with the keys that it can reach."""
 
+from itertools import accumulate
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
@@ -11,6 +14,29 @@ from ..tensors import KeyValues, Runs, gather_slots
 from . import reference
 
 QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked columns
+
+
+class FarSlots(NamedTuple):
+    """The selected near tokens that are out of the window of some query, K a group, in ascending position."""
+
+    slot: torch.Tensor  # [B, G, K] int64, of `near`
+    filled: torch.Tensor  # [B, G, K] bool, False behind the last of a group
+    key: torch.Tensor  # [B, G, K, d]
+    value: torch.Tensor  # [B, G, K, d]
+    bias: torch.Tensor | None  # [B, G, K]
+    until: torch.Tensor | None  # [B, G, K]
+    most: torch.Tensor  # [S], how many of the K stand up to a near slot, in the group that has most
+    least: torch.Tensor  # [S], and in the one that has least
+
+
+class Columns(NamedTuple):
+    """Keys that a block of T queries scores side by side, and what may be read of them."""
+
+    key: torch.Tensor  # [B, G, S, d]
+    value: torch.Tensor  # [B, G, S, d]
+    # [B, G, T, S'] bool (or 1 for any of B, G and T), of the last S' keys; every query reads the others. None: all
+    mask: torch.Tensor | None
+    bias: torch.Tensor | None = None  # [B, G, S], added to the scores
 
 
 def sparse_attention(
@@ -33,10 +59,8 @@ def sparse_attention(
     if torch.is_autocast_enabled(query.device.type):  # once, as attention itself would in every block
         dtype = torch.get_autocast_dtype(query.device.type)
         query = query.to(dtype)
-        near, kept = (
-            states and states._replace(key=states.key.to(dtype), value=states.value.to(dtype))
-            for states in (near, kept)
-        )
+        near = near._replace(key=near.key.to(dtype), value=near.value.to(dtype))
+        kept = kept and kept._replace(key=kept.key.to(dtype), value=kept.value.to(dtype))
     if torch.compiler.is_compiling():
         if kept is not None:  # every shape has to be known
             return reference.sparse_attention(
@@ -47,91 +71,106 @@ def sparse_attention(
             query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.until,
             position, segment, window, scale, softcap,
         )  # fmt: skip
-    batch_size, num_groups, num_heads, num_queries, _ = query.shape
-    num_near = near.key.shape[2]
-    offset = num_near - num_queries  # query i stands at near slot offset + i
-    device = query.device
-    kept = None if kept is None else kept.pad()
-    selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
-
-    block_starts = range(0, num_queries, QUERY_BLOCK)
-    block_ends = [min(start + QUERY_BLOCK, num_queries) for start in block_starts]
-    reach = sure = [0] * len(block_ends)
-    bias = None
-    if num_near > window:  # some near slot is far from some query
-        index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
-        far_key, far_value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
-        bias = None if far_bias is None else far_bias.gather(2, index)
-        far_until = None if near.until is None else near.until.gather(2, index)
-        # How many of the K far slots some query of a block can reach, and how many all of its queries do.
-        count = selected.cumsum(-1)  # [B, G, S]
-        most, least = count.amax((0, 1)), count.amin((0, 1))
-        reach = [int(most[last]) if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
-        if segment is None and near.until is None:
-            sure = [int(least[last]) if (last := start + offset - window) >= 0 else 0 for start in block_starts]
-    query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
-
+    num_queries, num_near = query.shape[3], near.key.shape[2]
+    padded = None if kept is None else kept.pad()
+    far = _far_slots(near, far_bias, window) if num_near > window else None
+    reads_itself = window > 0 and near.valid is None
     outputs = []
-    for start, end, num_far, num_sure in zip(block_starts, block_ends, reach, sure, strict=True):
-        queries = slice(start, end)
-        local = slice(max(0, offset + start - window + 1), offset + end) if window else slice(0, 0)
-        positions = position[:, None, queries, None]  # [B, 1, T', 1]
-        keys, values = [], []
-        masks = []  # (first column, last column, what may be read there); all of the other columns may
-        width = 0
-        if kept is not None:
-            keys.append(kept.key)
-            values.append(kept.value)
-            width = kept.key.shape[2]
-            mask = kept.valid[:, :, None]
-            if kept.until is not None:
-                mask = mask & (positions < kept.until[:, :, None])
-            masks.append((0, width, mask))
-        far_start = width
-        if num_far:
-            keys.append(far_key[:, :, :num_far])
-            values.append(far_value[:, :, :num_far])
-            far = index[:, :, None, num_sure:num_far]
-            mask = filled[:, :, None, num_sure:num_far] & (far <= query_slot[queries, None] - window)
-            if near.until is not None:
-                mask = mask & (positions < far_until[:, :, None, :num_far])
-            if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
-                row = torch.arange(batch_size, device=device)[:, None, None, None]
-                mask = mask & (segment[row, far] == segment[:, None, queries, None])
-            masks.append((width + num_sure, width + num_far, mask))
-            width += num_far
-        if window:
-            keys.append(near.key[:, :, local])
-            values.append(near.value[:, :, local])
-            mask = None
-            if end - start > 1 or local.stop - local.start > window:
-                distance = query_slot[queries, None] - torch.arange(num_near, device=device)[local]
-                mask = ((distance >= 0) & (distance < window))[None, None]
-            if near.valid is not None:
-                valid = near.valid[:, :, None, local]
-                mask = valid if mask is None else mask & valid
-            if segment is not None:
-                same = segment[:, None, queries, None] == segment[:, None, None, local]
-                mask = same if mask is None else mask & same
-            masks.append((width, width + keys[-1].shape[2], mask))
-            width += keys[-1].shape[2]
-        if not keys:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
-            keys, values = [near.key[:, :, :1]], [near.value[:, :, :1]]
-            masks, width = [(0, 1, torch.zeros(1, dtype=torch.bool, device=device))], 1
-
-        added = None
-        if bias is not None and num_far:
-            added = F.pad(bias[:, :, :num_far], (far_start, width - far_start - num_far)).to(query.dtype)
-            added = added[:, :, None].repeat(1, 1, end - start, 1)  # [B, G, T', S]
-        elif any(mask is not None for _, _, mask in masks):
-            added = query.new_zeros(batch_size, num_groups, end - start, width)
-        for first, last, mask in masks:
-            if mask is not None:
-                added[..., first:last].masked_fill_(~mask, -torch.inf)
-        keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        reads_itself = window > 0 and near.valid is None
-        outputs.append(_attention(query[:, :, :, queries], keys, values, added, reads_itself, scale, softcap, sinks))
+    for start in range(0, num_queries, QUERY_BLOCK):
+        queries = slice(start, min(start + QUERY_BLOCK, num_queries))
+        slots = range(num_near - num_queries + start, num_near - num_queries + queries.stop)  # that they stand at
+        positions = position[:, None, queries, None]  # [B, 1, T, 1]
+        columns = [
+            None if padded is None else _kept_columns(padded, positions),
+            None if far is None else _far_columns(far, slots, positions, segment, window),
+            _window_columns(near, slots, segment, window) if window else None,
+        ]
+        block = query[:, :, :, queries]
+        key, value, added = _side_by_side(block, [each for each in columns if each is not None], near)
+        outputs.append(_attention(block, key, value, added, reads_itself, scale, softcap, sinks))
     return torch.cat(outputs, dim=3) if outputs else query.new_zeros(query.shape)
+
+
+def _far_slots(near: KeyValues, far_bias: torch.Tensor | None, window: int) -> FarSlots:
+    """Finds what is far of S > `window` near tokens. `far_bias`: `[B, G, S]`."""
+    assert near.selected is not None  # of all tokens, some are not
+    selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
+    num_far = selected.shape[2] - window
+    index, filled = selected_positions(selected[:, :, :num_far].transpose(1, 2))  # [B, G, K]
+    key, value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
+    bias, until = (None if states is None else states.gather(2, index) for states in (far_bias, near.until))
+    count = selected.cumsum(-1)  # [B, G, S]
+    return FarSlots(index, filled, key, value, bias, until, count.amax((0, 1)), count.amin((0, 1)))
+
+
+def _kept_columns(kept: KeyValues, positions: torch.Tensor) -> Columns:
+    """The kept keys for queries at `positions` [B, 1, T, 1]."""
+    assert kept.valid is not None  # runs have empty slots
+    mask = kept.valid[:, :, None]
+    if kept.until is not None:
+        mask = mask & (positions < kept.until[:, :, None])
+    return Columns(kept.key, kept.value, mask)
+
+
+def _far_columns(
+    far: FarSlots, slots: range, positions: torch.Tensor, segment: torch.Tensor | None, window: int
+) -> Columns | None:
+    """The far keys that some query reaches, for queries at near slots `slots` and `positions` [B, 1, T, 1]."""
+    num_far = int(far.most[slots[-1] - window]) if slots[-1] >= window else 0
+    if num_far == 0:
+        return None
+    num_sure = 0  # as many of them all queries read
+    if segment is None and far.until is None and slots[0] >= window:
+        num_sure = int(far.least[slots[0] - window])
+    slot = far.slot[:, :, None, num_sure:num_far]
+    own = torch.arange(slots.start, slots.stop, device=slot.device)  # [T]
+    mask = far.filled[:, :, None, num_sure:num_far] & (slot <= own[:, None] - window)
+    if far.until is not None:
+        mask = mask & (positions < far.until[:, :, None, :num_far])
+    if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
+        row = torch.arange(len(segment), device=slot.device)[:, None, None, None]
+        mask = mask & (segment[row, slot] == segment[:, None, slots.start : slots.stop, None])
+    bias = None if far.bias is None else far.bias[:, :, :num_far]
+    return Columns(far.key[:, :, :num_far], far.value[:, :, :num_far], mask, bias)
+
+
+def _window_columns(near: KeyValues, slots: range, segment: torch.Tensor | None, window: int) -> Columns:
+    """The near keys that are in the window of some query, for queries at near slots `slots`."""
+    first, end = max(0, slots.start - window + 1), slots.stop
+    mask = None
+    if len(slots) > 1 or end - first > window:
+        slot = torch.arange(first, end, device=near.key.device)
+        distance = slot[slots.start - first :, None] - slot  # [T, S]
+        mask = ((distance >= 0) & (distance < window))[None, None]
+    if near.valid is not None:
+        valid = near.valid[:, :, None, first:end]
+        mask = valid if mask is None else mask & valid
+    if segment is not None:
+        same = segment[:, None, slots.start : end, None] == segment[:, None, None, first:end]
+        mask = same if mask is None else mask & same
+    return Columns(near.key[:, :, first:end], near.value[:, :, first:end], mask)
+
+
+def _side_by_side(
+    query: torch.Tensor, columns: list[Columns], near: KeyValues
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Key and value `[B, G, S, d]` of all columns, and what is added to the scores of `query`, `[B, G, T, S]`."""
+    if not columns:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
+        nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=query.device)
+        columns = [Columns(near.key[:, :, :1], near.value[:, :, :1], nothing)]
+    ends = list(accumulate(each.key.shape[2] for each in columns))
+    num_queries, num_keys = query.shape[3], ends[-1]
+    added = None
+    for each, end in zip(columns, ends, strict=True):
+        if each.bias is not None:
+            bias = F.pad(each.bias, (end - each.bias.shape[2], num_keys - end)).to(query.dtype)
+            added = bias[:, :, None].repeat(1, 1, num_queries, 1)
+    for each, end in zip(columns, ends, strict=True):
+        if each.mask is not None:
+            if added is None:
+                added = query.new_zeros(*query.shape[:2], num_queries, num_keys)
+            added[..., end - each.mask.shape[3] : end].masked_fill_(~each.mask, -torch.inf)
+    return torch.cat([each.key for each in columns], dim=2), torch.cat([each.value for each in columns], dim=2), added
 
 
 def _attention(
@@ -175,30 +214,17 @@ def _learns_in_bfloat16(*states: torch.Tensor) -> bool:
 
 
 def _run(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    far_bias: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    near_position: torch.Tensor,
-    valid: torch.Tensor | None,
-    selected: torch.Tensor,
-    until: torch.Tensor | None,
-    position: torch.Tensor,
-    segment: torch.Tensor | None,
-    window: int,
-    scale: float | None,
-    softcap: float | None,
+    query, key, value, far_bias, sinks, key_position, valid, selected, until, position, segment, window, scale, softcap
 ) -> torch.Tensor:
     valid = None if valid is None else valid[:, None].expand_as(selected)
-    near = KeyValues(key, value, near_position[:, None].expand_as(selected), valid, selected, until)
+    near = KeyValues(key, value, key_position[:, None].expand_as(selected), valid, selected, until)
     return sparse_attention(query, near, None, position, segment, window, far_bias, scale, softcap, sinks)
 
 
 opaque_sparse_attention = opaque_op(
     "sparse_attention",
     _run,
-    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor near_position, Tensor? valid, "
+    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor key_position, Tensor? valid, "
     "Tensor selected, Tensor? until, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
     learn=(0, 1, 2, 3, 4),  # queries, keys, values, bias, sinks
 )

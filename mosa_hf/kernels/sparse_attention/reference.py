@@ -40,6 +40,7 @@ def sparse_attention(
     keys = join(None if kept is None else kept.pad(), near)
     distance = position[:, None, :, None] - keys.position[:, :, None]  # [B, G, T, S]
     recent = distance < window
+    assert keys.valid is not None and keys.selected is not None  # `join` spells them out
     readable = keys.selected[:, :, None]
     if keys.until is not None:
         readable = readable & (position[:, None, :, None] < keys.until[:, :, None])

@@ -32,6 +32,7 @@ def sparse_attention(
     # The near slots that the queries stand at; before slot `reach` keys are far.
     slot = num_near - num_queries + torch.arange(num_queries, device=device)  # [T]
     reach = (slot - window + 1).clamp(min=0)
+    assert near.selected is not None  # of all tokens, some are not
     selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, N]
     before = F.pad(selected.cumsum(-1), (1, 0))  # [B, G, N + 1], selected tokens in the slots before
     start, end = None, before.index_select(-1, reach)  # [B, G, T]
@@ -48,8 +49,7 @@ def sparse_attention(
     num_far = num_slots = max(num_near - window, 0)
     if num_far and not torch.compiler.is_compiling():
         num_slots = int(before[..., num_far].max())
-    index, _ = selected_positions(selected[..., :num_far].transpose(1, 2), num_slots)  # [B, G, K]
-    index = index.long()
+    index = selected_positions(selected[..., :num_far].transpose(1, 2), num_slots)[0].long()  # [B, G, K]
     # Autocast may leave rotated queries and keys in float32: back to what values were projected in.
     far = FarKeys(
         gather_slots(near.key, index).to(dtype),

@@ -28,5 +28,6 @@ def sparse_decode(
     keys = runs.pad()
     if keys is None:
         return torch.zeros_like(query)
+    assert keys.valid is not None  # runs have empty slots
     mask = keys.valid[:, :, None]  # [B, G, 1, S]
     return attend(query[:, :, :, None], keys.key, keys.value, mask, None, scale, softcap, sinks)[:, :, :, 0]

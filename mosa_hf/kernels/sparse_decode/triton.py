@@ -72,6 +72,7 @@ def decode_runs(
     head_dim, dtype = query.shape[-1], runs.value.dtype
     if head_dim > 256:
         raise ValueError(f"Head size {head_dim} is larger than 256.")
+    until, position, last_until = (None, None, None) if limits is None else (runs.until, *limits)
     heads = _decode(
         query.to(dtype).contiguous(),
         runs.key.to(dtype).contiguous(),
@@ -80,7 +81,7 @@ def decode_runs(
         runs.count.contiguous(),
         runs.max_count,
         *((None, None) if last is None else (states.to(dtype).contiguous() for states in last)),
-        *((None,) * 3 if limits is None else (x.contiguous() for x in (runs.until, *limits))),
+        *(None if x is None else x.contiguous() for x in (until, position, last_until)),
         head_dim**-0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
         None if sinks is None else sinks.float().contiguous(),
@@ -200,7 +201,7 @@ def _decode(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Of contiguous tensors, as `decode_runs` prepares them."""
+    """Takes contiguous tensors, as `decode_runs` prepares them."""
     batch_size, num_groups, num_heads, head_dim = query.shape
     output = torch.empty_like(query)
     if query.numel() == 0:
