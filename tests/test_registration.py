@@ -1,6 +1,7 @@
 """`import mosa_hf` makes Transformers and PEFT know the models."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import mosa_hf
+from mosa_hf.compat import CACHE
 from mosa_hf.modeling.families import FAMILIES
 from mosa_hf.registration import register
 
@@ -41,8 +43,10 @@ def test_every_package_is_installed():
 
 def test_type_checkers_see_the_public_names():
     """`python -m tests.public_names` writes the file anew."""
-    assert STUB.read_text(encoding="utf-8") == stub()
-    assert set(mosa_hf.__all__) <= set(vars(mosa_hf))
+    text = STUB.read_text(encoding="utf-8")
+    assert set(mosa_hf.__all__) <= set(re.findall(r"(?:^class | as )(\w+)", text, re.MULTILINE))
+    if CACHE == "cache":  # a class may have other bases in earlier versions of Transformers
+        assert text == stub()
 
 
 def test_auto_classes(form):
