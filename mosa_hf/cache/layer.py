@@ -3,7 +3,7 @@ the others. A layer of whatever cache the user brings is upgraded in place."""
 
 import copy
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import cache_utils
@@ -19,9 +19,9 @@ from transformers.cache_utils import (
 from ..kernels.tensors import KeyValues, Runs
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
-from .growth import Fixed, Growing, static_capacity
-from .steps import NUM_STEPS
+from .growth import static_capacity
 from .store import SparseStore
+from .undo import MAX_UNDO
 
 
 class GroupSet(NamedTuple):
@@ -48,12 +48,18 @@ class Routed(NamedTuple):
     score: torch.Tensor | None = None  # [B, T, G], what a budget compares, inf for tokens that are never evicted
 
 
-class MixedLayer(CacheLayerMixin):
+if TYPE_CHECKING:
+    Mixable = DynamicLayer
+else:  # whatever the class it is mixed with
+    Mixable = CacheLayerMixin
+
+
+class MixedLayer(Mixable):
     """Mixed into the class of a cache layer at run time, so that pickle does not find the result by name."""
 
     _layer_type = None  # not a layer type of its own: the class it is mixed with keeps its registration
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _blank, type(self).__bases__, self.__dict__
 
 
@@ -69,6 +75,9 @@ class SparseLayer(MixedLayer):
     dense_groups: tuple[int, ...] | None  # as in `SparseSpec`
     sparse_groups: tuple[tuple[int, ...], ...]  # of each set
     stores: tuple[SparseStore, ...]  # one for each set of groups
+    # Between `begin` and `evict`: how the call's tokens stand, and what their queries may read.
+    _layout: Any
+    _read: Any
 
     @property
     def num_tokens(self) -> torch.Tensor | None:
@@ -83,7 +92,7 @@ class SparseLayer(MixedLayer):
     def fits(self, spec: SparseSpec) -> bool:
         """Whether this is what `upgrade_cache` would make for `spec`, capacities aside."""
         own = self.dense_groups, self.sparse_groups, [store.window for store in self.stores]
-        budgets = {store.budget for store in self.stores if not store.growth.is_fixed}
+        budgets = {store.budget for store in self.stores if not store.is_fixed}
         wanted = spec.dense, tuple(each.groups for each in spec.sets), [each.window for each in spec.sets]
         return own == wanted and budgets <= {spec.budget}
 
@@ -96,13 +105,11 @@ class SparseLayer(MixedLayer):
         self._layout = None if self.dense_groups is None else layout  # for `update`, until `evict`
         valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
         for store, (selected, score) in zip(self.stores, routed, strict=True):
-            selected, score = (
-                None if states is None else layout.pad_left(states.transpose(1, 2), dim=2)
-                for states in (selected, score)
-            )
+            selected = layout.pad_left(selected.transpose(1, 2), dim=2)
+            score = None if score is None else layout.pad_left(score.transpose(1, 2), dim=2)
             store.begin(selected, score, valid, layout.valid)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> Any:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """
         As upstream's, for `[B, G, T, d]` of all groups.
 
@@ -111,11 +118,9 @@ class SparseLayer(MixedLayer):
         """
         if self.dense_groups is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        self._read = []
+        layout, self._read = self._layout, []
         for store, groups in zip(self.stores, self.sparse_groups, strict=True):
-            key, value = (
-                self._layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states)
-            )
+            key, value = (layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states))
             self._read.append(store.extend(key, value))
         key_states, value_states = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
         return super().update(key_states, value_states, *args, **kwargs)
@@ -144,10 +149,10 @@ class SparseLayer(MixedLayer):
         self.record_past = True
 
     def get_seq_length(self) -> int:
-        length = super().get_seq_length()
+        length, keys = super().get_seq_length(), self.keys
         # A layer without dense groups caches keys of shape [B, 0, T, d], which upstream takes for empty.
-        if isinstance(self, DynamicLayer) and self.is_initialized and self.keys.ndim == 4 and self.keys.shape[1] == 0:
-            length = max(length, self.keys.shape[-2])
+        if isinstance(self, DynamicLayer) and keys is not None and keys.ndim == 4 and keys.shape[1] == 0:
+            length = max(length, keys.shape[-2])
         return length
 
     def reset(self) -> None:
@@ -173,16 +178,13 @@ class SparseLayer(MixedLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.num_tokens is not None:
-            self._select_rows(self._rows().repeat_interleave(repeats))
+        if (held := self.num_tokens) is not None:
+            self._select_rows(torch.arange(len(held), device=held.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.num_tokens is not None:
-            self._select_rows(self._rows()[indices])
-
-    def _rows(self) -> torch.Tensor:
-        return torch.arange(len(self.num_tokens), device=self.num_tokens.device)
+        if (held := self.num_tokens) is not None:
+            self._select_rows(torch.arange(len(held), device=held.device)[indices])
 
     def _select_rows(self, rows: torch.Tensor) -> None:
         for store in self.stores:
@@ -201,21 +203,22 @@ class FirstLayer(MixedLayer):
         _check_stores([self, *self.others], tokens_to_remove)
         for layer in self.others:
             if isinstance(layer, DynamicSlidingWindowLayer):  # the one of upstream's that refuses: try it on a copy
-                layer = copy.copy(layer)
-                (super(SparseLayer, layer) if isinstance(layer, SparseLayer) else layer).crop(tokens_to_remove)
+                trial: Any = copy.copy(layer)
+                trial = super(SparseLayer, trial) if isinstance(layer, SparseLayer) else trial
+                trial.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
 
 def _check_stores(layers: list[CacheLayerMixin], tokens_to_remove: int) -> None:
     """Raise a RuntimeError if a store of `layers` cannot forget so many tokens; upstream refuses positive numbers."""
     stores = [store for layer in layers if isinstance(layer, SparseLayer) for store in layer.stores]
-    if any(store.growth.is_fixed for store in stores):
+    if any(store.is_fixed for store in stores):
         raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")
     num_removed = -tokens_to_remove
     if num_removed > 0 and (possible := min(store.num_croppable(num_removed) for store in stores)) < num_removed:
         raise RuntimeError(
             f"`crop` can take back {possible} tokens here, not {num_removed}: what it needs has left `mosa_window` or "
-            f"was evicted by `mosa_cache_budget`. Up to {NUM_STEPS} tokens that were fed one at a time, as `generate` "
+            f"was evicted by `mosa_cache_budget`. Up to {MAX_UNDO} tokens that were fed one at a time, as `generate` "
             "does, can be taken back without more ado. For more, or a prompt, call "
             "`model.record_past(past_key_values)` before the tokens that may be cropped are added."
         )
@@ -283,29 +286,31 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
                 f"`past_key_values` holds {int(layer.get_seq_length())} tokens that this model's routers have not "
                 "seen. Pass an empty cache, or one that this model filled."
             )
-        layer_class = type(layer)
+        upgraded: Any = layer
+        layer_class: type[CacheLayerMixin] = type(layer)
+        capacities: list[int | None] = [None] * len(spec.sets)
         if isinstance(layer, StaticLayer):
             length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
             if length is None:
                 raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
-            growths = [Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets]
+            capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
         else:
-            growths = [Growing() for _ in spec.sets]
             if isinstance(layer, BaseQuantizedLayer) and not spec.has_dense:
                 layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
             if layer_class is DynamicLayer:
                 layer_class = PreallocatedDynamicLayer
-        layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
-        layer.stores = tuple(
-            SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
+        upgraded.dense_groups, upgraded.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
+        upgraded.stores = tuple(
+            SparseStore(each.window, spec.budget, capacity)
+            for each, capacity in zip(spec.sets, capacities, strict=True)
         )
         record_past = layer.__dict__.pop("record_past", False)
-        layer.__class__ = _mixed(SparseLayer, layer_class)
-        layer.record_past = record_past
-    first, *others = cache.layers or [None]
+        upgraded.__class__ = _mixed(SparseLayer, layer_class)
+        upgraded.record_past = record_past
+    first = upgraded = cache.layers[0] if cache.layers else None
     if isinstance(first, CacheLayerMixin) and not isinstance(first, FirstLayer | StaticLayer) and specs:
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
-        first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(others)
+        first.__class__, upgraded.others = _mixed(FirstLayer, *bases), tuple(cache.layers[1:])
 
 
 def is_upgraded(cache: Cache) -> bool:
@@ -324,7 +329,7 @@ def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
 def num_overflowed(cache: Cache) -> int:
     """Selected tokens for which a static cache lacked capacity, over all layers, rows and groups."""
     stores = [store for layer in cache.layers if isinstance(layer, SparseLayer) for store in layer.stores]
-    return sum(int(store.num_evicted.sum()) for store in stores if store.growth.overflows and store.key is not None)
+    return sum(store.num_overflowed() for store in stores)
 
 
 def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:
