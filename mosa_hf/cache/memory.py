@@ -177,7 +177,7 @@ class EntryMemory:
         entries = entries.flatten()
         for name, new in rows.items():
             own = self.states[name]
-            own.index_copy_(0, entries, new.to(own.dtype))
+            own.index_copy_(0, entries, new if new.dtype == own.dtype else new.to(own.dtype))
 
     def remove(self, entry: torch.Tensor, where: torch.Tensor) -> None:
         """Remove an `entry` [B, G] of each range `where` [B, G] is True: the last one takes its place."""

@@ -191,15 +191,17 @@ class SparseStore:
         selected, valid = selected[..., 0], None if valid is None else valid[:, 0]
         memory.reserve_one()
         record = UndoRecord(selected.shape[1]) if self._can_note() else None
-        entry = self._entry_of_token(memory, calls, selected, valid, record).flatten()
-        memory.put(entry, key=key, value=value, selected=selected.flatten())
+        entry = self._entry_of_token(memory, calls, selected, valid, record)
+        rows = {"key": key, "value": value, "selected": selected.flatten()}
         # Of tokens that are not selected, neither position nor score is ever looked at.
         is_ranked = "position" in memory.states and _may_be_any(selected)
         if is_ranked:
-            memory.put(entry, position=calls.num_stored[:, None].expand_as(selected).flatten())
-        calls.add_one(valid)
+            rows["position"] = calls.num_stored[:, None].expand_as(selected).flatten()
         if is_ranked and score is not None:
-            memory.put(entry, score=score.flatten())
+            rows["score"] = score.flatten()
+        memory.put(entry, **rows)
+        calls.add_one(valid)
+        if "score" in rows:
             memory.num_selected.add_(selected)
             self._evict_lowest(memory, calls, record)
         calls.note(record)
