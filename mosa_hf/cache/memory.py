@@ -132,7 +132,8 @@ class EntryMemory:
     def select_rows(self, rows: torch.Tensor) -> None:
         """Row i becomes what row `rows[i]` was."""
         entries, filled = self.slots()
-        self.length, self.num_evicted = self.length[rows], self.num_evicted[rows]
+        counts = self.length, self.num_selected, self.num_evicted
+        self.length, self.num_selected, self.num_evicted = (each[rows] for each in counts)
         self.repack(entries[rows], filled[rows])
 
     # What ranges hold
