@@ -19,7 +19,7 @@ from mosa_hf import cache_bytes, trace_routing
 from mosa_hf.cache import GroupSet, SparseLayer, SparseSpec, num_overflowed, upgrade_cache
 from mosa_hf.cache.dense import SLACK, PreallocatedDynamicLayer
 from mosa_hf.cache.growth import static_capacity
-from mosa_hf.cache.steps import NUM_STEPS
+from mosa_hf.cache.undo import MAX_UNDO
 
 from .conftest import FORMS, MIXED_LAYERS, PLAN, SHAPE, native_form, sparse_form, tiny_model
 from .contract import random_ids
@@ -117,9 +117,9 @@ def test_most_new_tokens_copy_nothing(form):
     (store,) = cache.layers[1].stores
     in_place = 0
     for token in input_ids[:, 300:].split(1, dim=1):
-        before = store.key.data_ptr()
+        before = store.memory.states["key"].data_ptr()
         logits_after(model, cache, token)
-        in_place += store.key.data_ptr() == before
+        in_place += store.memory.states["key"].data_ptr() == before
     assert in_place >= 20  # of 40
 
 
@@ -179,7 +179,7 @@ def test_single_tokens_are_taken_back_without_ceremony(window, budget):
     logits_after(model, cache, input_ids[:, :12])
     for token in input_ids[:, 12:50].split(1, dim=1):
         logits_after(model, cache, token)
-    for removed in (1, 20, 0, NUM_STEPS - 21):
+    for removed in (1, 20, 0, MAX_UNDO - 21):
         cache.crop(-removed)
         check_continues(model, copy.deepcopy(cache), input_ids)
     assert cache.get_seq_length() == 18

@@ -139,7 +139,9 @@ def test_generation_goes_on_in_another_dtype_and_mode_of_gradients(tmp_path):
     with torch.inference_mode():
         save_cache(cache, path, model)
     again = load_cache(path, model)
-    assert all(x.dtype == torch.bfloat16 for x in (again.layers[0].keys, again.layers[1].stores[0].key))
+    assert all(
+        x.dtype == torch.bfloat16 for x in (again.layers[0].keys, again.layers[1].stores[0].memory.states["key"])
+    )
     question = torch.cat((document, IDS[:, :4]), dim=1)
     expected = model.generate(question, past_key_values=cache, **options)
     assert torch.equal(model.generate(question, past_key_values=again, **options), expected)
@@ -302,15 +304,15 @@ def drop(name):
 
 CHANGED = {
     "version": (lambda tensors, about: about.update(version=2), "version 2 of the format.*reads version 1"),
-    "missing": (drop(STORE + "value"), "states are missing: .'value'"),
+    "missing": (drop(STORE + "entries.value"), "not the states of such a cache: 'value'"),
     "missing keys": (drop("layers.0.keys"), "does not hold.*keys"),
     "unknown": (put(STORE + "other", torch.ones(2)), "states that no cache has.*other"),
     "of no layer": (put("layers.7.keys", torch.ones(2)), "states of no layer.*layers.7"),
     "fewer layers": (lambda tensors, about: about["layers"].pop(), "does not hold what this model's cache does"),
     "kind": (lambda tensors, about: about["layers"][0].update(kind="StaticLayer"), "cannot hold the states of a Stat"),
-    "entries": (put(STORE + "key", torch.ones(3, 8)), "entries and one more of each state"),
-    "run": (lambda tensors, about: tensors[STORE + "count"].fill_(1000), "a run goes beyond its memory"),
-    "rows": (put(STORE + "num_stored", torch.ones(3)), "runs and rows differ"),
+    "entries": (put(STORE + "entries.key", torch.ones(3, 8)), "entries and one more of each state"),
+    "run": (lambda tensors, about: tensors[STORE + "memory.length"].fill_(1000), "a range goes beyond its memory"),
+    "rows": (put(STORE + "calls.num_stored", torch.ones(3)), "such a cache|rows differ"),
     "lengths": (put("layers.0.keys", torch.ones(2, 3, 7, 8)), "different numbers of tokens"),
 }
 

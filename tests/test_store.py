@@ -4,7 +4,6 @@ every operation that a cache knows.
 """
 
 import copy
-import json
 import pickle
 
 import pytest
@@ -13,8 +12,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama import LlamaConfig
 
 from mosa_hf.cache import CacheOfCall, GroupSet, Routed, SparseSpec, cache_bytes, upgrade_cache
-from mosa_hf.cache import store as store_module
-from mosa_hf.cache.growth import SLACK, static_capacity
+from mosa_hf.cache import calls as store_module
+from mosa_hf.cache.growth import static_capacity
+from mosa_hf.cache.memory import SLACK
 from mosa_hf.kernels.tensors import KeyValues, Runs
 from mosa_hf.routing import CallLayout, TokenMask
 
@@ -42,7 +42,7 @@ class Row:
 class Case:
     """A cache of one layer, and the rows that it should hold."""
 
-    def __init__(self, seed: int, is_static: bool, is_paper: bool, num_steps: int = store_module.NUM_STEPS):
+    def __init__(self, seed: int, is_static: bool, is_paper: bool, num_steps: int = store_module.MAX_UNDO):
         self.num_steps, self.num_recorded = num_steps, 0
         self.random = torch.Generator().manual_seed(seed)
         self.is_static, self.is_paper = is_static, is_paper
@@ -264,12 +264,12 @@ class Case:
                     alive = row.alive(group, last, self.limit)
                     count += window + sum(j <= last - window for j in alive)
             runs = len(self.rows) * len(each.groups)
-            held = 0 if store.key is None else len(store.key) - 1
+            held = 0 if store.memory is None else store.memory.null
             assert held <= count + 3 * runs + (count + runs) / SLACK * 2
-            noted = [states for step in store.steps for states in (step.overwritten, step.evicted) if states]
+            noted = [states for step in (store.calls.records) for states in (step.overwritten, step.evicted) if states]
             noted = sum(len(states["key"]) for states in noted)
             assert noted <= len(self.rows[0].steps) * runs * (1 if self.limit is None else 2)
-            assert self.num_columns > each.window or all(step.overwritten is None for step in store.steps)
+            assert self.num_columns > each.window or all(step.overwritten is None for step in (store.calls.records))
         assert cache_bytes(self.cache)["sparse"] == sum(
             tensor.untyped_storage().nbytes() for store in self.layer.stores for tensor in store.tensors()
         )
@@ -281,7 +281,7 @@ def test_against_a_list_of_tuples(is_static, is_paper, monkeypatch):
     modes = [torch.no_grad, torch.inference_mode, torch.enable_grad]
     for seed in range(NUM_CASES):
         num_steps = [32, 4][seed % 2]
-        monkeypatch.setattr(store_module, "NUM_STEPS", num_steps)
+        monkeypatch.setattr(store_module, "MAX_UNDO", num_steps)
         case = Case(seed, is_static, is_paper, num_steps)
         if is_static:  # upstream's part of it stays in the mode that made it
             modes = [case.pick([torch.no_grad, torch.inference_mode])]
@@ -304,9 +304,7 @@ def test_against_a_list_of_tuples(is_static, is_paper, monkeypatch):
                 elif step == "copy":
                     original, case.cache = (
                         case.cache,
-                        case.pick([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), by_states])(
-                            case.cache
-                        ),
+                        case.pick([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])(case.cache),
                     )
                     with torch.inference_mode():
                         for store in original.layers[0].stores:  # the two share nothing
@@ -319,15 +317,6 @@ def test_against_a_list_of_tuples(is_static, is_paper, monkeypatch):
                     case.cache.activate_past_recording()
                 else:
                     case.crop()
-
-
-def by_states(cache):
-    """A copy whose stores were told what those of `cache` remember, as a file says it."""
-    copied = copy.deepcopy(cache)
-    for store, own in zip(copied.layers[0].stores, cache.layers[0].stores, strict=True):
-        tensors, plain = own.state()
-        store.set_state({name: x.clone() for name, x in tensors.items()}, json.loads(json.dumps(plain)))
-    return copied
 
 
 @pytest.mark.parametrize("is_static", [False, True], ids=["growing", "fixed"])

@@ -22,6 +22,7 @@ from .layer import (
     upgrade_cache,
     upstream_class,
 )
+from .states import set_store_state, store_state
 
 __all__ = [
     "CacheOfCall",
@@ -38,6 +39,8 @@ __all__ = [
     "num_cached_tokens",
     "num_overflowed",
     "seen_tokens",
+    "set_store_state",
+    "store_state",
     "take",
     "upgrade_cache",
     "upstream_class",

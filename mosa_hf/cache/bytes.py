@@ -1,5 +1,7 @@
 """Bytes that a cache holds, read from its live tensors."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache
 
@@ -14,7 +16,7 @@ def cache_bytes(past_key_values: Cache) -> dict[str, int]:
         `{"dense": ..., "sparse": ...}`: the dense groups' keys and values; the keys, values, positions and counts of
         what sparse groups, or the paper's heads, hold, windows included.
     """
-    held = {"dense": [], "sparse": []}
+    held: dict[str, list[torch.Tensor]] = {"dense": [], "sparse": []}
     for layer in past_key_values.layers:
         for name in ("keys", "values", "_quantized_keys", "_quantized_values"):
             held["dense"] += _tensors_in(getattr(layer, name, None))
@@ -23,7 +25,7 @@ def cache_bytes(past_key_values: Cache) -> dict[str, int]:
     return {kind: sum(_storage_bytes(tensor) for tensor in tensors) for kind, tensors in held.items()}
 
 
-def _tensors_in(states) -> list[torch.Tensor]:
+def _tensors_in(states: Any) -> list[torch.Tensor]:
     """The plain tensors that a cache layer's states are made of, quantised ones with their scales."""
     if isinstance(states, torch.Tensor):
         if not hasattr(states, "__tensor_flatten__"):

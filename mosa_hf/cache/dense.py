@@ -1,9 +1,11 @@
 """The dense heads' part of a growing cache, appended to in place."""
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .store import may_change
+from .memory import may_change
 
 SLACK = 64  # one free entry for so many that are held
 
@@ -15,10 +17,11 @@ class PreallocatedDynamicLayer(DynamicLayer):
     """
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None  # once it is initialised
         if key_states.shape[1] == 0:  # no dense groups: the layer only counts tokens
             num_held = self.keys.shape[-2] if self.keys.ndim == 4 else 0
             batch_size, _, num_new, head_dim = key_states.shape

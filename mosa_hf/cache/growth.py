@@ -1,64 +1,54 @@
-"""How the memory of a sparse store grows: with what is appended, or not at all. In nothing else do the two differ."""
+"""Memory of a sparse store that does not grow, where `EntryMemory` does. In nothing else do the two differ."""
 
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-SLACK = 64  # one free entry for so many that a run holds: little memory against a copy of all for each new entry
+from .memory import EntryMemory
 
 
-@dataclass  # not a named tuple, which exporters that take a cache apart would build wrongly
-class Memory:
-    """Where the runs of every row and group lie in a flat memory."""
-
-    start: torch.Tensor  # [B, G] int64, first entry of each run
-    capacity: torch.Tensor  # [B, G] int64, entries that a run may have
-    size: int  # entries in all
-    stride: int | None  # see `Runs.stride`
-
-
-class Growing:
-    """Runs move to larger memory when one of them is full; see `Fixed` for the attributes."""
-
-    is_fixed = False
-    limit = None
-    overflows = False
-
-    def memory(self, count: torch.Tensor) -> Memory:
-        """For runs of `count` [B, G] entries and a little slack behind each."""
-        capacity = count + count // SLACK + 1
-        start = capacity.flatten().cumsum(0).view_as(count) - capacity
-        return Memory(start, capacity, int(capacity.sum()), None)
-
-
-class Fixed:
+class FixedMemory(EntryMemory):
     """
-    Runs have room for `window + capacity` entries each and never move, as a compiled decoding step needs. More
-    selected tokens than `capacity` are evicted as by a budget of that size.
+    Ranges start at multiples of one capacity, `stride`, and never move, as a compiled decoding step needs. Counts stay
+    where they are too, and no device is asked.
 
     Args:
-        window: tokens that a store holds whether selected or not.
-        capacity: selected tokens of a row and group, those in the window included.
-        budget: `mosa_cache_budget`, which is below the capacity or None.
-
-    Attributes:
-        limit: selected tokens beyond which the lowest score is evicted; None: no limit.
-        overflows: whether an eviction was not asked for by a budget.
+        window, limit: entries of a range: of a ring, and of selected tokens, those in the ring included.
+        like: see `EntryMemory`.
     """
 
     is_fixed = True
 
-    def __init__(self, window: int, capacity: int, budget: int | None):
-        self.overflows = budget is None or budget > capacity
-        self.limit = capacity if budget is None else min(budget, capacity)
+    def __init__(self, window: int, limit: int, *like: Any):
+        self.limit = limit
         # Without a window, a token is appended before the one that makes way for it is evicted.
-        self.stride = window + self.limit + (window == 0)
+        self.stride = self.max_length = window + limit + (window == 0)
+        super().__init__(*like)
+        if not torch.compiler.is_compiling():  # as upstream's static layers do: else no CUDA graphs
+            for states in self.tensors():
+                torch._dynamo.mark_static_address(states)
 
-    def memory(self, count: torch.Tensor) -> Memory:
-        """For runs of any `count` [B, G] up to the capacity."""
-        start = torch.arange(count.numel(), device=count.device).view_as(count) * self.stride
-        return Memory(start, torch.full_like(count, self.stride), count.numel() * self.stride, self.stride)
+    def _places(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        start = torch.arange(length.numel(), device=length.device).view_as(length) * self.max_length
+        return start, torch.full_like(length, self.max_length), length.numel() * self.max_length
+
+    def may_change(self, states: torch.Tensor) -> bool:
+        return True
+
+    def replaced(self, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return counts.copy_(new)
+
+    def set_length(self, length: torch.Tensor) -> None:
+        self.length.copy_(length)
+        self.last_read = None
+
+    def lengthen(self, new: torch.Tensor | int) -> None:
+        self.length.add_(new)
+        self.last_read = None
+
+    def reserve_one(self) -> None:
+        pass
 
 
 def static_capacity(max_cache_len: int, sparsity: float) -> int:

@@ -3,7 +3,7 @@ the others. A layer of whatever cache the user brings is upgraded in place."""
 
 import copy
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import cache_utils
@@ -19,9 +19,9 @@ from transformers.cache_utils import (
 from ..kernels.tensors import KeyValues, Runs
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
-from .growth import Fixed, Growing, static_capacity
-from .steps import NUM_STEPS
+from .growth import static_capacity
 from .store import SparseStore
+from .undo import MAX_UNDO
 
 
 class GroupSet(NamedTuple):
@@ -48,12 +48,18 @@ class Routed(NamedTuple):
     score: torch.Tensor | None = None  # [B, T, G], what a budget compares, inf for tokens that are never evicted
 
 
-class MixedLayer(CacheLayerMixin):
+if TYPE_CHECKING:
+    Mixable = DynamicLayer
+else:  # whatever the class it is mixed with
+    Mixable = CacheLayerMixin
+
+
+class MixedLayer(Mixable):
     """Mixed into the class of a cache layer at run time, so that pickle does not find the result by name."""
 
     _layer_type = None  # not a layer type of its own: the class it is mixed with keeps its registration
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _blank, type(self).__bases__, self.__dict__
 
     def __copy__(self) -> CacheLayerMixin:
@@ -87,6 +93,9 @@ class SparseLayer(MixedLayer):
     stores: tuple[SparseStore, ...]  # one for each set of groups
     num_dense: int | None  # as in `SparseSpec`
     seen: torch.Tensor | None = None  # of a cache's first such layer: see `seen_tokens`
+    # Between `begin` and `evict`: how the call's tokens stand, and what their queries may read.
+    _layout: Any
+    _read: Any
 
     @property
     def num_tokens(self) -> torch.Tensor | None:
@@ -121,14 +130,12 @@ class SparseLayer(MixedLayer):
         self._layout = None if self.dense_groups is None else layout  # for `update`, until `evict`
         valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
         for store, (selected, score) in zip(self.stores, routed, strict=True):
-            selected, score = (
-                None if states is None else layout.pad_left(states.transpose(1, 2), dim=2)
-                for states in (selected, score)
-            )
+            selected = layout.pad_left(selected.transpose(1, 2), dim=2)
+            score = None if score is None else layout.pad_left(score.transpose(1, 2), dim=2)
             store.begin(selected, score, valid, layout.valid)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, of_call: bool = False, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, of_call: bool = False, **kwargs: Any
     ) -> Any:
         """
         As upstream's, for `[B, G, T, d]` of all groups.
@@ -150,11 +157,9 @@ class SparseLayer(MixedLayer):
             )
         if self.dense_groups is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        self._read = []
+        layout, self._read = self._layout, []
         for store, groups in zip(self.stores, self.sparse_groups, strict=True):
-            key, value = (
-                self._layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states)
-            )
+            key, value = (layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states))
             self._read.append(store.extend(key, value))
         key_states, value_states = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
         return super().update(key_states, value_states, *args, **kwargs)
@@ -183,10 +188,10 @@ class SparseLayer(MixedLayer):
         self.record_past = True
 
     def get_seq_length(self) -> int:
-        length = super().get_seq_length()
+        length, keys = super().get_seq_length(), self.keys
         # A layer without dense groups caches keys of shape [B, 0, T, d], which upstream takes for empty.
-        if isinstance(self, DynamicLayer) and self.is_initialized and self.keys.ndim == 4 and self.keys.shape[1] == 0:
-            length = max(length, self.keys.shape[-2])
+        if isinstance(self, DynamicLayer) and keys is not None and keys.ndim == 4 and keys.shape[1] == 0:
+            length = max(length, keys.shape[-2])
         return length
 
     def reset(self) -> None:
@@ -215,16 +220,13 @@ class SparseLayer(MixedLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.num_tokens is not None:
-            self._select_rows(self._rows().repeat_interleave(repeats))
+        if (held := self.num_tokens) is not None:
+            self._select_rows(torch.arange(len(held), device=held.device).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.num_tokens is not None:
-            self._select_rows(self._rows()[indices])
-
-    def _rows(self) -> torch.Tensor:
-        return torch.arange(len(self.num_tokens), device=self.num_tokens.device)
+        if (held := self.num_tokens) is not None:
+            self._select_rows(torch.arange(len(held), device=held.device)[indices])
 
     def _select_rows(self, rows: torch.Tensor) -> None:
         if self.seen is not None:
@@ -245,23 +247,23 @@ class FirstLayer(MixedLayer):
         _check_stores([self, *self.others], tokens_to_remove)
         for layer in self.others:
             if isinstance(layer, DynamicSlidingWindowLayer):  # the one of upstream's that refuses: try it on a copy
-                trial = object.__new__(type(layer))
+                trial: Any = object.__new__(type(layer))
                 trial.__dict__ |= layer.__dict__
-                layer = trial
-                (super(SparseLayer, layer) if isinstance(layer, SparseLayer) else layer).crop(tokens_to_remove)
+                trial = super(SparseLayer, trial) if isinstance(layer, SparseLayer) else trial
+                trial.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
 
 def _check_stores(layers: list[CacheLayerMixin], tokens_to_remove: int) -> None:
     """Raise a RuntimeError if a store of `layers` cannot forget so many tokens; upstream refuses positive numbers."""
     stores = [store for layer in layers if isinstance(layer, SparseLayer) for store in layer.stores]
-    if any(store.growth.is_fixed for store in stores):
+    if any(store.is_fixed for store in stores):
         raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")
     num_removed = -tokens_to_remove
     if num_removed > 0 and (possible := min(store.num_croppable(num_removed) for store in stores)) < num_removed:
         raise RuntimeError(
             f"`crop` can take back {possible} tokens here, not {num_removed}: what it needs has left `mosa_window` or "
-            f"was evicted by `mosa_cache_budget`. Up to {NUM_STEPS} tokens that were fed one at a time, as `generate` "
+            f"was evicted by `mosa_cache_budget`. Up to {MAX_UNDO} tokens that were fed one at a time, as `generate` "
             "does, can be taken back without more ado. For more, or a prompt, call "
             "`model.record_past(past_key_values)` before the tokens that may be cropped are added."
         )
@@ -365,14 +367,13 @@ def upgrade_cache(
     check_lengths([cache.layers[layer_idx] for layer_idx in specs if layer_idx < len(cache.layers)])
     for layer_idx, spec in specs.items():
         if spec is not None and not isinstance(cache.layers[layer_idx], SparseLayer):
-            _upgrade_layer(cache, layer_idx, spec, max_cache_len)
-            cache.layers[layer_idx].owner = owner
-    first, *others = cache.layers or [None]
+            _upgrade_layer(cache, layer_idx, spec, max_cache_len, owner)
+    first: Any = cache.layers[0] if cache.layers else None
     if isinstance(first, FirstLayer):
-        first.others = tuple(others)  # which may be others than they were
+        first.others = tuple(cache.layers[1:])  # which may be others than they were
     elif isinstance(first, CacheLayerMixin) and not isinstance(first, StaticLayer) and any(specs.values()):
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
-        first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(others)
+        first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(cache.layers[1:])
 
 
 def _of_other_groups(layer: SparseLayer, layer_idx: int) -> str:
@@ -416,27 +417,26 @@ def check_lengths(layers: list[CacheLayerMixin]) -> None:
         )
 
 
-def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len: int | None) -> None:
-    layer = cache.layers[layer_idx]
-    layer_class = type(layer)
+def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len: int | None, owner: str) -> None:
+    layer: Any = cache.layers[layer_idx]
+    layer_class: type[CacheLayerMixin] = type(layer)
+    capacities: list[int | None] = [None] * len(spec.sets)
     if isinstance(layer, StaticLayer):
         length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
         if length is None:
             raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
-        growths = [Fixed(each.window, static_capacity(length, each.sparsity), spec.budget) for each in spec.sets]
+        capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
     else:
-        growths = [Growing() for _ in spec.sets]
         if isinstance(layer, BaseQuantizedLayer) and spec.num_dense == 0:
             layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
         if layer_class is DynamicLayer:
             layer_class = PreallocatedDynamicLayer
-    layer.made_for, layer.dense_groups = (layer_idx, spec), spec.dense
-    layer.sparse_groups = tuple(each.groups for each in spec.sets)
+    layer.made_for, layer.owner, layer.num_dense = (layer_idx, spec), owner, spec.num_dense
+    layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
     layer.stores = tuple(
-        SparseStore(each.window, spec.budget, growth) for each, growth in zip(spec.sets, growths, strict=True)
+        SparseStore(each.window, spec.budget, capacity) for each, capacity in zip(spec.sets, capacities, strict=True)
     )
     record_past = layer.__dict__.pop("record_past", False)
-    layer.num_dense = spec.num_dense
     layer.__class__ = _mixed(SparseLayer, layer_class)
     layer.record_past = record_past
     if isinstance(layer, StaticLayer) and layer.is_initialized and spec.num_dense is not None:
@@ -489,7 +489,7 @@ def has_budget(cache: Cache) -> bool:
 def num_overflowed(cache: Cache) -> int:
     """Selected tokens for which a static cache lacked capacity, over all layers, rows and groups."""
     stores = [store for layer in cache.layers if isinstance(layer, SparseLayer) for store in layer.stores]
-    return sum(int(store.num_evicted.sum()) for store in stores if store.growth.overflows and store.key is not None)
+    return sum(store.num_overflowed() for store in stores)
 
 
 def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from ..cache import SparseLayer, upstream_class
+from ..cache import SparseLayer, set_store_state, store_state, upstream_class
 from ..whole_files import whole_file
 from .call import MosaCallMixin
 from .devices import execution_device
@@ -215,7 +215,7 @@ def layer_state(layer: CacheLayerMixin) -> tuple[dict[str, torch.Tensor], dict[s
     if isinstance(layer, SparseLayer) and layer.seen is not None:
         tensors["seen"] = layer.seen
     for i, store in enumerate(layer.stores if isinstance(layer, SparseLayer) else ()):
-        states, own = store.state()
+        states, own = store_state(store)
         tensors |= {f"stores.{i}.{name}": x for name, x in states.items()}
         plain["stores"].append(own)
     return tensors, plain
@@ -235,7 +235,7 @@ def set_layer_state(layer: CacheLayerMixin, tensors: dict[str, torch.Tensor], pl
     if stores:
         layer.seen = tensors.pop("seen", None)
     for i, (store, own) in enumerate(zip(stores, plain["stores"], strict=True)):
-        store.set_state(states_below(f"stores.{i}.", tensors), own)
+        set_store_state(store, states_below(f"stores.{i}.", tensors), own)
     if tensors:
         key, value = tensors.pop("keys"), tensors.pop("values")
         layer.lazy_initialization(key, value)

@@ -1,0 +1,140 @@
+"""
+The calls that a sparse store has seen: how many tokens they had, and what `crop` needs to take them back.
+
+A *column* is a token as the caller of the model passed it, padding included: rows have as many columns as each other,
+but not as many tokens.
+"""
+
+from bisect import bisect_left
+
+import torch
+
+from ..kernels.tensors import NEVER
+from .undo import MAX_UNDO, UndoRecord, of_todays_rows
+
+
+class CallLog:
+    """
+    Args:
+        selected: `[B, G, T]`, for rows like whose.
+        is_fixed: nothing is ever cropped: tokens are counted, in place, and calls are not noted.
+    """
+
+    def __init__(self, selected: torch.Tensor, is_fixed: bool = False):
+        self.is_fixed = is_fixed
+        # [B] int64: tokens that the memory knows of, and those that it does not know of yet (0: none).
+        self.num_stored = torch.zeros(len(selected), dtype=torch.int64, device=selected.device)
+        self.num_pending: torch.Tensor | int = 0
+        self.pending_columns = 0  # columns that it does not know of yet
+        self.max_tokens = NEVER if is_fixed else 0  # at most so many tokens has a row, without asking the device
+        self.num_final = torch.zeros_like(self.num_stored)  # [B] int64: `crop` cannot go back before these
+        self.num_lost = torch.zeros_like(self.num_stored)  # [B] int64: of tokens before these the ring held none
+        self.masks: list[torch.Tensor | None] = []  # padding of the calls so far, [B, T] bool or None,
+        self.lengths: list[int] = []  # and their columns
+        self.records: list[UndoRecord] = []  # of the last calls, as long as each was of one column
+        if is_fixed and not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.num_stored)
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """`[B]` int64, tokens seen. May change in place."""
+        return self.num_stored if isinstance(self.num_pending, int) else self.num_stored + self.num_pending
+
+    @property
+    def common_length(self) -> int | None:
+        """Tokens of every row, if it is known that there has been no padding."""
+        return self.max_tokens if not self.is_fixed and all(mask is None for mask in self.masks) else None
+
+    def begin(self, mask: torch.Tensor | None, num_columns: int) -> None:
+        """A call begins, with padding where `mask` [B, T] is False."""
+        if mask is None and self.masks and self.masks[-1] is None:
+            self.lengths[-1] += num_columns
+        elif not self.is_fixed:
+            self.masks.append(mask)
+            self.lengths.append(num_columns)
+
+    def expect(self, num_columns: int, valid: torch.Tensor | None) -> None:
+        """The call's columns are pending, of which `valid` [B, T] are tokens (None: all)."""
+        new = torch.full_like(self.num_stored, num_columns) if valid is None else valid.sum(1)
+        self.num_pending = self.num_pending + new
+        self.pending_columns += num_columns
+        self.max_tokens += 0 if self.is_fixed else num_columns
+
+    def add_one(self, valid: torch.Tensor | None) -> None:
+        """The memory knows of one column more, a token where `valid` [B] (None: everywhere)."""
+        self.num_stored.add_(1 if valid is None else valid)
+        self.max_tokens += 0 if self.is_fixed else 1
+
+    def settle(self) -> None:
+        """The memory knows of what was pending."""
+        self.num_stored = self.num_stored.copy_(self.num_tokens) if self.is_fixed else self.num_tokens
+        self.num_pending = self.pending_columns = 0
+
+    def note(self, record: UndoRecord | None) -> None:
+        """The memory has taken a call in; None: not one of a column, so that nothing can be undone to before it."""
+        if not self.is_fixed:
+            self.records = [] if record is None else [*self.records, record][-MAX_UNDO:]
+
+    # Going back, and other rows
+
+    def num_removed(self, num_columns: int) -> torch.Tensor:
+        """How many tokens [B] are among the last columns."""
+        removed = torch.zeros_like(self.num_stored)
+        for mask, length in zip(reversed(self.masks), reversed(self.lengths), strict=True):
+            cut = min(num_columns, length)
+            removed = removed + (cut if mask is None else mask[:, length - cut :].sum(1))
+            num_columns -= cut
+        return removed
+
+    def forget(self, num_columns: int) -> None:
+        """Cut off the last columns."""
+        while num_columns and self.lengths:
+            cut, mask = min(num_columns, self.lengths[-1]), self.masks[-1]
+            self.lengths[-1] -= cut
+            self.masks[-1] = None if mask is None else mask[:, : mask.shape[1] - cut]
+            if self.lengths[-1] == 0:
+                self.lengths.pop()
+                self.masks.pop()
+            num_columns -= cut
+
+    def pop_records(self, num_records: int) -> list[UndoRecord]:
+        """The last records, newest first, as if their calls had been made with today's rows."""
+        records = of_todays_rows(self.records)
+        num_left = len(records) - num_records
+        self.records = records[:num_left]
+        return records[num_left:][::-1]
+
+    def num_croppable(self, num_columns: int, window: int) -> int:
+        """How many of the last columns `crop` can forget."""
+        if not self._is_lost(num_columns, window):
+            return num_columns
+        return bisect_left(range(num_columns), True, key=lambda num: self._is_lost(num, window)) - 1
+
+    def _is_lost(self, num_columns: int, window: int) -> bool:
+        """Whether `crop` lacks what it needs to forget so many columns."""
+        num_free = self.pending_columns + len(self.records)
+        if num_columns <= num_free:
+            return False
+        # The rest has to be found in what the store held before them.
+        free, removed = self.num_removed(num_free), self.num_removed(num_columns)
+        num_tokens = self.num_tokens - removed
+        records = of_todays_rows(self.records)
+        num_final = next((record.num_final for record in records if record.num_final is not None), self.num_final)
+        is_lost = num_tokens < num_final
+        if window:
+            needed = (num_tokens - window + 1).clamp(min=0)  # the first token that the next query's window covers
+            is_lost = is_lost | (needed < self.num_lost.maximum(self.num_tokens - free - window))
+        return bool((is_lost & (removed > free)).any())
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        if self.records:
+            last = self.records[-1]  # only noted: beams are reordered after every token, and few are ever undone
+            last.rows = rows if last.rows is None else last.rows[rows]
+            if len(rows) < len(self.num_stored):  # memory goes with rows
+                self.records = of_todays_rows(self.records)
+        self.masks = [None if mask is None else mask[rows] for mask in self.masks]
+        self.num_stored, self.num_final = self.num_stored[rows], self.num_final[rows]
+        self.num_lost = self.num_lost[rows]
+        if not isinstance(self.num_pending, int):
+            self.num_pending = self.num_pending[rows]

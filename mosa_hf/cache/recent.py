@@ -1,0 +1,56 @@
+"""The last tokens in sequence order: what several queries stand among, and what the memory does not know of yet."""
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.tensors import KeyValues, gather_slots
+from ..routing.layout import padding_first
+from .memory import EntryMemory, Rows
+
+# `Rows` here are [B, G, S, ...] by name, of tokens selected or not. Empty slots are on the left; position < 0 there.
+
+
+def of_ring(memory: EntryMemory, num_stored: torch.Tensor, length: int, window: int) -> Rows:
+    """The last `length` tokens of a ring of `window` entries, of rows that have `num_stored` [B] tokens."""
+    position = num_stored[:, None] - length + torch.arange(length, device=num_stored.device)  # [B, S]
+    entries = memory.start[..., None] + (position % max(window, 1))[:, None]  # [B, G, S]
+    entries = torch.where(position[:, None] >= 0, entries, memory.null)
+    rows = {name: states.unflatten(0, entries.shape) for name, states in memory.gather(entries).items()}
+    selected = rows["selected"] & (position >= 0)[:, None]
+    return rows | {"selected": selected, "position": position[:, None].expand_as(selected)}
+
+
+def of_selected(new: KeyValues, groups: torch.Tensor | None, num_groups: int) -> Rows:
+    """Selected tokens alone: the filled slots of `new` [B, A, K, ...], which lists `groups` [A] (None: all)."""
+    filled = torch.ones_like(new.position, dtype=torch.bool) if new.valid is None else new.valid
+    rows = {"key": new.key, "value": new.value, "position": new.position, "selected": filled}
+    rows |= {} if new.score is None else {"score": new.score}
+    if groups is None:
+        return rows
+    size = (len(filled), num_groups)
+    return {name: own.new_zeros(*size, *own.shape[2:]).index_copy_(1, groups, own) for name, own in rows.items()}
+
+
+def extended(recent: Rows | None, new: Rows, valid: torch.Tensor | None, num_tokens: torch.Tensor) -> Rows:
+    """`recent`, and then a call's `new` ones, real where `valid` [B, T], with which there are `num_tokens` [B]."""
+    if recent is not None:
+        num_recent = recent["key"].shape[2]
+        new = {name: torch.cat((recent[name].to(own.dtype), own), dim=2) for name, own in new.items()}
+        if valid is not None:  # the padding between the two goes to the left
+            order = padding_first(F.pad(valid, (num_recent, 0), value=True))[0][:, None]
+            new = {name: gather_slots(own, order) for name, own in new.items()}
+    length = new["key"].shape[2]
+    position = num_tokens[:, None] - length + torch.arange(length, device=num_tokens.device)  # [B, S]
+    return new | {"position": position[:, None].expand_as(new["selected"])}
+
+
+def cropped(recent: Rows, num_tokens: torch.Tensor, removed: torch.Tensor) -> Rows:
+    """`recent` without the last `removed` [B] tokens of each row, of which `num_tokens` [B] remain."""
+    length = recent["key"].shape[2]
+    # Rows may lose different numbers of tokens: shift each to the right again.
+    num_empty = max(int(removed.min()), length - int(num_tokens.max()))  # on the left of every row
+    source = (torch.arange(length, device=removed.device) - removed[:, None])[:, num_empty:]  # [B, S]
+    rows = {name: gather_slots(own, source[:, None].clamp(min=0)) for name, own in recent.items()}
+    position = num_tokens[:, None] - source.shape[1] + torch.arange(source.shape[1], device=removed.device)
+    position = position.masked_fill((source < 0) | (position < 0), -1)[:, None].expand_as(rows["selected"])
+    return rows | {"position": position, "selected": rows["selected"] & (position >= 0)}
