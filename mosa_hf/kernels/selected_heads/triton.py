@@ -3,15 +3,15 @@
 import torch
 
 from ..gather_project.triton import gather_project
-from ..prefix_attention.triton import FarKeys, after_runs, prefix_attention
+from ..prefix_attention.triton import FarKeys, after_packed, prefix_attention
 from ..project_scatter.triton import project_scatter
 from ..selected_positions.triton import selected_positions
-from ..sparse_decode.triton import decode_runs
-from ..tensors import HeadWeights, KeyValues, Runs, Tokens, of_slots
+from ..sparse_decode.triton import decode_packed
+from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Tokens, of_slots
 
 
 def selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: Runs | None = None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None = None
 ) -> tuple[torch.Tensor, KeyValues]:
     """
     Same function as `reference.selected_heads`. Of a single token, only the groups that select it read weights and
@@ -41,15 +41,15 @@ def selected_heads(
     new = KeyValues(key, value, position, filled, None, until, score)
     is_step = num_tokens == 1 and not torch.is_grad_enabled()
     if is_step and past is not None and (past.until is None) == (until is None):
-        read = past._replace(count=torch.where(filled[..., 0], past.count, 0))
+        read = past._replace(length=torch.where(filled[..., 0], past.length, 0))
         limits = None if until is None else (position[..., 0], until[..., 0])
-        heads = decode_runs(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
+        heads = decode_packed(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
     else:
         start = None
         if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one
             segment = of_slots(tokens.segment, slots).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
             start = torch.searchsorted(segment, segment)
-        far = after_runs(past, FarKeys(key, value, start, slot + 1, until=until))  # up to the slot itself
+        far = after_packed(past, FarKeys(key, value, start, slot + 1, until=until))  # up to the slot itself
         far = far._replace(end=torch.where(filled, far.end, 0))
         heads = prefix_attention(query, far, position=position)  # [B, G, R, K, d]
 
