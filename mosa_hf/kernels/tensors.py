@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-NEVER = torch.iinfo(torch.int64).max  # an `until` that no position reaches
+NEVER = torch.iinfo(torch.int64).max  # an `evicted_at` that no position reaches
 
 
 class HeadWeights(NamedTuple):
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
     selected: torch.Tensor  # [B, T, G] bool, False on padding
     gate: torch.Tensor  # [B, T, G], factor on a selected token's output: sigmoid(z) in the paper
     score: torch.Tensor | None = None  # [B, T, G], what a cache budget compares: logits, inf if never to be evicted
-    until: torch.Tensor | None = None  # [B, T, G] int64, see `KeyValues`
+    evicted_at: torch.Tensor | None = None  # [B, T, G] int64, see `KeyValues`
 
 
 class KeyValues(NamedTuple):
@@ -55,7 +55,7 @@ class KeyValues(NamedTuple):
     selected: torch.Tensor | None  # [B, G, S] bool; None: every filled slot holds a selected token
     # [B, G, S] int64: the first position whose query no longer reads this selected token, because a cache budget has
     # evicted it (its window still reads it); None: no budget
-    until: torch.Tensor | None = None
+    evicted_at: torch.Tensor | None = None
     score: torch.Tensor | None = None  # [B, G, S], see `Tokens`; None: no budget
 
 
@@ -73,7 +73,7 @@ class PackedKeyValues(NamedTuple):
     # Ranges that lie evenly: range i (of B * G) starts at entry `i * stride + offset`. None: they lie anywhere.
     stride: int | None = None
     offset: int = 0
-    until: torch.Tensor | None = None  # [N] int64, see `KeyValues`
+    evicted_at: torch.Tensor | None = None  # [N] int64, see `KeyValues`
     parts: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # what `split` gives, if that is at hand
 
     def split(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -98,12 +98,12 @@ class PackedKeyValues(NamedTuple):
         if self.max_length == 0:
             return None
         entries, filled = self.slots()
-        until = None if self.until is None else self.until[entries]
+        evicted_at = None if self.evicted_at is None else self.evicted_at[entries]
         # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
         key, value = (
             states.index_select(0, entries.flatten()).unflatten(0, entries.shape) for states in (self.key, self.value)
         )
-        return KeyValues(key, value, torch.full_like(entries, -1), filled, None, until)
+        return KeyValues(key, value, torch.full_like(entries, -1), filled, None, evicted_at)
 
     def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -124,7 +124,7 @@ class PackedKeyValues(NamedTuple):
 
 
 def join(*parts: KeyValues | None) -> KeyValues:
-    """All of these keys in one, masks spelled out, `until` where any part has one, and scores where all have them."""
+    """All of these keys in one, masks spelled out; `evicted_at` where any has it, and scores where all have them."""
     given = [part for part in parts if part is not None]
     true = [torch.ones_like(part.position, dtype=torch.bool) for part in given]
     scores = [part.score for part in given if part.score is not None]
@@ -132,16 +132,18 @@ def join(*parts: KeyValues | None) -> KeyValues:
     def cat(states: list[torch.Tensor | None], missing: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat([x if x is not None else other for x, other in zip(states, missing, strict=True)], dim=2)
 
-    until = None
-    if any(part.until is not None for part in given):
-        until = cat([part.until for part in given], [torch.full_like(part.position, NEVER) for part in given])
+    evicted_at = None
+    if any(part.evicted_at is not None for part in given):
+        evicted_at = cat(
+            [part.evicted_at for part in given], [torch.full_like(part.position, NEVER) for part in given]
+        )
     return KeyValues(
         torch.cat([part.key for part in given], dim=2),
         torch.cat([part.value for part in given], dim=2),
         torch.cat([part.position for part in given], dim=2),
         cat([part.valid for part in given], true),
         cat([part.selected for part in given], true),
-        until,
+        evicted_at,
         torch.cat(scores, dim=2) if len(scores) == len(given) else None,
     )
 

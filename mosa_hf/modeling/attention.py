@@ -231,12 +231,12 @@ def uncached(
         for states in (layout.valid, layout.segment)
     )  # [B, 1, T]
     valid = None if valid is None else valid.expand_as(selected)
-    until = None
+    evicted = None
     if budget is not None:
         assert routed.score is not None
         score = layout.pad_left(routed.score.transpose(1, 2), dim=2)
-        until = evicted_at(score, position, selected, budget, segment)
-    return KeyValues(key, value, position, valid, selected, until)
+        evicted = evicted_at(score, position, selected, budget, segment)
+    return KeyValues(key, value, position, valid, selected, evicted)
 
 
 def dense_attention(

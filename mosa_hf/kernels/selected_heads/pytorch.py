@@ -28,7 +28,7 @@ def selected_heads(
     if torch.compiler.is_compiling():
         if past is not None:  # every shape has to be known
             return reference.selected_heads(hidden_states, weights, tokens, past)
-        return opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.until), None
+        return opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.evicted_at), None
     device_type, dtype = hidden_states.device.type, hidden_states.dtype
     if not torch.is_autocast_enabled(device_type):
         output, new = _selected_heads(hidden_states, weights, tokens, past)
@@ -73,13 +73,13 @@ def _selected_heads(
         for states in (query, key, value)
     )  # [G, B, R or 1, K, d]
     position = of_slots(tokens.position, index)  # [B, G, K]
-    until, score = (None if x is None else of_slots(x, index) for x in (tokens.until, tokens.score))
+    evicted_at, score = (None if x is None else of_slots(x, index) for x in (tokens.evicted_at, tokens.score))
     new_key, new_value = (states[:, :, 0].transpose(0, 1) for states in (key, value))
-    new = KeyValues(new_key, new_value, position, filled, None, until, score)
+    new = KeyValues(new_key, new_value, position, filled, None, evicted_at, score)
 
     # Empty slots come last: a causal read of the slots never meets them before a filled slot's own turn.
     mask, old = None, None if past is None else past.pad()
-    if past is not None or tokens.segment is not None or until is not None:
+    if past is not None or tokens.segment is not None or evicted_at is not None:
         segment = None if tokens.segment is None else of_slots(tokens.segment, index)
         mask = _mask(new, segment, old).transpose(0, 1).flatten(0, 1)[:, None]  # [G * B, 1, K, S]
     if old is not None:
@@ -107,19 +107,19 @@ def _mask(new: KeyValues, segment: torch.Tensor | None, old: KeyValues | None) -
     mask = mask.expand(*new.position.shape, num_slots)
     if segment is not None:
         mask = mask & (segment[..., :, None] == segment[..., None, :])
-    if new.until is not None:
-        mask = mask & (new.position[..., :, None] < new.until[..., None, :])
+    if new.evicted_at is not None:
+        mask = mask & (new.position[..., :, None] < new.evicted_at[..., None, :])
     if old is None:
         return mask
     assert old.valid is not None  # runs have empty slots
     of_old = old.valid[:, :, None].expand(-1, -1, num_slots, -1)
-    if old.until is not None:
-        of_old = of_old & (new.position[..., :, None] < old.until[..., None, :])
+    if old.evicted_at is not None:
+        of_old = of_old & (new.position[..., :, None] < old.evicted_at[..., None, :])
     return torch.cat((of_old, mask), dim=-1)
 
 
 def _run(hidden_states: torch.Tensor, *inputs: Any) -> torch.Tensor:
-    weights, tokens = HeadWeights(*inputs[:7]), Tokens(*inputs[7:14])._replace(until=inputs[14])
+    weights, tokens = HeadWeights(*inputs[:7]), Tokens(*inputs[7:14])._replace(evicted_at=inputs[14])
     return selected_heads(hidden_states, weights, tokens)[0]
 
 
@@ -128,6 +128,6 @@ opaque_selected_heads = opaque_op(
     _run,
     "Tensor hidden_states, Tensor query, Tensor key, Tensor value, Tensor output, Tensor? query_bias, "
     "Tensor? key_bias, Tensor? value_bias, Tensor position, Tensor? valid, Tensor? segment, Tensor cos, Tensor sin, "
-    "Tensor selected, Tensor gate, Tensor? until",
+    "Tensor selected, Tensor gate, Tensor? evicted_at",
     learn=(0, 1, 2, 3, 4, 5, 6, 7, 14),  # hidden states, weights and biases, gate
 )

@@ -37,19 +37,19 @@ def selected_heads(
     slot = torch.arange(num_slots, device=index.device)
     filled = slot < count[..., None]  # [B, G, K]
     position = of_slots(tokens.position, slots)  # [B, G, K]
-    until, score = (None if x is None else of_slots(x, slots) for x in (tokens.until, tokens.score))
-    new = KeyValues(key, value, position, filled, None, until, score)
+    evicted_at, score = (None if x is None else of_slots(x, slots) for x in (tokens.evicted_at, tokens.score))
+    new = KeyValues(key, value, position, filled, None, evicted_at, score)
     is_step = num_tokens == 1 and not torch.is_grad_enabled()
-    if is_step and past is not None and (past.until is None) == (until is None):
+    if is_step and past is not None and (past.evicted_at is None) == (evicted_at is None):
         read = past._replace(length=torch.where(filled[..., 0], past.length, 0))
-        limits = None if until is None else (position[..., 0], until[..., 0])
+        limits = None if evicted_at is None else (position[..., 0], evicted_at[..., 0])
         heads = decode_packed(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
     else:
         start = None
         if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one
             segment = of_slots(tokens.segment, slots).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
             start = torch.searchsorted(segment, segment)
-        far = after_packed(past, FarKeys(key, value, start, slot + 1, until=until))  # up to the slot itself
+        far = after_packed(past, FarKeys(key, value, start, slot + 1, evicted_at=evicted_at))  # up to the slot itself
         far = far._replace(end=torch.where(filled, far.end, 0))
         heads = prefix_attention(query, far, position=position)  # [B, G, R, K, d]
 

@@ -24,7 +24,7 @@ class FarSlots(NamedTuple):
     key: torch.Tensor  # [B, G, K, d]
     value: torch.Tensor  # [B, G, K, d]
     bias: torch.Tensor | None  # [B, G, K]
-    until: torch.Tensor | None  # [B, G, K]
+    evicted_at: torch.Tensor | None  # [B, G, K]
     most: torch.Tensor  # [S], how many of the K stand up to a near slot, in the group that has most
     least: torch.Tensor  # [S], and in the one that has least
 
@@ -68,7 +68,7 @@ def sparse_attention(
             )
         valid = None if near.valid is None else near.valid[:, 0]
         return opaque_sparse_attention(
-            query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.until,
+            query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.evicted_at,
             position, segment, window, scale, softcap,
         )  # fmt: skip
     num_queries, num_near = query.shape[3], near.key.shape[2]
@@ -98,17 +98,17 @@ def _far_slots(near: KeyValues, far_bias: torch.Tensor | None, window: int) -> F
     num_far = selected.shape[2] - window
     index, filled = selected_positions(selected[:, :, :num_far].transpose(1, 2))  # [B, G, K]
     key, value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
-    bias, until = (None if states is None else states.gather(2, index) for states in (far_bias, near.until))
+    bias, evicted_at = (None if states is None else states.gather(2, index) for states in (far_bias, near.evicted_at))
     count = selected.cumsum(-1)  # [B, G, S]
-    return FarSlots(index, filled, key, value, bias, until, count.amax((0, 1)), count.amin((0, 1)))
+    return FarSlots(index, filled, key, value, bias, evicted_at, count.amax((0, 1)), count.amin((0, 1)))
 
 
 def _kept_columns(kept: KeyValues, positions: torch.Tensor) -> Columns:
     """The kept keys for queries at `positions` [B, 1, T, 1]."""
     assert kept.valid is not None  # runs have empty slots
     mask = kept.valid[:, :, None]
-    if kept.until is not None:
-        mask = mask & (positions < kept.until[:, :, None])
+    if kept.evicted_at is not None:
+        mask = mask & (positions < kept.evicted_at[:, :, None])
     return Columns(kept.key, kept.value, mask)
 
 
@@ -120,13 +120,13 @@ def _far_columns(
     if num_far == 0:
         return None
     num_sure = 0  # as many of them all queries read
-    if segment is None and far.until is None and slots[0] >= window:
+    if segment is None and far.evicted_at is None and slots[0] >= window:
         num_sure = int(far.least[slots[0] - window])
     slot = far.slot[:, :, None, num_sure:num_far]
     own = torch.arange(slots.start, slots.stop, device=slot.device)  # [T]
     mask = far.filled[:, :, None, num_sure:num_far] & (slot <= own[:, None] - window)
-    if far.until is not None:
-        mask = mask & (positions < far.until[:, :, None, :num_far])
+    if far.evicted_at is not None:
+        mask = mask & (positions < far.evicted_at[:, :, None, :num_far])
     if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
         row = torch.arange(len(segment), device=slot.device)[:, None, None, None]
         mask = mask & (segment[row, slot] == segment[:, None, slots.start : slots.stop, None])
@@ -214,10 +214,23 @@ def _learns_in_bfloat16(*states: torch.Tensor) -> bool:
 
 
 def _run(
-    query, key, value, far_bias, sinks, key_position, valid, selected, until, position, segment, window, scale, softcap
+    query,
+    key,
+    value,
+    far_bias,
+    sinks,
+    key_position,
+    valid,
+    selected,
+    evicted_at,
+    position,
+    segment,
+    window,
+    scale,
+    softcap,
 ) -> torch.Tensor:
     valid = None if valid is None else valid[:, None].expand_as(selected)
-    near = KeyValues(key, value, key_position[:, None].expand_as(selected), valid, selected, until)
+    near = KeyValues(key, value, key_position[:, None].expand_as(selected), valid, selected, evicted_at)
     return sparse_attention(query, near, None, position, segment, window, far_bias, scale, softcap, sinks)
 
 
@@ -225,6 +238,6 @@ opaque_sparse_attention = opaque_op(
     "sparse_attention",
     _run,
     "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor key_position, Tensor? valid, "
-    "Tensor selected, Tensor? until, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
+    "Tensor selected, Tensor? evicted_at, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
     learn=(0, 1, 2, 3, 4),  # queries, keys, values, bias, sinks
 )

@@ -20,7 +20,7 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Attention of sparse groups: query t reads { j <= t : (j selected and t < until_j) or t - j < window }.
+    Attention of sparse groups: query t reads { j <= t : (j selected and t < evicted_at_j) or t - j < window }.
 
     Args:
         query: `[B, G, R, T, d]`, rotated; padding on the left.
@@ -42,8 +42,8 @@ def sparse_attention(
     recent = distance < window
     assert keys.valid is not None and keys.selected is not None  # `join` spells them out
     readable = keys.selected[:, :, None]
-    if keys.until is not None:
-        readable = readable & (position[:, None, :, None] < keys.until[:, :, None])
+    if keys.evicted_at is not None:
+        readable = readable & (position[:, None, :, None] < keys.evicted_at[:, :, None])
     mask = keys.valid[:, :, None] & (distance >= 0) & (readable | recent)
     if segment is not None:
         mask = mask & (segment[:, None, :, None] == segment[:, None, None, :])
