@@ -17,15 +17,15 @@ QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked c
 
 
 class FarSlots(NamedTuple):
-    """The selected near tokens that are out of the window of some query, K a group, in ascending position."""
+    """The selected recent tokens that are out of the window of some query, K a group, in ascending position."""
 
-    slot: torch.Tensor  # [B, G, K] int64, of `near`
+    slot: torch.Tensor  # [B, G, K] int64, of `recent`
     filled: torch.Tensor  # [B, G, K] bool, False behind the last of a group
     key: torch.Tensor  # [B, G, K, d]
     value: torch.Tensor  # [B, G, K, d]
     bias: torch.Tensor | None  # [B, G, K]
     evicted_at: torch.Tensor | None  # [B, G, K]
-    most: torch.Tensor  # [S], how many of the K stand up to a near slot, in the group that has most
+    most: torch.Tensor  # [S], how many of the K stand up to a recent slot, in the group that has most
     least: torch.Tensor  # [S], and in the one that has least
 
 
@@ -41,8 +41,8 @@ class Columns(NamedTuple):
 
 def sparse_attention(
     query: torch.Tensor,
-    near: KeyValues,
-    kept: PackedKeyValues | None,
+    recent: KeyValues,
+    cached: PackedKeyValues | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,
@@ -52,70 +52,73 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Same function as `reference.sparse_attention`, block of queries by block: a block scores the kept keys, the
-    selected near keys up to its window, and its window. Relies on padding being on the left of `near` and of the
+    Same function as `reference.sparse_attention`, block of queries by block: a block scores the cached keys, the
+    selected recent keys up to its window, and its window. Relies on padding being on the left of `recent` and of the
     queries.
     """
     if torch.is_autocast_enabled(query.device.type):  # once, as attention itself would in every block
         dtype = torch.get_autocast_dtype(query.device.type)
         query = query.to(dtype)
-        near = near._replace(key=near.key.to(dtype), value=near.value.to(dtype))
-        kept = kept and kept._replace(key=kept.key.to(dtype), value=kept.value.to(dtype))
+        recent = recent._replace(key=recent.key.to(dtype), value=recent.value.to(dtype))
+        cached = cached and cached._replace(key=cached.key.to(dtype), value=cached.value.to(dtype))
     if torch.compiler.is_compiling():
-        if kept is not None:  # every shape has to be known
+        if cached is not None:  # every shape has to be known
             return reference.sparse_attention(
-                query, near, kept, position, segment, window, far_bias, scale, softcap, sinks
+                query, recent, cached, position, segment, window, far_bias, scale, softcap, sinks
             )
-        valid = None if near.valid is None else near.valid[:, 0]
+        valid = None if recent.valid is None else recent.valid[:, 0]
         return opaque_sparse_attention(
-            query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.evicted_at,
+            query, recent.key, recent.value, far_bias, sinks, recent.position[:, 0], valid, recent.selected,
+            recent.evicted_at,
             position, segment, window, scale, softcap,
         )  # fmt: skip
-    num_queries, num_near = query.shape[3], near.key.shape[2]
-    padded = None if kept is None else kept.pad()
-    far = _far_slots(near, far_bias, window) if num_near > window else None
-    reads_itself = window > 0 and near.valid is None
+    num_queries, num_recent = query.shape[3], recent.key.shape[2]
+    padded = None if cached is None else cached.pad()
+    far = _far_slots(recent, far_bias, window) if num_recent > window else None
+    reads_itself = window > 0 and recent.valid is None
     outputs = []
     for start in range(0, num_queries, QUERY_BLOCK):
         queries = slice(start, min(start + QUERY_BLOCK, num_queries))
-        slots = range(num_near - num_queries + start, num_near - num_queries + queries.stop)  # that they stand at
+        slots = range(num_recent - num_queries + start, num_recent - num_queries + queries.stop)  # that they stand at
         positions = position[:, None, queries, None]  # [B, 1, T, 1]
         columns = [
             None if padded is None else _kept_columns(padded, positions),
             None if far is None else _far_columns(far, slots, positions, segment, window),
-            _window_columns(near, slots, segment, window) if window else None,
+            _window_columns(recent, slots, segment, window) if window else None,
         ]
         block = query[:, :, :, queries]
-        key, value, added = _side_by_side(block, [each for each in columns if each is not None], near)
+        key, value, added = _side_by_side(block, [each for each in columns if each is not None], recent)
         outputs.append(_attention(block, key, value, added, reads_itself, scale, softcap, sinks))
     return torch.cat(outputs, dim=3) if outputs else query.new_zeros(query.shape)
 
 
-def _far_slots(near: KeyValues, far_bias: torch.Tensor | None, window: int) -> FarSlots:
-    """Finds what is far of S > `window` near tokens. `far_bias`: `[B, G, S]`."""
-    assert near.selected is not None  # of all tokens, some are not
-    selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
+def _far_slots(recent: KeyValues, far_bias: torch.Tensor | None, window: int) -> FarSlots:
+    """Finds what is far of S > `window` recent tokens. `far_bias`: `[B, G, S]`."""
+    assert recent.selected is not None  # of all tokens, some are not
+    selected = recent.selected if recent.valid is None else recent.selected & recent.valid  # [B, G, S]
     num_far = selected.shape[2] - window
     index, filled = selected_positions(selected[:, :, :num_far].transpose(1, 2))  # [B, G, K]
-    key, value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
-    bias, evicted_at = (None if states is None else states.gather(2, index) for states in (far_bias, near.evicted_at))
+    key, value = (gather_slots(states, index) for states in (recent.key, recent.value))  # [B, G, K, d]
+    bias, evicted_at = (
+        None if states is None else states.gather(2, index) for states in (far_bias, recent.evicted_at)
+    )
     count = selected.cumsum(-1)  # [B, G, S]
     return FarSlots(index, filled, key, value, bias, evicted_at, count.amax((0, 1)), count.amin((0, 1)))
 
 
-def _kept_columns(kept: KeyValues, positions: torch.Tensor) -> Columns:
-    """The kept keys for queries at `positions` [B, 1, T, 1]."""
-    assert kept.valid is not None  # runs have empty slots
-    mask = kept.valid[:, :, None]
-    if kept.evicted_at is not None:
-        mask = mask & (positions < kept.evicted_at[:, :, None])
-    return Columns(kept.key, kept.value, mask)
+def _kept_columns(cached: KeyValues, positions: torch.Tensor) -> Columns:
+    """The cached keys for queries at `positions` [B, 1, T, 1]."""
+    assert cached.valid is not None  # runs have empty slots
+    mask = cached.valid[:, :, None]
+    if cached.evicted_at is not None:
+        mask = mask & (positions < cached.evicted_at[:, :, None])
+    return Columns(cached.key, cached.value, mask)
 
 
 def _far_columns(
     far: FarSlots, slots: range, positions: torch.Tensor, segment: torch.Tensor | None, window: int
 ) -> Columns | None:
-    """The far keys that some query reaches, for queries at near slots `slots` and `positions` [B, 1, T, 1]."""
+    """The far keys that some query reaches, for queries at recent slots `slots` and `positions` [B, 1, T, 1]."""
     num_far = int(far.most[slots[-1] - window]) if slots[-1] >= window else 0
     if num_far == 0:
         return None
@@ -127,37 +130,37 @@ def _far_columns(
     mask = far.filled[:, :, None, num_sure:num_far] & (slot <= own[:, None] - window)
     if far.evicted_at is not None:
         mask = mask & (positions < far.evicted_at[:, :, None, :num_far])
-    if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
+    if segment is not None:  # packed sequences come without a cache: queries and recent slots coincide
         row = torch.arange(len(segment), device=slot.device)[:, None, None, None]
         mask = mask & (segment[row, slot] == segment[:, None, slots.start : slots.stop, None])
     bias = None if far.bias is None else far.bias[:, :, :num_far]
     return Columns(far.key[:, :, :num_far], far.value[:, :, :num_far], mask, bias)
 
 
-def _window_columns(near: KeyValues, slots: range, segment: torch.Tensor | None, window: int) -> Columns:
-    """The near keys that are in the window of some query, for queries at near slots `slots`."""
+def _window_columns(recent: KeyValues, slots: range, segment: torch.Tensor | None, window: int) -> Columns:
+    """The recent keys that are in the window of some query, for queries at recent slots `slots`."""
     first, end = max(0, slots.start - window + 1), slots.stop
     mask = None
     if len(slots) > 1 or end - first > window:
-        slot = torch.arange(first, end, device=near.key.device)
+        slot = torch.arange(first, end, device=recent.key.device)
         distance = slot[slots.start - first :, None] - slot  # [T, S]
         mask = ((distance >= 0) & (distance < window))[None, None]
-    if near.valid is not None:
-        valid = near.valid[:, :, None, first:end]
+    if recent.valid is not None:
+        valid = recent.valid[:, :, None, first:end]
         mask = valid if mask is None else mask & valid
     if segment is not None:
         same = segment[:, None, slots.start : end, None] == segment[:, None, None, first:end]
         mask = same if mask is None else mask & same
-    return Columns(near.key[:, :, first:end], near.value[:, :, first:end], mask)
+    return Columns(recent.key[:, :, first:end], recent.value[:, :, first:end], mask)
 
 
 def _side_by_side(
-    query: torch.Tensor, columns: list[Columns], near: KeyValues
+    query: torch.Tensor, columns: list[Columns], recent: KeyValues
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Key and value `[B, G, S, d]` of all columns, and what is added to the scores of `query`, `[B, G, T, S]`."""
     if not columns:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
         nothing = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=query.device)
-        columns = [Columns(near.key[:, :, :1], near.value[:, :, :1], nothing)]
+        columns = [Columns(recent.key[:, :, :1], recent.value[:, :, :1], nothing)]
     ends = list(accumulate(each.key.shape[2] for each in columns))
     num_queries, num_keys = query.shape[3], ends[-1]
     added = None
@@ -230,8 +233,8 @@ def _run(
     softcap,
 ) -> torch.Tensor:
     valid = None if valid is None else valid[:, None].expand_as(selected)
-    near = KeyValues(key, value, key_position[:, None].expand_as(selected), valid, selected, evicted_at)
-    return sparse_attention(query, near, None, position, segment, window, far_bias, scale, softcap, sinks)
+    recent = KeyValues(key, value, key_position[:, None].expand_as(selected), valid, selected, evicted_at)
+    return sparse_attention(query, recent, None, position, segment, window, far_bias, scale, softcap, sinks)
 
 
 opaque_sparse_attention = opaque_op(
