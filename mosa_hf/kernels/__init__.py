@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .capture import is_exported
 from .derivatives import is_transformed
-from .recording import is_exported
 
 
 class Backend(NamedTuple):

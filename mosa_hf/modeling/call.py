@@ -18,7 +18,7 @@ from ..cache import (
     seen_tokens,
     upgrade_cache,
 )
-from ..kernels.recording import is_exported, is_recorded
+from ..kernels.capture import is_captured, is_exported
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
 from .attention_options import check_options, check_sequence_lengths
@@ -90,7 +90,7 @@ class MosaCallMixin:
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()
         # Elsewhere than on a CPU it costs a synchronisation to look, and upstream's own write fails.
-        may_look = not is_recorded() and (not is_static or tokens.device.type == "cpu")
+        may_look = not is_captured() and (not is_static or tokens.device.type == "cpu")
         if may_look:
             mask = self._read_mask(attention_mask, batch_size, num_tokens, int(past_length), past_key_values)
         else:
@@ -147,12 +147,12 @@ class MosaCallMixin:
     def _look_at_cache(self, past_key_values: Cache, tokens: torch.Tensor) -> None:
         """Have it upgraded; refuse what the call's tokens `[B, T, ...]` cannot be added to before anything changes."""
         expected = self._cache_made_for
-        is_single = tokens.shape[1] == 1 and not is_recorded()  # single tokens continue what was looked at
+        is_single = tokens.shape[1] == 1 and not is_captured()  # single tokens continue what was looked at
         if not is_single or expected is None or made_for(past_key_values, len(expected)) != expected:
             self.upgrade_cache(past_key_values)
         elif not past_key_values.is_compileable:  # a call that failed leaves the first layers a token ahead
             check_lengths([past_key_values.layers[layer_idx] for layer_idx in (0, len(expected) - 1)])
-        num_cached = None if is_recorded() else num_cached_tokens(past_key_values)
+        num_cached = None if is_captured() else num_cached_tokens(past_key_values)
         if num_cached is not None and len(num_cached) != len(tokens):
             raise ValueError(
                 f"This call has a batch of {len(tokens)}, but `past_key_values` holds one of {len(num_cached)}: the "
@@ -175,7 +175,7 @@ class MosaCallMixin:
                 "and values alone, in tuples, lack what the routers selected."
             )
         if is_upgraded(past_key_values):
-            if is_recorded():  # it was looked at when it was made
+            if is_captured():  # it was looked at when it was made
                 return
         elif past_key_values.offloading and self.device.type == "cpu":
             raise ValueError(
@@ -188,7 +188,7 @@ class MosaCallMixin:
         specs = self.cache_specs()
         length = max_cache_len or self.config.max_position_embeddings
         upgrade_cache(past_key_values, specs, length, type(self).__name__)
-        if not is_recorded():
+        if not is_captured():
             self._cache_made_for = made_for(past_key_values, len(specs))
 
     def cache_specs(self) -> dict[int, SparseSpec | None]:

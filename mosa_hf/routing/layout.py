@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
-from ..kernels.recording import is_recorded
+from ..kernels.capture import is_captured
 from .mask import TokenMask
 
 
@@ -74,7 +74,7 @@ class CallLayout:
             first = first & (num_cached_tokens == 0)
         if valid is not None:
             first = first & valid
-        if num_tokens == 1 and first.device.type == "cpu" and not is_recorded() and not first.any():
+        if num_tokens == 1 and first.device.type == "cpu" and not is_captured() and not first.any():
             first = None  # nothing for every layer's router to look at
         return cls(position, valid, segment, first, order, inverse)
 
