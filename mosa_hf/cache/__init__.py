@@ -18,7 +18,6 @@ from .layer import (
     num_cached_tokens,
     num_overflowed,
     seen_tokens,
-    take,
     upgrade_cache,
     upstream_class,
 )
@@ -41,7 +40,6 @@ __all__ = [
     "seen_tokens",
     "set_store_state",
     "store_state",
-    "take",
     "upgrade_cache",
     "upstream_class",
 ]

@@ -68,7 +68,7 @@ class PackedKeyValues(NamedTuple):
     key: torch.Tensor  # [N, d]
     value: torch.Tensor  # [N, d]
     start: torch.Tensor  # [B, G] int64, the first entry of each range
-    length: torch.Tensor  # type: ignore[assignment]  # [B, G] int64, entries of each range; a tuple counts otherwise
+    length: torch.Tensor  # [B, G] int64, entries of each range
     max_length: int  # no range has more entries: an upper bound that is known without asking the device
     # Ranges that lie evenly: range i (of B * G) starts at entry `i * stride + offset`. None: they lie anywhere.
     stride: int | None = None
@@ -168,3 +168,12 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((rotated, passed), dim=-1) if passed.shape[-1] else rotated
+
+
+def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:
+    """`states` at the ascending `indices` of one axis; a view where those are consecutive."""
+    if len(indices) == states.shape[dim]:
+        return states
+    if not indices or indices[-1] - indices[0] == len(indices) - 1:
+        return states.narrow(dim, indices[0] if indices else 0, len(indices))
+    return states.index_select(dim, torch.tensor(indices, device=states.device))

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..cache import GroupSet, Routed, take
+from ..cache import GroupSet, Routed
 from ..kernels import backend
-from ..kernels.tensors import KeyValues, PackedKeyValues
+from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE

@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from ..cache import CacheOfCall, Routed, SparseLayer, SparseSpec, take
+from ..cache import CacheOfCall, Routed, SparseLayer, SparseSpec
 from ..compat import CACHE
+from ..kernels.tensors import take
 from .attention import LayerCall, LayerGroups
 from .call import ModelCall
 from .configuration import SparseGroupsConfig
