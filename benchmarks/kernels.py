@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mosa_hf import MosaConfig, use_backend
 from mosa_hf.kernels import backend
-from mosa_hf.kernels.tensors import KeyValues, Runs, rotate
+from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues, rotate
 from mosa_hf.modeling.call import ModelCall
 from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing.layout import CallLayout
@@ -47,7 +47,7 @@ PAPER = "paper's layer"
 @dataclass(frozen=True)
 class Case:
     """
-    What is timed: "sparse_attention" of a whole sequence, "sparse_decode" of one token on full runs of a cache, or
+    What is timed: "sparse_attention" of a whole sequence, "sparse_decode" of one token on full ranges of a cache, or
     "selected_heads" as a layer in training, router included. The dense rival of the first two has the same heads and
     groups, and no projections; that of the last is a layer with projections and `dense_heads` heads.
     """
@@ -156,11 +156,11 @@ def sparse_decode(case: Case, draw: Draw) -> tuple[Contender, dict[str, Contende
     query = draw(*size, case.heads_per_group, case.head_dim)
     start = torch.arange(case.batch_size * case.num_groups, device=DEVICE).view(size) * length
     key, value = (draw(start.numel() * length, case.head_dim) for _ in range(2))
-    runs = Runs(key, value, start, torch.full_like(start, length), length, stride=length)
+    packed = PackedKeyValues(key, value, start, torch.full_like(start, length), length, stride=length)
     dense_key, dense_value = (draw(*size, case.num_tokens, case.head_dim) for _ in range(2))
 
     def ours() -> torch.Tensor:
-        return backend(query).sparse_decode(query, runs)
+        return backend(query).sparse_decode(query, packed)
 
     def dense() -> torch.Tensor:
         return dense_attention(query.flatten(1, 2)[:, :, None], dense_key, dense_value)

@@ -9,9 +9,9 @@ from mosa_hf import use_backend
 from mosa_hf.kernels import backend
 from mosa_hf.kernels.sparse_attention import pytorch as sparse_attention
 from mosa_hf.kernels.sparse_decode import pytorch as sparse_decode
-from mosa_hf.kernels.tensors import KeyValues, Runs
+from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
 
-from .kernels_triton.common import random_runs, random_until
+from .kernels_triton.common import random_packed, random_until
 
 FAST = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 OPTIONS = {
@@ -32,12 +32,12 @@ def normal(*size: int) -> torch.Tensor:
     return torch.randn(*size, dtype=torch.float64).requires_grad_()
 
 
-def random_kept(batch_size: int, num_groups: int, most: int, head_dim: int) -> Runs | None:
-    """Runs of up to `most` entries, some empty."""
+def random_kept(batch_size: int, num_groups: int, most: int, head_dim: int) -> PackedKeyValues | None:
+    """Ranges of up to `most` entries, some empty."""
     if not most:
         return None
     count = torch.randint(0, most + 1, (batch_size, num_groups))
-    return random_runs(count * (torch.rand(count.shape) < 0.8), head_dim, torch.float64)
+    return random_packed(count * (torch.rand(count.shape) < 0.8), head_dim, torch.float64)
 
 
 def check(name: str, arguments: tuple, options: dict, real: torch.Tensor | float = 1.0) -> None:
@@ -55,7 +55,7 @@ def check(name: str, arguments: tuple, options: dict, real: torch.Tensor | float
         results.append([output, *(0 * x if grad is None else grad for x, grad in zip(inputs, gradients, strict=True))])
     for i, (expected, actual) in enumerate(zip(*results, strict=True)):
         scale = max(1.0, expected.nan_to_num().abs().max().item())
-        actual, expected = actual.nan_to_num(), expected.nan_to_num()  # of entries between runs: what is never read
+        actual, expected = actual.nan_to_num(), expected.nan_to_num()  # of entries between ranges: what is never read
         assert (actual - expected).abs().max() < 1e-10 * scale, "output" if i == 0 else f"gradient {i - 1}"
 
 
@@ -143,21 +143,21 @@ def test_sparse_attention_learns_in_bfloat16(autocast, biased):
 def test_sparse_decode(
     batch_size, num_groups, heads_per_group, head_dim, seed, count, layout, has_sinks, **options
 ):  # fmt: skip
-    """Run by run, all at once, and of runs that lie evenly."""
+    """One by one, all at once, and of ranges that lie evenly."""
     torch.manual_seed(seed)
-    runs = random_kept(batch_size, num_groups, count, head_dim)
-    if runs is None:
-        runs = random_runs(torch.zeros(batch_size, num_groups, dtype=torch.int64), head_dim, torch.float64)
+    packed = random_kept(batch_size, num_groups, count, head_dim)
+    if packed is None:
+        packed = random_packed(torch.zeros(batch_size, num_groups, dtype=torch.int64), head_dim, torch.float64)
     if layout == "evenly":  # with entries before and behind each, that nothing may read
-        stride, num_runs = count + 5, batch_size * num_groups
-        start = (torch.arange(num_runs) * stride + 2).view(batch_size, num_groups)
-        states = [normal(num_runs * stride + 1, head_dim) for _ in range(2)]
-        runs = Runs(*states, start, runs.count, max(count, 1), stride, offset=2)
+        stride, num_ranges = count + 5, batch_size * num_groups
+        start = (torch.arange(num_ranges) * stride + 2).view(batch_size, num_groups)
+        states = [normal(num_ranges * stride + 1, head_dim) for _ in range(2)]
+        packed = PackedKeyValues(*states, start, packed.length, max(count, 1), stride, offset=2)
     query = normal(batch_size, num_groups, heads_per_group, head_dim)
     options["sinks"] = normal(num_groups, heads_per_group) if has_sinks else None
     loop, sparse_decode.LOOP = sparse_decode.LOOP, 99 if layout == "loop" else 0
     try:
-        check("sparse_decode", (query, runs), options)
+        check("sparse_decode", (query, packed), options)
     finally:
         sparse_decode.LOOP = loop
 

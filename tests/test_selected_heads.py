@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from mosa_hf.kernels.gather_project import pytorch as gather_project
 from mosa_hf.kernels.selected_heads import pytorch, reference
-from mosa_hf.kernels.tensors import HeadWeights, Runs, Tokens
+from mosa_hf.kernels.tensors import HeadWeights, PackedKeyValues, Tokens
 
-from .kernels_triton.common import random_runs, random_until
+from .kernels_triton.common import random_packed, random_until
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 HIDDEN_SIZE = 12
@@ -37,7 +37,7 @@ def normal(*size: int, fan_in: int = 1) -> torch.Tensor:
     return (torch.randn(*size, dtype=torch.float64) / fan_in**0.5).requires_grad_()
 
 
-def random_call(shape: dict) -> tuple[torch.Tensor, HeadWeights, Tokens, Runs | None]:
+def random_call(shape: dict) -> tuple[torch.Tensor, HeadWeights, Tokens, PackedKeyValues | None]:
     """Arguments of `selected_heads`, as the routers would hand them over; padding only where there is no packing."""
     torch.manual_seed(shape["seed"])
     batch_size, num_tokens, num_groups = shape["batch_size"], shape["num_tokens"], shape["num_groups"]
@@ -64,7 +64,7 @@ def random_call(shape: dict) -> tuple[torch.Tensor, HeadWeights, Tokens, Runs | 
         selected = selected & valid[..., None]
     if shape["most_past"]:
         count = torch.randint(0, shape["most_past"] + 1, (batch_size, num_groups))
-        past = random_runs(count, head_dim, torch.float64)
+        past = random_packed(count, head_dim, torch.float64)
     if shape["evicts"]:
         until, score = random_until(position[..., None].expand_as(selected)), torch.randn(selected.shape)
         if past is not None:
@@ -91,7 +91,7 @@ def gradients(output: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Te
     return torch.autograd.grad(output, inputs, upstream, **options)
 
 
-def check(function, call: tuple[torch.Tensor, HeadWeights, Tokens, Runs | None], routed: bool) -> None:
+def check(function, call: tuple[torch.Tensor, HeadWeights, Tokens, PackedKeyValues | None], routed: bool) -> None:
     """`routed`: `function` learns the router by way of `weights`, and not of the gate."""
     hidden_states, weights, tokens, past = call
     apart = weights._replace(router=None, router_bias=None)

@@ -15,7 +15,7 @@ from mosa_hf.cache import GroupSet, Routed, SparseSpec, cache_bytes, upgrade_cac
 from mosa_hf.cache import calls as store_module
 from mosa_hf.cache.growth import static_capacity
 from mosa_hf.cache.memory import SLACK
-from mosa_hf.kernels.tensors import KeyValues, Runs
+from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
 from mosa_hf.routing import CallLayout
 
 NUM_CASES = 80
@@ -159,10 +159,12 @@ class Case:
     @staticmethod
     def read_by(read, row: int, group: int, t: int, window: int) -> list[tuple]:
         """(key, value) of what the query at position t reads."""
-        if isinstance(read, Runs):
+        if isinstance(read, PackedKeyValues):
             padded = read.pad()
             states = [x[row, group][padded.valid[row, group]] for x in (padded.key, padded.value)]
-            split = read.split()[row * read.count.shape[1] + group]  # which the store may have kept from earlier steps
+            split = read.split()[
+                row * read.length.shape[1] + group
+            ]  # which the store may have kept from earlier steps
             assert all(torch.equal(one, own) for one, own in zip(split, states, strict=True))
             key, value = (own.tolist() for own in states)
             return [(tuple(k), tuple(v)) for k, v in zip(key, value, strict=True)]

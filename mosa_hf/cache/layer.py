@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..kernels.tensors import KeyValues, Runs
+from ..kernels.tensors import KeyValues, PackedKeyValues
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
 from .growth import static_capacity
@@ -125,7 +125,7 @@ class SparseLayer(MixedLayer):
         key_states, value_states = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def readable(self) -> list[Runs | tuple[KeyValues, Runs | None]]:
+    def readable(self) -> list[PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]]:
         """What the call's queries may read, of each set of groups; see `SparseStore.extend`."""
         read, self._read = self._read, None
         return read

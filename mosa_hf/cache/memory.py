@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.tensors import NEVER, Runs
+from ..kernels.tensors import NEVER, PackedKeyValues
 
 Rows = dict[str, torch.Tensor]  # what some entries hold, by name
 SLACK = 64  # one free entry for so many that a range holds: little memory against a copy of all for each new entry
@@ -22,7 +22,7 @@ class EntryMemory:
     """
 
     is_fixed = False
-    stride: int | None = None  # see `Runs`
+    stride: int | None = None  # see `PackedKeyValues`
     limit = NEVER  # at most so many selected entries has a range
     # Bounds that are known without asking the device.
     free = 0  # at least so many more entries fit into every range
@@ -57,7 +57,9 @@ class EntryMemory:
         self.start, self.capacity, self.null = self._places(length)  # [B, G], [B, G], and the null entry
         self.states = {name: own.new_zeros(self.null + 1, *own.shape[1:]) for name, own in self.states.items()}
         self.free = 0
-        self.last_read: Runs | None = None  # what `read` returned on a CPU, until a range gets longer, or moves
+        self.last_read: PackedKeyValues | None = (
+            None  # what `read` returned on a CPU, until a range gets longer, or moves
+        )
 
     def _places(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """First entries and capacities `[B, G]` for ranges of `length` [B, G] entries; and how many entries in all."""
@@ -138,7 +140,7 @@ class EntryMemory:
 
     # What ranges hold
 
-    def packed(self, max_length: int, offset: int = 0, num_before: torch.Tensor | None = None) -> Runs:
+    def packed(self, max_length: int, offset: int = 0, num_before: torch.Tensor | None = None) -> PackedKeyValues:
         """The entries behind the first `offset` of each range, of which it has `num_before` [B, 1] so far."""
         start, length = self.start, self.length
         if num_before is not None:
@@ -146,23 +148,23 @@ class EntryMemory:
         if not torch.compiler.is_compiling() and length.device.type == "cpu":
             max_length = int(length.max()) if length.numel() else 0
         key, value = self.states["key"], self.states["value"]
-        return Runs(key, value, start, length, max_length, self.stride, offset)
+        return PackedKeyValues(key, value, start, length, max_length, self.stride, offset)
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The ranges, padded: entries `[B, G, S]` int64 and which of them are filled."""
         return self.packed(self.max_length).slots()
 
-    def behind(self, offset: int, num_before: torch.Tensor) -> Runs | None:
+    def behind(self, offset: int, num_before: torch.Tensor) -> PackedKeyValues | None:
         """`packed`; None if there are none, as far as that is known without asking the device."""
         packed = self.packed(min(self.max_length - offset, self.limit), offset, num_before)
-        return packed if packed.max_count > 0 else None
+        return packed if packed.max_length > 0 else None
 
-    def read(self) -> Runs:
+    def read(self) -> PackedKeyValues:
         """All entries, for a single token a row. Asks no device."""
         if self.last_read is not None:
             return self.last_read
         key, value = self.states["key"], self.states["value"]
-        packed = Runs(key, value, self.start, self.length, self.max_length, self.stride)
+        packed = PackedKeyValues(key, value, self.start, self.length, self.max_length, self.stride)
         if torch.compiler.is_compiling() or self.length.device.type != "cpu":
             return packed
         self.last_read = packed._replace(parts=packed.split())
@@ -201,7 +203,9 @@ class EntryMemory:
             else:
                 self.states[name] = own.index_put((index,), new)
 
-    def keep(self, kept: Runs | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor) -> None:
+    def keep(
+        self, kept: PackedKeyValues | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor
+    ) -> None:
         """
         Hold the entries `kept` where `stays` [B, G, S] (None: all), behind the first `offset` of each range, in memory
         for ranges of `length` [B, G] entries. The first ones are left to the caller.

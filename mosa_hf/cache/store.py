@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.tensors import NEVER, KeyValues, Runs
+from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues
 from ..routing.budget import evicted_at, lowest_score, within_budget
 from .calls import CallLog
 from .growth import FixedMemory
@@ -89,7 +89,9 @@ class SparseStore:
         self.calls.begin(mask, selected.shape[2])
         self.call = selected, score if self.needs_score else None, valid
 
-    def extend(self, key: torch.Tensor, value: torch.Tensor) -> Runs | tuple[KeyValues, Runs | None]:
+    def extend(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]:
         """
         Take in the call's tokens.
 
@@ -143,7 +145,7 @@ class SparseStore:
 
     # The paper's heads, which project selected tokens only, and have no window.
 
-    def read(self, position: torch.Tensor) -> tuple[Runs | None, MaybeTensor]:
+    def read(self, position: torch.Tensor) -> tuple[PackedKeyValues | None, MaybeTensor]:
         """
         What the selected tokens of the call read of earlier calls, and when the budget evicts the call's own.
 
@@ -286,7 +288,7 @@ class SparseStore:
 
     # Several tokens
 
-    def _kept(self, memory: EntryMemory, calls: CallLog) -> Runs | None:
+    def _kept(self, memory: EntryMemory, calls: CallLog) -> PackedKeyValues | None:
         """The kept entries; None if there are none, as far as that is known without asking the device."""
         if calls.max_tokens < self.window and not torch.compiler.is_compiling():
             return None
@@ -297,7 +299,7 @@ class SparseStore:
         length = self.window if torch.compiler.is_compiling() else min(self.window, calls.max_tokens)
         return of_ring(memory, calls.num_stored, length, self.window) if length else None
 
-    def _evictions(self, recent: Rows, kept: Runs | None) -> tuple[MaybeTensor, Runs | None]:
+    def _evictions(self, recent: Rows, kept: PackedKeyValues | None) -> tuple[MaybeTensor, PackedKeyValues | None]:
         """When the budget evicts each of the recent tokens `[B, G, S]`, if it evicts any; and `kept` that say so."""
         if self.budget is None:
             return None, kept
@@ -329,7 +331,7 @@ class SparseStore:
         if self.window:
             in_ring = (position >= (num_tokens - num_ring[:, 0])[:, None, None]) & (position >= 0)
         joins = selected & ~in_ring  # what the kept entries get
-        num_kept = torch.zeros_like(memory.length) if kept is None else kept.count
+        num_kept = torch.zeros_like(memory.length) if kept is None else kept.length
         num_kept = num_kept if stays is None else stays.sum(-1)
         length = num_ring + num_kept + joins.sum(-1)
         fits = memory.may_change(memory.states["key"]) and stays is None
@@ -347,7 +349,12 @@ class SparseStore:
         self.recent = None
 
     def _evict_many(
-        self, memory: EntryMemory, calls: CallLog, recent: Rows, kept: Runs | None, record: UndoRecord | None
+        self,
+        memory: EntryMemory,
+        calls: CallLog,
+        recent: Rows,
+        kept: PackedKeyValues | None,
+        record: UndoRecord | None,
     ) -> tuple[MaybeTensor, torch.Tensor]:
         """Which of the kept entries the budget leaves (None: all), and which of the recent tokens stay selected."""
         ranked, entries = _after_kept(memory, kept, recent)
@@ -477,7 +484,9 @@ def _common_length(calls: CallLog) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _after_kept(memory: EntryMemory | None, kept: Runs | None, recent: Rows) -> tuple[Rows, torch.Tensor | None]:
+def _after_kept(
+    memory: EntryMemory | None, kept: PackedKeyValues | None, recent: Rows
+) -> tuple[Rows, torch.Tensor | None]:
     """What a budget compares [B, G, S], by name: of the kept entries, padded, and then `recent`; and those entries."""
     recent = {name: recent[name] for name in ("score", "position", "selected")}
     if memory is None or kept is None:

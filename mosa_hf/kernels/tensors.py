@@ -59,43 +59,43 @@ class KeyValues(NamedTuple):
     score: torch.Tensor | None = None  # [B, G, S], see `Tokens`; None: no budget
 
 
-class Runs(NamedTuple):
+class PackedKeyValues(NamedTuple):
     """
-    Keys (rotated) and values as a cache holds them: a run of consecutive entries for each row and group, in no
+    Keys (rotated) and values as a cache holds them: a range of consecutive entries for each row and group, in no
     particular order.
     """
 
     key: torch.Tensor  # [N, d]
     value: torch.Tensor  # [N, d]
-    start: torch.Tensor  # [B, G] int64, the first entry of each run
-    count: torch.Tensor  # [B, G] int64, entries of each run
-    max_count: int  # no run has more entries: an upper bound that is known without asking the device
-    # Runs that lie evenly: run i (of B * G) starts at entry `i * stride + offset`. None: they lie anywhere.
+    start: torch.Tensor  # [B, G] int64, the first entry of each range
+    length: torch.Tensor  # [B, G] int64, entries of each range
+    max_length: int  # no range has more entries: an upper bound that is known without asking the device
+    # Ranges that lie evenly: range i (of B * G) starts at entry `i * stride + offset`. None: they lie anywhere.
     stride: int | None = None
     offset: int = 0
     until: torch.Tensor | None = None  # [N] int64, see `KeyValues`
     parts: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # what `split` gives, if that is at hand
 
     def split(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Key and value `[S, d]` of each run. Asks the device how many entries a run has."""
+        """Key and value `[S, d]` of each range. Asks the device how many entries a range has."""
         if self.parts is not None:
             return self.parts
-        starts, counts = self.start.flatten().tolist(), self.count.flatten().tolist()
+        starts, counts = self.start.flatten().tolist(), self.length.flatten().tolist()
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         return [(self.key[i:j], self.value[i:j]) for i, j in zip(starts, ends, strict=True)]
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The runs, padded to S = `max_count`: entries `[B, G, S]` int64 and which of them are filled."""
-        slot = torch.arange(self.max_count, device=self.count.device)
-        filled = slot < self.count[..., None]
+        """The ranges, padded to S = `max_length`: entries `[B, G, S]` int64 and which of them are filled."""
+        slot = torch.arange(self.max_length, device=self.length.device)
+        filled = slot < self.length[..., None]
         return torch.where(filled, self.start[..., None] + slot, 0), filled
 
     def pad(self) -> KeyValues | None:
         """
-        The entries with empty slots at the end of each run, and position -1 for want of a position; None if there are
+        The entries, with empty slots behind each range and position -1 for want of a position; None if there are
         no slots.
         """
-        if self.max_count == 0:
+        if self.max_length == 0:
             return None
         entries, filled = self.slots()
         until = None if self.until is None else self.until[entries]
@@ -107,14 +107,14 @@ class Runs(NamedTuple):
 
     def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Key and value `[B, G, S, d]` and which slots are filled `[B, G, S]`, S = `max_count`; without a copy where runs
+        Key and value `[B, G, S, d]` and which slots are filled `[B, G, S]`, S = `max_length`; no copy where ranges
         lie evenly. Slots that are not filled may hold anything finite.
         """
         if self.stride is None:
             entries, filled = self.slots()
             return self.key[entries], self.value[entries], filled
-        filled = torch.arange(self.max_count, device=self.count.device) < self.count[..., None]
-        slots = slice(self.offset, self.offset + self.max_count)
+        filled = torch.arange(self.max_length, device=self.length.device) < self.length[..., None]
+        slots = slice(self.offset, self.offset + self.max_length)
         num_entries = self.start.numel() * self.stride
         key, value = (
             states[:num_entries].view(*self.start.shape, self.stride, -1)[:, :, slots]

@@ -111,7 +111,7 @@ class MosaHeads(nn.Module):
                 until=None if tokens.until is None else tokens.until[..., groups],
             )
             if past is not None:
-                past = past._replace(start=past.start[:, groups], count=past.count[:, groups], stride=None)
+                past = past._replace(start=past.start[:, groups], length=past.length[:, groups], stride=None)
             output, new = kernels.selected_heads(hidden_states, weights, tokens, past)
         store.append(new, groups)
         return output

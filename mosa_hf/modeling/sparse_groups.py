@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..cache import GroupSet, Routed, SparseSpec, take
 from ..compat import CACHE
 from ..kernels import backend
-from ..kernels.tensors import KeyValues, Runs
+from ..kernels.tensors import KeyValues, PackedKeyValues
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from .call import ModelCall
@@ -284,7 +284,7 @@ def mosa_attention_forward(
 
 def sparse_attention(
     query: torch.Tensor,
-    read: Runs | tuple[KeyValues, KeyValues | None],
+    read: PackedKeyValues | tuple[KeyValues, KeyValues | None],
     layout: CallLayout,
     window: int,
     gate: torch.Tensor | None,
@@ -295,7 +295,7 @@ def sparse_attention(
 
     Args:
         query: `[B, G, R, T, d]`.
-        read: what may be read: runs of a cache, for one token a row; else (near, kept).
+        read: what may be read: packed entries of a cache, for one token a row; else (near, kept).
         layout: of the call.
         window: of the set.
         gate: `[B, T, G]`, added to the scores of the call's keys beyond the window.
@@ -305,7 +305,7 @@ def sparse_attention(
         `[B, G, R, T, d]`.
     """
     kernels = backend(query)
-    if isinstance(read, Runs):
+    if isinstance(read, PackedKeyValues):
         return kernels.sparse_decode(query.squeeze(3), read, **options).unsqueeze(3)
     near, kept = read
     layout = layout.to(query.device)

@@ -1,8 +1,8 @@
-"""What the tests of Triton kernels share: devices, comparisons, random runs of a cache."""
+"""What the tests of Triton kernels share: devices, comparisons, random ranges of a cache."""
 
 import torch
 
-from mosa_hf.kernels.tensors import NEVER, Runs
+from mosa_hf.kernels.tensors import NEVER, PackedKeyValues
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # inductor compiles for half a minute on a CPU
@@ -42,8 +42,10 @@ def random_until(position: torch.Tensor) -> torch.Tensor:
     return until.masked_fill(torch.rand(position.shape, device=position.device) < 0.3, NEVER)
 
 
-def random_runs(count: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.float32, room: int = 3) -> Runs:
-    """Runs of `count` [B, G] entries that lie in no order, with NaN between them, which must never be read."""
+def random_packed(
+    count: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.float32, room: int = 3
+) -> PackedKeyValues:
+    """Ranges of `count` [B, G] entries that lie in no order, with NaN between them, which must never be read."""
     size = count.flatten() + room
     order = torch.randperm(size.numel(), device=count.device)
     start = torch.empty_like(size)
@@ -57,4 +59,6 @@ def random_runs(count: torch.Tensor, head_dim: int, dtype: torch.dtype = torch.f
         torch.randn(num_entries, head_dim, device=count.device).masked_fill(~filled[:, None], torch.nan).to(dtype)
         for _ in range(2)
     )
-    return Runs(key.requires_grad_(), value.requires_grad_(), start.view_as(count), count, int(count.max()) + room)
+    return PackedKeyValues(
+        key.requires_grad_(), value.requires_grad_(), start.view_as(count), count, int(count.max()) + room
+    )

@@ -8,9 +8,9 @@ pytest.importorskip("triton")
 
 from mosa_hf.kernels.selected_heads import reference  # noqa: E402
 from mosa_hf.kernels.selected_heads.triton import selected_heads  # noqa: E402
-from mosa_hf.kernels.tensors import HeadWeights, Runs, Tokens  # noqa: E402
+from mosa_hf.kernels.tensors import HeadWeights, PackedKeyValues, Tokens  # noqa: E402
 
-from .common import COMPILER, DEVICE, close, gradients, random_runs, random_until  # noqa: E402
+from .common import COMPILER, DEVICE, close, gradients, random_packed, random_until  # noqa: E402
 
 PLAIN = {"num_tokens": 40, "heads": 1, "head_dim": 16, "rotary_dim": 16, "rate": 0.3, "past": 0}
 PLAIN |= {"dtype": torch.float32, **dict.fromkeys(("bias", "padded", "packed", "evicts"), False)}
@@ -34,7 +34,7 @@ CASES = {
 }
 
 
-def random_call(case: dict, seed: int) -> tuple[torch.Tensor, HeadWeights, Tokens, Runs | None]:
+def random_call(case: dict, seed: int) -> tuple[torch.Tensor, HeadWeights, Tokens, PackedKeyValues | None]:
     """Arguments of `selected_heads`; those of floating point take gradients, but for angles."""
     torch.manual_seed(seed)
     case = PLAIN | case
@@ -61,7 +61,7 @@ def random_call(case: dict, seed: int) -> tuple[torch.Tensor, HeadWeights, Token
     if case["past"]:
         count = torch.randint(0, case["past"] + 1, (batch_size, num_groups))
         count[0, 0] = 0
-        past = random_runs(count, head_dim, dtype)
+        past = random_packed(count, head_dim, dtype)
     if case["evicts"]:
         until, score = random_until(position[..., None].expand_as(selected)), torch.randn(selected.shape)
         until[0, -1] = position[0, -1]  # evicted at once, unread by itself
@@ -129,7 +129,7 @@ def test_decoding_step_reads_selecting_groups_only():
         weight[1:] = torch.nan
     for row, group in ((0, 1), (0, 2), (1, 1), (1, 2)):
         first = past.start[row, group]
-        past.key[first : first + past.count[row, group]] = torch.nan
+        past.key[first : first + past.length[row, group]] = torch.nan
     actual, _ = selected_heads(hidden_states, weights, tokens, past)
     close(actual, expected, "output")
 

@@ -9,7 +9,7 @@ from mosa_hf.kernels.sparse_attention import reference  # noqa: E402
 from mosa_hf.kernels.sparse_attention.triton import sparse_attention  # noqa: E402
 from mosa_hf.kernels.tensors import KeyValues  # noqa: E402
 
-from .common import COMPILER, check, close, random_runs, random_until  # noqa: E402
+from .common import COMPILER, check, close, random_packed, random_until  # noqa: E402
 
 PLAIN = {"num_tokens": 40, "heads": 2, "head_dim": 16, "kept": 0, "dtype": torch.float32, "scale": None}
 PLAIN |= {"softcap": None, **dict.fromkeys(("padded", "packed", "evicts", "biased", "sinks"), False)}
@@ -67,7 +67,7 @@ def random_call(window: int, case: dict):
     if case["kept"]:
         count = torch.randint(0, case["kept"] + 1, size)
         count[0, 0] = 0
-        kept = random_runs(count, head_dim, dtype)
+        kept = random_packed(count, head_dim, dtype)
         inputs += kept[:2]
         if case["evicts"]:
             kept = kept._replace(until=random_until(torch.full((len(kept.key),), int(position.min()))))

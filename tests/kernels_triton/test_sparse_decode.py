@@ -8,12 +8,12 @@ pytest.importorskip("triton")
 
 from mosa_hf.kernels.sparse_decode import reference  # noqa: E402
 from mosa_hf.kernels.sparse_decode import triton as kernels  # noqa: E402
-from mosa_hf.kernels.sparse_decode.triton import decode_runs, sparse_decode  # noqa: E402
-from mosa_hf.kernels.tensors import Runs  # noqa: E402
+from mosa_hf.kernels.sparse_decode.triton import decode_packed, sparse_decode  # noqa: E402
+from mosa_hf.kernels.tensors import PackedKeyValues  # noqa: E402
 
-from .common import COMPILER, DEVICE, check, close, random_runs  # noqa: E402
+from .common import COMPILER, DEVICE, check, close, random_packed  # noqa: E402
 
-# Head size, query heads a group, entries of each run, dtype, scale, softcap, with sinks.
+# Head size, query heads a group, entries of each range, dtype, scale, softcap, with sinks.
 CASES = [
     (16, 1, [[1, 0], [5, 33]], torch.float32, None, None, False),
     (16, 20, [[40, 7], [0, 64]], torch.float32, 0.7, None, True),
@@ -32,57 +32,57 @@ def cut(monkeypatch):
         monkeypatch.setattr(kernels, name, 16)
 
 
-def random_step(case) -> tuple[torch.Tensor, Runs, dict]:
+def random_step(case) -> tuple[torch.Tensor, PackedKeyValues, dict]:
     head_dim, num_heads, count, dtype, scale, softcap, with_sinks = case
-    runs = random_runs(torch.tensor(count), head_dim, dtype)
-    query = (torch.randn(*runs.count.shape, num_heads, head_dim) * 2).to(dtype)
-    sinks = torch.randn(runs.count.shape[1], num_heads) * 2 if with_sinks else None
-    return query, runs, {"scale": scale, "softcap": softcap, "sinks": sinks}
+    packed = random_packed(torch.tensor(count), head_dim, dtype)
+    query = (torch.randn(*packed.length.shape, num_heads, head_dim) * 2).to(dtype)
+    sinks = torch.randn(packed.length.shape[1], num_heads) * 2 if with_sinks else None
+    return query, packed, {"scale": scale, "softcap": softcap, "sinks": sinks}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_sparse_decode(case, cut):
-    query, runs, options = random_step(case)
-    before = [x.clone() for x in (query, *runs[:4])]
+    query, packed, options = random_step(case)
+    before = [x.clone() for x in (query, *packed[:4])]
     with torch.no_grad():
-        actual, expected = sparse_decode(query, runs, **options), reference.sparse_decode(query, runs, **options)
+        actual, expected = sparse_decode(query, packed, **options), reference.sparse_decode(query, packed, **options)
     assert actual.dtype == expected.dtype
     close(actual, expected, "output", actual.dtype)
-    assert not actual[runs.count == 0].any()
-    for x, unchanged in zip((query, *runs[:4]), before, strict=True):
+    assert not actual[packed.length == 0].any()
+    for x, unchanged in zip((query, *packed[:4]), before, strict=True):
         torch.testing.assert_close(x, unchanged, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()
 def test_one_split_and_blocks_as_they_are():
-    query, runs, options = random_step((64, 2, [[150, 0, 1], [31, 32, 64]], torch.float32, None, None, True))
-    runs = runs._replace(max_count=kernels.SPLIT_SLOTS)
-    runs = runs._replace(count=runs.count.clamp(max=kernels.SPLIT_SLOTS))
-    close(sparse_decode(query, runs, **options), reference.sparse_decode(query, runs, **options), "output")
-    query, runs, options = random_step((16, 1, [[0]], torch.float32, None, None, False))
-    assert not sparse_decode(query, runs._replace(key=runs.key[:0], value=runs.value[:0], max_count=0)).any()
+    query, packed, options = random_step((64, 2, [[150, 0, 1], [31, 32, 64]], torch.float32, None, None, True))
+    packed = packed._replace(max_length=kernels.SPLIT_SLOTS)
+    packed = packed._replace(length=packed.length.clamp(max=kernels.SPLIT_SLOTS))
+    close(sparse_decode(query, packed, **options), reference.sparse_decode(query, packed, **options), "output")
+    query, packed, options = random_step((16, 1, [[0]], torch.float32, None, None, False))
+    assert not sparse_decode(query, packed._replace(key=packed.key[:0], value=packed.value[:0], max_length=0)).any()
 
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "sinks": True}], ids=str)
 @torch.no_grad()
 def test_last_entry_lies_elsewhere(options, cut):
-    """The same as a run that is one entry longer."""
-    query, runs, _ = random_step((16, 3, [[1, 40], [33, 2]], torch.float32, None, None, False))
+    """The same as a range that is one entry longer."""
+    query, packed, _ = random_step((16, 3, [[1, 40], [33, 2]], torch.float32, None, None, False))
     if "sinks" in options:
         options = options | {"sinks": torch.randn(2, 3)}
-    end = runs.start + runs.count - 1
-    last_key, last_value, key, value = runs.key[end], runs.value[end], runs.key.clone(), runs.value.clone()
+    end = packed.start + packed.length - 1
+    last_key, last_value, key, value = packed.key[end], packed.value[end], packed.key.clone(), packed.value.clone()
     key[end], value[end] = torch.nan, torch.nan
-    shorter = Runs(key, value, runs.start, runs.count - 1, runs.max_count)
-    actual = decode_runs(query, shorter, (last_key, last_value), **options)
-    close(actual, reference.sparse_decode(query, runs, **options), "output")
+    shorter = PackedKeyValues(key, value, packed.start, packed.length - 1, packed.max_length)
+    actual = decode_packed(query, shorter, (last_key, last_value), **options)
+    close(actual, reference.sparse_decode(query, packed, **options), "output")
 
 
 def test_gradients():
-    query, runs, options = random_step((16, 2, [[4, 0], [9, 1]], torch.float32, None, 1.5, True))
-    query, key, value = query.requires_grad_(), *(x.detach().nan_to_num().requires_grad_() for x in runs[:2])
-    runs, sinks = runs._replace(key=key, value=value), options["sinks"].requires_grad_()
-    actual, expected = sparse_decode(query, runs, **options), reference.sparse_decode(query, runs, **options)
+    query, packed, options = random_step((16, 2, [[4, 0], [9, 1]], torch.float32, None, 1.5, True))
+    query, key, value = query.requires_grad_(), *(x.detach().nan_to_num().requires_grad_() for x in packed[:2])
+    packed, sinks = packed._replace(key=key, value=value), options["sinks"].requires_grad_()
+    actual, expected = sparse_decode(query, packed, **options), reference.sparse_decode(query, packed, **options)
     check(actual, expected, [query, key, value, sinks])
 
 
@@ -91,39 +91,39 @@ def test_asks_nothing_of_the_device():
     """Fake tensors have no numbers."""
     with FakeTensorMode():
         start = torch.empty(2, 3, dtype=torch.int64)
-        runs = Runs(torch.empty(500, 16), torch.empty(500, 16), start, start, 300)
-        assert sparse_decode(torch.empty(2, 3, 4, 16), runs).shape == (2, 3, 4, 16)
+        packed = PackedKeyValues(torch.empty(500, 16), torch.empty(500, 16), start, start, 300)
+        assert sparse_decode(torch.empty(2, 3, 4, 16), packed).shape == (2, 3, 4, 16)
 
 
 @torch.no_grad()
 def test_op_and_compiled_graph(cut):
-    query, runs, options = random_step((16, 2, [[40, 0], [9, 1]], torch.float32, None, 1.5, True))
-    inputs = (query, runs.key.detach().nan_to_num(), runs.value.detach().nan_to_num(), *runs[2:5])
+    query, packed, options = random_step((16, 2, [[40, 0], [9, 1]], torch.float32, None, 1.5, True))
+    inputs = (query, packed.key.detach().nan_to_num(), packed.value.detach().nan_to_num(), *packed[2:5])
     torch.library.opcheck(kernels._decode, (*inputs, *[None] * 5, 0.25, 1.5, options["sinks"]))
-    last, until = (query[:, :, 0].contiguous(), query[:, :, 1].contiguous()), torch.arange(len(runs.key))
-    arguments = (*inputs, *last, until, runs.count, runs.start, 0.25, None, None)
+    last, until = (query[:, :, 0].contiguous(), query[:, :, 1].contiguous()), torch.arange(len(packed.key))
+    arguments = (*inputs, *last, until, packed.length, packed.start, 0.25, None, None)
     torch.library.opcheck(kernels._decode, arguments, test_utils="test_faketensor")
     compiled = torch.compile(sparse_decode, fullgraph=True, backend=COMPILER)
-    close(compiled(query, runs, **options), sparse_decode(query, runs, **options), "output")
+    close(compiled(query, packed, **options), sparse_decode(query, packed, **options), "output")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 @torch.no_grad()
 def test_can_be_captured_in_a_cuda_graph(cut):
-    """And follows runs that move and grow between replays."""
-    query, runs, options = random_step((64, 4, [[100, 30]], torch.float16, None, None, True))
-    sparse_decode(query, runs, **options)  # compiles
+    """And follows ranges that move and grow between replays."""
+    query, packed, options = random_step((64, 4, [[100, 30]], torch.float16, None, None, True))
+    sparse_decode(query, packed, **options)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        actual = sparse_decode(query, runs, **options)
-    runs.start.add_(1)
-    runs.count.sub_(2)
+        actual = sparse_decode(query, packed, **options)
+    packed.start.add_(1)
+    packed.length.sub_(2)
     query.mul_(-1)
     graph.replay()
-    close(actual, reference.sparse_decode(query, runs, **options), "output", torch.float16)
+    close(actual, reference.sparse_decode(query, packed, **options), "output", torch.float16)
 
 
 def test_heads_that_are_too_large_are_refused():
     with pytest.raises(ValueError, match="512 is larger than 256"), torch.no_grad():
-        sparse_decode(torch.randn(1, 1, 1, 512), random_runs(torch.tensor([[2]]), 512))
+        sparse_decode(torch.randn(1, 1, 1, 512), random_packed(torch.tensor([[2]]), 512))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ..tensors import NEVER, Runs
+from ..tensors import NEVER, PackedKeyValues
 from ..triton_builds import KernelBuild
 from .reference import FarKeys, NearKeys
 
@@ -94,29 +94,29 @@ def prefix_attention(
     return output
 
 
-def after_runs(runs: Runs | None, far: FarKeys) -> FarKeys:
+def after_packed(packed: PackedKeyValues | None, far: FarKeys) -> FarKeys:
     """
-    `far`, whose `start` is None, behind the entries of `runs`, which all of its queries read. Shorter runs have empty
+    `far`, whose `start` is None, behind the entries of `packed`, which all of its queries read. Others have empty
     slots in front, so that every query still reads a range.
     """
-    if runs is None or runs.max_count == 0:
+    if packed is None or packed.max_length == 0:
         return far
-    num_empty = runs.max_count - runs.count[..., None]  # [B, G, 1]
-    slot = torch.arange(runs.max_count, device=runs.count.device) - num_empty
-    entry = torch.where(slot >= 0, runs.start[..., None] + slot, 0)  # [B, G, S]
+    num_empty = packed.max_length - packed.length[..., None]  # [B, G, 1]
+    slot = torch.arange(packed.max_length, device=packed.length.device) - num_empty
+    entry = torch.where(slot >= 0, packed.start[..., None] + slot, 0)  # [B, G, S]
 
-    def behind(of_runs: torch.Tensor, of_far: torch.Tensor) -> torch.Tensor:
+    def behind(of_packed: torch.Tensor, of_far: torch.Tensor) -> torch.Tensor:
         # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
-        first = of_runs.index_select(0, entry.flatten()).view(entry.shape + of_runs.shape[1:])
+        first = of_packed.index_select(0, entry.flatten()).view(entry.shape + of_packed.shape[1:])
         return torch.cat((first.to(of_far.dtype), of_far), dim=2)
 
     until = None
-    if runs.until is not None or far.until is not None:
-        until_runs = runs.start.new_full((len(runs.key),), NEVER) if runs.until is None else runs.until
+    if packed.until is not None or far.until is not None:
+        until_runs = packed.start.new_full((len(packed.key),), NEVER) if packed.until is None else packed.until
         until = behind(until_runs, entry.new_full(far.key.shape[:3], NEVER) if far.until is None else far.until)
-    bias = None if far.bias is None else F.pad(far.bias, (runs.max_count, 0))
-    key, value = behind(runs.key, far.key), behind(runs.value, far.value)
-    return FarKeys(key, value, num_empty, runs.max_count + far.end, bias, until)
+    bias = None if far.bias is None else F.pad(far.bias, (packed.max_length, 0))
+    key, value = behind(packed.key, far.key), behind(packed.value, far.value)
+    return FarKeys(key, value, num_empty, packed.max_length + far.end, bias, until)
 
 
 class Tile(NamedTuple):

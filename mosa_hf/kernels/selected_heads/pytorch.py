@@ -11,12 +11,12 @@ from ..gather_project.pytorch import gather_project
 from ..opaque import opaque_op
 from ..project_scatter.pytorch import project_scatter
 from ..selected_positions.pytorch import selected_positions
-from ..tensors import HeadWeights, KeyValues, Runs, Tokens
+from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Tokens
 from . import reference
 
 
 def selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: Runs | None = None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None = None
 ) -> tuple[torch.Tensor, KeyValues | None]:
     """
     Same function as `reference.selected_heads`; only selected tokens are projected. In a compiled graph without a
@@ -38,7 +38,7 @@ def selected_heads(
 
 
 def _selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: Runs | None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None
 ) -> tuple[torch.Tensor, KeyValues]:
     batch_size, num_tokens, _ = hidden_states.shape
     num_groups, head_dim, _ = weights.key.shape

@@ -3,11 +3,11 @@
 import torch
 
 from ..attend import attend
-from ..tensors import HeadWeights, KeyValues, Runs, Tokens, join, rotate
+from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Tokens, join, rotate
 
 
 def selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: Runs | None = None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None = None
 ) -> tuple[torch.Tensor, KeyValues]:
     """
     Selected tokens attend to the selected tokens up to themselves that a cache budget has not evicted by then; nothing

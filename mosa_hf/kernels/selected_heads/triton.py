@@ -3,15 +3,15 @@
 import torch
 
 from ..gather_project.triton import gather_project
-from ..prefix_attention.triton import FarKeys, after_runs, prefix_attention
+from ..prefix_attention.triton import FarKeys, after_packed, prefix_attention
 from ..project_scatter.triton import project_scatter
 from ..selected_positions.triton import selected_positions
-from ..sparse_decode.triton import decode_runs
-from ..tensors import HeadWeights, KeyValues, Runs, Tokens
+from ..sparse_decode.triton import decode_packed
+from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Tokens
 
 
 def selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: Runs | None = None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None = None
 ) -> tuple[torch.Tensor, KeyValues]:
     """
     Same function as `reference.selected_heads`. Of a single token, only the groups that select it read weights and
@@ -47,15 +47,15 @@ def selected_heads(
     new = KeyValues(key, value, position, filled, None, gather(tokens.until), gather(tokens.score))
     has_limits = None if past is None else past.until is not None
     if num_tokens == 1 and has_limits == (tokens.until is not None) and not torch.is_grad_enabled():
-        read = past._replace(count=torch.where(filled[..., 0], past.count, 0))
+        read = past._replace(length=torch.where(filled[..., 0], past.length, 0))
         limits = (position[..., 0], new.until[..., 0]) if has_limits else None
-        heads = decode_runs(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
+        heads = decode_packed(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
     else:
         start = None
         if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one
             segment = gather(tokens.segment).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
             start = torch.searchsorted(segment, segment)
-        far = after_runs(past, FarKeys(key, value, start, slot + 1, until=new.until))  # up to the slot itself
+        far = after_packed(past, FarKeys(key, value, start, slot + 1, until=new.until))  # up to the slot itself
         far = far._replace(end=torch.where(filled, far.end, 0))
         heads = prefix_attention(query, far, position=position)  # [B, G, R, K, d]
 

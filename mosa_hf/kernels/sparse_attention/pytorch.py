@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from ..attend import scaled, softmax
 from ..opaque import opaque_op
 from ..selected_positions.pytorch import selected_positions
-from ..tensors import KeyValues, Runs, gather_slots
+from ..tensors import KeyValues, PackedKeyValues, gather_slots
 from . import reference
 
 QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked columns
@@ -15,7 +15,7 @@ QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked c
 def sparse_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: Runs | None,
+    kept: PackedKeyValues | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from ..attend import attend
-from ..tensors import KeyValues, Runs, join
+from ..tensors import KeyValues, PackedKeyValues, join
 
 
 def sparse_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: Runs | None,
+    kept: PackedKeyValues | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,

@@ -3,15 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from ..prefix_attention.triton import FarKeys, NearKeys, after_runs, prefix_attention
+from ..prefix_attention.triton import FarKeys, NearKeys, after_packed, prefix_attention
 from ..selected_positions.triton import selected_positions
-from ..tensors import KeyValues, Runs, gather_slots
+from ..tensors import KeyValues, PackedKeyValues, gather_slots
 
 
 def sparse_attention(
     query: torch.Tensor,
     near: KeyValues,
-    kept: Runs | None,
+    kept: PackedKeyValues | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,
@@ -61,5 +61,5 @@ def sparse_attention(
     )
     window_keys = NearKeys(near.key.to(dtype), near.value, near_start, slot + 1) if window else None
     return prefix_attention(
-        query.to(dtype), after_runs(kept, far), window_keys, position[:, None], scale, softcap, sinks
+        query.to(dtype), after_packed(kept, far), window_keys, position[:, None], scale, softcap, sinks
     )

@@ -1,28 +1,28 @@
-"""A decoding step wherever PyTorch runs: each run of the cache is read where it lies."""
+"""A decoding step wherever PyTorch runs: each range of the cache is read where it lies."""
 
 import torch
 import torch.nn.functional as F
 
 from ..attend import scaled, softmax
-from ..tensors import Runs
+from ..tensors import PackedKeyValues
 
-LOOP = 16  # up to so many runs, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
+LOOP = 16  # up to so many ranges, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
 
 
 def sparse_decode(
     query: torch.Tensor,
-    runs: Runs,
+    packed: PackedKeyValues,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Same function as `reference.sparse_decode`."""
     is_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_cpu and runs.start.numel() <= LOOP:
-        return _run_by_run(query, runs, scale, softcap, sinks)
-    if runs.max_count == 0:
+    if is_cpu and packed.start.numel() <= LOOP:
+        return _one_by_one(query, packed, scale, softcap, sinks)
+    if packed.max_length == 0:
         return torch.zeros_like(query)
-    key, value, filled = runs.padded_view()
+    key, value, filled = packed.padded_view()
     if softcap is None and sinks is None:
         # The batch that fused attention sees is rows x groups; its heads share the group's keys.
         num_heads = query.shape[2]
@@ -30,19 +30,23 @@ def sparse_decode(
         key, value = (states.expand(-1, num_heads, -1, -1) for states in (key, value))
         mask = filled.flatten(0, 1)[:, None, None]
         heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        return heads.view(*runs.start.shape, num_heads, -1)
+        return heads.view(*packed.start.shape, num_heads, -1)
     scores = scaled(query[:, :, :, None], key, scale, softcap)[:, :, :, 0]  # [B, G, R, S]
     scores = scores.masked_fill(~filled[:, :, None], -torch.inf)
     return softmax(scores, sinks).to(value.dtype) @ value
 
 
-def _run_by_run(
-    query: torch.Tensor, runs: Runs, scale: float | None, softcap: float | None, sinks: torch.Tensor | None
+def _one_by_one(
+    query: torch.Tensor,
+    packed: PackedKeyValues,
+    scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Each run by itself: the group's heads are the rows of a matrix."""
+    """Each range by itself: the group's heads are the rows of a matrix."""
     is_plain = softcap is None and sinks is None
     heads = []
-    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), runs.split(), strict=True)):
+    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), packed.split(), strict=True)):
         if not len(key):
             heads.append(torch.zeros_like(one))
         elif is_plain:

@@ -1,14 +1,14 @@
-"""The specification of a decoding step: one query a row and head reads a whole run of a cache."""
+"""The specification of a decoding step: one query a row and head reads a whole range of a cache."""
 
 import torch
 
 from ..attend import attend
-from ..tensors import Runs
+from ..tensors import PackedKeyValues
 
 
 def sparse_decode(
     query: torch.Tensor,
-    runs: Runs,
+    packed: PackedKeyValues,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -18,14 +18,14 @@ def sparse_decode(
 
     Args:
         query: `[B, G, R, d]`, rotated.
-        runs: what each row and group reads, all of it: the token's own key included, nothing that it must not read.
-            `runs.until` is None.
+        packed: what each row and group reads, all of it: the token's own key included, nothing that it must not read.
+            `packed.until` is None.
         scale, softcap, sinks: as in `sparse_attention`.
 
     Returns:
-        `[B, G, R, d]`; zero where a run is empty.
+        `[B, G, R, d]`; zero where a range is empty.
     """
-    keys = runs.pad()
+    keys = packed.pad()
     if keys is None:
         return torch.zeros_like(query)
     mask = keys.valid[:, :, None]  # [B, G, 1, S]

@@ -1,7 +1,7 @@
 """
-A decoding step on a GPU: each run of a cache is read where it lies.
+A decoding step on a GPU: each range of a cache is read where it lies.
 
-One query a group would leave the device idle, so long runs are cut into splits that are read side by side and then
+One query a group would leave the device idle, so long ranges are cut into splits that are read side by side and then
 combined. Nothing is asked of the device, and the grids depend on shapes alone: CUDA graphs can hold the step.
 """
 
@@ -18,7 +18,7 @@ from ..prefix_attention.triton import (
     start_softmax,
     store_rows,
 )
-from ..tensors import Runs
+from ..tensors import PackedKeyValues
 from ..triton_builds import KernelBuild
 from . import pytorch
 
@@ -32,20 +32,20 @@ MAX_SPLITS = 64  # combined by one program, which holds their outputs in registe
 
 def sparse_decode(
     query: torch.Tensor,
-    runs: Runs,
+    packed: PackedKeyValues,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Same function as `reference.sparse_decode`, for d <= 256; where gradients are wanted, that of `pytorch`."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, runs.key, runs.value)):
-        return pytorch.sparse_decode(query, runs, scale, softcap, sinks)
-    return decode_runs(query, runs, scale=scale, softcap=softcap, sinks=sinks)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, packed.key, packed.value)):
+        return pytorch.sparse_decode(query, packed, scale, softcap, sinks)
+    return decode_packed(query, packed, scale=scale, softcap=softcap, sinks=sinks)
 
 
-def decode_runs(
+def decode_packed(
     query: torch.Tensor,
-    runs: Runs,
+    packed: PackedKeyValues,
     last: tuple[torch.Tensor, torch.Tensor] | None = None,
     limits: tuple[torch.Tensor, torch.Tensor] | None = None,
     scale: float | None = None,
@@ -53,13 +53,13 @@ def decode_runs(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    `reference.sparse_decode`, not differentiable, of runs that may have one more entry elsewhere, and limits.
+    `reference.sparse_decode`, not differentiable, of ranges that may have one more entry elsewhere, and limits.
 
     Args:
         query: `[B, G, R, d]`.
-        runs: what each row and group reads.
-        last: key and value `[B, G, d]` that each run is read with, also an empty one; None: none.
-        limits: `[B, G]` int64 each, given with `runs.until` and `last`: the query's position, and the `until` of
+        packed: what each row and group reads.
+        last: key and value `[B, G, d]` that each range is read with, also an empty one; None: none.
+        limits: `[B, G]` int64 each, given with `packed.until` and `last`: the query's position, and the `until` of
             `last` (see `KeyValues`).
         scale, softcap, sinks: as in `reference.sparse_attention`.
 
@@ -69,18 +69,18 @@ def decode_runs(
     Raises:
         ValueError: for heads larger than 256.
     """
-    head_dim, dtype = query.shape[-1], runs.value.dtype
+    head_dim, dtype = query.shape[-1], packed.value.dtype
     if head_dim > 256:
         raise ValueError(f"Head size {head_dim} is larger than 256.")
     heads = _decode(
         query.to(dtype).contiguous(),
-        runs.key.to(dtype).contiguous(),
-        runs.value.contiguous(),
-        runs.start.contiguous(),
-        runs.count.contiguous(),
-        runs.max_count,
+        packed.key.to(dtype).contiguous(),
+        packed.value.contiguous(),
+        packed.start.contiguous(),
+        packed.length.contiguous(),
+        packed.max_length,
         *((None, None) if last is None else (states.to(dtype).contiguous() for states in last)),
-        *((None,) * 3 if limits is None else (x.contiguous() for x in (runs.until, *limits))),
+        *((None,) * 3 if limits is None else (x.contiguous() for x in (packed.until, *limits))),
         head_dim**-0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
         None if sinks is None else sinks.float().contiguous(),
@@ -114,7 +114,7 @@ def decode_attend(
     begin = split * share
     stop = tl.minimum(begin + share, num_slots)
 
-    is_first = split == 0  # which also reads what lies outside of the run
+    is_first = split == 0  # which also reads what lies outside of the range
     if is_first | (begin < stop):
         sink = None
         if sinks is not None:
@@ -138,18 +138,18 @@ def decode_attend(
             row_sum = row_sum * tl.exp2(row_max - new_max) + weight
             weighted = weight[:, None] * v_last[None, :]
             row_max = new_max
-        run = tl.load(start + group).to(tl.int64)
+        first = tl.load(start + group).to(tl.int64)
         for block in range(begin, stop, BLOCK_SLOTS):
             slot = block + tl.arange(0, BLOCK_SLOTS)
             filled = slot < stop
-            k = load_rows(key + run * HEAD_DIM, slot, filled, HEAD_DIM, BLOCK_DIM)  # [N, d]
+            k = load_rows(key + first * HEAD_DIM, slot, filled, HEAD_DIM, BLOCK_DIM)  # [N, d]
             scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
             reads = filled
             if until is not None:
-                reads = reads & (tl.load(position + group) < tl.load(until + run + slot, mask=filled, other=0))
+                reads = reads & (tl.load(position + group) < tl.load(until + first + slot, mask=filled, other=0))
             scores = tl.where(reads[None, :], scores, float("-inf"))
             row_max, row_sum, weighted = add_to_softmax(
-                scores, value + run * HEAD_DIM, slot, filled, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
+                scores, value + first * HEAD_DIM, slot, filled, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
             )
         row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # nothing read: zeros
         weighted = weighted / row_sum[:, None]
@@ -190,7 +190,7 @@ def _decode(
     value: torch.Tensor,
     start: torch.Tensor,
     count: torch.Tensor,
-    max_count: int,
+    max_length: int,
     last_key: torch.Tensor | None,
     last_value: torch.Tensor | None,
     until: torch.Tensor | None,
@@ -200,15 +200,15 @@ def _decode(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Of contiguous tensors, as `decode_runs` prepares them."""
+    """Of contiguous tensors, as `decode_packed` prepares them."""
     batch_size, num_groups, num_heads, head_dim = query.shape
     output = torch.empty_like(query)
     if query.numel() == 0:
         return output
-    num_runs = batch_size * num_groups
+    num_ranges = batch_size * num_groups
     rows = min(MAX_ROWS, max(16, triton.next_power_of_2(num_heads)))
     row_blocks = triton.cdiv(num_heads, rows)
-    num_splits = min(triton.cdiv(PROGRAMS, num_runs * row_blocks), triton.cdiv(max_count, SPLIT_SLOTS), MAX_SPLITS)
+    num_splits = min(triton.cdiv(PROGRAMS, num_ranges * row_blocks), triton.cdiv(max_length, SPLIT_SLOTS), MAX_SPLITS)
     num_splits = triton.next_power_of_2(max(1, num_splits))  # few builds, as a cache grows
     split_output, lse = output, None
     if num_splits > 1:
@@ -216,13 +216,13 @@ def _decode(
         lse = split_output.new_empty(split_output.shape[:-1])
     sizes = {"HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
     with torch.cuda.device_of(query):
-        decode_attend[(num_runs, num_splits, row_blocks)](
+        decode_attend[(num_ranges, num_splits, row_blocks)](
             query, key, value, start, count, last_key, last_value, until, position, last_until, sinks,
             split_output, lse, num_groups, SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=BLOCK_SLOTS,
             **sizes, num_warps=4, num_stages=NUM_STAGES,
         )  # fmt: skip
         if num_splits > 1:
-            decode_combine[(num_runs, num_heads)](split_output, lse, output, NUM_SPLITS=num_splits, **sizes)
+            decode_combine[(num_ranges, num_heads)](split_output, lse, output, NUM_SPLITS=num_splits, **sizes)
     return output
 
 
@@ -239,10 +239,10 @@ def production_builds() -> list[KernelBuild]:
         "*i64": "start count until position last_until",
     }
     types = {name: kind for kind, names in types.items() for name in names.split()} | {"num_groups": "i32"}
-    run_only = dict.fromkeys(("last_key", "last_value", "until", "position", "last_until"))
+    range_only = dict.fromkeys(("last_key", "last_value", "until", "position", "last_until"))
     forms = (
-        ("sparse", 4, {"sinks": None, "SOFTCAP": None, **run_only}),
-        ("sparse softcap sinks", MAX_ROWS, {"SOFTCAP": 50.0, **run_only}),
+        ("sparse", 4, {"sinks": None, "SOFTCAP": None, **range_only}),
+        ("sparse softcap sinks", MAX_ROWS, {"SOFTCAP": 50.0, **range_only}),
         ("paper", 1, {"sinks": None, "SOFTCAP": None}),
     )
     builds = []
