@@ -31,8 +31,8 @@ def test_streaming_top_k(num_slots, budget, num_values, is_packed, seed):
     if is_packed:
         position = position.sort(-1).values
         segment = (torch.rand(2, 1, num_slots, generator=random) < 0.3).long().cumsum(-1)
-    until = evicted_at(score, position, selected, budget, segment)
-    until = torch.full(size, NEVER) if until is None else until
+    evicted = evicted_at(score, position, selected, budget, segment)
+    evicted = torch.full(size, NEVER) if evicted is None else evicted
     for row, group in ((row, group) for row in range(2) for group in range(3)):
         sequence = [0] * num_slots if segment is None else segment[row, 0].tolist()
         scores, positions = score[row, group].tolist(), position[row, group].tolist()
@@ -41,7 +41,7 @@ def test_streaming_top_k(num_slots, budget, num_values, is_packed, seed):
             seen = [j for j in range(num_slots) if selected[row, group, j] and positions[j] <= positions[slot]]
             seen = [j for j in seen if sequence[j] == sequence[slot]]
             alive = set(sorted(seen, key=lambda j: (-scores[j], positions[j]))[:budget])
-            assert {j for j in seen if until[row, group, j] > positions[slot]} == alive
+            assert {j for j in seen if evicted[row, group, j] > positions[slot]} == alive
             if not is_packed:
                 held[slot] = selected[row, group, slot]
                 if held.sum() > budget:
@@ -53,13 +53,13 @@ def test_streaming_top_k(num_slots, budget, num_values, is_packed, seed):
         if not is_packed:
             left = within_budget(score, position, selected, budget)[row, group]
             assert set(left.nonzero()[:, 0].tolist()) == alive
-    assert (until >= position)[selected].all()
+    assert (evicted >= position)[selected].all()
 
 
 def test_more_tokens_than_are_compared_at_once():
     score = torch.rand(1, 1, 300, generator=torch.Generator().manual_seed(0))
     position, selected = torch.arange(300)[None, None], torch.ones(1, 1, 300, dtype=torch.bool)
-    until = evicted_at(score, position, selected, 20)[0, 0]
+    evicted = evicted_at(score, position, selected, 20)[0, 0]
     for t in (19, 20, 130, 299):
-        alive = (until[: t + 1] > t).nonzero()[:, 0]
+        alive = (evicted[: t + 1] > t).nonzero()[:, 0]
         assert torch.equal(alive, score[0, 0, : t + 1].topk(min(20, t + 1)).indices.sort().values)

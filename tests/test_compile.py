@@ -87,23 +87,23 @@ def test_ops(is_plain):
         return torch.randn(*size, requires_grad=True)
 
     position = torch.arange(num_tokens).expand(batch_size, -1).contiguous()
-    valid = segment = until = None
+    valid = segment = evicted_at = None
     if not is_plain:
         valid, segment = position >= torch.tensor([[3], [0]]), position // 5
-        until = (position + 3)[:, None].expand(-1, groups, -1).contiguous()
+        evicted_at = (position + 3)[:, None].expand(-1, groups, -1).contiguous()
     selected = torch.rand(batch_size, groups, num_tokens) < 0.5
     states = [learned(batch_size, groups, num_tokens, head_dim) for _ in range(2)]
     optional = [None, None] if is_plain else [-torch.rand(batch_size, groups, num_tokens), learned(groups, heads)]
     numbers = [3, None, None] if is_plain else [3, 0.3, 2.0]
     query = learned(batch_size, groups, heads, num_tokens, head_dim)
-    inputs = [query, *states, *optional, position, valid, selected, until, position, segment, *numbers]
+    inputs = [query, *states, *optional, position, valid, selected, evicted_at, position, segment, *numbers]
     torch.library.opcheck(torch.ops.mosa.sparse_attention.default, inputs)
 
     sizes = [(heads * head_dim, hidden_size), (head_dim, hidden_size), (head_dim, hidden_size)]
     weights = [learned(groups, *size) for size in (*sizes, (hidden_size, heads * head_dim))]
     biases = [None] * 3 if is_plain else [learned(groups, size[0]) for size in sizes]
     angle, gate = torch.rand(batch_size, num_tokens, head_dim), torch.rand(batch_size, num_tokens, groups)
-    selected, until = (None if x is None else x.transpose(1, 2).contiguous() for x in (selected, until))
-    tokens = [position, valid, segment, angle.cos(), angle.sin(), selected, gate.requires_grad_(), until]
+    selected, evicted_at = (None if x is None else x.transpose(1, 2).contiguous() for x in (selected, evicted_at))
+    tokens = [position, valid, segment, angle.cos(), angle.sin(), selected, gate.requires_grad_(), evicted_at]
     hidden_states = learned(batch_size, num_tokens, hidden_size)
     torch.library.opcheck(torch.ops.mosa.selected_heads.default, [hidden_states, *weights, *biases, *tokens])

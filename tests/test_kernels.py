@@ -11,7 +11,7 @@ from mosa_hf.kernels.sparse_attention import pytorch as sparse_attention
 from mosa_hf.kernels.sparse_decode import pytorch as sparse_decode
 from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
 
-from .kernels_triton.common import random_packed, random_until
+from .kernels_triton.common import random_evictions, random_packed
 
 FAST = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 OPTIONS = {
@@ -95,10 +95,10 @@ def test_sparse_attention(
         position,
         None if valid is None else valid[:, None].expand(size),
         torch.rand(size) < 1 / sparsity,
-        random_until(position) if evicts else None,
+        random_evictions(position) if evicts else None,
     )
     if evicts and kept is not None:
-        kept = kept._replace(until=random_until(torch.full((len(kept.key),), num_kept + window)))
+        kept = kept._replace(evicted_at=random_evictions(torch.full((len(kept.key),), num_kept + window)))
     query = normal(batch_size, num_groups, heads_per_group, num_tokens, head_dim)
     far_bias = -normal(*size).abs().detach().requires_grad_() if biased else None
     options["sinks"] = normal(num_groups, heads_per_group) if has_sinks else None

@@ -9,7 +9,7 @@ from mosa_hf.kernels.gather_project import pytorch as gather_project
 from mosa_hf.kernels.selected_heads import pytorch, reference
 from mosa_hf.kernels.tensors import HeadWeights, PackedKeyValues, Tokens
 
-from .kernels_triton.common import random_packed, random_until
+from .kernels_triton.common import random_evictions, random_packed
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 HIDDEN_SIZE = 12
@@ -51,7 +51,7 @@ def random_call(shape: dict) -> tuple[torch.Tensor, HeadWeights, Tokens, PackedK
     )
     hidden_states = normal(batch_size, num_tokens, HIDDEN_SIZE)
 
-    valid = segment = past = until = score = None
+    valid = segment = past = evicted_at = score = None
     position = torch.arange(num_tokens).expand(batch_size, -1)
     if shape["padded"]:
         valid = torch.arange(num_tokens) >= torch.randint(0, num_tokens + 1, (batch_size, 1))
@@ -66,11 +66,11 @@ def random_call(shape: dict) -> tuple[torch.Tensor, HeadWeights, Tokens, PackedK
         count = torch.randint(0, shape["most_past"] + 1, (batch_size, num_groups))
         past = random_packed(count, head_dim, torch.float64)
     if shape["evicts"]:
-        until, score = random_until(position[..., None].expand_as(selected)), torch.randn(selected.shape)
+        evicted_at, score = random_evictions(position[..., None].expand_as(selected)), torch.randn(selected.shape)
         if past is not None:
-            past = past._replace(until=random_until(torch.full((len(past.key),), shape["most_past"] - 1)))
+            past = past._replace(evicted_at=random_evictions(torch.full((len(past.key),), shape["most_past"] - 1)))
     angle = torch.rand(batch_size, num_tokens, max(2, int(head_dim * shape["rotary_share"]) // 2 * 2)).double()
-    tokens = Tokens(position, valid, segment, angle.cos(), angle.sin(), selected, None, score, until)
+    tokens = Tokens(position, valid, segment, angle.cos(), angle.sin(), selected, None, score, evicted_at)
     return hidden_states, weights, with_gate(hidden_states, weights, tokens), past
 
 
@@ -100,7 +100,7 @@ def check(function, call: tuple[torch.Tensor, HeadWeights, Tokens, PackedKeyValu
     torch.testing.assert_close(actual, expected)
     if new is not None:  # what a cache would append, in its order
         assert torch.equal(new.valid.sum(-1), expected_new.valid.sum(-1))
-        for name in ("key", "value", "position", "until", "score"):
+        for name in ("key", "value", "position", "evicted_at", "score"):
             states, expected_states = getattr(new, name), getattr(expected_new, name)
             assert (states is None) == (expected_states is None), name
             if states is not None:

@@ -132,9 +132,9 @@ class Case:
         store = self.layer.stores[0]
         position, tokens = layout.pad_left(layout.position, 1), layout.pad_left(tokens, 1)
         selected, score = layout.pad_left(selected, 2), layout.pad_left(score, 2)
-        kept, until = store.read(position)
+        kept, evicted = store.read(position)
         key = self.states(tokens, (0, 1, 2))
-        near = KeyValues(key, -key, position[:, None].expand_as(selected), selected, selected, until, score)
+        near = KeyValues(key, -key, position[:, None].expand_as(selected), selected, selected, evicted, score)
         self.check_read((near, kept), self.spec.sets[0], new)
         groups = selected.any(2).any(0).nonzero()[:, 0]
         if len(groups) == 0:
@@ -176,7 +176,7 @@ class Case:
                     continue
                 position = int(part.position[row, group, s])
                 is_selected = part.selected is None or bool(part.selected[row, group, s])
-                is_alive = part.until is None or t < int(part.until[row, group, s])
+                is_alive = part.evicted_at is None or t < int(part.evicted_at[row, group, s])
                 if position <= t and (is_selected and is_alive or (part is near and t - position < window)):
                     slots.append((tuple(part.key[row, group, s].tolist()), tuple(part.value[row, group, s].tolist())))
         return slots

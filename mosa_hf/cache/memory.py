@@ -57,9 +57,7 @@ class EntryMemory:
         self.start, self.capacity, self.null = self._places(length)  # [B, G], [B, G], and the null entry
         self.states = {name: own.new_zeros(self.null + 1, *own.shape[1:]) for name, own in self.states.items()}
         self.free = 0
-        self.last_read: PackedKeyValues | None = (
-            None  # what `read` returned on a CPU, until a range gets longer, or moves
-        )
+        self.last_read: PackedKeyValues | None = None  # on a CPU, until a range gets longer, or moves
 
     def _places(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """First entries and capacities `[B, G]` for ranges of `length` [B, G] entries; and how many entries in all."""

@@ -311,7 +311,7 @@ class SparseStore:
         if kept is not None and entries is not None:
             of_kept = evicted[..., :num_kept].masked_fill(~ranked["selected"][..., :num_kept], NEVER)
             flat = torch.full((len(kept.key),), NEVER, dtype=torch.int64, device=evicted.device)
-            kept = kept._replace(until=flat.index_put((entries,), of_kept))
+            kept = kept._replace(evicted_at=flat.index_put((entries,), of_kept))
         return evicted[..., num_kept:], kept
 
     def _commit(self, is_final: bool) -> None:

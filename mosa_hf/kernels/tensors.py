@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-NEVER = torch.iinfo(torch.int64).max  # an `until` that no position reaches
+NEVER = torch.iinfo(torch.int64).max  # an `evicted_at` that no position reaches
 
 
 class HeadWeights(NamedTuple):
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
     selected: torch.Tensor  # [B, T, G] bool, False on padding
     gate: torch.Tensor  # [B, T, G], factor on a selected token's output: sigmoid(z) in the paper
     score: torch.Tensor | None = None  # [B, T, G], what a cache budget compares: logits, inf if never to be evicted
-    until: torch.Tensor | None = None  # [B, T, G] int64, see `KeyValues`
+    evicted_at: torch.Tensor | None = None  # [B, T, G] int64, see `KeyValues`
 
 
 class KeyValues(NamedTuple):
@@ -55,7 +55,7 @@ class KeyValues(NamedTuple):
     selected: torch.Tensor | None  # [B, G, S] bool; None: every filled slot holds a selected token
     # [B, G, S] int64: the first position whose query no longer reads this selected token, because a cache budget has
     # evicted it (its window still reads it); None: no budget
-    until: torch.Tensor | None = None
+    evicted_at: torch.Tensor | None = None
     score: torch.Tensor | None = None  # [B, G, S], see `Tokens`; None: no budget
 
 
@@ -73,7 +73,7 @@ class PackedKeyValues(NamedTuple):
     # Ranges that lie evenly: range i (of B * G) starts at entry `i * stride + offset`. None: they lie anywhere.
     stride: int | None = None
     offset: int = 0
-    until: torch.Tensor | None = None  # [N] int64, see `KeyValues`
+    evicted_at: torch.Tensor | None = None  # [N] int64, see `KeyValues`
     parts: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # what `split` gives, if that is at hand
 
     def split(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -98,12 +98,12 @@ class PackedKeyValues(NamedTuple):
         if self.max_length == 0:
             return None
         entries, filled = self.slots()
-        until = None if self.until is None else self.until[entries]
+        evicted_at = None if self.evicted_at is None else self.evicted_at[entries]
         # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
         key, value = (
             states.index_select(0, entries.flatten()).unflatten(0, entries.shape) for states in (self.key, self.value)
         )
-        return KeyValues(key, value, torch.full_like(entries, -1), filled, None, until)
+        return KeyValues(key, value, torch.full_like(entries, -1), filled, None, evicted_at)
 
     def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
@@ -124,13 +124,15 @@ class PackedKeyValues(NamedTuple):
 
 
 def join(*parts: KeyValues | None) -> KeyValues:
-    """All of these keys in one, masks spelled out, `until` where any part has one, and scores where all have them."""
+    """All of these keys in one, masks spelled out; `evicted_at` where any has it, and scores where all have them."""
     parts = [part for part in parts if part is not None]
     true = [torch.ones_like(part.position, dtype=torch.bool) for part in parts]
-    until = score = None
-    if any(part.until is not None for part in parts):
-        until = [torch.full_like(part.position, NEVER) if part.until is None else part.until for part in parts]
-        until = torch.cat(until, dim=2)
+    evicted_at = score = None
+    if any(part.evicted_at is not None for part in parts):
+        evicted_at = [
+            torch.full_like(part.position, NEVER) if part.evicted_at is None else part.evicted_at for part in parts
+        ]
+        evicted_at = torch.cat(evicted_at, dim=2)
     if all(part.score is not None for part in parts):
         score = torch.cat([part.score for part in parts], dim=2)
     return KeyValues(
@@ -139,7 +141,7 @@ def join(*parts: KeyValues | None) -> KeyValues:
         torch.cat([part.position for part in parts], dim=2),
         torch.cat([t if part.valid is None else part.valid for part, t in zip(parts, true, strict=True)], dim=2),
         torch.cat([t if part.selected is None else part.selected for part, t in zip(parts, true, strict=True)], dim=2),
-        until,
+        evicted_at,
         score,
     )
 

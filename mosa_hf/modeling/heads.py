@@ -80,7 +80,7 @@ class MosaHeads(nn.Module):
             output = self._attend_cached(hidden_states, tokens, cache)
         else:
             if score is not None:
-                tokens = tokens._replace(until=self._evictions(tokens))
+                tokens = tokens._replace(evicted_at=self._evictions(tokens))
             output, _ = backend(hidden_states).selected_heads(hidden_states, self._weights(), tokens)
         if self.o_bias is not None:
             output = output + self.o_bias
@@ -91,8 +91,8 @@ class MosaHeads(nn.Module):
     def _attend_cached(self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseLayer) -> torch.Tensor:
         """Attention over the cache and the call's own tokens, which the cache takes in."""
         weights, store = self._weights(), cache.stores[0]
-        past, until = store.read(tokens.position)
-        tokens = tokens._replace(until=None if until is None else until.transpose(1, 2))
+        past, evicted = store.read(tokens.position)
+        tokens = tokens._replace(evicted_at=None if evicted is None else evicted.transpose(1, 2))
         kernels = backend(hidden_states)
         is_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         groups = tokens.selected.flatten(0, 1).any(dim=0).nonzero()[:, 0] if is_host else None
@@ -108,7 +108,7 @@ class MosaHeads(nn.Module):
                 selected=tokens.selected[..., groups],
                 gate=tokens.gate[..., groups],
                 score=None if tokens.score is None else tokens.score[..., groups],
-                until=None if tokens.until is None else tokens.until[..., groups],
+                evicted_at=None if tokens.evicted_at is None else tokens.evicted_at[..., groups],
             )
             if past is not None:
                 past = past._replace(start=past.start[:, groups], length=past.length[:, groups], stride=None)
@@ -126,8 +126,8 @@ class MosaHeads(nn.Module):
         """`[B, T, G]`: when the budget evicts the tokens of a call without a cache."""
         selected, score = tokens.selected.transpose(1, 2), tokens.score.transpose(1, 2)
         segment = None if tokens.segment is None else tokens.segment[:, None]
-        until = evicted_at(score, tokens.position[:, None].expand_as(selected), selected, self.budget, segment)
-        return None if until is None else until.transpose(1, 2)
+        evicted = evicted_at(score, tokens.position[:, None].expand_as(selected), selected, self.budget, segment)
+        return None if evicted is None else evicted.transpose(1, 2)
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""

@@ -343,10 +343,10 @@ def uncached(
     )
     position = position[:, None].expand_as(selected)
     valid = None if valid is None else valid[:, None].expand_as(selected)
-    until = None
+    evicted = None
     if budget is not None:
-        until = evicted_at(score, position, selected, budget, None if segment is None else segment[:, None])
-    return KeyValues(key, value, position, valid, selected, until)
+        evicted = evicted_at(score, position, selected, budget, None if segment is None else segment[:, None])
+    return KeyValues(key, value, position, valid, selected, evicted)
 
 
 def dense_attention(

@@ -36,10 +36,10 @@ def check(
         close(*pair, f"gradient {i}", dtype)
 
 
-def random_until(position: torch.Tensor) -> torch.Tensor:
+def random_evictions(position: torch.Tensor) -> torch.Tensor:
     """When a budget evicts the tokens of these positions: never, or any time from the token's own on."""
-    until = position + (torch.rand(position.shape, device=position.device) * 20).long()
-    return until.masked_fill(torch.rand(position.shape, device=position.device) < 0.3, NEVER)
+    evicted_at = position + (torch.rand(position.shape, device=position.device) * 20).long()
+    return evicted_at.masked_fill(torch.rand(position.shape, device=position.device) < 0.3, NEVER)
 
 
 def random_packed(

@@ -13,7 +13,7 @@ from mosa_hf.kernels.prefix_attention.triton import prefix_attention  # noqa: E4
 from .common import COMPILER, check, gradients  # noqa: E402
 
 # Head size, query heads a group, queries, far slots, near tokens (None: no second source), dtype; what is given of
-# bias, limits (`until`) and starts, scale, softcap, sinks. Sizes that no block divides, single ones, no far slots.
+# bias, limits (evicted_at) and starts, scale, softcap, sinks. Sizes that no block divides, single ones, no far slot.
 CASES = [
     (16, 1, 1, 1, None, torch.float32, ""),
     (16, 2, 70, 33, 75, torch.float32, "limits"),
@@ -44,14 +44,14 @@ def test_prefix_attention(case):
         return torch.randn(*size, *shape, head_dim).to(dtype).requires_grad_()
 
     query, far_key, far_value = states(num_heads, num_queries), states(num_far), states(num_far)
-    bias = until = near = position = sinks = None
+    bias = evicted_at = near = position = sinks = None
     inputs = [query, far_key, far_value]
     if "limits" in given:
         bias = (torch.randn(*size, num_far) * 5).requires_grad_()
-        until = torch.randint(0, 2 * num_queries, (*size, num_far))
+        evicted_at = torch.randint(0, 2 * num_queries, (*size, num_far))
         position = torch.arange(num_queries).expand(2, 1, -1)
         inputs.append(bias)
-    far = FarKeys(far_key, far_value, *random_range(*size, num_queries, num_far, "limits" in given), bias, until)
+    far = FarKeys(far_key, far_value, *random_range(*size, num_queries, num_far, "limits" in given), bias, evicted_at)
     if num_near is not None:
         end = num_near - num_queries + torch.arange(1, num_queries + 1).expand(2, 1, -1)
         near = NearKeys(states(num_near), states(num_near), (end - 7).clamp(min=0), end)
@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"near keys \(1, 2, 3, 8\)"):
         prefix_attention(query, FarKeys(key, key, None, end), NearKeys(key[..., :8], key, None, end))
     with pytest.raises(ValueError, match="`position`, which is missing"):
-        prefix_attention(query, FarKeys(key, key, None, end, until=torch.zeros(1, 2, 3)))
+        prefix_attention(query, FarKeys(key, key, None, end, evicted_at=torch.zeros(1, 2, 3)))
     with pytest.raises(ValueError, match=r"Sinks \(2,\) do not fit"):
         prefix_attention(query, FarKeys(key, key, None, end), sinks=torch.zeros(2))
     with pytest.raises(ValueError, match="512 is larger than 256"):

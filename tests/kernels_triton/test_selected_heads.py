@@ -10,7 +10,7 @@ from mosa_hf.kernels.selected_heads import reference  # noqa: E402
 from mosa_hf.kernels.selected_heads.triton import selected_heads  # noqa: E402
 from mosa_hf.kernels.tensors import HeadWeights, PackedKeyValues, Tokens  # noqa: E402
 
-from .common import COMPILER, DEVICE, close, gradients, random_packed, random_until  # noqa: E402
+from .common import COMPILER, DEVICE, close, gradients, random_evictions, random_packed  # noqa: E402
 
 PLAIN = {"num_tokens": 40, "heads": 1, "head_dim": 16, "rotary_dim": 16, "rate": 0.3, "past": 0}
 PLAIN |= {"dtype": torch.float32, **dict.fromkeys(("bias", "padded", "packed", "evicts"), False)}
@@ -47,7 +47,7 @@ def random_call(case: dict, seed: int) -> tuple[torch.Tensor, HeadWeights, Token
     weights = HeadWeights(*(weight.to(dtype).requires_grad_() for weight in weights))
     hidden_states = torch.randn(batch_size, num_tokens, hidden_size).to(dtype).requires_grad_()
 
-    valid = segment = past = until = score = None
+    valid = segment = past = evicted_at = score = None
     position = torch.arange(num_tokens).expand(batch_size, -1)
     if case["padded"]:
         valid = torch.arange(num_tokens) >= torch.tensor([[num_tokens // 3], [0]])
@@ -63,14 +63,14 @@ def random_call(case: dict, seed: int) -> tuple[torch.Tensor, HeadWeights, Token
         count[0, 0] = 0
         past = random_packed(count, head_dim, dtype)
     if case["evicts"]:
-        until, score = random_until(position[..., None].expand_as(selected)), torch.randn(selected.shape)
-        until[0, -1] = position[0, -1]  # evicted at once, unread by itself
+        evicted_at, score = random_evictions(position[..., None].expand_as(selected)), torch.randn(selected.shape)
+        evicted_at[0, -1] = position[0, -1]  # evicted at once, unread by itself
         if past is not None:
-            past = past._replace(until=random_until(torch.full((len(past.key),), case["past"] - 1)))
+            past = past._replace(evicted_at=random_evictions(torch.full((len(past.key),), case["past"] - 1)))
     angle = torch.rand(batch_size, num_tokens, case["rotary_dim"])
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     gate = torch.rand(selected.shape, requires_grad=True)
-    return hidden_states, weights, Tokens(position, valid, segment, cos, sin, selected, gate, score, until), past
+    return hidden_states, weights, Tokens(position, valid, segment, cos, sin, selected, gate, score, evicted_at), past
 
 
 def check(function, arguments: tuple) -> None:
@@ -81,7 +81,7 @@ def check(function, arguments: tuple) -> None:
     assert actual.dtype == dtype
     close(actual, expected, "output", dtype)
     assert torch.equal(actual_new.valid.sum(-1), expected_new.valid.sum(-1))
-    for name in ("key", "value", "position", "until", "score"):  # what a cache would append, in its order
+    for name in ("key", "value", "position", "evicted_at", "score"):  # what a cache would append, in its order
         states, expected_states = (getattr(new, name) for new in (actual_new, expected_new))
         if expected_states is None:
             assert states is None

@@ -9,7 +9,7 @@ from mosa_hf.kernels.sparse_attention import reference  # noqa: E402
 from mosa_hf.kernels.sparse_attention.triton import sparse_attention  # noqa: E402
 from mosa_hf.kernels.tensors import KeyValues  # noqa: E402
 
-from .common import COMPILER, check, close, random_packed, random_until  # noqa: E402
+from .common import COMPILER, check, close, random_evictions, random_packed  # noqa: E402
 
 PLAIN = {"num_tokens": 40, "heads": 2, "head_dim": 16, "kept": 0, "dtype": torch.float32, "scale": None}
 PLAIN |= {"softcap": None, **dict.fromkeys(("padded", "packed", "evicts", "biased", "sinks"), False)}
@@ -63,14 +63,14 @@ def random_call(window: int, case: dict):
     )
     inputs, kept, bias, sinks = list(near[:2]), None, None, None
     if case["evicts"]:
-        near = near._replace(until=random_until(near.position))
+        near = near._replace(evicted_at=random_evictions(near.position))
     if case["kept"]:
         count = torch.randint(0, case["kept"] + 1, size)
         count[0, 0] = 0
         kept = random_packed(count, head_dim, dtype)
         inputs += kept[:2]
         if case["evicts"]:
-            kept = kept._replace(until=random_until(torch.full((len(kept.key),), int(position.min()))))
+            kept = kept._replace(evicted_at=random_evictions(torch.full((len(kept.key),), int(position.min()))))
     if case["biased"]:
         bias = (-torch.rand(per_group)).requires_grad_()
         inputs.append(bias)

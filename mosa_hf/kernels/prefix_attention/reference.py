@@ -15,7 +15,7 @@ class FarKeys(NamedTuple):
     start: torch.Tensor | None  # int, expands to [B, G, T]; None: 0. For packed sequences, or empty slots in front
     end: torch.Tensor  # int, expands to [B, G, T], at most S; a query with end <= start reads nothing
     bias: torch.Tensor | None = None  # [B, G, S], added to the scores of a slot
-    until: torch.Tensor | None = None  # [B, G, S] int: the slot is read by queries of lower `position` only
+    evicted_at: torch.Tensor | None = None  # [B, G, S] int: the slot is read by queries of lower `position` only
 
 
 class NearKeys(NamedTuple):
@@ -43,7 +43,7 @@ def prefix_attention(
         query: `[B, G, R, T, d]`.
         far: the selected keys. The paper's heads: `FarKeys(key, value, None, i + 1)` and nothing else.
         near: the window, or other keys.
-        position: of the queries, int, expands to `[B, G, T]`; needed with `far.until`.
+        position: of the queries, int, expands to `[B, G, T]`; needed with `far.evicted_at`.
         scale: factor on the scores; None: d ** -0.5.
         softcap: c of c · tanh(score / c); None: none. The bias is added after it.
         sinks: `[G, R]`, the score of one more key in every softmax, whose value is 0.
@@ -61,8 +61,8 @@ def prefix_attention(
         return mask.expand(size)
 
     key, value, mask, bias = far.key, far.value, reads(far), far.bias
-    if far.until is not None:
-        mask = mask & (position[..., None] < far.until[:, :, None])
+    if far.evicted_at is not None:
+        mask = mask & (position[..., None] < far.evicted_at[:, :, None])
     if near is not None:
         key, value = torch.cat((key, near.key), dim=2), torch.cat((value, near.value), dim=2)
         mask = torch.cat((mask, reads(near)), dim=-1)

@@ -51,8 +51,8 @@ def prefix_attention(
         raise ValueError(f"Queries are {query.dtype}; the kernels take float32, float16 and bfloat16.")
     if head_dim > 256:
         raise ValueError(f"Head size {head_dim} is larger than 256.")
-    if far.until is not None and position is None:
-        raise ValueError("`far.until` is compared with the queries' `position`, which is missing.")
+    if far.evicted_at is not None and position is None:
+        raise ValueError("`far.evicted_at` is compared with the queries' `position`, which is missing.")
     if sinks is not None and sinks.shape != (num_groups, num_heads):
         raise ValueError(f"Sinks {tuple(sinks.shape)} do not fit queries {tuple(query.shape)}.")
     for name, keys in (("far", far), ("near", near)):
@@ -81,12 +81,12 @@ def prefix_attention(
         per_query(far.start),
         per_query(far.end),
         None if far.bias is None else far.bias.float().contiguous(),
-        None if far.until is None else far.until.clamp(max=INT32_MAX).to(torch.int32).contiguous(),
+        None if far.evicted_at is None else far.evicted_at.clamp(max=INT32_MAX).to(torch.int32).contiguous(),
         None if near_key is None else near_key.contiguous(),
         None if near_value is None else near_value.contiguous(),
         per_query(near_start),
         per_query(near_end),
-        per_query(position) if far.until is not None else None,
+        per_query(position) if far.evicted_at is not None else None,
         None if sinks is None else sinks.float().contiguous(),
         head_dim**-0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
@@ -110,13 +110,17 @@ def after_packed(packed: PackedKeyValues | None, far: FarKeys) -> FarKeys:
         first = of_packed.index_select(0, entry.flatten()).view(entry.shape + of_packed.shape[1:])
         return torch.cat((first.to(of_far.dtype), of_far), dim=2)
 
-    until = None
-    if packed.until is not None or far.until is not None:
-        until_runs = packed.start.new_full((len(packed.key),), NEVER) if packed.until is None else packed.until
-        until = behind(until_runs, entry.new_full(far.key.shape[:3], NEVER) if far.until is None else far.until)
+    evicted_at = None
+    if packed.evicted_at is not None or far.evicted_at is not None:
+        packed_evicted_at = (
+            packed.start.new_full((len(packed.key),), NEVER) if packed.evicted_at is None else packed.evicted_at
+        )
+        evicted_at = behind(
+            packed_evicted_at, entry.new_full(far.key.shape[:3], NEVER) if far.evicted_at is None else far.evicted_at
+        )
     bias = None if far.bias is None else F.pad(far.bias, (packed.max_length, 0))
     key, value = behind(packed.key, far.key), behind(packed.value, far.value)
-    return FarKeys(key, value, num_empty, packed.max_length + far.end, bias, until)
+    return FarKeys(key, value, num_empty, packed.max_length + far.end, bias, evicted_at)
 
 
 class Tile(NamedTuple):
@@ -200,7 +204,7 @@ def scaled_scores(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _masked(scores, slot, num_slots, offset, bias, until, first, last, position):
+def _masked(scores, slot, num_slots, offset, bias, evicted_at, first, last, position):
     """
     `scores` in base 2 plus the bias, -inf where a query does not read the slot. `slot` runs along one axis, the
     queries' `first`, `last` and `position` along the other: [1, N] and [M, 1], or [N, 1] and [1, M].
@@ -208,8 +212,8 @@ def _masked(scores, slot, num_slots, offset, bias, until, first, last, position)
     if bias is not None:
         scores += tl.load(bias + offset + slot, mask=slot < num_slots, other=0.0) * LOG2_E
     reads = (slot >= first) & (slot < last)
-    if until is not None:
-        reads = reads & (position < tl.load(until + offset + slot, mask=slot < num_slots, other=0))
+    if evicted_at is not None:
+        reads = reads & (position < tl.load(evicted_at + offset + slot, mask=slot < num_slots, other=0))
     return tl.where(reads, scores, float("-inf"))
 
 
@@ -242,7 +246,7 @@ def add_to_softmax(
 @triton.jit
 def _read(
     q, row_max, row_sum, weighted,  # the rows and what they have read before: [M, d], [M], [M], [M, d]
-    key, value, bias, until, num_slots, group, first, last, position,
+    key, value, bias, evicted_at, num_slots, group, first, last, position,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -254,7 +258,15 @@ def _read(
         k = load_rows(key + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
         scores = _masked(
-            scores, slot[None, :], num_slots, offset, bias, until, first[:, None], last[:, None], position[:, None]
+            scores,
+            slot[None, :],
+            num_slots,
+            offset,
+            bias,
+            evicted_at,
+            first[:, None],
+            last[:, None],
+            position[:, None],
         )
         row_max, row_sum, weighted = add_to_softmax(
             scores, value + offset * HEAD_DIM, slot, slot < stop, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
@@ -267,7 +279,7 @@ def prefix_forward(
     query,  # [B, G, R, T, d]
     far_key, far_value,  # [B, G, S, d]
     far_start, far_end,  # [B, G, T]
-    far_bias, far_until,  # [B, G, S]
+    far_bias, far_evicted_at,  # [B, G, S]
     near_key, near_value,  # [B, G, N, d]
     near_start, near_end,  # [B, G, T]
     position,  # [B, G, T]
@@ -295,7 +307,7 @@ def prefix_forward(
     weighted = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     first, last = _load_ranges(far_start, far_end, group_queries, i, present)
     row_max, row_sum, weighted = _read(
-        q, row_max, row_sum, weighted, far_key, far_value, far_bias, far_until, num_far, group, first, last,
+        q, row_max, row_sum, weighted, far_key, far_value, far_bias, far_evicted_at, num_far, group, first, last,
         i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
     )  # fmt: skip
     if near_key is not None:
@@ -314,7 +326,7 @@ def prefix_forward(
 @triton.jit
 def _read_gradient(
     q, output_grad, lse, delta, q_grad,  # of the rows: [M, d], [M, d], [M], [M], [M, d]
-    key, value, bias, until, num_slots, begin, stop, group, first, last, position,
+    key, value, bias, evicted_at, num_slots, begin, stop, group, first, last, position,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -325,7 +337,15 @@ def _read_gradient(
         k = load_rows(key + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         scores, tanh = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)  # [M, N]
         scores = _masked(
-            scores, slot[None, :], num_slots, offset, bias, until, first[:, None], last[:, None], position[:, None]
+            scores,
+            slot[None, :],
+            num_slots,
+            offset,
+            bias,
+            evicted_at,
+            first[:, None],
+            last[:, None],
+            position[:, None],
         )
         weights = tl.exp2(scores - lse[:, None])
         v = load_rows(value + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
@@ -342,7 +362,7 @@ def prefix_query_gradient(
     query,  # [B, G, R, T, d]
     far_key, far_value,  # [B, G, S, d]
     far_start, far_end,  # [B, G, T]
-    far_bias, far_until,  # [B, G, S]
+    far_bias, far_evicted_at,  # [B, G, S]
     near_key, near_value,  # [B, G, N, d]
     near_start, near_end,  # [B, G, T]
     position,  # [B, G, T]
@@ -378,7 +398,7 @@ def prefix_query_gradient(
     tl.store(far_hull + group * num_tiles + tile, begin)
     tl.store(far_hull + (num_groups + group) * num_tiles + tile, stop)
     q_grad = _read_gradient(
-        q, do, row_lse, row_delta, q_grad, far_key, far_value, far_bias, far_until, num_far, begin, stop, group,
+        q, do, row_lse, row_delta, q_grad, far_key, far_value, far_bias, far_evicted_at, num_far, begin, stop, group,
         first, last, i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
     )  # fmt: skip
     if near_key is not None:
@@ -399,7 +419,7 @@ def prefix_key_gradient(
     query,  # [B, G, R, T, d]
     key, value,  # [B, G, S, d], one source
     start, end,  # [B, G, T]
-    bias, until,  # [B, G, S]
+    bias, evicted_at,  # [B, G, S]
     position,  # [B, G, T]
     output_grad,  # [B, G, R, T, d]
     lse, delta,  # [B, G, R, T]
@@ -451,7 +471,15 @@ def prefix_key_gradient(
         q = load_rows(query + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)  # [M, d]
         scores, tanh = scaled_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), SCALE, SOFTCAP)  # [N, M]
         scores = _masked(
-            scores, slot[:, None], num_slots, offset, bias, until, first[None, :], last[None, :], i_position[None, :]
+            scores,
+            slot[:, None],
+            num_slots,
+            offset,
+            bias,
+            evicted_at,
+            first[None, :],
+            last[None, :],
+            i_position[None, :],
         )
         row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=0.0)
         weights = tl.exp2(scores - row_lse[None, :])
@@ -480,7 +508,7 @@ def _forward(
     far_start: torch.Tensor | None,
     far_end: torch.Tensor,
     far_bias: torch.Tensor | None,
-    far_until: torch.Tensor | None,
+    far_evicted_at: torch.Tensor | None,
     near_key: torch.Tensor | None,
     near_value: torch.Tensor | None,
     near_start: torch.Tensor | None,
@@ -502,7 +530,7 @@ def _forward(
         sinks = sinks.expand(batch_size, -1, -1).contiguous()
     with torch.cuda.device_of(query):
         prefix_forward[(triton.cdiv(num_heads * num_queries, tile.rows), batch_size * num_groups)](
-            query, far_key, far_value, far_start, far_end, far_bias, far_until,
+            query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
             near_key, near_value, near_start, near_end, position, sinks, output, lse,
             num_queries, num_far, num_near, SCALE=scale, SOFTCAP=softcap, HEADS=num_heads, HEAD_DIM=head_dim,
             BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, BLOCK_DIM=padded_dim(head_dim),
@@ -527,7 +555,7 @@ def _backward(
     far_start: torch.Tensor | None,
     far_end: torch.Tensor,
     far_bias: torch.Tensor | None,
-    far_until: torch.Tensor | None,
+    far_evicted_at: torch.Tensor | None,
     near_key: torch.Tensor | None,
     near_value: torch.Tensor | None,
     near_start: torch.Tensor | None,
@@ -552,13 +580,13 @@ def _backward(
     far_hull, near_hull = query.new_empty(2, 2, batch_size, num_groups, num_tiles, dtype=torch.int32)
     num_far, num_near = far_key.shape[2], 0 if near_key is None else near_key.shape[2]
 
-    def key_gradient(key, value, start, end, bias, until, position, hull, key_grads, bias_grad):
+    def key_gradient(key, value, start, end, bias, evicted_at, position, hull, key_grads, bias_grad):
         num_slots = key.shape[2]
         if num_slots == 0:
             return
         key_tile = _tile(KEY_GRADIENT, query)
         prefix_key_gradient[(triton.cdiv(num_slots, key_tile.slots), batch_size * num_groups)](
-            query, key, value, start, end, bias, until, position, output_grad, lse, delta, hull,
+            query, key, value, start, end, bias, evicted_at, position, output_grad, lse, delta, hull,
             *key_grads, bias_grad, num_queries, num_slots, num_tiles, **sizes,
             TILE_ROWS=tile.rows, BLOCK_ROWS=key_tile.rows, BLOCK_SLOTS=key_tile.slots,
             num_warps=key_tile.num_warps, num_stages=key_tile.num_stages,
@@ -566,13 +594,13 @@ def _backward(
 
     with torch.cuda.device_of(query):
         prefix_query_gradient[(num_tiles, batch_size * num_groups)](
-            query, far_key, far_value, far_start, far_end, far_bias, far_until,
+            query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
             near_key, near_value, near_start, near_end, position, output, output_grad, lse,
             query_grad, delta, far_hull, near_hull, num_queries, num_far, num_near, **sizes,
             BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         key_gradient(
-            far_key, far_value, far_start, far_end, far_bias, far_until, position, far_hull,
+            far_key, far_value, far_start, far_end, far_bias, far_evicted_at, position, far_hull,
             far_grads, None if far_bias is None else far_bias_grad,
         )  # fmt: skip
         if near_key is not None:
@@ -623,12 +651,16 @@ def production_builds() -> list[KernelBuild]:
     types = {
         "*bf16": "query far_key far_value near_key near_value key value "
         "output output_grad query_grad key_grad value_grad",
-        "*i32": "far_start far_end far_until near_start near_end start end until position far_hull near_hull hull",
+        "*i32": "far_start far_end far_evicted_at near_start near_end start end evicted_at position "
+        "far_hull near_hull hull",
         "*fp32": "far_bias bias sinks lse delta bias_grad",
         "i32": "num_queries num_far num_near num_slots num_tiles",
     }
     types = {name: kind for kind, names in types.items() for name in names.split()}
-    absent = "far_start far_bias far_until near_key near_value near_start near_end near_hull start bias until position"
+    absent = (
+        "far_start far_bias far_evicted_at near_key near_value near_start near_end near_hull "
+        "start bias evicted_at position"
+    )
     plain = dict.fromkeys(("sinks", "SOFTCAP"))
     forms = (
         ("sparse", 4, plain),

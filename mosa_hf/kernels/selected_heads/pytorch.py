@@ -25,7 +25,7 @@ def selected_heads(
     if torch.compiler.is_compiling():
         if past is not None:  # every shape has to be known
             return reference.selected_heads(hidden_states, weights, tokens, past)
-        return opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.until), None
+        return opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.evicted_at), None
     device_type, dtype = hidden_states.device.type, hidden_states.dtype
     if not torch.is_autocast_enabled(device_type):
         output, new = _selected_heads(hidden_states, weights, tokens, past)
@@ -75,25 +75,25 @@ def _selected_heads(
         states.view(num_groups, batch_size, num_slots, states.shape[2] // head_dim, head_dim).transpose(2, 3)
         for states in (query, key, value)
     )  # [G, B, R or 1, K, d]
-    position, until = gather(tokens.position), gather(tokens.until)  # [B, G, K]
+    position, evicted_at = gather(tokens.position), gather(tokens.evicted_at)  # [B, G, K]
     key_values = (states[:, :, 0].transpose(0, 1) for states in (key, value))
-    new = KeyValues(*key_values, position, filled, None, until, gather(tokens.score))
+    new = KeyValues(*key_values, position, filled, None, evicted_at, gather(tokens.score))
 
     # Empty slots come last: a causal read of the slots never meets them before a filled slot's own turn.
     mask = None
-    if past is not None or tokens.segment is not None or until is not None:
+    if past is not None or tokens.segment is not None or evicted_at is not None:
         mask = torch.ones(num_slots, num_slots, dtype=torch.bool, device=index.device).tril()  # [K, K]
         mask = mask.expand(batch_size, num_groups, num_slots, num_slots)
         if tokens.segment is not None:
             segment = gather(tokens.segment)
             mask = mask & (segment[..., :, None] == segment[..., None, :])
-        if until is not None:
-            mask = mask & (position[..., :, None] < until[..., None, :])
+        if evicted_at is not None:
+            mask = mask & (position[..., :, None] < evicted_at[..., None, :])
         past = None if past is None else past.pad()
         if past is not None:
             past_mask = past.valid[:, :, None].expand(-1, -1, num_slots, -1)
-            if past.until is not None:
-                past_mask = past_mask & (position[..., :, None] < past.until[..., None, :])
+            if past.evicted_at is not None:
+                past_mask = past_mask & (position[..., :, None] < past.evicted_at[..., None, :])
             mask = torch.cat((past_mask, mask), dim=-1)
             key, value = (
                 torch.cat((old.transpose(0, 1)[:, :, None], states), dim=3)
@@ -111,7 +111,7 @@ def _selected_heads(
 
 
 def _run(hidden_states: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
-    weights, tokens = HeadWeights(*inputs[:7]), Tokens(*inputs[7:14], until=inputs[14])
+    weights, tokens = HeadWeights(*inputs[:7]), Tokens(*inputs[7:14], evicted_at=inputs[14])
     return selected_heads(hidden_states, weights, tokens)[0]
 
 
@@ -120,6 +120,6 @@ opaque_selected_heads = opaque_op(
     _run,
     "Tensor hidden_states, Tensor query, Tensor key, Tensor value, Tensor output, Tensor? query_bias, "
     "Tensor? key_bias, Tensor? value_bias, Tensor position, Tensor? valid, Tensor? segment, Tensor cos, Tensor sin, "
-    "Tensor selected, Tensor gate, Tensor? until",
+    "Tensor selected, Tensor gate, Tensor? evicted_at",
     learn=(0, 1, 2, 3, 4, 5, 6, 7, 14),  # hidden states, weights and biases, gate
 )

@@ -24,13 +24,13 @@ def selected_heads(
     """
     query, key, value = project(hidden_states, weights, tokens)
     selected = tokens.selected.transpose(1, 2)  # [B, G, T]
-    until, score = (None if x is None else x.transpose(1, 2) for x in (tokens.until, tokens.score))
-    new = KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None, until, score)
+    evicted_at, score = (None if x is None else x.transpose(1, 2) for x in (tokens.evicted_at, tokens.score))
+    new = KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None, evicted_at, score)
     keys = join(None if past is None else past.pad(), new)
 
     mask = keys.valid[:, :, None] & (keys.position[:, :, None] <= tokens.position[:, None, :, None])  # [B, G, T, S]
-    if keys.until is not None:
-        mask = mask & (tokens.position[:, None, :, None] < keys.until[:, :, None])
+    if keys.evicted_at is not None:
+        mask = mask & (tokens.position[:, None, :, None] < keys.evicted_at[:, :, None])
     if tokens.segment is not None:
         mask = mask & (tokens.segment[:, None, :, None] == tokens.segment[:, None, None, :])
     heads = attend(query, keys.key, keys.value, mask)  # [B, G, R, T, d]

@@ -44,18 +44,20 @@ def selected_heads(
     slot = torch.arange(num_slots, device=index.device)
     filled = slot < count[..., None]  # [B, G, K]
     position = gather(tokens.position)  # [B, G, K]
-    new = KeyValues(key, value, position, filled, None, gather(tokens.until), gather(tokens.score))
-    has_limits = None if past is None else past.until is not None
-    if num_tokens == 1 and has_limits == (tokens.until is not None) and not torch.is_grad_enabled():
+    new = KeyValues(key, value, position, filled, None, gather(tokens.evicted_at), gather(tokens.score))
+    has_limits = None if past is None else past.evicted_at is not None
+    if num_tokens == 1 and has_limits == (tokens.evicted_at is not None) and not torch.is_grad_enabled():
         read = past._replace(length=torch.where(filled[..., 0], past.length, 0))
-        limits = (position[..., 0], new.until[..., 0]) if has_limits else None
+        limits = (position[..., 0], new.evicted_at[..., 0]) if has_limits else None
         heads = decode_packed(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
     else:
         start = None
         if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one
             segment = gather(tokens.segment).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
             start = torch.searchsorted(segment, segment)
-        far = after_packed(past, FarKeys(key, value, start, slot + 1, until=new.until))  # up to the slot itself
+        far = after_packed(
+            past, FarKeys(key, value, start, slot + 1, evicted_at=new.evicted_at)
+        )  # up to the slot itself
         far = far._replace(end=torch.where(filled, far.end, 0))
         heads = prefix_attention(query, far, position=position)  # [B, G, R, K, d]
 

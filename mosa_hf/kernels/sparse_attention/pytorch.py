@@ -43,7 +43,7 @@ def sparse_attention(
             )
         valid = None if near.valid is None else near.valid[:, 0]
         return opaque_sparse_attention(
-            query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.until,
+            query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.evicted_at,
             position, segment, window, scale, softcap,
         )  # fmt: skip
     batch_size, num_groups, num_heads, num_queries, _ = query.shape
@@ -61,12 +61,12 @@ def sparse_attention(
         index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
         far_key, far_value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
         bias = None if far_bias is None else far_bias.gather(2, index)
-        far_until = None if near.until is None else near.until.gather(2, index)
+        far_evicted_at = None if near.evicted_at is None else near.evicted_at.gather(2, index)
         # How many of the K far slots some query of a block can reach, and how many all of its queries do.
         count = selected.cumsum(-1)  # [B, G, S]
         most, least = count.amax((0, 1)), count.amin((0, 1))
         reach = [int(most[last]) if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
-        if segment is None and near.until is None:
+        if segment is None and near.evicted_at is None:
             sure = [int(least[last]) if (last := start + offset - window) >= 0 else 0 for start in block_starts]
     query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
 
@@ -83,8 +83,8 @@ def sparse_attention(
             values.append(kept.value)
             width = kept.key.shape[2]
             mask = kept.valid[:, :, None]
-            if kept.until is not None:
-                mask = mask & (positions < kept.until[:, :, None])
+            if kept.evicted_at is not None:
+                mask = mask & (positions < kept.evicted_at[:, :, None])
             masks.append((0, width, mask))
         far_start = width
         if num_far:
@@ -92,8 +92,8 @@ def sparse_attention(
             values.append(far_value[:, :, :num_far])
             far = index[:, :, None, num_sure:num_far]
             mask = filled[:, :, None, num_sure:num_far] & (far <= query_slot[queries, None] - window)
-            if near.until is not None:
-                mask = mask & (positions < far_until[:, :, None, :num_far])
+            if near.evicted_at is not None:
+                mask = mask & (positions < far_evicted_at[:, :, None, :num_far])
             if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
                 row = torch.arange(batch_size, device=device)[:, None, None, None]
                 mask = mask & (segment[row, far] == segment[:, None, queries, None])
@@ -182,7 +182,7 @@ def _run(
     near_position: torch.Tensor,
     valid: torch.Tensor | None,
     selected: torch.Tensor,
-    until: torch.Tensor | None,
+    evicted_at: torch.Tensor | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,
@@ -190,7 +190,7 @@ def _run(
     softcap: float | None,
 ) -> torch.Tensor:
     valid = None if valid is None else valid[:, None].expand_as(selected)
-    near = KeyValues(key, value, near_position[:, None].expand_as(selected), valid, selected, until)
+    near = KeyValues(key, value, near_position[:, None].expand_as(selected), valid, selected, evicted_at)
     return sparse_attention(query, near, None, position, segment, window, far_bias, scale, softcap, sinks)
 
 
@@ -198,6 +198,6 @@ opaque_sparse_attention = opaque_op(
     "sparse_attention",
     _run,
     "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor near_position, Tensor? valid, "
-    "Tensor selected, Tensor? until, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
+    "Tensor selected, Tensor? evicted_at, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
     learn=(0, 1, 2, 3, 4),  # queries, keys, values, bias, sinks
 )

@@ -20,7 +20,7 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Attention of sparse groups: query t reads { j <= t : (j selected and t < until_j) or t - j < window }.
+    Attention of sparse groups: query t reads { j <= t : (j selected and t < evicted_at_j) or t - j < window }.
 
     Args:
         query: `[B, G, R, T, d]`, rotated; padding on the left.
@@ -41,8 +41,8 @@ def sparse_attention(
     distance = position[:, None, :, None] - keys.position[:, :, None]  # [B, G, T, S]
     recent = distance < window
     readable = keys.selected[:, :, None]
-    if keys.until is not None:
-        readable = readable & (position[:, None, :, None] < keys.until[:, :, None])
+    if keys.evicted_at is not None:
+        readable = readable & (position[:, None, :, None] < keys.evicted_at[:, :, None])
     mask = keys.valid[:, :, None] & (distance >= 0) & (readable | recent)
     if segment is not None:
         mask = mask & (segment[:, None, :, None] == segment[:, None, None, :])

@@ -57,7 +57,7 @@ def sparse_attention(
         start,
         end,
         None if far_bias is None else gather_slots(far_bias, index),
-        None if near.until is None else gather_slots(near.until, index),
+        None if near.evicted_at is None else gather_slots(near.evicted_at, index),
     )
     window_keys = NearKeys(near.key.to(dtype), near.value, near_start, slot + 1) if window else None
     return prefix_attention(

@@ -19,7 +19,7 @@ def sparse_decode(
     Args:
         query: `[B, G, R, d]`, rotated.
         packed: what each row and group reads, all of it: the token's own key included, nothing that it must not read.
-            `packed.until` is None.
+            `packed.evicted_at` is None.
         scale, softcap, sinks: as in `sparse_attention`.
 
     Returns:

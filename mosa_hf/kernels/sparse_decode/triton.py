@@ -59,7 +59,7 @@ def decode_packed(
         query: `[B, G, R, d]`.
         packed: what each row and group reads.
         last: key and value `[B, G, d]` that each range is read with, also an empty one; None: none.
-        limits: `[B, G]` int64 each, given with `packed.until` and `last`: the query's position, and the `until` of
+        limits: `[B, G]` int64, given with `packed.evicted_at` and `last`: the query's position, and `evicted_at` of
             `last` (see `KeyValues`).
         scale, softcap, sinks: as in `reference.sparse_attention`.
 
@@ -80,7 +80,7 @@ def decode_packed(
         packed.length.contiguous(),
         packed.max_length,
         *((None, None) if last is None else (states.to(dtype).contiguous() for states in last)),
-        *((None,) * 3 if limits is None else (x.contiguous() for x in (packed.until, *limits))),
+        *((None,) * 3 if limits is None else (x.contiguous() for x in (packed.evicted_at, *limits))),
         head_dim**-0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
         None if sinks is None else sinks.float().contiguous(),
@@ -94,8 +94,8 @@ def decode_attend(
     key, value,  # [N, d]
     start, count,  # [B, G]
     last_key, last_value,  # [B, G, d]
-    until,  # [N]
-    position, last_until,  # [B, G]
+    evicted_at,  # [N]
+    position, last_evicted_at,  # [B, G]
     sinks,  # [G, R]
     output,  # [B, G, splits, R, d], of each split by itself; not written where one reads nothing
     lse,  # [B, G, splits, R], base 2; -inf where a split reads nothing. None: there is one split
@@ -130,8 +130,8 @@ def decode_attend(
             v_last = tl.load(last_value + last, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
             score = scaled_scores(tl.sum(q.to(tl.float32) * k_last[None, :], 1), SCALE, SOFTCAP)[0]  # [M]
             is_read = is_first
-            if until is not None:
-                is_read = is_read & (tl.load(position + group) < tl.load(last_until + group))
+            if evicted_at is not None:
+                is_read = is_read & (tl.load(position + group) < tl.load(last_evicted_at + group))
             score = tl.where(is_read, score, float("-inf"))
             new_max = tl.maximum(row_max, score)
             weight = tl.exp2(score - new_max)
@@ -145,8 +145,8 @@ def decode_attend(
             k = load_rows(key + first * HEAD_DIM, slot, filled, HEAD_DIM, BLOCK_DIM)  # [N, d]
             scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
             reads = filled
-            if until is not None:
-                reads = reads & (tl.load(position + group) < tl.load(until + first + slot, mask=filled, other=0))
+            if evicted_at is not None:
+                reads = reads & (tl.load(position + group) < tl.load(evicted_at + first + slot, mask=filled, other=0))
             scores = tl.where(reads[None, :], scores, float("-inf"))
             row_max, row_sum, weighted = add_to_softmax(
                 scores, value + first * HEAD_DIM, slot, filled, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
@@ -193,9 +193,9 @@ def _decode(
     max_length: int,
     last_key: torch.Tensor | None,
     last_value: torch.Tensor | None,
-    until: torch.Tensor | None,
+    evicted_at: torch.Tensor | None,
     position: torch.Tensor | None,
-    last_until: torch.Tensor | None,
+    last_evicted_at: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -217,7 +217,7 @@ def _decode(
     sizes = {"HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
     with torch.cuda.device_of(query):
         decode_attend[(num_ranges, num_splits, row_blocks)](
-            query, key, value, start, count, last_key, last_value, until, position, last_until, sinks,
+            query, key, value, start, count, last_key, last_value, evicted_at, position, last_evicted_at, sinks,
             split_output, lse, num_groups, SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=BLOCK_SLOTS,
             **sizes, num_warps=4, num_stages=NUM_STAGES,
         )  # fmt: skip
@@ -236,10 +236,10 @@ def production_builds() -> list[KernelBuild]:
     types = {
         "*bf16": "query key value last_key last_value",
         "*fp32": "sinks output lse",
-        "*i64": "start count until position last_until",
+        "*i64": "start count evicted_at position last_evicted_at",
     }
     types = {name: kind for kind, names in types.items() for name in names.split()} | {"num_groups": "i32"}
-    range_only = dict.fromkeys(("last_key", "last_value", "until", "position", "last_until"))
+    range_only = dict.fromkeys(("last_key", "last_value", "evicted_at", "position", "last_evicted_at"))
     forms = (
         ("sparse", 4, {"sinks": None, "SOFTCAP": None, **range_only}),
         ("sparse softcap sinks", MAX_ROWS, {"SOFTCAP": 50.0, **range_only}),
