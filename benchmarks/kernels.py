@@ -139,10 +139,10 @@ def sparse_attention(case: Case, draw: Draw) -> tuple[Contender, dict[str, Conte
     key, value = (draw(*size, case.head_dim) for _ in range(2))
     selected = (torch.rand(size) < 1 / case.sparsity).to(DEVICE)
     position = torch.arange(case.num_tokens, device=DEVICE).expand(case.batch_size, -1)
-    near = KeyValues(key, value, position[:, None].expand(size), None, selected)
+    recent = KeyValues(key, value, position[:, None].expand(size), None, selected)
 
     def ours() -> torch.Tensor:
-        return backend(query).sparse_attention(query, near, None, position, None, case.window)
+        return backend(query).sparse_attention(query, recent, None, position, None, case.window)
 
     def dense() -> torch.Tensor:
         return dense_attention(query.flatten(1, 2), key, value)

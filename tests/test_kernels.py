@@ -32,7 +32,7 @@ def normal(*size: int) -> torch.Tensor:
     return torch.randn(*size, dtype=torch.float64).requires_grad_()
 
 
-def random_kept(batch_size: int, num_groups: int, most: int, head_dim: int) -> PackedKeyValues | None:
+def random_cached(batch_size: int, num_groups: int, most: int, head_dim: int) -> PackedKeyValues | None:
     """Ranges of up to `most` entries, some empty."""
     if not most:
         return None
@@ -65,7 +65,7 @@ def check(name: str, arguments: tuple, options: dict, real: torch.Tensor | float
     sparsity=st.integers(1, 9),
     window=st.integers(0, 9),
     padding=st.sampled_from(["none", "left", "packed"]),
-    num_kept=st.sampled_from([0, 0, 1, 13]),
+    num_cached=st.sampled_from([0, 0, 1, 13]),
     evicts=st.booleans(),
     biased=st.booleans(),
     small_blocks=st.booleans(),
@@ -73,23 +73,23 @@ def check(name: str, arguments: tuple, options: dict, real: torch.Tensor | float
     **OPTIONS,
 )
 def test_sparse_attention(
-    batch_size, num_groups, heads_per_group, head_dim, seed, num_tokens, sparsity, window, padding, num_kept, evicts,
+    batch_size, num_groups, heads_per_group, head_dim, seed, num_tokens, sparsity, window, padding, num_cached, evicts,
     biased, small_blocks, has_sinks, **options,
 ):  # fmt: skip
     torch.manual_seed(seed)
-    kept = None if padding == "packed" else random_kept(batch_size, num_groups, num_kept, head_dim)
-    # Before the call's own tokens, some that the window covers; kept ones have left the window of every query.
-    num_recent = int(torch.randint(0, max(window, 1), ())) if kept is not None else 0
-    num_near = num_recent + num_tokens
-    valid, slot = None, torch.arange(num_near).expand(batch_size, -1)
-    position = slot if kept is None else slot + num_kept + window
+    cached = None if padding == "packed" else random_cached(batch_size, num_groups, num_cached, head_dim)
+    # Before the call's own tokens, some that the window covers; cached ones have left the window of every query.
+    num_before = int(torch.randint(0, max(window, 1), ())) if cached is not None else 0
+    num_recent = num_before + num_tokens
+    valid, slot = None, torch.arange(num_recent).expand(batch_size, -1)
+    position = slot if cached is None else slot + num_cached + window
     if padding == "left":
-        num_empty = torch.randint(0, num_near + 1, (batch_size, 1))
-        valid, position = slot >= num_empty, (position - num_empty).clamp(min=0 if kept is None else window)
+        num_empty = torch.randint(0, num_recent + 1, (batch_size, 1))
+        valid, position = slot >= num_empty, (position - num_empty).clamp(min=0 if cached is None else window)
     segment = torch.randint(0, 2, (batch_size, num_tokens)).cumsum(1) // 4 if padding == "packed" else None
-    size = (batch_size, num_groups, num_near)
+    size = (batch_size, num_groups, num_recent)
     position = position[:, None].expand(size)
-    near = KeyValues(
+    recent = KeyValues(
         normal(*size, head_dim),
         normal(*size, head_dim),
         position,
@@ -97,15 +97,15 @@ def test_sparse_attention(
         torch.rand(size) < 1 / sparsity,
         random_evictions(position) if evicts else None,
     )
-    if evicts and kept is not None:
-        kept = kept._replace(evicted_at=random_evictions(torch.full((len(kept.key),), num_kept + window)))
+    if evicts and cached is not None:
+        cached = cached._replace(evicted_at=random_evictions(torch.full((len(cached.key),), num_cached + window)))
     query = normal(batch_size, num_groups, heads_per_group, num_tokens, head_dim)
     far_bias = -normal(*size).abs().detach().requires_grad_() if biased else None
     options["sinks"] = normal(num_groups, heads_per_group) if has_sinks else None
-    real = 1.0 if valid is None else valid[:, None, None, num_recent:, None]
+    real = 1.0 if valid is None else valid[:, None, None, num_before:, None]
     block, sparse_attention.QUERY_BLOCK = sparse_attention.QUERY_BLOCK, 16 if small_blocks else 64
     try:
-        arguments = (query, near, kept, position[:, 0, num_recent:], segment, window, far_bias)
+        arguments = (query, recent, cached, position[:, 0, num_before:], segment, window, far_bias)
         check("sparse_attention", arguments, options, real)
     finally:
         sparse_attention.QUERY_BLOCK = block
@@ -127,10 +127,10 @@ def test_sparse_attention_learns_in_bfloat16(autocast, biased):
             dtypes[:2] = [torch.float32] * 2
         inputs = [each.to(dtype).requires_grad_() for each, dtype in zip((*states, bias), dtypes, strict=True)]
         query, key, value, far_bias = inputs
-        near = KeyValues(key, value, position, None, selected)
+        recent = KeyValues(key, value, position, None, selected)
         with use_backend(which), torch.autocast("cpu", torch.bfloat16, enabled=autocast and which == "torch"):
             output = backend(query).sparse_attention(
-                query, near, None, position[:, 0], None, window, far_bias if biased else None
+                query, recent, None, position[:, 0], None, window, far_bias if biased else None
             )
         assert output.dtype == dtypes[2]
         results.append([output, *torch.autograd.grad(output, inputs[: 3 + biased], upstream.to(output.dtype))])
@@ -145,7 +145,7 @@ def test_sparse_decode(
 ):  # fmt: skip
     """One by one, all at once, and of ranges that lie evenly."""
     torch.manual_seed(seed)
-    packed = random_kept(batch_size, num_groups, count, head_dim)
+    packed = random_cached(batch_size, num_groups, count, head_dim)
     if packed is None:
         packed = random_packed(torch.zeros(batch_size, num_groups, dtype=torch.int64), head_dim, torch.float64)
     if layout == "evenly":  # with entries before and behind each, that nothing may read

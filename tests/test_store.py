@@ -132,17 +132,17 @@ class Case:
         store = self.layer.stores[0]
         position, tokens = layout.pad_left(layout.position, 1), layout.pad_left(tokens, 1)
         selected, score = layout.pad_left(selected, 2), layout.pad_left(score, 2)
-        kept, evicted = store.read(position)
+        cached, evicted = store.read(position)
         key = self.states(tokens, (0, 1, 2))
-        near = KeyValues(key, -key, position[:, None].expand_as(selected), selected, selected, evicted, score)
-        self.check_read((near, kept), self.spec.sets[0], new)
+        recent = KeyValues(key, -key, position[:, None].expand_as(selected), selected, selected, evicted, score)
+        self.check_read((recent, cached), self.spec.sets[0], new)
         groups = selected.any(2).any(0).nonzero()[:, 0]
         if len(groups) == 0:
             store.append(None)
         elif len(groups) < self.num_groups:
-            store.append(KeyValues(*(None if x is None else x[:, groups] for x in near)), groups)
+            store.append(KeyValues(*(None if x is None else x[:, groups] for x in recent)), groups)
         else:
-            store.append(near)
+            store.append(recent)
 
     def check_read(self, read, each: GroupSet, new: list[int]) -> None:
         """Query t reads { j <= t : j selected and within the limit, or t - j < window }, each key once."""
@@ -168,16 +168,16 @@ class Case:
             assert all(torch.equal(one, own) for one, own in zip(split, states, strict=True))
             key, value = (own.tolist() for own in states)
             return [(tuple(k), tuple(v)) for k, v in zip(key, value, strict=True)]
-        near, kept = read
+        recent, cached = read
         slots = []
-        for part in (kept and kept.pad(), near):
+        for part in (cached and cached.pad(), recent):
             for s in range(0 if part is None else part.key.shape[2]):
                 if part.valid is not None and not part.valid[row, group, s]:
                     continue
                 position = int(part.position[row, group, s])
                 is_selected = part.selected is None or bool(part.selected[row, group, s])
                 is_alive = part.evicted_at is None or t < int(part.evicted_at[row, group, s])
-                if position <= t and (is_selected and is_alive or (part is near and t - position < window)):
+                if position <= t and (is_selected and is_alive or (part is recent and t - position < window)):
                     slots.append((tuple(part.key[row, group, s].tolist()), tuple(part.value[row, group, s].tolist())))
         return slots
 

@@ -295,7 +295,7 @@ def sparse_attention(
 
     Args:
         query: `[B, G, R, T, d]`.
-        read: what may be read: packed entries of a cache, for one token a row; else (near, kept).
+        read: what may be read: packed entries of a cache, for one token a row; else (recent, cached).
         layout: of the call.
         window: of the set.
         gate: `[B, T, G]`, added to the scores of the call's keys beyond the window.
@@ -307,16 +307,16 @@ def sparse_attention(
     kernels = backend(query)
     if isinstance(read, PackedKeyValues):
         return kernels.sparse_decode(query.squeeze(3), read, **options).unsqueeze(3)
-    near, kept = read
+    recent, cached = read
     layout = layout.to(query.device)
     far_bias = None
     if gate is not None:
         # Keys cached by earlier calls are read without a bias: no gradient could reach their routers.
         gate = layout.pad_left(gate.transpose(1, 2), dim=2)
-        far_bias = F.pad(gate, (near.key.shape[2] - gate.shape[2], 0))
+        far_bias = F.pad(gate, (recent.key.shape[2] - gate.shape[2], 0))
     query, position = layout.pad_left(query, dim=3), layout.pad_left(layout.position, dim=1)
     segment = None if layout.segment is None else layout.pad_left(layout.segment, dim=1)
-    heads = kernels.sparse_attention(query, near, kept, position, segment, window, far_bias=far_bias, **options)
+    heads = kernels.sparse_attention(query, recent, cached, position, segment, window, far_bias=far_bias, **options)
     if far_bias is not None:
         # A call no longer than the window reads no far key: keep the router in the graph, as DDP needs.
         heads = heads + 0.0 * far_bias.sum()

@@ -7,12 +7,12 @@ pytest.importorskip("triton")
 
 from mosa_hf.kernels.prefix_attention import reference  # noqa: E402
 from mosa_hf.kernels.prefix_attention import triton as kernels  # noqa: E402
-from mosa_hf.kernels.prefix_attention.reference import FarKeys, NearKeys  # noqa: E402
+from mosa_hf.kernels.prefix_attention.reference import FarKeys, WindowKeys  # noqa: E402
 from mosa_hf.kernels.prefix_attention.triton import prefix_attention  # noqa: E402
 
 from .common import COMPILER, check, gradients  # noqa: E402
 
-# Head size, query heads a group, queries, far slots, near tokens (None: no second source), dtype; what is given of
+# Head size, query heads a group, queries, far slots, window tokens (None: no second source), dtype; what is given of
 # bias, limits (evicted_at) and starts, scale, softcap, sinks. Sizes that no block divides, single ones, no far slot.
 CASES = [
     (16, 1, 1, 1, None, torch.float32, ""),
@@ -37,14 +37,14 @@ def random_range(batch_size: int, num_groups: int, num_queries: int, num_slots: 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_prefix_attention(case):
-    head_dim, num_heads, num_queries, num_far, num_near, dtype, given = case
+    head_dim, num_heads, num_queries, num_far, num_window, dtype, given = case
     size = (2, 2)
 
     def states(*shape: int) -> torch.Tensor:
         return torch.randn(*size, *shape, head_dim).to(dtype).requires_grad_()
 
     query, far_key, far_value = states(num_heads, num_queries), states(num_far), states(num_far)
-    bias = evicted_at = near = position = sinks = None
+    bias = evicted_at = window = position = sinks = None
     inputs = [query, far_key, far_value]
     if "limits" in given:
         bias = (torch.randn(*size, num_far) * 5).requires_grad_()
@@ -52,16 +52,16 @@ def test_prefix_attention(case):
         position = torch.arange(num_queries).expand(2, 1, -1)
         inputs.append(bias)
     far = FarKeys(far_key, far_value, *random_range(*size, num_queries, num_far, "limits" in given), bias, evicted_at)
-    if num_near is not None:
-        end = num_near - num_queries + torch.arange(1, num_queries + 1).expand(2, 1, -1)
-        near = NearKeys(states(num_near), states(num_near), (end - 7).clamp(min=0), end)
-        inputs += near[:2]
+    if num_window is not None:
+        end = num_window - num_queries + torch.arange(1, num_queries + 1).expand(2, 1, -1)
+        window = WindowKeys(states(num_window), states(num_window), (end - 7).clamp(min=0), end)
+        inputs += window[:2]
     if "sinks" in given:
         sinks = (torch.randn(2, num_heads) * 2).requires_grad_()
         inputs.append(sinks)
     options = 0.4 if "scale" in given else None, 1.5 if "softcap" in given else None, sinks
-    actual = prefix_attention(query, far, near, position, *options)
-    check(actual, reference.prefix_attention(query, far, near, position, *options), inputs)
+    actual = prefix_attention(query, far, window, position, *options)
+    check(actual, reference.prefix_attention(query, far, window, position, *options), inputs)
 
 
 def test_layout_that_projections_leave():
@@ -110,7 +110,7 @@ def test_only_blocks_that_read_or_are_read_are_visited():
         return states.isnan().any(-1).flatten().nonzero().flatten().tolist()
 
     def read(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return prefix_attention(query, far, NearKeys(key, value, (end - window).clamp(min=0), end))
+        return prefix_attention(query, far, WindowKeys(key, value, (end - window).clamp(min=0), end))
 
     output = read(query, key.index_fill(2, torch.tensor([100]), torch.nan))
     first, last = 100 // tile.rows * tile.rows, (100 + window - 1) // tile.rows * tile.rows + tile.rows
@@ -131,8 +131,8 @@ def test_what_does_not_fit_is_refused():
         prefix_attention(query.double(), FarKeys(key.double(), key.double(), None, end))
     with pytest.raises(ValueError, match="far keys .*torch.float16.* queries torch.float32"):
         prefix_attention(query, FarKeys(key.half(), key, None, end))
-    with pytest.raises(ValueError, match=r"near keys \(1, 2, 3, 8\)"):
-        prefix_attention(query, FarKeys(key, key, None, end), NearKeys(key[..., :8], key, None, end))
+    with pytest.raises(ValueError, match=r"window keys \(1, 2, 3, 8\)"):
+        prefix_attention(query, FarKeys(key, key, None, end), WindowKeys(key[..., :8], key, None, end))
     with pytest.raises(ValueError, match="`position`, which is missing"):
         prefix_attention(query, FarKeys(key, key, None, end, evicted_at=torch.zeros(1, 2, 3)))
     with pytest.raises(ValueError, match=r"Sinks \(2,\) do not fit"):
@@ -141,18 +141,23 @@ def test_what_does_not_fit_is_refused():
         prefix_attention(torch.randn(1, 1, 1, 1, 512), FarKeys(key, key, None, end))
 
 
-def operands() -> tuple[torch.Tensor, FarKeys, NearKeys, torch.Tensor]:
+def operands() -> tuple[torch.Tensor, FarKeys, WindowKeys, torch.Tensor]:
     query = torch.randn(1, 1, 2, 20, 16, requires_grad=True)
     states = [torch.randn(1, 1, number, 16, requires_grad=True) for number in (9, 9, 20, 20)]
     end = torch.arange(1, 21, dtype=torch.int32).view(1, 1, -1)
     bias, sinks = torch.randn(1, 1, 9, requires_grad=True), torch.randn(1, 2, requires_grad=True)
-    return query, FarKeys(*states[:2], None, end // 3, bias), NearKeys(*states[2:], (end - 4).clamp(min=0), end), sinks
+    return (
+        query,
+        FarKeys(*states[:2], None, end // 3, bias),
+        WindowKeys(*states[2:], (end - 4).clamp(min=0), end),
+        sinks,
+    )
 
 
 @pytest.mark.parametrize("everything", [True, False])
 def test_the_ops_pass_opcheck(everything):
-    query, far, near, sinks = operands()
-    others = (*near, None, sinks, 0.25, 2.0) if everything else (None,) * 6 + (0.25, None)
+    query, far, window, sinks = operands()
+    others = (*window, None, sinks, 0.25, 2.0) if everything else (None,) * 6 + (0.25, None)
     torch.library.opcheck(kernels._forward, (query, *far, *others))
     inputs = [x.detach() if torch.is_tensor(x) else x for x in (query, *far, *others)]
     output, lse = kernels._forward(*inputs)
@@ -160,16 +165,18 @@ def test_the_ops_pass_opcheck(everything):
 
 
 def test_compiles_into_one_graph():
-    query, far, near, sinks = operands()
-    arguments = (query, far, near, None, 0.3, 2.0, sinks)
-    inputs = [query, far.key, far.value, far.bias, near.key, near.value, sinks]
+    query, far, window, sinks = operands()
+    arguments = (query, far, window, None, 0.3, 2.0, sinks)
+    inputs = [query, far.key, far.value, far.bias, window.key, window.value, sinks]
     compiled = torch.compile(prefix_attention, fullgraph=True, backend=COMPILER)
     check(compiled(*arguments), prefix_attention(*arguments), inputs)
 
 
 def test_gradients_are_the_same_in_every_run():
-    query, far, near, sinks = operands()
-    inputs = [query, far.key, far.value, far.bias, near.key, near.value, sinks]
+    query, far, window, sinks = operands()
+    inputs = [query, far.key, far.value, far.bias, window.key, window.value, sinks]
     upstream = torch.randn_like(query)
-    runs = [gradients(prefix_attention(query, far, near, None, None, 2.0, sinks), upstream, inputs) for _ in range(2)]
+    runs = [
+        gradients(prefix_attention(query, far, window, None, None, 2.0, sinks), upstream, inputs) for _ in range(2)
+    ]
     assert all(torch.equal(*pair) for pair in zip(*runs, strict=True))

@@ -11,7 +11,7 @@ from mosa_hf.kernels.tensors import KeyValues  # noqa: E402
 
 from .common import COMPILER, check, close, random_evictions, random_packed  # noqa: E402
 
-PLAIN = {"num_tokens": 40, "heads": 2, "head_dim": 16, "kept": 0, "dtype": torch.float32, "scale": None}
+PLAIN = {"num_tokens": 40, "heads": 2, "head_dim": 16, "cached": 0, "dtype": torch.float32, "scale": None}
 PLAIN |= {"softcap": None, **dict.fromkeys(("padded", "packed", "evicts", "biased", "sinks"), False)}
 CASES = {
     "no window": (0, {}),
@@ -22,15 +22,15 @@ CASES = {
     "padded": (5, {"padded": True, "heads": 1, "biased": True, "sinks": True}),
     "packed": (5, {"packed": True, "heads": 3, "biased": True}),
     "packed, padded, no window": (0, {"packed": True, "padded": True, "softcap": 1.5, "sinks": True}),
-    "kept": (5, {"kept": 13, "num_tokens": 30, "evicts": True, "biased": True}),
-    "kept, no window": (0, {"kept": 13, "num_tokens": 30, "softcap": 1.5, "sinks": True}),
-    "kept, padded": (4, {"kept": 7, "num_tokens": 20, "padded": True, "evicts": True}),
-    "kept, one token": (5, {"kept": 90, "num_tokens": 1, "head_dim": 80}),
-    "half precision": (5, {"kept": 9, "head_dim": 64, "biased": True, "dtype": torch.float16}),
+    "cached": (5, {"cached": 13, "num_tokens": 30, "evicts": True, "biased": True}),
+    "cached, no window": (0, {"cached": 13, "num_tokens": 30, "softcap": 1.5, "sinks": True}),
+    "cached, padded": (4, {"cached": 7, "num_tokens": 20, "padded": True, "evicts": True}),
+    "cached, one token": (5, {"cached": 90, "num_tokens": 1, "head_dim": 80}),
+    "half precision": (5, {"cached": 9, "head_dim": 64, "biased": True, "dtype": torch.float16}),
     "half precision, everything": (
         5,
         {
-            "kept": 9, "head_dim": 128, "num_tokens": 24, "biased": True, "evicts": True, "sinks": True,
+            "cached": 9, "head_dim": 128, "num_tokens": 24, "biased": True, "evicts": True, "sinks": True,
             "softcap": 3.0, "scale": 0.2, "dtype": torch.float16,
         },
     ),
@@ -42,35 +42,35 @@ def random_call(window: int, case: dict):
     case = PLAIN | case
     batch_size, num_groups, num_tokens, head_dim, dtype = 2, 2, case["num_tokens"], case["head_dim"], case["dtype"]
     size = (batch_size, num_groups)
-    recent = max(window - 1, 0) if case["kept"] and not case["padded"] else 0  # the window before the call
-    num_near = recent + num_tokens
+    num_before = max(window - 1, 0) if case["cached"] and not case["padded"] else 0  # the window before the call
+    num_recent = num_before + num_tokens
     # Kept tokens have left the window of every query.
-    position = torch.arange(num_near).expand(batch_size, -1)
+    position = torch.arange(num_recent).expand(batch_size, -1)
     valid = segment = None
     if case["padded"]:
         valid = position >= torch.tensor([[num_tokens // 3], [0]])
         position = (valid.cumsum(1) - 1).clamp(min=0)
-    if case["kept"]:
-        position = position + case["kept"] + (window if case["padded"] else 0)
+    if case["cached"]:
+        position = position + case["cached"] + (window if case["padded"] else 0)
     if case["packed"]:
         segment = (torch.rand(batch_size, num_tokens) < 0.1).long().cumsum(1)
-    per_group = (*size, num_near)
-    near = KeyValues(
+    per_group = (*size, num_recent)
+    recent = KeyValues(
         *(torch.randn(*per_group, head_dim).to(dtype).requires_grad_() for _ in range(2)),
         position[:, None].expand(per_group),
         None if valid is None else valid[:, None].expand(per_group),
         torch.rand(per_group) < 0.3,
     )
-    inputs, kept, bias, sinks = list(near[:2]), None, None, None
+    inputs, cached, bias, sinks = list(recent[:2]), None, None, None
     if case["evicts"]:
-        near = near._replace(evicted_at=random_evictions(near.position))
-    if case["kept"]:
-        count = torch.randint(0, case["kept"] + 1, size)
+        recent = recent._replace(evicted_at=random_evictions(recent.position))
+    if case["cached"]:
+        count = torch.randint(0, case["cached"] + 1, size)
         count[0, 0] = 0
-        kept = random_packed(count, head_dim, dtype)
-        inputs += kept[:2]
+        cached = random_packed(count, head_dim, dtype)
+        inputs += cached[:2]
         if case["evicts"]:
-            kept = kept._replace(evicted_at=random_evictions(torch.full((len(kept.key),), int(position.min()))))
+            cached = cached._replace(evicted_at=random_evictions(torch.full((len(cached.key),), int(position.min()))))
     if case["biased"]:
         bias = (-torch.rand(per_group)).requires_grad_()
         inputs.append(bias)
@@ -78,8 +78,8 @@ def random_call(window: int, case: dict):
         sinks = torch.randn(num_groups, case["heads"], requires_grad=True)
         inputs.append(sinks)
     query = torch.randn(*size, case["heads"], num_tokens, head_dim).to(dtype).requires_grad_()
-    real = 1.0 if valid is None else valid[:, None, None, recent:, None]
-    arguments = (query, near, kept, position[:, recent:], segment, window, bias)
+    real = 1.0 if valid is None else valid[:, None, None, num_before:, None]
+    arguments = (query, recent, cached, position[:, num_before:], segment, window, bias)
     return (*arguments, case["scale"], case["softcap"], sinks), [query, *inputs], real
 
 
@@ -90,17 +90,17 @@ def test_sparse_attention(name):
 
 
 def test_compiles_into_one_graph():
-    call, inputs, real = random_call(*CASES["kept, padded"])
+    call, inputs, real = random_call(*CASES["cached, padded"])
     compiled = torch.compile(sparse_attention, fullgraph=True, backend=COMPILER)
     check(compiled(*call), reference.sparse_attention(*call), inputs, real)
 
 
 def test_autocast():
     """Values come in the autocast dtype, rotated queries and keys in float32."""
-    call, _, _ = random_call(5, {"kept": 13, "num_tokens": 20})
+    call, _, _ = random_call(5, {"cached": 13, "num_tokens": 20})
     expected = reference.sparse_attention(*call)
-    query, near, kept, *rest = call
-    near, kept = near._replace(value=near.value.half()), kept._replace(value=kept.value.half())
-    actual = sparse_attention(query, near, kept, *rest)
+    query, recent, cached, *rest = call
+    recent, cached = recent._replace(value=recent.value.half()), cached._replace(value=cached.value.half())
+    actual = sparse_attention(query, recent, cached, *rest)
     assert actual.dtype == torch.float16
     close(actual, expected, "output", torch.float16)

@@ -18,7 +18,7 @@ class FarKeys(NamedTuple):
     evicted_at: torch.Tensor | None = None  # [B, G, S] int: the slot is read by queries of lower `position` only
 
 
-class NearKeys(NamedTuple):
+class WindowKeys(NamedTuple):
     """Consecutive tokens, selected or not; query i reads the slots start[i] <= s < end[i]."""
 
     key: torch.Tensor  # [B, G, N, d]
@@ -30,19 +30,19 @@ class NearKeys(NamedTuple):
 def prefix_attention(
     query: torch.Tensor,
     far: FarKeys,
-    near: NearKeys | None = None,
+    window: WindowKeys | None = None,
     position: torch.Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    One softmax over what each query reads of `far` and of `near`.
+    One softmax over what each query reads of `far` and of `window`.
 
     Args:
         query: `[B, G, R, T, d]`.
         far: the selected keys. The paper's heads: `FarKeys(key, value, None, i + 1)` and nothing else.
-        near: the window, or other keys.
+        window: the window, or other keys.
         position: of the queries, int, expands to `[B, G, T]`; needed with `far.evicted_at`.
         scale: factor on the scores; None: d ** -0.5.
         softcap: c of c · tanh(score / c); None: none. The bias is added after it.
@@ -53,7 +53,7 @@ def prefix_attention(
     """
     size = (*query.shape[:2], query.shape[3], -1)
 
-    def reads(keys: FarKeys | NearKeys) -> torch.Tensor:  # [B, G, T, S]
+    def reads(keys: FarKeys | WindowKeys) -> torch.Tensor:  # [B, G, T, S]
         slot = torch.arange(keys.key.shape[2], device=query.device)
         mask = slot < keys.end[..., None]
         if keys.start is not None:
@@ -63,8 +63,8 @@ def prefix_attention(
     key, value, mask, bias = far.key, far.value, reads(far), far.bias
     if far.evicted_at is not None:
         mask = mask & (position[..., None] < far.evicted_at[:, :, None])
-    if near is not None:
-        key, value = torch.cat((key, near.key), dim=2), torch.cat((value, near.value), dim=2)
-        mask = torch.cat((mask, reads(near)), dim=-1)
-        bias = None if bias is None else torch.cat((bias, bias.new_zeros(near.key.shape[:3])), dim=2)
+    if window is not None:
+        key, value = torch.cat((key, window.key), dim=2), torch.cat((value, window.value), dim=2)
+        mask = torch.cat((mask, reads(window)), dim=-1)
+        bias = None if bias is None else torch.cat((bias, bias.new_zeros(window.key.shape[:3])), dim=2)
     return attend(query, key, value, mask, None if bias is None else bias[:, :, None], scale, softcap, sinks)

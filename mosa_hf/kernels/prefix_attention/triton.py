@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..tensors import NEVER, PackedKeyValues
 from ..triton_builds import KernelBuild
-from .reference import FarKeys, NearKeys
+from .reference import FarKeys, WindowKeys
 
 INT32_MAX = torch.iinfo(torch.int32).max
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,7 +29,7 @@ SCAN = tl.constexpr(256)  # tiles whose ranges are compared at once with a key b
 def prefix_attention(
     query: torch.Tensor,
     far: FarKeys,
-    near: NearKeys | None = None,
+    window: WindowKeys | None = None,
     position: torch.Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
@@ -55,7 +55,7 @@ def prefix_attention(
         raise ValueError("`far.evicted_at` is compared with the queries' `position`, which is missing.")
     if sinks is not None and sinks.shape != (num_groups, num_heads):
         raise ValueError(f"Sinks {tuple(sinks.shape)} do not fit queries {tuple(query.shape)}.")
-    for name, keys in (("far", far), ("near", near)):
+    for name, keys in (("far", far), ("window", window)):
         if keys is None:
             continue
         shape = (batch_size, num_groups, keys.key.shape[2], head_dim)
@@ -73,7 +73,7 @@ def prefix_attention(
         return numbers.to(torch.int32).expand(batch_size, num_groups, num_queries).contiguous()
 
     # One layout for the kernels to be compiled for: the copies are linear in tokens, as attention is not.
-    near_key, near_value, near_start, near_end = (None, None, None, None) if near is None else near
+    window_key, window_value, window_start, window_end = (None, None, None, None) if window is None else window
     output, _ = _forward(
         query.contiguous(),
         far.key.contiguous(),
@@ -82,10 +82,10 @@ def prefix_attention(
         per_query(far.end),
         None if far.bias is None else far.bias.float().contiguous(),
         None if far.evicted_at is None else far.evicted_at.clamp(max=INT32_MAX).to(torch.int32).contiguous(),
-        None if near_key is None else near_key.contiguous(),
-        None if near_value is None else near_value.contiguous(),
-        per_query(near_start),
-        per_query(near_end),
+        None if window_key is None else window_key.contiguous(),
+        None if window_value is None else window_value.contiguous(),
+        per_query(window_start),
+        per_query(window_end),
         per_query(position) if far.evicted_at is not None else None,
         None if sinks is None else sinks.float().contiguous(),
         head_dim**-0.5 if scale is None else float(scale),
@@ -280,13 +280,13 @@ def prefix_forward(
     far_key, far_value,  # [B, G, S, d]
     far_start, far_end,  # [B, G, T]
     far_bias, far_evicted_at,  # [B, G, S]
-    near_key, near_value,  # [B, G, N, d]
-    near_start, near_end,  # [B, G, T]
+    window_key, window_value,  # [B, G, N, d]
+    window_start, window_end,  # [B, G, T]
     position,  # [B, G, T]
     sinks,  # [B, G, R]
     output,  # [B, G, R, T, d]
     lse,  # [B, G, R, T]: log2 of the sum of 2 ** score, LOWEST where nothing is read
-    num_queries, num_far, num_near,
+    num_queries, num_far, num_window,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -310,10 +310,10 @@ def prefix_forward(
         q, row_max, row_sum, weighted, far_key, far_value, far_bias, far_evicted_at, num_far, group, first, last,
         i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
     )  # fmt: skip
-    if near_key is not None:
-        first, last = _load_ranges(near_start, near_end, group_queries, i, present)
+    if window_key is not None:
+        first, last = _load_ranges(window_start, window_end, group_queries, i, present)
         row_max, row_sum, weighted = _read(
-            q, row_max, row_sum, weighted, near_key, near_value, None, None, num_near, group, first, last,
+            q, row_max, row_sum, weighted, window_key, window_value, None, None, num_window, group, first, last,
             i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
         )  # fmt: skip
 
@@ -363,15 +363,15 @@ def prefix_query_gradient(
     far_key, far_value,  # [B, G, S, d]
     far_start, far_end,  # [B, G, T]
     far_bias, far_evicted_at,  # [B, G, S]
-    near_key, near_value,  # [B, G, N, d]
-    near_start, near_end,  # [B, G, T]
+    window_key, window_value,  # [B, G, N, d]
+    window_start, window_end,  # [B, G, T]
     position,  # [B, G, T]
     output, output_grad,  # [B, G, R, T, d]
     lse,  # [B, G, R, T]
     query_grad,  # [B, G, R, T, d]
     delta,  # [B, G, R, T], output · output_grad: left for `prefix_key_gradient`, as the hulls are
-    far_hull, near_hull,  # [2, B, G, tiles], first and end slot that a tile reads
-    num_queries, num_far, num_near,
+    far_hull, window_hull,  # [2, B, G, tiles], first and end slot that a tile reads
+    num_queries, num_far, num_window,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -401,13 +401,13 @@ def prefix_query_gradient(
         q, do, row_lse, row_delta, q_grad, far_key, far_value, far_bias, far_evicted_at, num_far, begin, stop, group,
         first, last, i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
     )  # fmt: skip
-    if near_key is not None:
-        first, last = _load_ranges(near_start, near_end, group_queries, i, present)
-        begin, stop = _hull(first, last, num_near)
-        tl.store(near_hull + group * num_tiles + tile, begin)
-        tl.store(near_hull + (num_groups + group) * num_tiles + tile, stop)
+    if window_key is not None:
+        first, last = _load_ranges(window_start, window_end, group_queries, i, present)
+        begin, stop = _hull(first, last, num_window)
+        tl.store(window_hull + group * num_tiles + tile, begin)
+        tl.store(window_hull + (num_groups + group) * num_tiles + tile, stop)
         q_grad = _read_gradient(
-            q, do, row_lse, row_delta, q_grad, near_key, near_value, None, None, num_near, begin, stop, group,
+            q, do, row_lse, row_delta, q_grad, window_key, window_value, None, None, num_window, begin, stop, group,
             first, last, i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
         )  # fmt: skip
     q_grad = q_grad * SCALE
@@ -509,10 +509,10 @@ def _forward(
     far_end: torch.Tensor,
     far_bias: torch.Tensor | None,
     far_evicted_at: torch.Tensor | None,
-    near_key: torch.Tensor | None,
-    near_value: torch.Tensor | None,
-    near_start: torch.Tensor | None,
-    near_end: torch.Tensor | None,
+    window_key: torch.Tensor | None,
+    window_value: torch.Tensor | None,
+    window_start: torch.Tensor | None,
+    window_end: torch.Tensor | None,
     position: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
@@ -525,14 +525,14 @@ def _forward(
     if query.numel() == 0:
         return output, lse
     tile = _tile(FORWARD, query)
-    num_far, num_near = far_key.shape[2], 0 if near_key is None else near_key.shape[2]
+    num_far, num_window = far_key.shape[2], 0 if window_key is None else window_key.shape[2]
     if sinks is not None:
         sinks = sinks.expand(batch_size, -1, -1).contiguous()
     with torch.cuda.device_of(query):
         prefix_forward[(triton.cdiv(num_heads * num_queries, tile.rows), batch_size * num_groups)](
             query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
-            near_key, near_value, near_start, near_end, position, sinks, output, lse,
-            num_queries, num_far, num_near, SCALE=scale, SOFTCAP=softcap, HEADS=num_heads, HEAD_DIM=head_dim,
+            window_key, window_value, window_start, window_end, position, sinks, output, lse,
+            num_queries, num_far, num_window, SCALE=scale, SOFTCAP=softcap, HEADS=num_heads, HEAD_DIM=head_dim,
             BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, BLOCK_DIM=padded_dim(head_dim),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -556,10 +556,10 @@ def _backward(
     far_end: torch.Tensor,
     far_bias: torch.Tensor | None,
     far_evicted_at: torch.Tensor | None,
-    near_key: torch.Tensor | None,
-    near_value: torch.Tensor | None,
-    near_start: torch.Tensor | None,
-    near_end: torch.Tensor | None,
+    window_key: torch.Tensor | None,
+    window_value: torch.Tensor | None,
+    window_start: torch.Tensor | None,
+    window_end: torch.Tensor | None,
     position: torch.Tensor | None,
     sinks: torch.Tensor | None,
     scale: float,
@@ -567,18 +567,18 @@ def _backward(
 ) -> list[torch.Tensor]:
     """Gradients of the inputs `LEARN`; an empty tensor for an input that is None."""
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
-    grads = _gradients_like(query, far_key, far_value, far_bias, near_key, near_value, sinks)
+    grads = _gradients_like(query, far_key, far_value, far_bias, window_key, window_value, sinks)
     if query.numel() == 0:
         return [grad.zero_() for grad in grads]
-    query_grad, *far_grads, far_bias_grad, near_key_grad, near_value_grad, sinks_grad = grads
+    query_grad, *far_grads, far_bias_grad, window_key_grad, window_value_grad, sinks_grad = grads
     sizes = {
         "SCALE": scale, "SOFTCAP": softcap, "HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)
     }  # fmt: skip
     tile = _tile(QUERY_GRADIENT, query)
     num_tiles = triton.cdiv(num_heads * num_queries, tile.rows)
     delta = torch.empty_like(lse)
-    far_hull, near_hull = query.new_empty(2, 2, batch_size, num_groups, num_tiles, dtype=torch.int32)
-    num_far, num_near = far_key.shape[2], 0 if near_key is None else near_key.shape[2]
+    far_hull, window_hull = query.new_empty(2, 2, batch_size, num_groups, num_tiles, dtype=torch.int32)
+    num_far, num_window = far_key.shape[2], 0 if window_key is None else window_key.shape[2]
 
     def key_gradient(key, value, start, end, bias, evicted_at, position, hull, key_grads, bias_grad):
         num_slots = key.shape[2]
@@ -595,17 +595,19 @@ def _backward(
     with torch.cuda.device_of(query):
         prefix_query_gradient[(num_tiles, batch_size * num_groups)](
             query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
-            near_key, near_value, near_start, near_end, position, output, output_grad, lse,
-            query_grad, delta, far_hull, near_hull, num_queries, num_far, num_near, **sizes,
+            window_key, window_value, window_start, window_end, position, output, output_grad, lse,
+            query_grad, delta, far_hull, window_hull, num_queries, num_far, num_window, **sizes,
             BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         key_gradient(
             far_key, far_value, far_start, far_end, far_bias, far_evicted_at, position, far_hull,
             far_grads, None if far_bias is None else far_bias_grad,
         )  # fmt: skip
-        if near_key is not None:
-            near_grads = near_key_grad, near_value_grad
-            key_gradient(near_key, near_value, near_start, near_end, None, None, None, near_hull, near_grads, None)
+        if window_key is not None:
+            window_grads = window_key_grad, window_value_grad
+            key_gradient(
+                window_key, window_value, window_start, window_end, None, None, None, window_hull, window_grads, None
+            )
     if sinks is not None:  # a key of value 0
         weights = torch.exp2(sinks[..., None] * LOG2_E.value - lse)  # [B, G, R, T]
         sinks_grad.copy_(-(weights * delta).sum((0, 3)))
@@ -617,7 +619,7 @@ def _(output_grad, output, lse, *inputs):
     return _gradients_like(*(inputs[i] for i in LEARN))
 
 
-# Of `_forward`, the inputs that have gradients: query, far key and value, far bias, near key and value, sinks.
+# Of `_forward`, the inputs that have gradients: query, far key and value, far bias, window key and value, sinks.
 LEARN = (0, 1, 2, 5, 7, 8, 12)
 
 
@@ -649,16 +651,16 @@ def production_builds() -> list[KernelBuild]:
     kernel, with softcap and sinks and without; and the paper's heads, one source of keys and one query head.
     """
     types = {
-        "*bf16": "query far_key far_value near_key near_value key value "
+        "*bf16": "query far_key far_value window_key window_value key value "
         "output output_grad query_grad key_grad value_grad",
-        "*i32": "far_start far_end far_evicted_at near_start near_end start end evicted_at position "
-        "far_hull near_hull hull",
+        "*i32": "far_start far_end far_evicted_at window_start window_end start end evicted_at position "
+        "far_hull window_hull hull",
         "*fp32": "far_bias bias sinks lse delta bias_grad",
-        "i32": "num_queries num_far num_near num_slots num_tiles",
+        "i32": "num_queries num_far num_window num_slots num_tiles",
     }
     types = {name: kind for kind, names in types.items() for name in names.split()}
     absent = (
-        "far_start far_bias far_evicted_at near_key near_value near_start near_end near_hull "
+        "far_start far_bias far_evicted_at window_key window_value window_start window_end window_hull "
         "start bias evicted_at position"
     )
     plain = dict.fromkeys(("sinks", "SOFTCAP"))

@@ -14,8 +14,8 @@ QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked c
 
 def sparse_attention(
     query: torch.Tensor,
-    near: KeyValues,
-    kept: PackedKeyValues | None,
+    recent: KeyValues,
+    cached: PackedKeyValues | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,
@@ -25,50 +25,51 @@ def sparse_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Same function as `reference.sparse_attention`, block of queries by block: a block scores the kept keys, the
-    selected near keys up to its window, and its window. Relies on padding being on the left of `near` and of the
+    Same function as `reference.sparse_attention`, block of queries by block: a block scores the cached keys, the
+    selected recent keys up to its window, and its window. Relies on padding being on the left of `recent` and of the
     queries.
     """
     if torch.is_autocast_enabled(query.device.type):  # once, as attention itself would in every block
         dtype = torch.get_autocast_dtype(query.device.type)
         query = query.to(dtype)
-        near, kept = (
+        recent, cached = (
             states and states._replace(key=states.key.to(dtype), value=states.value.to(dtype))
-            for states in (near, kept)
+            for states in (recent, cached)
         )
     if torch.compiler.is_compiling():
-        if kept is not None:  # every shape has to be known
+        if cached is not None:  # every shape has to be known
             return reference.sparse_attention(
-                query, near, kept, position, segment, window, far_bias, scale, softcap, sinks
+                query, recent, cached, position, segment, window, far_bias, scale, softcap, sinks
             )
-        valid = None if near.valid is None else near.valid[:, 0]
+        valid = None if recent.valid is None else recent.valid[:, 0]
         return opaque_sparse_attention(
-            query, near.key, near.value, far_bias, sinks, near.position[:, 0], valid, near.selected, near.evicted_at,
+            query, recent.key, recent.value, far_bias, sinks, recent.position[:, 0], valid, recent.selected,
+            recent.evicted_at,
             position, segment, window, scale, softcap,
         )  # fmt: skip
     batch_size, num_groups, num_heads, num_queries, _ = query.shape
-    num_near = near.key.shape[2]
-    offset = num_near - num_queries  # query i stands at near slot offset + i
+    num_recent = recent.key.shape[2]
+    offset = num_recent - num_queries  # query i stands at recent slot offset + i
     device = query.device
-    kept = None if kept is None else kept.pad()
-    selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, S]
+    cached = None if cached is None else cached.pad()
+    selected = recent.selected if recent.valid is None else recent.selected & recent.valid  # [B, G, S]
 
     block_starts = range(0, num_queries, QUERY_BLOCK)
     block_ends = [min(start + QUERY_BLOCK, num_queries) for start in block_starts]
     reach = sure = [0] * len(block_ends)
     bias = None
-    if num_near > window:  # some near slot is far from some query
-        index, filled = selected_positions(selected[:, :, : num_near - window].transpose(1, 2))  # [B, G, K]
-        far_key, far_value = (gather_slots(states, index) for states in (near.key, near.value))  # [B, G, K, d]
+    if num_recent > window:  # some recent slot is far from some query
+        index, filled = selected_positions(selected[:, :, : num_recent - window].transpose(1, 2))  # [B, G, K]
+        far_key, far_value = (gather_slots(states, index) for states in (recent.key, recent.value))  # [B, G, K, d]
         bias = None if far_bias is None else far_bias.gather(2, index)
-        far_evicted_at = None if near.evicted_at is None else near.evicted_at.gather(2, index)
+        far_evicted_at = None if recent.evicted_at is None else recent.evicted_at.gather(2, index)
         # How many of the K far slots some query of a block can reach, and how many all of its queries do.
         count = selected.cumsum(-1)  # [B, G, S]
         most, least = count.amax((0, 1)), count.amin((0, 1))
         reach = [int(most[last]) if (last := end - 1 + offset - window) >= 0 else 0 for end in block_ends]
-        if segment is None and near.evicted_at is None:
+        if segment is None and recent.evicted_at is None:
             sure = [int(least[last]) if (last := start + offset - window) >= 0 else 0 for start in block_starts]
-    query_slot = offset + torch.arange(num_queries, device=device)  # [T], the near slot that a query stands at
+    query_slot = offset + torch.arange(num_queries, device=device)  # [T], the recent slot that a query stands at
 
     outputs = []
     for start, end, num_far, num_sure in zip(block_starts, block_ends, reach, sure, strict=True):
@@ -78,13 +79,13 @@ def sparse_attention(
         keys, values = [], []
         masks = []  # (first column, last column, what may be read there); all of the other columns may
         width = 0
-        if kept is not None:
-            keys.append(kept.key)
-            values.append(kept.value)
-            width = kept.key.shape[2]
-            mask = kept.valid[:, :, None]
-            if kept.evicted_at is not None:
-                mask = mask & (positions < kept.evicted_at[:, :, None])
+        if cached is not None:
+            keys.append(cached.key)
+            values.append(cached.value)
+            width = cached.key.shape[2]
+            mask = cached.valid[:, :, None]
+            if cached.evicted_at is not None:
+                mask = mask & (positions < cached.evicted_at[:, :, None])
             masks.append((0, width, mask))
         far_start = width
         if num_far:
@@ -92,22 +93,22 @@ def sparse_attention(
             values.append(far_value[:, :, :num_far])
             far = index[:, :, None, num_sure:num_far]
             mask = filled[:, :, None, num_sure:num_far] & (far <= query_slot[queries, None] - window)
-            if near.evicted_at is not None:
+            if recent.evicted_at is not None:
                 mask = mask & (positions < far_evicted_at[:, :, None, :num_far])
-            if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
+            if segment is not None:  # packed sequences come without a cache: queries and recent slots coincide
                 row = torch.arange(batch_size, device=device)[:, None, None, None]
                 mask = mask & (segment[row, far] == segment[:, None, queries, None])
             masks.append((width + num_sure, width + num_far, mask))
             width += num_far
         if window:
-            keys.append(near.key[:, :, local])
-            values.append(near.value[:, :, local])
+            keys.append(recent.key[:, :, local])
+            values.append(recent.value[:, :, local])
             mask = None
             if end - start > 1 or local.stop - local.start > window:
-                distance = query_slot[queries, None] - torch.arange(num_near, device=device)[local]
+                distance = query_slot[queries, None] - torch.arange(num_recent, device=device)[local]
                 mask = ((distance >= 0) & (distance < window))[None, None]
-            if near.valid is not None:
-                valid = near.valid[:, :, None, local]
+            if recent.valid is not None:
+                valid = recent.valid[:, :, None, local]
                 mask = valid if mask is None else mask & valid
             if segment is not None:
                 same = segment[:, None, queries, None] == segment[:, None, None, local]
@@ -115,7 +116,7 @@ def sparse_attention(
             masks.append((width, width + keys[-1].shape[2], mask))
             width += keys[-1].shape[2]
         if not keys:  # nothing to read: one key that is masked out gives zeros, and keeps the graph whole
-            keys, values = [near.key[:, :, :1]], [near.value[:, :, :1]]
+            keys, values = [recent.key[:, :, :1]], [recent.value[:, :, :1]]
             masks, width = [(0, 1, torch.zeros(1, dtype=torch.bool, device=device))], 1
 
         added = None
@@ -128,7 +129,7 @@ def sparse_attention(
             if mask is not None:
                 added[..., first:last].masked_fill_(~mask, -torch.inf)
         keys, values = torch.cat(keys, dim=2), torch.cat(values, dim=2)
-        reads_itself = window > 0 and near.valid is None
+        reads_itself = window > 0 and recent.valid is None
         outputs.append(_attention(query[:, :, :, queries], keys, values, added, reads_itself, scale, softcap, sinks))
     return torch.cat(outputs, dim=3) if outputs else query.new_zeros(query.shape)
 
@@ -179,7 +180,7 @@ def _run(
     value: torch.Tensor,
     far_bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    near_position: torch.Tensor,
+    recent_position: torch.Tensor,
     valid: torch.Tensor | None,
     selected: torch.Tensor,
     evicted_at: torch.Tensor | None,
@@ -190,14 +191,14 @@ def _run(
     softcap: float | None,
 ) -> torch.Tensor:
     valid = None if valid is None else valid[:, None].expand_as(selected)
-    near = KeyValues(key, value, near_position[:, None].expand_as(selected), valid, selected, evicted_at)
-    return sparse_attention(query, near, None, position, segment, window, far_bias, scale, softcap, sinks)
+    recent = KeyValues(key, value, recent_position[:, None].expand_as(selected), valid, selected, evicted_at)
+    return sparse_attention(query, recent, None, position, segment, window, far_bias, scale, softcap, sinks)
 
 
 opaque_sparse_attention = opaque_op(
     "sparse_attention",
     _run,
-    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor near_position, Tensor? valid, "
+    "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor recent_position, Tensor? valid, "
     "Tensor selected, Tensor? evicted_at, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
     learn=(0, 1, 2, 3, 4),  # queries, keys, values, bias, sinks
 )

@@ -9,8 +9,8 @@ from ..tensors import KeyValues, PackedKeyValues, join
 
 def sparse_attention(
     query: torch.Tensor,
-    near: KeyValues,
-    kept: PackedKeyValues | None,
+    recent: KeyValues,
+    cached: PackedKeyValues | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,
@@ -24,12 +24,12 @@ def sparse_attention(
 
     Args:
         query: `[B, G, R, T, d]`, rotated; padding on the left.
-        near: the last tokens in sequence order, the T queries' own included, selected or not.
-        kept: selected tokens that lie before `near`.
+        recent: the last tokens in sequence order, the T queries' own included, selected or not.
+        cached: selected tokens that lie before `recent`.
         position: `[B, T]` int64, of the queries.
         segment: `[B, T]` int64, packed sequences, which come without earlier tokens; None: one sequence a row.
         window: tokens that a query reads whether selected or not, itself included.
-        far_bias: `[B, G, S]`, added to the scores of `near` keys that are `window` or more tokens behind the query.
+        far_bias: `[B, G, S]`, added to the scores of `recent` keys that are `window` or more tokens behind the query.
         scale: factor on the scores; None: d ** -0.5.
         softcap: c of c · tanh(score / c); None: none. The bias is added after it.
         sinks: `[G, R]`, the score of one more key in every softmax, whose value is 0.
@@ -37,17 +37,17 @@ def sparse_attention(
     Returns:
         `[B, G, R, T, d]`; zero where a query has nothing to read.
     """
-    keys = join(None if kept is None else kept.pad(), near)
+    keys = join(None if cached is None else cached.pad(), recent)
     distance = position[:, None, :, None] - keys.position[:, :, None]  # [B, G, T, S]
-    recent = distance < window
+    in_window = distance < window
     readable = keys.selected[:, :, None]
     if keys.evicted_at is not None:
         readable = readable & (position[:, None, :, None] < keys.evicted_at[:, :, None])
-    mask = keys.valid[:, :, None] & (distance >= 0) & (readable | recent)
+    mask = keys.valid[:, :, None] & (distance >= 0) & (readable | in_window)
     if segment is not None:
         mask = mask & (segment[:, None, :, None] == segment[:, None, None, :])
     bias = None
     if far_bias is not None:
-        num_kept = keys.key.shape[2] - far_bias.shape[2]
-        bias = F.pad(far_bias, (num_kept, 0))[:, :, None].masked_fill(recent, 0.0)
+        num_cached = keys.key.shape[2] - far_bias.shape[2]
+        bias = F.pad(far_bias, (num_cached, 0))[:, :, None].masked_fill(in_window, 0.0)
     return attend(query, keys.key, keys.value, mask, bias, scale, softcap, sinks)

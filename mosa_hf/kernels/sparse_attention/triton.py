@@ -3,15 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from ..prefix_attention.triton import FarKeys, NearKeys, after_packed, prefix_attention
+from ..prefix_attention.triton import FarKeys, WindowKeys, after_packed, prefix_attention
 from ..selected_positions.triton import selected_positions
 from ..tensors import KeyValues, PackedKeyValues, gather_slots
 
 
 def sparse_attention(
     query: torch.Tensor,
-    near: KeyValues,
-    kept: PackedKeyValues | None,
+    recent: KeyValues,
+    cached: PackedKeyValues | None,
     position: torch.Tensor,
     segment: torch.Tensor | None,
     window: int,
@@ -22,44 +22,44 @@ def sparse_attention(
 ) -> torch.Tensor:
     """
     Same function as `reference.sparse_attention`, computed and returned in the dtype of values. Relies on padding
-    being on the left of `near` and of the queries; what padding queries get is any finite number.
+    being on the left of `recent` and of the queries; what padding queries get is any finite number.
 
     The device is asked for the largest number of selected tokens beyond the window. A compiled graph makes do without
     and takes memory for as many as there could be; kernels pass over the empty slots.
     """
-    num_queries, num_near = query.shape[3], near.key.shape[2]
-    device, dtype = query.device, near.value.dtype
-    # The near slots that the queries stand at; before slot `reach` keys are far.
-    slot = num_near - num_queries + torch.arange(num_queries, device=device)  # [T]
+    num_queries, num_recent = query.shape[3], recent.key.shape[2]
+    device, dtype = query.device, recent.value.dtype
+    # The recent slots that the queries stand at; before slot `reach` keys are far.
+    slot = num_recent - num_queries + torch.arange(num_queries, device=device)  # [T]
     reach = (slot - window + 1).clamp(min=0)
-    selected = near.selected if near.valid is None else near.selected & near.valid  # [B, G, N]
+    selected = recent.selected if recent.valid is None else recent.selected & recent.valid  # [B, G, N]
     before = F.pad(selected.cumsum(-1), (1, 0))  # [B, G, N + 1], selected tokens in the slots before
     start, end = None, before.index_select(-1, reach)  # [B, G, T]
-    near_start = reach
-    if near.valid is not None:
-        near_start = torch.maximum(reach, num_near - near.valid.sum(-1, keepdim=True))
-    if segment is not None:  # packed sequences come without a cache: queries and near slots coincide
+    window_start = reach
+    if recent.valid is not None:
+        window_start = torch.maximum(reach, num_recent - recent.valid.sum(-1, keepdim=True))
+    if segment is not None:  # packed sequences come without a cache: queries and recent slots coincide
         changes = F.pad(segment[:, 1:] != segment[:, :-1], (1, 0))
         segment_start = torch.where(changes, slot, 0).cummax(-1).values[:, None]  # [B, 1, T]
         start = before.gather(-1, segment_start.expand_as(end))
-        near_start = torch.maximum(near_start, segment_start)
+        window_start = torch.maximum(window_start, segment_start)
 
-    # Far slots: kept entries, then the selected near tokens.
-    num_far = num_slots = max(num_near - window, 0)
+    # Far slots: cached entries, then the selected recent tokens.
+    num_far = num_slots = max(num_recent - window, 0)
     if num_far and not torch.compiler.is_compiling():
         num_slots = int(before[..., num_far].max())
     index, _ = selected_positions(selected[..., :num_far].transpose(1, 2), num_slots)  # [B, G, K]
     index = index.long()
     # Autocast may leave rotated queries and keys in float32: back to what values were projected in.
     far = FarKeys(
-        gather_slots(near.key, index).to(dtype),
-        gather_slots(near.value, index),
+        gather_slots(recent.key, index).to(dtype),
+        gather_slots(recent.value, index),
         start,
         end,
         None if far_bias is None else gather_slots(far_bias, index),
-        None if near.evicted_at is None else gather_slots(near.evicted_at, index),
+        None if recent.evicted_at is None else gather_slots(recent.evicted_at, index),
     )
-    window_keys = NearKeys(near.key.to(dtype), near.value, near_start, slot + 1) if window else None
+    window_keys = WindowKeys(recent.key.to(dtype), recent.value, window_start, slot + 1) if window else None
     return prefix_attention(
-        query.to(dtype), after_packed(kept, far), window_keys, position[:, None], scale, softcap, sinks
+        query.to(dtype), after_packed(cached, far), window_keys, position[:, None], scale, softcap, sinks
     )
