@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .recording import is_exported
+from .capture import is_exported
 
 
 class Backend(NamedTuple):

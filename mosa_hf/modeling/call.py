@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..cache import is_upgraded, num_cached_tokens, upgrade_cache
-from ..kernels.recording import is_exported, is_recorded
+from ..kernels.capture import is_captured, is_exported
 from ..routing.layout import CallLayout
 
 
@@ -89,7 +89,7 @@ class MosaCallMixin:
             ValueError: also for an offloading cache of a model on the CPU.
         """
         if is_upgraded(past_key_values):
-            if is_recorded():  # it was looked at when it was made
+            if is_captured():  # it was looked at when it was made
                 return
         elif past_key_values.offloading and self.device.type == "cpu":
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..cache import SparseLayer
-from ..kernels.recording import is_exported
+from ..kernels.capture import is_exported
 from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .call import ModelCall

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..kernels.recording import is_exported, is_recorded
+from ..kernels.capture import is_captured, is_exported
 from ..kernels.tensors import NEVER
 
 EVICTION_BLOCK = 128  # tokens compared with all others at once
@@ -54,7 +54,7 @@ def evicted_at(
     num_slots = score.shape[-1]
     if not is_exported() and (num_slots <= budget or not score.numel()):
         return None
-    if not is_recorded():
+    if not is_captured():
         num_slots = int(selected.sum(-1).max())
         if num_slots <= budget:
             return None

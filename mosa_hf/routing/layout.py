@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
 
-from ..kernels.recording import is_recorded
+from ..kernels.capture import is_captured
 
 
 @dataclass
@@ -51,7 +51,7 @@ class CallLayout:
         """
         batch_size, num_tokens = inputs_embeds.shape[:2]
         is_cpu = inputs_embeds.device.type == "cpu"
-        is_static = is_recorded() or (past_length is not None and not is_cpu)  # nothing may depend on data
+        is_static = is_captured() or (past_length is not None and not is_cpu)  # nothing may depend on data
         valid = valid_tokens(attention_mask, num_tokens, past_length)
         if valid is not None:
             valid = valid.to(inputs_embeds.device).expand(batch_size, -1)  # a 4-D mask may have one row for all
@@ -76,7 +76,7 @@ class CallLayout:
             first = first & (num_cached_tokens == 0)
         if valid is not None:
             first = first & valid
-        if num_tokens == 1 and first.device.type == "cpu" and not is_recorded() and not first.any():
+        if num_tokens == 1 and first.device.type == "cpu" and not is_captured() and not first.any():
             first = None  # nothing for every layer's router to look at
         return cls(position, valid, segment, first, order, inverse)
 

@@ -5,7 +5,7 @@ Everything is decided on the float32 router logits z, never on sigmoid(z): the s
 
 import torch
 
-from ..kernels.recording import is_recorded
+from ..kernels.capture import is_captured
 
 
 def select_by_threshold(
@@ -84,7 +84,7 @@ def _highest_of_rows(
     else:
         quota = _quota(valid.sum(1), sparsity, min_tokens)
     # To look at values would cost a synchronisation elsewhere than on a CPU.
-    may_look = score.device.type == "cpu" and not is_recorded()
+    may_look = score.device.type == "cpu" and not is_captured()
     num_best = min(2 * most, num_tokens) if may_look and batch_size > 1 else most
     best = score.topk(num_best, dim=1).values  # [B, most, G], and more for the pool below
     lowest = best.gather(1, (quota - 1).clamp(min=0)[:, None, None].expand(-1, 1, num_groups))  # [B, 1, G]

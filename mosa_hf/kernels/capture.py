@@ -1,9 +1,9 @@
-"""Whether code runs on the data that it computes with, or is recorded for other data that will come."""
+"""Whether code runs on the data that it computes with, or is captured for other data that will come."""
 
 import torch
 
 
-def is_recorded() -> bool:
+def is_captured() -> bool:
     """
     Whether this runs in `torch.compile`, `torch.export` or `torch.jit.trace`. What depends on the values of tensors
     may not be decided in Python then: the decision would be part of the graph.
@@ -13,7 +13,7 @@ def is_recorded() -> bool:
 
 def is_exported() -> bool:
     """
-    Whether this is recorded to run elsewhere, `torch.export` or `torch.jit.trace`: on any number of rows and tokens,
+    Whether this is captured to run elsewhere, `torch.export` or `torch.jit.trace`: on any number of rows and tokens,
     and maybe where nobody knows our operations.
     """
     # What `torch.compiler.is_exporting()` returns: within `torch.compile`, torch 2.9 takes that function for True.
