@@ -12,7 +12,6 @@ from .layer import (
     is_upgraded,
     num_cached_tokens,
     num_overflowed,
-    take,
     upgrade_cache,
 )
 
@@ -25,6 +24,5 @@ __all__ = [
     "is_upgraded",
     "num_cached_tokens",
     "num_overflowed",
-    "take",
     "upgrade_cache",
 ]

@@ -16,7 +16,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from ..kernels.tensors import KeyValues, PackedKeyValues
+from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
 from .growth import static_capacity
@@ -330,12 +330,3 @@ def num_overflowed(cache: Cache) -> int:
     """Selected tokens for which a static cache lacked capacity, over all layers, rows and groups."""
     stores = [store for layer in cache.layers if isinstance(layer, SparseLayer) for store in layer.stores]
     return sum(store.num_overflowed() for store in stores)
-
-
-def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:
-    """`states` at the ascending `indices` of one axis; a view where those are consecutive."""
-    if len(indices) == states.shape[dim]:
-        return states
-    if not indices or indices[-1] - indices[0] == len(indices) - 1:
-        return states.narrow(dim, indices[0] if indices else 0, len(indices))
-    return states.index_select(dim, torch.tensor(indices, device=states.device))

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from ..cache import Routed, take
+from ..cache import Routed
+from ..kernels.tensors import take
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.families import family_of

@@ -146,6 +146,15 @@ def join(*parts: KeyValues | None) -> KeyValues:
     )
 
 
+def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:
+    """`states` at the ascending `indices` of one axis; a view where those are consecutive."""
+    if len(indices) == states.shape[dim]:
+        return states
+    if not indices or indices[-1] - indices[0] == len(indices) - 1:
+        return states.narrow(dim, indices[0] if indices else 0, len(indices))
+    return states.index_select(dim, torch.tensor(indices, device=states.device))
+
+
 def gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`states` [B, G, S, ...] at slots `index` [B, G, K], or [B, 1, K] where it is the same for all groups."""
     channels = states.shape[3:]

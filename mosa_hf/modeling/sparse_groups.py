@@ -18,10 +18,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
-from ..cache import GroupSet, Routed, SparseSpec, take
+from ..cache import GroupSet, Routed, SparseSpec
 from ..compat import CACHE
 from ..kernels import backend
-from ..kernels.tensors import KeyValues, PackedKeyValues
+from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from .call import ModelCall
