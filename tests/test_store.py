@@ -1,25 +1,37 @@
 """
-The sparse store, under both growth policies and both ways of being filled, against a list of tuples: random calls, and
-every operation that a cache knows.
+The sparse store, with growing and fixed memory and both ways of being filled, against a list of tuples: any calls, and
+every operation that a cache knows, in any order.
 """
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from transformers import DynamicCache, StaticCache
 from transformers.models.llama import LlamaConfig
 
-from mosa_hf.cache import CacheOfCall, GroupSet, Routed, SparseSpec, cache_bytes, upgrade_cache
-from mosa_hf.cache import calls as store_module
+from mosa_hf.cache import (
+    CacheOfCall,
+    GroupSet,
+    Routed,
+    SparseSpec,
+    cache_bytes,
+    calls,
+    set_store_state,
+    store_state,
+    upgrade_cache,
+)
 from mosa_hf.cache.growth import static_capacity
 from mosa_hf.cache.memory import SLACK
 from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
 from mosa_hf.routing import CallLayout, TokenMask
 
-NUM_CASES = 80
-MAX_LENGTH = 90
+MAX_COLUMNS, MAX_LENGTH = 60, 90
 SPARSITY = 8  # of a static cache's capacity, which overflows at times
 
 
@@ -39,36 +51,131 @@ class Row:
         return set(sorted(chosen, key=lambda j: (-self.tokens[j][2][group], j))[:limit])
 
 
-class Case:
+MODES = st.sampled_from([torch.no_grad, torch.inference_mode, torch.enable_grad])
+SEEDS = st.integers(0, 2**16)
+
+
+def by_states(cache):
+    """A copy whose stores were told what those of `cache` remember, as a file says it."""
+    copied = copy.deepcopy(cache)
+    for store, own in zip(copied.layers[0].stores, cache.layers[0].stores, strict=True):
+        tensors, plain = store_state(own)
+        store.reset()
+        set_store_state(store, {name: x.clone() for name, x in tensors.items()}, json.loads(json.dumps(plain)))
+    return copied
+
+
+COPIES = {"copy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pickle.dumps(cache)), "states": by_states}
+
+
+class Store(RuleBasedStateMachine):
     """A cache of one layer, and the rows that it should hold."""
 
-    def __init__(self, seed: int, is_static: bool, is_paper: bool, num_steps: int = store_module.MAX_UNDO):
-        self.num_steps, self.num_recorded = num_steps, 0
-        self.random = torch.Generator().manual_seed(seed)
-        self.is_static, self.is_paper = is_static, is_paper
-        self.budget = self.pick([None, None, 1, 3, 6])
-        if is_paper:
+    is_static = is_paper = False
+
+    @initialize(
+        budget=st.sampled_from([None, None, 1, 3, 6]),
+        windows=st.tuples(st.sampled_from([0, 1, 4, 7]), st.sampled_from([2, 5])),
+        num_rows=st.integers(1, 3),
+        max_undo=st.sampled_from([32, 4]),
+        mode=MODES,
+        length=st.sampled_from([1, 2, 9, 25]),
+        seed=SEEDS,
+    )
+    def begin(self, budget, windows, num_rows, max_undo, mode, length, seed):
+        self.saved, calls.MAX_UNDO, self.num_steps = calls.MAX_UNDO, max_undo, max_undo
+        # Of a static cache, upstream's part stays in the mode that made it.
+        self.mode = torch.no_grad if self.is_static and mode is torch.enable_grad else mode
+        self.num_recorded = self.num_tokens_ever = 0
+        self.budget = budget
+        if self.is_paper:
             self.num_groups, dense, sets = 3, None, (GroupSet((0, 1, 2), 0, SPARSITY),)
         else:
             self.num_groups, dense = 5, (1,)
-            windows = (self.pick([0, 1, 4, 7]), self.pick([2, 5]))
             sets = (GroupSet((0, 3, 4), windows[0], SPARSITY), GroupSet((2,), windows[1], SPARSITY))
         self.spec = SparseSpec(dense, sets, self.budget)
         self.window = {group: each.window for each in sets for group in each.groups}
         self.limit = self.budget
-        if is_static:
+        if self.is_static:
             config = LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=4)
             self.cache = StaticCache(config=config, max_cache_len=MAX_LENGTH)
-            capacity = self.capacity = static_capacity(MAX_LENGTH, SPARSITY)
+            capacity = static_capacity(MAX_LENGTH, SPARSITY)
             self.limit = capacity if self.budget is None else min(capacity, self.budget)
         else:
             self.cache = DynamicCache()
         upgrade_cache(self.cache, {0: self.spec}, MAX_LENGTH)
-        self.rows = [Row(self.num_groups) for _ in range(self.pick([1, 2, 3]))]
-        self.num_tokens_ever = 0
+        self.rows = [Row(self.num_groups) for _ in range(num_rows)]
+        with self.mode():
+            self.call(length, "left", seed)
 
-    def pick(self, choices: list):
-        return choices[int(torch.randint(len(choices), (1,), generator=self.random))]
+    def teardown(self):
+        if hasattr(self, "saved"):
+            calls.MAX_UNDO = self.saved
+
+    def within(self, mode):
+        return (self.mode if self.is_static else mode)()
+
+    def is_short(self):
+        return self.num_columns <= MAX_COLUMNS
+
+    @precondition(is_short)
+    @rule(mode=MODES, number=st.integers(1, 5), padding=st.sampled_from([None, None, "left", "right"]), seed=SEEDS)
+    def single_tokens(self, mode, number, padding, seed):
+        with self.within(mode):
+            for i in range(number):
+                self.call(1, padding, seed + i)
+
+    @precondition(is_short)
+    @rule(mode=MODES, length=st.sampled_from([2, 3, 11]), padding=st.sampled_from([None, "left", "right"]), seed=SEEDS)
+    def several_tokens(self, mode, length, padding, seed):
+        with self.within(mode):
+            self.call(length, padding, seed)
+
+    @rule(mode=MODES, seed=SEEDS, how=st.sampled_from(["reorder", "repeat", "select"]))
+    def select(self, mode, seed, how):
+        """Reorder, repeat or select rows."""
+        random = torch.Generator().manual_seed(seed)
+        with self.within(mode):
+            if how == "repeat" and len(self.rows) <= 3 and not self.is_static:
+                self.cache.batch_repeat_interleave(2)
+                rows = [i for i in range(len(self.rows)) for _ in range(2)]
+            elif how == "select" and not self.is_static:
+                rows = torch.randperm(len(self.rows), generator=random)[: max(1, len(self.rows) - 1)].tolist()
+                self.cache.batch_select_indices(torch.tensor(rows))
+            else:
+                rows = torch.randint(len(self.rows), (len(self.rows),), generator=random).tolist()
+                self.cache.reorder_cache(torch.tensor(rows))
+        self.rows = [copy.deepcopy(self.rows[i]) for i in rows]
+
+    @rule(mode=MODES, what=st.sampled_from(["copy", "pickle", "states", "record", "reset"]))
+    def do_more(self, mode, what):
+        """Rules are tried equally often, and these less than others."""
+        with self.within(mode):
+            if what == "record" and not self.is_static:
+                self.cache.activate_past_recording()
+            elif what == "reset":
+                self.cache.reset()
+                self.rows = [Row(self.num_groups) for _ in self.rows]
+                self.num_recorded = 0
+            elif what in COPIES:
+                original, self.cache = self.cache, COPIES[what](self.cache)
+                with torch.inference_mode():
+                    for store in original.layers[0].stores:  # the two share nothing
+                        for tensor in store.tensors():
+                            tensor.zero_()
+
+    @rule(
+        mode=MODES, number=st.integers(0, MAX_LENGTH), most=st.sampled_from(["all", "one", "steps", "steps and one"])
+    )
+    def crop(self, mode, number, most):
+        if self.is_static:
+            with pytest.raises(RuntimeError, match="DynamicCache"):
+                self.layer.crop(-1)
+            return
+        num_steps = len(self.rows[0].steps)
+        bound = {"all": self.num_columns, "one": 1, "steps": num_steps, "steps and one": num_steps + 1}[most]
+        with self.within(mode):
+            self.crop_columns(min(number, bound, self.num_columns))
 
     @property
     def layer(self):
@@ -79,15 +186,15 @@ class Case:
         group = torch.tensor(groups).view(1, -1, 1).expand(len(tokens), -1, tokens.shape[1])
         return torch.stack((tokens[:, None].expand_as(group), group), dim=-1).float()
 
-    def call(self, length: int) -> None:
-        """A model call of `length` tokens a row, some of them padding, on either side."""
-        batch_size = len(self.rows)
+    def call(self, length: int, padding: str | None, seed: int) -> None:
+        """A model call of `length` tokens a row, some of them padding, on one side or the other."""
+        batch_size, random = len(self.rows), torch.Generator().manual_seed(seed)
         valid = torch.ones(batch_size, length, dtype=torch.bool)
-        if self.pick([False, True]):
-            amount = torch.randint(length + 1, (batch_size, 1), generator=self.random)
-            valid = torch.arange(length) >= amount if self.pick([False, True]) else torch.arange(length) < amount
-        selected = (torch.rand(batch_size, self.num_groups, length, generator=self.random) < 0.4) & valid[:, None]
-        score = torch.randint(-3, 4, selected.shape, generator=self.random).float()  # with ties
+        if padding is not None:
+            amount = torch.randint(length + 1, (batch_size, 1), generator=random)
+            valid = torch.arange(length) >= amount if padding == "left" else torch.arange(length) < amount
+        selected = (torch.rand(batch_size, self.num_groups, length, generator=random) < 0.4) & valid[:, None]
+        score = torch.randint(-3, 4, selected.shape, generator=random).float()  # with ties
         tokens = self.num_tokens_ever + torch.arange(batch_size * length).view(batch_size, length)
         self.num_tokens_ever += batch_size * length
         num_cached = torch.tensor([len(row.tokens) for row in self.rows])
@@ -199,11 +306,9 @@ class Case:
         """The position at which the limit evicts token j."""
         return next(t for t in range(j, len(row.tokens)) if j not in row.alive(group, t, self.limit))
 
-    def crop(self) -> None:
+    def crop_columns(self, num_removed: int) -> None:
         """Crop some columns, or be refused where what would be needed is gone, and nothing else."""
-        num_removed = int(torch.randint(0, self.num_columns + 1, (1,), generator=self.random))
         num_steps = len(self.rows[0].steps)
-        num_removed = min(num_removed, self.pick([self.num_columns, 1, num_steps, num_steps + 1]))
         num_free = self.num_recorded + num_steps  # so many columns can be taken back in any case
         undone = min(max(num_removed - self.num_recorded, 0), num_steps)
         lossy, final = False, False
@@ -240,20 +345,6 @@ class Case:
         self.num_recorded = 0
         self.settle()
 
-    def select(self) -> None:
-        """Reorder, repeat or select rows."""
-        how = self.pick(["reorder", "repeat", "select"])
-        if how == "repeat" and len(self.rows) <= 3 and not self.is_static:
-            self.cache.batch_repeat_interleave(2)
-            rows = [i for i in range(len(self.rows)) for _ in range(2)]
-        elif how == "select" and not self.is_static:
-            rows = torch.randperm(len(self.rows), generator=self.random)[: max(1, len(self.rows) - 1)].tolist()
-            self.cache.batch_select_indices(torch.tensor(rows))
-        else:
-            rows = torch.randint(len(self.rows), (len(self.rows),), generator=self.random).tolist()
-            self.cache.reorder_cache(torch.tensor(rows))
-        self.rows = [copy.deepcopy(self.rows[i]) for i in rows]
-
     def check_bytes(self) -> None:
         """No store holds more entries than it must and a little slack."""
         if self.is_static or self.layer.record_past:
@@ -277,57 +368,28 @@ class Case:
         )
 
 
-@pytest.mark.parametrize("is_paper", [False, True], ids=["sparse groups", "paper's heads"])
-@pytest.mark.parametrize("is_static", [False, True], ids=["growing", "fixed"])
-def test_against_a_list_of_tuples(is_static, is_paper, monkeypatch):
-    modes = [torch.no_grad, torch.inference_mode, torch.enable_grad]
-    for seed in range(NUM_CASES):
-        num_steps = [32, 4][seed % 2]
-        monkeypatch.setattr(store_module, "MAX_UNDO", num_steps)
-        case = Case(seed, is_static, is_paper, num_steps)
-        if is_static:  # upstream's part of it stays in the mode that made it
-            modes = [case.pick([torch.no_grad, torch.inference_mode])]
-        with modes[0]():
-            case.call(case.pick([1, 2, 9, 25]))
-        for _ in range(12):
-            if case.num_columns > 60:
-                break
-            step = case.pick(["one", "one", "ones", "ones", "some", "crop", "crop", "select", "record", "copy"])
-            with case.pick(modes)():
-                if step == "one":
-                    case.call(1)
-                elif step == "ones":
-                    for _ in range(case.pick([2, 3, 5])):
-                        case.call(1)
-                elif step == "some":
-                    case.call(case.pick([2, 3, 11]))
-                elif step == "select":
-                    case.select()
-                elif step == "copy":
-                    original, case.cache = (
-                        case.cache,
-                        case.pick([copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])(case.cache),
-                    )
-                    with torch.inference_mode():
-                        for store in original.layers[0].stores:  # the two share nothing
-                            for tensor in store.tensors():
-                                tensor.zero_()
-                elif is_static:
-                    with pytest.raises(RuntimeError, match="DynamicCache"):
-                        case.layer.crop(-1)
-                elif step == "record":
-                    case.cache.activate_past_recording()
-                else:
-                    case.crop()
+class FixedStore(Store):
+    is_static = True
 
 
-@pytest.mark.parametrize("is_static", [False, True], ids=["growing", "fixed"])
-def test_reset(is_static):
-    case = Case(3, is_static, False)
-    with torch.no_grad():
-        case.call(9)
-        case.call(1)
-        case.cache.reset()
-        case.rows = [Row(case.num_groups) for _ in case.rows]
-        case.call(5)
-        case.call(1)
+class PaperStore(Store):
+    is_paper = True
+
+
+class FixedPaperStore(FixedStore, PaperStore):
+    pass
+
+
+SETTINGS = settings(
+    max_examples=20,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+TestGrowing, TestFixed = Store.TestCase, FixedStore.TestCase
+TestPaper, TestFixedPaper = PaperStore.TestCase, FixedPaperStore.TestCase
+for case in (TestGrowing, TestFixed, TestPaper, TestFixedPaper):
+    case.settings = SETTINGS
+del case  # else it is a test, too

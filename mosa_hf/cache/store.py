@@ -1,4 +1,4 @@
-"""What one set of a layer's groups remembers: the last tokens, and selected ones before them (docs/design.md, 4)."""
+"""What a set of groups of a layer remembers: the last tokens, and selected ones before (docs/design.md, section 4)."""
 
 import torch
 
