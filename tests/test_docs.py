@@ -12,11 +12,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import mosa_hf
-from benchmarks.pretrain import read_rows
-from benchmarks.pretrain_runs import PRESETS, Run
-from benchmarks.pretrain_table import Measured
-
-from .bases import tiny_base
+from benchmarks.pretrain.page import Measured
+from benchmarks.pretrain.rows import read_rows
+from benchmarks.pretrain.runs import PRESETS, Run
+from testing.tiny import tiny_base
 
 DOCS = Path(__file__).parent.parent / "docs"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"

@@ -1,6 +1,7 @@
 """
-The rivals of `benchmarks.frontier`, by the code of kvpress. `python -m benchmarks.rivals JOB` runs in an environment
-of its own, for kvpress wants an older Transformers than `mosa_hf`, of which one file alone is loaded here.
+The baselines of `benchmarks.frontier`, by the code of kvpress. `python -m benchmarks.frontier.baselines JOB` runs in
+an environment of its own, for kvpress wants an older Transformers than `mosa_hf`, of which one file alone is loaded
+here.
 
 JOB is a JSON file: the model's folder, methods, exercises, and the text to train KVzap on (see `main`). A line of JSON
 on stdout is one method's scores in one exercise. Prompts are read in full attention, once for all methods: each takes
@@ -31,7 +32,7 @@ from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-SCORING = Path(__file__).parent.parent / "mosa_hf" / "evaluation" / "scoring.py"
+SCORING = Path(__file__).parents[2] / "mosa_hf" / "evaluation" / "scoring.py"
 _spec = importlib.util.spec_from_file_location("scoring", SCORING)
 scoring = sys.modules["scoring"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(scoring)
@@ -225,7 +226,7 @@ def answers_to(job: dict) -> Iterator[dict]:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     presses = make_presses(model, job["methods"], job["text"])
     total = sum(len(exercise["readings"]) * len(exercise["methods"]) for exercise in job["exercises"])
-    with tqdm(total=total, desc="Rivals", unit="reading") as progress:
+    with tqdm(total=total, desc="Baselines", unit="reading") as progress:
         for i, exercise in enumerate(job["exercises"]):
             scores: dict[int, list[scoring.Score]] = {method: [] for method in exercise["methods"]}
             for reading in map(scoring.Reading.from_dict, exercise["readings"]):

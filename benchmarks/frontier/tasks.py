@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import PERPLEXITY, Reading, following, retrieval
-
-from . import sources
+from testing import corpora
 
 TEXTS = ("debian_handbook", "python_docs")  # the first has contexts for facts too
 RUN_IN_COMMON = 12  # words in a row that a slice of text must not share with the calibration text
@@ -61,7 +60,7 @@ def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size
         seen: token ids `[N, T]` of the calibration text.
     """
     found = continuations_of_texts(tokenizer, seen, size)
-    text = sources.text(TEXTS[0])[: size.characters]
+    text = corpora.text(TEXTS[0])[: size.characters]
     for make in (retrieval.needles, retrieval.key_values):
         readings = retrieval.several(make, tokenizer, text, size.context, size.contexts)
         found.append(Exercise({"context": size.context, "contexts": size.contexts}, readings))
@@ -72,7 +71,7 @@ def continuations_of_texts(tokenizer: PreTrainedTokenizerBase, seen: torch.Tenso
     """Perplexity of each of `TEXTS`; see `exercises`."""
     found = []
     for name in TEXTS:
-        slices = unseen_slices(tokenizer, sources.text(name)[: size.characters], seen, size)
+        slices = unseen_slices(tokenizer, corpora.text(name)[: size.characters], seen, size)
         settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
         found.append(Exercise(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
     return found

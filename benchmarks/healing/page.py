@@ -1,4 +1,4 @@
-"""The table and the picture of what `benchmarks.heal` measured."""
+"""The table and the picture of what `benchmarks.healing` measured."""
 
 from pathlib import Path
 from typing import Any

@@ -2,12 +2,14 @@
 
 import hashlib
 from functools import cache
+from pathlib import Path
 
 import numpy
 import torch
-from tokenizers import Tokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from . import sources
+from testing import corpora
+from testing.packages import cached
 
 BLOCK = 20_000  # characters: every `HELD_OUT`-th such block of a text is held out
 HELD_OUT = 20
@@ -15,9 +17,22 @@ HELD_OUT = 20
 
 def blocks_of(name: str, characters: int) -> list[str]:
     """Of one text, spread over it: together about `characters` of it, or all."""
-    text = sources.text(name)
+    text = corpora.text(name)
     every = max(len(text) // characters, 1)
     return [text[start : start + BLOCK] for start in range(0, len(text), BLOCK * every)]
+
+
+def small_tokenizer(vocab_size: int, names: tuple[str, ...]) -> Path:
+    """The file of a byte-level BPE of `tokenizers` for small models, trained on the texts `names`."""
+
+    def train(scratch: Path) -> Path:
+        tokenizer = ByteLevelBPETokenizer()
+        texts = [corpora.text(name)[:2_000_000] for name in names]
+        tokenizer.train_from_iterator(texts, vocab_size, show_progress=False)
+        tokenizer.save(str(scratch / "tokenizer.json"))
+        return scratch / "tokenizer.json"
+
+    return cached(f"bpe-{vocab_size}-{'-'.join(names)}.json", train)
 
 
 class Corpus:
@@ -33,7 +48,7 @@ class Corpus:
     """
 
     def __init__(self, texts: tuple[str, ...], unseen: str, vocab_size: int, characters: int):
-        tokenizer = Tokenizer.from_file(str(sources.small_tokenizer(vocab_size, texts)))
+        tokenizer = Tokenizer.from_file(str(small_tokenizer(vocab_size, texts)))
         training, held_out = [], []
         for name in texts:
             blocks = blocks_of(name, characters)

@@ -16,8 +16,8 @@ from mosa_hf import MosaForCausalLM, cache_bytes, calibrate_thresholds
 from mosa_hf.modeling.router import MosaRouter, named_routers
 from mosa_hf.whole_files import whole_file
 
-from .pretrain_data import Corpus
-from .pretrain_runs import Run
+from .data import Corpus
+from .runs import Run
 
 AGREEMENT = 1e-4  # nats a token between reading a text at once and token by token
 CHECKPOINT_SECONDS = 30

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from mosa_hf.whole_files import whole_file
 
-from .pretrain_runs import BY_THRESHOLD, FEWER, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
+from .runs import BY_THRESHOLD, FEWER, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
 
 # Student's t: half-width of a central interval of 95 %, by degrees of freedom, in standard errors.
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
@@ -326,8 +326,8 @@ def changes_of(run: Run, base: Run) -> str:
 PAGE = """# Pretraining at equal FLOPs
 
 Small models trained from scratch on real text, with as many multiplications and additions in a forward as the dense
-model (`benchmarks/flops.py`). Losses are nats a token of text that no model was trained on, of the kinds that all were
-trained on, and of another kind.
+model (`benchmarks/pretrain/flops.py`). Losses are nats a token of text that no model was trained on, of the kinds that
+all were trained on, and of another kind.
 
 - "By expert choice": teacher-forced, as published figures are; it may read the future.
 - "Exact": by thresholds, which were set on training text. Decoding token by token gives the same loss (largest

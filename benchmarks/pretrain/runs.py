@@ -122,15 +122,15 @@ LAST_SEED = 2  # runs of later ones come last: they narrow intervals
 
 
 def headline(dense: Run, mosa: Run, window: int) -> list[Run]:
-    """Dense and its rivals of as many FLOPs, for the seed of `dense`."""
+    """Dense and its baselines of as many FLOPs, for the seed of `dense`."""
     mosa = dataclasses.replace(mosa, seed=dense.seed)
-    rivals = [
+    baselines = [
         mosa,
         dataclasses.replace(mosa, routing="threshold"),
         dataclasses.replace(mosa, kind="stride"),
         dataclasses.replace(dense, kind="window", window=window),
     ]
-    return [dense, *(rival.matched(dense) for rival in rivals)]
+    return [dense, *(baseline.matched(dense) for baseline in baselines)]
 
 
 def cpu() -> Studies:

@@ -1,9 +1,9 @@
 """
 Compiles every Triton kernel ahead of time for GPUs that need not be there, and tells what each one takes of them.
 
-`python -m benchmarks.compile_kernels` prints a table and writes it to `benchmarks/results/kernels_compiled.md`; with
-`--output -` it prints only. `--in-turn` compiles each kernel for one target instead of all and prints only, in a third
-of the time. It fails if a kernel spills registers or needs more shared memory than a block can have.
+`python -m benchmarks.speed.compile_kernels` prints a table and writes it to `benchmarks/results/kernels_compiled.md`;
+with `--output -` it prints only. `--in-turn` compiles each kernel for one target instead of all and prints only, in a
+third of the time. It fails if a kernel spills registers or needs more shared memory than a block can have.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from triton.compiler import ASTSource  # noqa: E402
 import mosa_hf.kernels  # noqa: E402
 from mosa_hf.kernels.triton_builds import KernelBuild  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results" / "kernels_compiled.md"
+RESULTS = Path(__file__).parent.parent / "results" / "kernels_compiled.md"
 # Target, and the shared memory that one block can have there, in bytes.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
@@ -148,7 +148,7 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(
             "# Triton kernels, compiled ahead of time\n\n"
-            f"`python -m benchmarks.compile_kernels` on {datetime.date.today()}, Triton {triton.__version__}, "
+            f"`python -m benchmarks.speed.compile_kernels` on {datetime.date.today()}, Triton {triton.__version__}, "
             "bfloat16. Registers are those of one thread; no kernel may spill. Nothing here was run on a GPU.\n\n"
             + table
         )

@@ -5,8 +5,8 @@ frozen and with trained routers.
 Each run is a process of its own, with the compiler's caches off; contenders take turns. "compilation" is the first
 step (forward, backward, compilation of both) less a later one; the figures are medians over the rounds.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.compile_training
-    OMP_NUM_THREADS=1 python -m benchmarks.compile_training --layers 12 --rounds 5
+    OMP_NUM_THREADS=1 python -m benchmarks.speed.compile_training
+    OMP_NUM_THREADS=1 python -m benchmarks.speed.compile_training --layers 12 --rounds 5
 """
 
 import argparse
@@ -66,7 +66,8 @@ def measure(contender: str, num_layers: int) -> dict[str, float]:
 
 
 def in_own_process(contender: str, num_layers: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.compile_training", "--layers", str(num_layers), "--run", contender]
+    module = [sys.executable, "-m", "benchmarks.speed.compile_training"]
+    command = [*module, "--layers", str(num_layers), "--run", contender]
     environment = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])

@@ -2,8 +2,8 @@
 Time of one decoding step against the length of the context: the original SmolLM2, its conversion, and the conversion
 on a static cache; and bytes of their caches.
 
-    python -m benchmarks.decode                             # converts it first, with the converter's defaults
-    python -m benchmarks.decode --converted DIRECTORY --busy
+    python -m benchmarks.speed.decode                             # converts it first, with the converter's defaults
+    python -m benchmarks.speed.decode --converted DIRECTORY --busy
 
 All of them, at all lengths, take turns of several tokens in one process, so that a slow minute of the machine hits all
 alike; the figure is the median step of each. With `--busy`, every other turn has a second process beside it, which
@@ -27,8 +27,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedM
 
 from mosa_hf import ConversionConfig, GroupPlan, cache_bytes, convert_model
 from mosa_hf.conversion import calibration_windows
+from testing import corpora, pretrained
 
-from . import measure, sources
+from .. import metrics
 
 TURN = 8  # tokens that one decodes before the next does, as it would alone: steps of others leave its memory cold
 CONTENDERS = ("original", "converted", "converted, static")
@@ -47,7 +48,7 @@ class Decoder:
 
     def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor, cache: Cache | None = None):
         self.model = model
-        self.cache = measure.filled_cache(model, input_ids, cache=cache)
+        self.cache = metrics.filled_cache(model, input_ids, cache=cache)
         self.seconds: dict[bool, list[float]] = {False: [], True: []}  # of steps, by whether another process was busy
 
     @torch.inference_mode()
@@ -125,7 +126,7 @@ def print_table(decoders: dict[tuple[int, str], Decoder], lengths: list[int], wi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--converted", help="a converted SmolLM2, as `mosa-convert` wrote it")
-    parser.add_argument("--text", default="shakespeare", choices=sources.TEXT_NAMES)
+    parser.add_argument("--text", default="shakespeare", choices=corpora.TEXT_NAMES)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 8192], help="tokens before the first step")
     parser.add_argument(
         "--tokens", type=int, default=64, help=f"steps that are timed at each length, a multiple of {TURN}"
@@ -133,16 +134,16 @@ def main() -> None:
     parser.add_argument("--busy", action="store_true", help="time as many steps beside a busy process")
     arguments = parser.parse_args()
 
-    directory = sources.smollm2_directory()
+    directory = pretrained.smollm2_directory()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     original = AutoModelForCausalLM.from_pretrained(directory)
     if arguments.converted:
         converted = AutoModelForCausalLM.from_pretrained(arguments.converted)
     else:
-        converted = convert_model(original, ConversionConfig(), measure.calibration(tokenizer))
+        converted = convert_model(original, ConversionConfig(), metrics.calibration(tokenizer))
     num_turns = -(-arguments.tokens // TURN) * (2 if arguments.busy else 1)
     room = num_turns * TURN
-    text = calibration_windows(tokenizer, sources.text(arguments.text), 1, max(arguments.lengths) + room)
+    text = calibration_windows(tokenizer, corpora.text(arguments.text), 1, max(arguments.lengths) + room)
     decoders = {}
     for length in arguments.lengths:
         static = StaticCache(config=converted.config, max_cache_len=length + room)

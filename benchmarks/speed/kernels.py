@@ -1,13 +1,13 @@
 """
-Correctness and speed of the operations on whatever this machine has: `python -m benchmarks.kernels`.
+Correctness and speed of the operations on whatever this machine has: `python -m benchmarks.speed.kernels`.
 
 On a GPU the backends "torch" and "triton" take part, elsewhere "torch" alone. Each case is first compared with the
-specification in float64, at a length that the specification can bear, outputs and gradients. Then backends and rivals
-take turns in one process; a time is the median of a contender's calls, on a GPU between two events around a call,
-launching included.
+specification in float64, at a length that the specification can bear, outputs and gradients. Then backends and
+baselines take turns in one process; a time is the median of a contender's calls, on a GPU between two events around a
+call, launching included.
 
-    python -m benchmarks.kernels --cases heads-1k attention-8k --seconds 2
-    python -m benchmarks.kernels --cases smoke-attention smoke-decode smoke-heads --seconds 0.01    # does it run?
+    python -m benchmarks.speed.kernels --cases heads-1k attention-8k --seconds 2
+    python -m benchmarks.speed.kernels --cases smoke-attention smoke-decode smoke-heads --seconds 0.01  # does it run?
 """
 
 import argparse
@@ -48,8 +48,8 @@ PAPER = "paper's layer"
 class Case:
     """
     What is timed: "sparse_attention" of a whole sequence, "sparse_decode" of one token on full runs of a cache, or
-    "selected_heads" as a layer in training, router included. The dense rival of the first two has the same heads and
-    groups, and no projections; that of the last is a layer with projections and `dense_heads` heads.
+    "selected_heads" as a layer in training, router included. The dense baseline of the first two has the same heads
+    and groups, and no projections; that of the last is a layer with projections and `dense_heads` heads.
     """
 
     operation: str
@@ -191,10 +191,10 @@ def selected_heads(case: Case, draw: Draw) -> tuple[Contender, dict[str, Contend
     def ours() -> torch.Tensor:
         return heads(hidden_states, (cos, sin), ModelCall(layout, {}, torch.is_grad_enabled()))
 
-    rivals = {PAPER: paper, "dense": dense}
+    baselines = {PAPER: paper, "dense": dense}
     return Contender(ours, [hidden_states, *heads.parameters()]), {
         name: Contender(lambda layer=layer: layer(hidden_states, cos, sin), [hidden_states, *layer.parameters()])
-        for name, layer in rivals.items()
+        for name, layer in baselines.items()
     }
 
 
@@ -229,10 +229,10 @@ def check(case: Case) -> dict[str, float]:
     """
     build, errors = OPERATIONS[case.operation], {}
     for dtype in dict.fromkeys((torch.float32, DTYPE)):
-        ours, rivals = build(case, Draw(dtype, dtype))
+        ours, baselines = build(case, Draw(dtype, dtype))
         candidates = {name: ours.on(name) for name in BACKENDS}
-        if dtype == torch.float32 and PAPER in rivals:  # of its gradients, that of hidden states has the same layout
-            candidates[PAPER] = rivals[PAPER]._replace(inputs=rivals[PAPER].inputs[:1])
+        if dtype == torch.float32 and PAPER in baselines:  # of its gradients, the input's has the same layout
+            candidates[PAPER] = baselines[PAPER]._replace(inputs=baselines[PAPER].inputs[:1])
         specification = build(case, Draw(torch.float64, dtype))[0].on("reference")
         expected = specification.backward() if specification.inputs else [specification.forward()]
         for name, candidate in candidates.items():
@@ -288,8 +288,8 @@ def peak_memory(call: Callable[[], object]) -> int:
 def time_case(name: str, seconds: float) -> list[list[str]]:
     """Rows of the table."""
     case = CASES[name]
-    ours, rivals = OPERATIONS[case.operation](case, Draw(DTYPE, DTYPE))
-    contenders = {f"MoSA {each}": ours.on(each) for each in BACKENDS} | rivals
+    ours, baselines = OPERATIONS[case.operation](case, Draw(DTYPE, DTYPE))
+    contenders = {f"MoSA {each}": ours.on(each) for each in BACKENDS} | baselines
     calls = {("forward", each): contender.forward for each, contender in contenders.items()}
     calls |= {
         ("forward + backward", each): contender.backward for each, contender in contenders.items() if contender.inputs

@@ -1,6 +1,6 @@
 """
 The MoSA layer step by step as its authors' published code computes it (`PureMoSA` of github.com/piotrpiekos/MoSA): the
-rival that our heads are timed against.
+baseline that our heads are timed against.
 
 Tokens stay in the order in which `topk` returns them, so that every head needs a mask of its own.
 """
@@ -28,7 +28,7 @@ class PaperLayer(nn.Module):
         if heads.q_proj.shape != heads.k_proj.shape or heads.q_bias is not None or router.bias is not None:
             raise ValueError("The published layer has one query head a group and no biases.")
         if router.include_first or router.training_routing != "expert_choice":
-            raise ValueError("The rival selects by expert choice alone: `mosa_include_first` has to be False.")
+            raise ValueError("The baseline selects by expert choice alone: `mosa_include_first` has to be False.")
         self.sparsity, self.min_tokens = router.sparsity[0], router.min_tokens
         self.router = nn.Parameter(router.weight.detach().clone())  # [G, D]
         self.input, self.output = (

@@ -1,13 +1,13 @@
 """
 Training the paper's layer on a CPU: our heads with their routers against the published code's computation
-(`benchmarks.paper_layer`), forward and backward, forward alone, and peak memory.
+(`benchmarks.speed.paper_layer`), forward and backward, forward alone, and peak memory.
 
 Both are checked for equal outputs and gradients first. Then they take turns in one process on one thread; a ratio is
-the median over the rounds of rival / ours. Peak memory is how far one call raises the resident set of a process of its
-own.
+the median over the rounds of baseline / ours. Peak memory is how far one call raises the resident set of a process of
+its own.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.training
-    OMP_NUM_THREADS=1 python -m benchmarks.training --shapes 2,1024,17,32 --rounds 50
+    OMP_NUM_THREADS=1 python -m benchmarks.speed.training
+    OMP_NUM_THREADS=1 python -m benchmarks.speed.training --shapes 2,1024,17,32 --rounds 50
 """
 
 import argparse
@@ -33,7 +33,7 @@ SHAPES = [(2, 1024, 17, 32), (2, 1024, 128, 64), (1, 4096, 64, 16), (1, 8192, 60
 
 
 class OurLayer(nn.Module):
-    """`MosaHeads` in training, called as the rival is. As angles, the layout is the same for all layers of a model."""
+    """`MosaHeads` in training, called as the baseline is. Like angles, its layout serves all layers of a model."""
 
     def __init__(self, heads: MosaHeads, batch_size: int, num_tokens: int):
         super().__init__()
@@ -47,7 +47,7 @@ class OurLayer(nn.Module):
         return self.heads(hidden_states, (cos, sin), ModelCall(self.layout, {}, torch.is_grad_enabled()))
 
 
-def heads_and_rival(
+def heads_and_baseline(
     batch_size: int, num_tokens: int, num_groups: int, sparsity: float, dtype: torch.dtype = torch.float32
 ) -> tuple[OurLayer, PaperLayer, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Both layers with the same random weights; hidden states, cosine and sine of half the channels."""
@@ -77,10 +77,10 @@ def with_gradients(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[s
 
 
 def largest_errors(
-    ours: OurLayer, rival: PaperLayer, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    ours: OurLayer, baseline: PaperLayer, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 ) -> dict[str, float]:
     """Largest differences of output and gradients, each relative to the largest value."""
-    expected, actual = with_gradients(rival, inputs), with_gradients(ours, inputs)
+    expected, actual = with_gradients(baseline, inputs), with_gradients(ours, inputs)
     names = (f"d heads.{name}_proj" for name in "qkvo")
     actual["d input"], actual["d output"] = published_layout(*(actual[name] for name in names))
     actual["d router"] = actual["d heads.router.weight"]
@@ -97,13 +97,13 @@ def calls_of(layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> dict[str, Ca
     }
 
 
-def compare(rival: Callable[[], object], ours: Callable[[], object], rounds: int) -> list[str]:
+def compare(baseline: Callable[[], object], ours: Callable[[], object], rounds: int) -> list[str]:
     """Median wall milliseconds of both, and the median ratios of wall time and of the process' own CPU time."""
     seconds = []
-    for call in (rival, ours):
+    for call in (baseline, ours):
         call()
     for _ in range(rounds):
-        for call in (rival, ours):
+        for call in (baseline, ours):
             start = time.perf_counter(), time.process_time()
             call()
             seconds.append((time.perf_counter() - start[0], time.process_time() - start[1]))
@@ -115,7 +115,8 @@ def compare(rival: Callable[[], object], ours: Callable[[], object], rounds: int
 
 def peak_memory(shape: tuple[int, ...], contender: str, work: str) -> int:
     """Bytes that one call takes on top of what is there before it, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.training", "--memory-of", ",".join(map(str, shape)), contender, work]
+    module = [sys.executable, "-m", "benchmarks.speed.training"]
+    command = [*module, "--memory-of", ",".join(map(str, shape)), contender, work]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -145,29 +146,29 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.memory_of:
         shape, contender, work = options.memory_of
-        ours, rival, inputs = heads_and_rival(*parse_shape(shape))
-        print(resident_memory(calls_of(ours if contender == "ours" else rival, inputs)[work]))
+        ours, baseline, inputs = heads_and_baseline(*parse_shape(shape))
+        print(resident_memory(calls_of(ours if contender == "ours" else baseline, inputs)[work]))
         return
     head = [
         "B, T, groups, ρ",
         "work",
-        "rival, ms",
+        "baseline, ms",
         "ours, ms",
         "ratio",
         "ratio, CPU time",
-        "rival, bytes",
+        "baseline, bytes",
         "ours, bytes",
     ]
     print("| " + " | ".join(head) + " |\n|" + " --- |" * len(head))
     for shape in options.shapes:
-        ours, rival, inputs = heads_and_rival(*shape)
-        errors = largest_errors(ours, rival, inputs)
+        ours, baseline, inputs = heads_and_baseline(*shape)
+        errors = largest_errors(ours, baseline, inputs)
         if max(errors.values()) > 1e-4:
             raise AssertionError(f"The layers differ: {errors}")
-        rivals = calls_of(rival, inputs)
+        baselines = calls_of(baseline, inputs)
         for work, call in calls_of(ours, inputs).items():
-            times = compare(rivals[work], call, options.rounds)
-            memory = [f"{peak_memory(shape, contender, work):,}" for contender in ("rival", "ours")]
+            times = compare(baselines[work], call, options.rounds)
+            memory = [f"{peak_memory(shape, contender, work):,}" for contender in ("baseline", "ours")]
             print("| " + " | ".join([", ".join(map(str, shape)), work, *times, *memory]) + " |", flush=True)
 
 

@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 
-from benchmarks import frontier, frontier_table, measure
-from benchmarks.exercises import Exercise, Size, unseen_slices
-from benchmarks.frontier import Method, Results
-from benchmarks.origin import origin_of
+from benchmarks import metrics
+from benchmarks.frontier import measuring, page
+from benchmarks.frontier.methods import Method, Models, digest_of
+from benchmarks.frontier.results import Results
+from benchmarks.frontier.tasks import Exercise, Size, unseen_slices
+from benchmarks.provenance import origin_of
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
 from mosa_hf.evaluation import CacheMemory, Continuation, Reading, following, score
-
-from .bases import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
+from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
 ORIGIN = {
     "command": "python -m benchmarks.frontier",
@@ -43,10 +44,10 @@ def test_slices_share_no_run_of_words_with_what_was_seen():
 
 
 def test_random_selection_has_the_rates_of_the_groups_that_it_replaces(models):
-    rival, ids = measure.random_selection(models["converted"]), random_tokens(4, 400, seed=5)
-    with torch.no_grad(), trace_routing(rival) as selected:
-        rival(ids, use_cache=False)
-    for layer, router in rival.mosa_routers().items():
+    baseline, ids = metrics.random_selection(models["converted"]), random_tokens(4, 400, seed=5)
+    with torch.no_grad(), trace_routing(baseline) as selected:
+        baseline(ids, use_cache=False)
+    for layer, router in baseline.mosa_routers().items():
         drawn = selected[layer][0]
         assert drawn[:, 0].all()
         rates = drawn[:, 1:].float().mean((0, 1))
@@ -70,7 +71,7 @@ def test_what_is_there_is_not_measured_again(tmp_path, models, exercise):
     def measure_all(*methods, asked=exercise):
         built.clear()
         results = Results(tmp_path / "frontier.jsonl")
-        frontier.measure_here(list(methods), [asked], results, ORIGIN)
+        measuring.measure_here(list(methods), [asked], results, ORIGIN)
         return results
 
     original, converted = method("original"), method("converted", window=5)
@@ -95,7 +96,7 @@ def test_what_is_there_is_not_measured_again(tmp_path, models, exercise):
     assert [name for name, _ in built] == ["original"]
 
 
-def test_rivals_are_asked_for_what_is_lacking(tmp_path, models, exercise, monkeypatch):
+def test_baselines_are_asked_for_what_is_lacking(tmp_path, models, exercise, monkeypatch):
     scores = [
         vars(each) for reading in exercise.readings for each in score(CacheMemory(models["original"], [1]), reading)
     ]
@@ -107,7 +108,7 @@ def test_rivals_are_asked_for_what_is_lacking(tmp_path, models, exercise, monkey
             for method in asked["methods"]:
                 yield {"exercise": i, "method": method, "scores": scores, "versions": {"transformers": "5.2"}}
 
-    monkeypatch.setattr(frontier, "rivals_answers", answers)
+    monkeypatch.setattr(measuring, "baselines_answers", answers)
 
     class TinyModels:
         directory, original, calibration = tmp_path, models["original"], random_tokens(2, 8)
@@ -116,7 +117,7 @@ def test_rivals_are_asked_for_what_is_lacking(tmp_path, models, exercise, monkey
     other = Exercise({"prompt": 39}, exercise.readings)
     results = Results(tmp_path / "frontier.jsonl")
     for asked, methods in (([exercise], [snap]), ([exercise, other], [snap, tova]), ([exercise, other], [snap, tova])):
-        frontier.measure_rivals(methods, asked, results, ORIGIN, TinyModels, byte_tokenizer())
+        measuring.measure_baselines(methods, asked, results, ORIGIN, TinyModels, byte_tokenizer())
     assert [[each["methods"] for each in job["exercises"]] for job in jobs] == [[[0]], [[1], [0, 1]]]
     assert json.loads(json.dumps(jobs)) and len(results.rows) == 8
     assert all(row["versions"]["kvpress"] and row["prompt"] == "dense" for row in results.rows.values())
@@ -126,10 +127,10 @@ def test_the_table_and_the_picture(tmp_path, models, exercise):
     results = Results(tmp_path / "frontier.jsonl")
     masked = Method("KVzap", {"window": 128}, lambda: models["converted"], frees_memory=False)
     methods = [Method("original", {}, lambda: models["original"]), masked]
-    frontier.measure_here(methods, [exercise], results, ORIGIN)
-    frontier_table.write(list(results.rows.values()), tmp_path)
-    page = (tmp_path / "frontier.md").read_text()
-    table = [line for line in page.splitlines() if line.startswith("|")]
+    measuring.measure_here(methods, [exercise], results, ORIGIN)
+    page.write(list(results.rows.values()), tmp_path)
+    text = (tmp_path / "frontier.md").read_text()
+    table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[0] == "|  | KV bytes, texts | KV bytes, facts | prompt | perplexity, text | fact |"
     assert table[2].startswith("| original | 1.000 | 1.000 | sparse |") and len(table) == 4
     assert table[3].startswith("| KVzap, window 128 |") and "masked" in table[3]
@@ -139,13 +140,13 @@ def test_the_table_and_the_picture(tmp_path, models, exercise):
 
 
 def test_methods_of_this_process(tmp_path, models, monkeypatch):
-    monkeypatch.setattr(measure, "calibration", lambda tokenizer, windows, window: random_tokens(windows, window))
+    monkeypatch.setattr(metrics, "calibration", lambda tokenizer, windows, window: random_tokens(windows, window))
     models["original"].save_pretrained(tmp_path / "original")
     models["converted"].save_pretrained(tmp_path / "converted")
     save_routers(models["converted"], tmp_path / "routers")
     GroupPlan.of_config(models["converted"].config).save(tmp_path / "plan.json")
     size = Size(windows=2, window=32)
-    own = frontier.Models(tmp_path / "original", byte_tokenizer(), size)
+    own = Models(tmp_path / "original", byte_tokenizer(), size)
     methods = own.methods(["5/4", "7/2.5"])
     methods += own.given([tmp_path / "converted"], [tmp_path / "routers"], [tmp_path / "plan.json"])
     assert [method.name for method in methods] == [
@@ -160,9 +161,9 @@ def test_methods_of_this_process(tmp_path, models, monkeypatch):
     ]
     assert windows == [{5}, {7}, {5}, {5}, {5}, {5}]
     router = methods[5].build().mosa_routers()[0]
-    before = frontier.digest_of(methods[5].build())
+    before = digest_of(methods[5].build())
     router.threshold += 1
-    assert frontier.digest_of(methods[5].build()) != before
+    assert digest_of(methods[5].build()) != before
 
 
 def test_what_is_recorded_has_no_paths_of_this_machine(tmp_path):

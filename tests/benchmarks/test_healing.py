@@ -9,15 +9,16 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
-from benchmarks import heal, sources
-from benchmarks.exercises import Size, word_runs
-
-from .bases import byte_tokenizer, tiny_base
+from benchmarks.frontier.tasks import Size, word_runs
+from benchmarks.healing import __main__ as command
+from benchmarks.healing import recipe as healed
+from testing import corpora, pretrained
+from testing.tiny import byte_tokenizer, tiny_base
 
 SIZE = Size(prompt=150, scored=50, slices=1, windows=2, window=60, characters=None)
-RECIPE = heal.Recipe(window=5, sparsity=4, steps=4, tokens=32, save_steps=2, scored=(2,), elsewhere=(("9/4", 0.5),))
+RECIPE = healed.Recipe(window=5, sparsity=4, steps=4, tokens=32, save_steps=2, scored=(2,), elsewhere=(("9/4", 0.5),))
 ORIGIN = {
-    "command": "python -m benchmarks.heal run",
+    "command": "python -m benchmarks.healing run",
     "date": "2026-01-01",
     "machine": "one",
     "versions": {"torch": "2"},
@@ -34,16 +35,16 @@ def text_of(name: str) -> str:
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
-    monkeypatch.setattr(heal, "PIECE", 300)
-    monkeypatch.setattr(sources, "text", text_of)
-    monkeypatch.setattr(sources, "smollm2_directory", lambda: tmp_path / "base")
+    monkeypatch.setattr(healed, "PIECE", 300)
+    monkeypatch.setattr(corpora, "text", text_of)
+    monkeypatch.setattr(pretrained, "smollm2_directory", lambda: tmp_path / "base")
     tiny_base().save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "work"
 
 
 def run(work, recipe=RECIPE, **options):
-    heal.run(
+    command.run(
         argparse.Namespace(work=work, windows=None, **{"score": False, **options}), recipe, SIZE, work.parent, ORIGIN
     )
     return [json.loads(line) for line in (work.parent / "heal.jsonl").read_text().splitlines()]
@@ -78,28 +79,29 @@ def test_it_heals_scores_and_goes_on(work):
 
 def test_it_learns_from_nothing_that_is_scored(work, monkeypatch):
     asked = []
-    monkeypatch.setattr(heal, "heal", lambda *args: None)
-    monkeypatch.setattr(heal, "measure_here", lambda methods, exercises, *args: asked.extend(exercises))
+    monkeypatch.setattr(command, "heal", lambda *args: None)
+    monkeypatch.setattr(command, "measure_here", lambda methods, exercises, *args: asked.extend(exercises))
     run(work)
     learned = (work / "text.txt").read_text()
     held = [reading.context + reading.continuations[0].ids for each in asked for reading in each.readings]
     assert len(held) == 2
     for passage in map(byte_tokenizer().decode, held):
         assert word_runs(passage).isdisjoint(word_runs(learned))
-    whole = sum(len(text_of(name)) for name in heal.TEXTS)
+    whole = sum(len(text_of(name)) for name in healed.TEXTS)
     assert 0.5 * whole < len(learned) < whole
     assert text_of("encyclopaedia")[:200] in learned and text_of("debian_handbook")[:200] not in learned
 
 
 def test_scoring_alone_heals_nothing(work, monkeypatch):
-    monkeypatch.setattr(heal, "heal", lambda *args: pytest.fail("it healed"))
+    monkeypatch.setattr(command, "heal", lambda *args: pytest.fail("it healed"))
     rows = run(work, score=True)
     assert {row["method"] for row in rows} == {"original", "converted"}
     assert AutoModelForCausalLM.from_pretrained(work / "converted").config.mosa_window == 5
 
 
 def test_processes_that_a_step_cannot_be_shared_among(work, monkeypatch):
-    monkeypatch.setattr(heal, "PartialState", lambda **kwargs: SimpleNamespace(num_processes=3))
+    for module in (command, healed):
+        monkeypatch.setattr(module, "PartialState", lambda **kwargs: SimpleNamespace(num_processes=3))
     with pytest.raises(ValueError, match="3 processes cannot share 2 examples"):
         run(work)
     assert not work.exists()

@@ -1,18 +1,19 @@
-"""The benchmark's rival computes what our heads compute, or a comparison of their speed would mean nothing."""
+"""The benchmark's baseline computes what our heads compute, or a comparison of their speed would mean nothing."""
 
 import pytest
 import torch
 
-from benchmarks.paper_layer import PaperLayer
-from benchmarks.training import heads_and_rival, largest_errors
+from benchmarks.speed.paper_layer import PaperLayer
+from benchmarks.speed.training import heads_and_baseline, largest_errors
 from mosa_hf.modeling.heads import MosaHeads
 
-from .conftest import tiny_config
+from ..conftest import tiny_config
 
 
 def test_same_function():
-    ours, rival, inputs = heads_and_rival(batch_size=2, num_tokens=50, num_groups=3, sparsity=4, dtype=torch.float64)
-    for name, error in largest_errors(ours, rival, inputs).items():
+    shape = {"batch_size": 2, "num_tokens": 50, "num_groups": 3, "sparsity": 4}
+    ours, baseline, inputs = heads_and_baseline(**shape, dtype=torch.float64)
+    for name, error in largest_errors(ours, baseline, inputs).items():
         assert error < 1e-12, name
 
 

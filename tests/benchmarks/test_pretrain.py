@@ -11,13 +11,18 @@ from tokenizers import Tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import flops, pretrain, pretrain_model, pretrain_table, sources
-from benchmarks.pretrain_data import Corpus
-from benchmarks.pretrain_model import StrideRouter, build, decoded, evaluate, reading_by, teacher_forced, train
-from benchmarks.pretrain_runs import HEADLINE, MATCH, PRESETS, SPARSITY, Run, headline, in_order
+from benchmarks.pretrain import __main__ as command
+from benchmarks.pretrain import flops
+from benchmarks.pretrain import model as pretrain_model
+from benchmarks.pretrain import page as pretrain_page
+from benchmarks.pretrain import rows as pretrain_rows
+from benchmarks.pretrain.data import Corpus
+from benchmarks.pretrain.model import StrideRouter, build, decoded, evaluate, reading_by, teacher_forced, train
+from benchmarks.pretrain.runs import HEADLINE, MATCH, PRESETS, SPARSITY, Run, headline, in_order
 from mosa_hf import MosaConfig, trace_routing
+from testing import corpora, packages
 
-RESULTS = Path(pretrain.__file__).parent / "results"
+RESULTS = Path(command.__file__).parents[1] / "results"
 DENSE = Run(
     kind="dense",
     dense_heads=3,
@@ -54,7 +59,7 @@ class RandomCorpus(Corpus):
 @pytest.fixture
 def corpus(monkeypatch) -> Corpus:
     made = RandomCorpus()
-    monkeypatch.setattr(pretrain, "corpus_of", lambda run: made)
+    monkeypatch.setattr(pretrain_rows, "corpus_of", lambda run: made)
     return made
 
 
@@ -63,7 +68,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
         "python_topics": "".join(f"Line {i} of the first text is like no other.\n" for i in range(16_000)),
         "encyclopaedia": "Nothing of the kind. " * 5000,
     }
-    monkeypatch.setattr(sources, "text", lambda name: texts[name])
+    monkeypatch.setattr(corpora, "text", lambda name: texts[name])
     monkeypatch.setenv("MOSA_HF_CACHE", str(tmp_path))
     corpus = Corpus(("python_topics",), "encyclopaedia", 400, 10**6)
     (path,) = tmp_path.iterdir()
@@ -132,7 +137,7 @@ def test_layers_that_differ_are_not_counted():
 
 
 @pytest.mark.parametrize("dense_heads", [0, 1, 2])
-def test_rivals_cost_what_the_dense_model_does(dense_heads):
+def test_baselines_cost_what_the_dense_model_does(dense_heads):
     dense = dataclasses.replace(DENSE, dense_heads=8)
     runs = headline(dense, dataclasses.replace(MOSA, dense_heads=dense_heads), 8)
     assert [run.kind for run in runs] == ["dense", "mosa", "mosa", "stride", "window"]
@@ -155,7 +160,7 @@ def test_every_preset_is_matched_and_named():
         assert len(runs) == len(set(runs)) == len({run for study in studies.values() for run in study})
         assert runs[: len(set(studies[HEADLINE][:10]))] == studies[HEADLINE][:10]
         for study in studies.values():
-            assert pretrain_table.dense_of(study, study[-1]) is not None
+            assert pretrain_page.dense_of(study, study[-1]) is not None
             assert all(Run.from_dict(run.to_dict()) == run for run in study)
 
 
@@ -217,10 +222,10 @@ def test_from_configurations_to_a_page(corpus, tmp_path, capsys, monkeypatch):
     config = tmp_path / "runs.json"
     config.write_text(json.dumps([run.to_dict() for run in runs]))
     trained = []
-    monkeypatch.setattr(pretrain, "train", lambda run, *others: trained.append(run) or train(run, *others))
-    monkeypatch.setattr(pretrain.sources, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(pretrain_rows, "train", lambda run, *others: trained.append(run) or train(run, *others))
+    monkeypatch.setattr(packages, "cache_directory", lambda: tmp_path / "cache")
     arguments = ["--config", str(config), "--output", str(tmp_path / "results")]
-    pretrain.main(arguments)
+    command.main(arguments)
     assert trained == runs
     rows = [json.loads(line) for line in (tmp_path / "results/pretrain.jsonl").read_text().splitlines()]
     assert [Run.from_dict(row["run"]) for row in rows] == runs
@@ -232,7 +237,7 @@ def test_from_configurations_to_a_page(corpus, tmp_path, capsys, monkeypatch):
         if run.kind == "stride" or (run.kind == "mosa" and run.routing == "expert_choice"):
             assert row["training_flops_of_selected"] == pytest.approx(row["training_flops"])
     (tmp_path / "results/pretrain.jsonl").write_text("\n".join(map(json.dumps, rows[1:])) + "\n")
-    pretrain.main(arguments)
+    command.main(arguments)
     assert trained == [*runs, runs[0]]  # what is there is not trained again
     assert (tmp_path / "results/pretrain.png").read_bytes().startswith(b"\x89PNG")
     assert "| fixed stride |" in capsys.readouterr().out
@@ -272,7 +277,7 @@ def test_what_the_leak_explains(tmp_path):
         measured(stride, 2.95 + 10 * noise)
         if seed:
             measured(threshold, 3.001 + 9 * noise, 3.0 + 9 * noise)
-    pretrain_table.write(studies, rows, tmp_path)
+    pretrain_page.write(studies, rows, tmp_path)
     page = (tmp_path / "pretrain.md").read_text()
     sentences = re.findall(r"^\d\. (.*)$", page, re.MULTILINE)
     assert len(sentences) == 3
@@ -286,7 +291,7 @@ def test_what_the_leak_explains(tmp_path):
 
 
 def test_quantiles_are_those_of_the_t_distribution():
-    for degrees, quantile in pretrain_table.T_95.items():
+    for degrees, quantile in pretrain_page.T_95.items():
         points = torch.linspace(-quantile, quantile, 200_001, dtype=torch.float64)
         density = (
             torch.distributions.StudentT(torch.tensor(float(degrees), dtype=torch.float64)).log_prob(points).exp()
@@ -295,6 +300,6 @@ def test_quantiles_are_those_of_the_t_distribution():
 
 
 def test_the_page_is_that_of_its_rows():
-    rows = list(pretrain.read_rows(RESULTS / "pretrain.jsonl").values())
-    assert (RESULTS / "pretrain.md").read_text(encoding="utf-8") == pretrain_table.page(PRESETS["cpu"](), rows)
+    rows = list(pretrain_rows.read_rows(RESULTS / "pretrain.jsonl").values())
+    assert (RESULTS / "pretrain.md").read_text(encoding="utf-8") == pretrain_page.page(PRESETS["cpu"](), rows)
     assert all(abs(row["sample"]["decoded"] - row["sample"]["teacher_forced"]) < 1e-4 for row in rows)

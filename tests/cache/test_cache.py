@@ -21,8 +21,8 @@ from mosa_hf.cache.dense import SLACK, PreallocatedDynamicLayer
 from mosa_hf.cache.growth import static_capacity
 from mosa_hf.cache.steps import NUM_STEPS
 
-from .conftest import FORMS, MIXED_LAYERS, PLAN, SHAPE, native_form, sparse_form, tiny_model
-from .contract import random_ids
+from ..conftest import FORMS, MIXED_LAYERS, PLAN, SHAPE, native_form, sparse_form, tiny_model
+from ..contract import random_ids
 
 SPEC = SparseSpec(None, (GroupSet((0, 1), 0, 4),))
 ONE_WINDOW = {"mosa_plan": None, "mosa_sparsity": 4}

@@ -14,8 +14,8 @@ from mosa_hf import ConversionConfig, convert_model
 from mosa_hf.conversion.annealing import RateAnnealing
 from mosa_hf.conversion.healing import HealingTrainer, teacher_of
 from mosa_hf.modeling.router_files import ROUTERS_NAME
+from testing.tiny import random_tokens, tiny_base
 
-from .bases import random_tokens, tiny_base
 from .test_healing import arguments, collate, prepare
 
 STEPS = 6

@@ -12,8 +12,7 @@ from mosa_hf.conversion.calibration import FLOOR, fit_routers
 from mosa_hf.modeling.families import FAMILIES
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.thresholds import highest_share
-
-from .bases import random_tokens, tiny_base
+from testing.tiny import random_tokens, tiny_base
 
 LENGTH, RIDGE = 48, 0.05
 FEW, MANY = SparseGroup(window=8, sparsity=4), SparseGroup(window=5, sparsity=2)

@@ -35,8 +35,7 @@ from mosa_hf import (
 )
 from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
-
-from .bases import byte_tokenizer, random_tokens, tiny_base
+from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
 # Llama's names; others, one of which changes on disk; a layer with a sliding window; fused projections; experts, which
 # are tensor by tensor on disk.
@@ -381,7 +380,7 @@ def test_a_converted_folder_without_importing_the_package(base, routers, tmp_pat
     environment = {
         **os.environ,
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
     }
     command = [sys.executable, "-c", LOAD, folder, outcomes]
     subprocess.run(command, check=True, env=environment, stdin=subprocess.DEVNULL)
@@ -500,7 +499,7 @@ def test_memory_of_a_large_checkpoint(tmp_path):
     (tmp_path / "routers" / "mosa_config.json").write_text(json.dumps(settings))
     arguments = [tmp_path / "base", tmp_path / "converted", tmp_path / "routers"]
     result = subprocess.run(
-        [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+        [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert result.returncode == 0, result.stderr
     assert 0 < float(result.stdout) < 300

@@ -26,8 +26,7 @@ from mosa_hf.conversion import calibration_windows, convert_to_native
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.modeling.group_plan import SparseGroup
-
-from .bases import byte_tokenizer, random_tokens, tiny_base
+from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
 TEXT = " ".join(f"the {i}th word of a text that is long enough;" for i in range(60))
 FAMILIES = ("llama", "gpt_neox", "gemma3_text", "phi3", "mixtral")  # others: `test_families`
@@ -199,7 +198,7 @@ def test_the_command(source, tmp_path):
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert "3 of 6 groups sparse" in result.stdout and "from_pretrained(base, routers=...)" in result.stdout
     assert "Fitting routers" in result.stderr  # progress

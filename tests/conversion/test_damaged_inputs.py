@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from mosa_hf import ConversionConfig, GroupPlan, convert_checkpoint, convert_model, save_routers
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.router_files import LATER_FIELDS
-
-from .bases import random_tokens, tiny_base
+from testing.tiny import random_tokens, tiny_base
 
 ROUNDS = 10
 INDEX, CONFIG, ROUTERS, ROUTERS_CONFIG = (

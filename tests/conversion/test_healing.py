@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from mosa_hf import ConversionConfig, GroupPlan, MosaLlamaForCausalLM, cache_bytes, convert_model, trace_routing
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, kv_share, mean_divergence, teacher_of
 from mosa_hf.modeling.group_plan import SparseGroup
+from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
-from .bases import byte_tokenizer, random_tokens, tiny_base
-from .test_training import windows_of_bytes
+from ..modeling.test_training import windows_of_bytes
 
 LENGTH = 128
 

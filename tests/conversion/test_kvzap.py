@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from mosa_hf import convert_checkpoint, load_routers, save_routers, to_dense, trace_routing
 from mosa_hf.conversion.kvzap import load_kvzap
 from mosa_hf.modeling.router import MosaRouter
-
-from .bases import random_tokens, tiny_base
+from testing.tiny import random_tokens, tiny_base
 
 THRESHOLD = -0.5
 HIDDEN = 4  # D / 8, as KVzap has it

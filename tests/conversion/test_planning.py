@@ -13,8 +13,7 @@ from mosa_hf.conversion.effects import Effects, divergence
 from mosa_hf.conversion.planning import WINDOWS, PlanningConfig, Rates, Setting, exchange, measured_texts, search_plan
 from mosa_hf.modeling.families import family_of
 from mosa_hf.modeling.group_plan import SparseGroup
-
-from .bases import byte_tokenizer, random_tokens, tiny_base
+from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
 TOKENS = 96
 

@@ -26,8 +26,7 @@ from mosa_hf.evaluation import (
     text_readings,
 )
 from mosa_hf.modeling.router_files import write_routers
-
-from .bases import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
+from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
 
 @pytest.fixture(scope="module")

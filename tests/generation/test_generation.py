@@ -8,10 +8,10 @@ import torch
 from transformers import DynamicCache, StaticCache, set_seed
 
 from mosa_hf import ConversionConfig, convert_model, trace_routing
+from testing.tiny import random_tokens, tiny_base
 
-from .bases import random_tokens, tiny_base
-from .conftest import FORMS, tiny_model
-from .contract import random_ids
+from ..conftest import FORMS, tiny_model
+from ..contract import random_ids
 
 NEW_TOKENS = 12
 LENGTH = {"max_new_tokens": NEW_TOKENS}

@@ -18,8 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from mosa_hf import cache_bytes
 
-from .conftest import FORMS, PLAN, SHAPE, Form, native_form, sparse_form
-from .contract import random_ids
+from ..conftest import FORMS, PLAN, SHAPE, Form, native_form, sparse_form
+from ..contract import random_ids
 
 NEW_TOKENS = 6
 PROMPT_LENGTH = 11

@@ -11,7 +11,7 @@ from mosa_hf.kernels.sparse_attention import pytorch as sparse_attention
 from mosa_hf.kernels.sparse_decode import pytorch as sparse_decode
 from mosa_hf.kernels.tensors import KeyValues, Runs
 
-from .kernels_triton.common import random_runs, random_until
+from .triton.common import random_runs, random_until
 
 FAST = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 OPTIONS = {

@@ -9,7 +9,7 @@ from mosa_hf.kernels.gather_project import pytorch as gather_project
 from mosa_hf.kernels.selected_heads import pytorch, reference
 from mosa_hf.kernels.tensors import HeadWeights, Runs, Tokens
 
-from .kernels_triton.common import random_runs, random_until
+from .triton.common import random_runs, random_until
 
 FAST = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 HIDDEN_SIZE = 12

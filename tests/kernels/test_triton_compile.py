@@ -16,8 +16,8 @@ def test_kernels_compile_without_spills():
     """In a process of its own: this one may interpret kernels. All targets take three times as long as this."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.compile_kernels", "--in-turn"],
-        cwd=Path(__file__).parent.parent,
+        [sys.executable, "-m", "benchmarks.speed.compile_kernels", "--in-turn"],
+        cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import CompileConfig
 
-from .conftest import FORMS, native_form, sparse_form
-from .contract import check_same_step, padded_batch, training_step
+from ..conftest import FORMS, native_form, sparse_form
+from ..contract import check_same_step, padded_batch, training_step
 
 ONE_LAYER = {"num_hidden_layers": 1}
 # Upstream compiles a step twice where layers have a sliding window.

@@ -10,7 +10,7 @@ from mosa_hf import MosaConfig
 from mosa_hf.modeling.configuration import RoutingConfig
 from mosa_hf.modeling.families import FAMILIES
 
-from .conftest import PLAN, SHAPE, sparse_form
+from ..conftest import PLAN, SHAPE, sparse_form
 
 NO_DENSE_HEADS = {"num_attention_heads": 0, "num_key_value_heads": 0}
 NO_MOSA_HEADS = {"num_mosa_heads": 0, "num_mosa_key_value_heads": 0}

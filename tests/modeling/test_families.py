@@ -21,9 +21,9 @@ from mosa_hf.modeling.families import FAMILIES, HEADS
 from mosa_hf.modeling.router_files import save_routers
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin, eager_attention_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups, without_sparse_groups
+from testing.tiny import random_tokens, tiny_base
 
-from .bases import random_tokens, tiny_base
-from .contract import check_parity, check_training, padded_batch
+from ..contract import check_parity, check_training, padded_batch
 
 NEAR, FAR = {"window": 5, "sparsity": 3}, {"window": 0, "sparsity": 2.5}
 KINDS = ((NEAR, FAR), (None, NEAR), (FAR, None))  # of the groups of a layer, over and over

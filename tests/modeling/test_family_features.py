@@ -18,8 +18,7 @@ from mosa_hf import use_backend
 from mosa_hf.modeling import sparse_groups
 from mosa_hf.modeling.families import FAMILIES
 from mosa_hf.modeling.sparse_models import with_sparse_groups
-
-from .bases import FIELDS, random_tokens, rope, tiny_base
+from testing.tiny import FIELDS, random_tokens, rope, tiny_base
 
 IDS = random_tokens(2, 30)
 PREFILL = 22

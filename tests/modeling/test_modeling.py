@@ -19,8 +19,8 @@ from mosa_hf import (
 )
 from mosa_hf.modeling import sparse_groups
 
-from .conftest import FORMS, MIXED_LAYERS, SHAPE, native_form, sparse_form, tiny_model
-from .contract import (
+from ..conftest import FORMS, MIXED_LAYERS, SHAPE, native_form, sparse_form, tiny_model
+from ..contract import (
     check_packed,
     check_parity,
     check_same_step,

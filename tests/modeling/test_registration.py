@@ -21,15 +21,15 @@ from transformers import (
 import mosa_hf
 from mosa_hf.modeling.families import FAMILIES
 from mosa_hf.registration import register
+from testing.tiny import byte_tokenizer
 
-from .bases import byte_tokenizer
-from .conftest import FORMS
-from .contract import random_ids
+from ..conftest import FORMS
+from ..contract import random_ids
 
 
 def test_every_package_is_installed():
     """The list in pyproject.toml, by which wheels are made, names each folder of modules."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     found = {".".join(path.parent.relative_to(root).parts) for path in root.glob("mosa_hf/**/__init__.py")}
     assert set(listed) == found | {"mosa_hf.conversion_scripts"}

@@ -9,8 +9,8 @@ from torch import nn
 from mosa_hf import trace_routing
 from mosa_hf.routing import select_by_expert_choice, select_by_threshold
 
-from .conftest import FORMS, Form, tiny_model
-from .contract import random_ids, training_step
+from ..conftest import FORMS, Form, tiny_model
+from ..contract import random_ids, training_step
 
 ROUTINGS = ["expert_choice", "threshold"]
 

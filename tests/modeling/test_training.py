@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from mosa_hf import calibrate_thresholds, trace_routing
 
-from .conftest import native_form, sparse_form
+from ..conftest import native_form, sparse_form
 
 LENGTH = 128
 SMALL = {

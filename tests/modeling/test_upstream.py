@@ -16,9 +16,9 @@ import torch
 from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
-from benchmarks.sources import SourceUnavailable
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
 from mosa_hf.modeling.families import FAMILIES
+from testing.packages import SourceUnavailable
 
 pytest.importorskip("parameterized")
 try:

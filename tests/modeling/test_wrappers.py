@@ -10,9 +10,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mosa_hf import GroupPlan, convert_model
 from mosa_hf.conversion import ConversionConfig
 from mosa_hf.modeling.group_plan import SparseGroup
+from testing.tiny import random_tokens, tiny_base
 
-from .bases import random_tokens, tiny_base
-from .conftest import native_form
+from ..conftest import native_form
 
 SMALL = {"num_hidden_layers": 2}
 PLANS = {

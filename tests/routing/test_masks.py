@@ -10,9 +10,9 @@ from transformers.masking_utils import create_masks_for_generate
 from mosa_hf import ConversionConfig, GroupPlan, convert_model
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.routing import read_mask
+from testing.tiny import random_tokens, tiny_base
 
-from .bases import random_tokens, tiny_base
-from .conftest import native_form
+from ..conftest import native_form
 
 LOWEST = torch.finfo(torch.float32).min
 

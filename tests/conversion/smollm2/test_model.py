@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 
-from benchmarks import demo, measure, sources
+from benchmarks import demo, metrics
 from mosa_hf import cache_bytes
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import text_readings
+from testing import corpora, pretrained
 
 from .conftest import fetched
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.real
 
 def test_the_base_is_untouched(converted_directory):
     """The converted folder's weights are the base's file, byte for byte, and a few MB of routers."""
-    base = sources.smollm2_directory() / "model.safetensors"
+    base = pretrained.smollm2_directory() / "model.safetensors"
     linked = [path for path in converted_directory.glob("*.safetensors") if path.stat().st_size > 100e6]
     assert len(linked) == 1 and (linked[0].samefile(base) or filecmp.cmp(linked[0], base, shallow=False))
     others = sum(path.stat().st_size for path in converted_directory.iterdir() if path not in linked)
@@ -68,9 +69,9 @@ def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_pa
     prompt is read in chunks, as long prompts are, and blocks of 1 MB and more are mapped one by one: glibc's default,
     which grows its heap around them, left between 56 and 165 MB of 96 MB saved from run to run.
     """
-    torch.save(calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, 3072), tmp_path / "prompt.pt")
+    torch.save(calibration_windows(tokenizer, fetched(corpora.text, "shakespeare"), 1, 3072), tmp_path / "prompt.pt")
     runs = []
-    for directory in (fetched(sources.smollm2_directory), converted_directory):
+    for directory in (fetched(pretrained.smollm2_directory), converted_directory):
         command = [sys.executable, "-c", PEAK, directory, tmp_path / "prompt.pt"]
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_ARENA_MAX": "1"}
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
@@ -82,25 +83,25 @@ def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_pa
 
 def test_quality(converted, original, tokenizer):
     """At most 6 % more perplexity than the original on prose that calibration never saw (DESIGN section 2)."""
-    windows = calibration_windows(tokenizer, fetched(sources.text, "debian_handbook"), 4, 1024)
-    before, after = measure.perplexity(original, windows), measure.perplexity(converted, windows)
+    windows = calibration_windows(tokenizer, fetched(corpora.text, "debian_handbook"), 4, 1024)
+    before, after = metrics.perplexity(original, windows), metrics.perplexity(converted, windows)
     print(f"perplexity {before:.2f} -> {after:.2f}")
     assert after <= 1.06 * before
 
 
 def test_cache_bytes_follow_the_formula(converted, original, tokenizer):
-    prompt = calibration_windows(tokenizer, fetched(sources.text, "shakespeare"), 1, 1024)
-    cache = measure.filled_cache(converted, prompt)
+    prompt = calibration_windows(tokenizer, fetched(corpora.text, "shakespeare"), 1, 1024)
+    cache = metrics.filled_cache(converted, prompt)
     held = sum(cache_bytes(cache).values())
-    assert abs(held / measure.formula_bytes(converted, prompt) - 1) < 0.05
-    assert held < 0.65 * measure.kv_bytes(original, prompt)
+    assert abs(held / metrics.formula_bytes(converted, prompt) - 1) < 0.05
+    assert held < 0.65 * metrics.kv_bytes(original, prompt)
 
 
 def test_the_comparison_of_the_demo(converted, original, tokenizer):
-    """The rival really has as many bytes, and every model has a speed."""
-    readings = text_readings(tokenizer, "encyclopaedia", fetched(sources.text, "encyclopaedia"), 704, 64, 1)
+    """The baseline really has as many bytes, and every model has a speed."""
+    readings = text_readings(tokenizer, "encyclopaedia", fetched(corpora.text, "encyclopaedia"), 704, 64, 1)
     result = demo.compare(original, converted, readings)
-    dense, mosa, rival = (row["kv_bytes"] for row in result["rows"])
-    assert abs(rival / mosa - 1) < 0.05
+    dense, mosa, baseline = (row["kv_bytes"] for row in result["rows"])
+    assert abs(baseline / mosa - 1) < 0.05
     assert mosa < 0.5 * dense
-    assert all(result["tokens_per_second"][name] > 0 for name in (demo.ORIGINAL, demo.CONVERTED, demo.RIVAL))
+    assert all(result["tokens_per_second"][name] > 0 for name in (demo.ORIGINAL, demo.CONVERTED, demo.BASELINE))

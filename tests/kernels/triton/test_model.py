@@ -8,13 +8,12 @@ from transformers import DynamicCache, StaticCache
 
 from mosa_hf import use_backend
 
-from .conftest import Form, native_form, sparse_form
-from .contract import in_chunks, max_difference
+from ...conftest import Form, native_form, sparse_form
+from ...contract import in_chunks, max_difference
 
 pytest.importorskip("triton")
 
-from .kernels_triton.common import DEVICE  # noqa: E402
-from .kernels_triton.conftest import on_device  # noqa: E402, F401  (of every test here: small tiles when interpreted)
+from .common import DEVICE  # noqa: E402
 
 SHAPE = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 SPARSE = {
