@@ -1,8 +1,8 @@
 """
 The contract of every family, one body for all rows of `families.py`: a new row is tested without a line here.
 
-The models of `bases.py`, with routers of random weights that select about one token in three, and layers that hold
-several sets of groups and dense ones.
+The models of `testing/tiny.py`, with routers of random weights that select about one token in three, and layers that
+hold several sets of groups and dense ones.
 """
 
 import copy
@@ -167,7 +167,7 @@ def test_generation_equals_that_without_cache(family, budget):
     assert torch.equal(generate(batch), expected)
     assert torch.equal(generate(batch, cache_implementation="static"), expected)
     if budget is not None:
-        return  # other modes with a budget: `test_generation.py`
+        return  # other modes with a budget: `generation/test_generation.py`
     assert torch.equal(generate(one, prompt_lookup_num_tokens=3), expected[1:])
     for options in ({"do_sample": True}, {"num_beams": 2}):
         assert torch.equal(generate(batch, **options), generate(batch, **options, use_cache=False)), options

@@ -5,7 +5,8 @@ itself where the environment sets MOSA_TEST_LLAMA, to compare with.
 What holds: the MoSA models fail nothing that Llama passes, but for the tests marked `xfail` here, with the reason. On
 a CPU, 128 tests run for each model and about 60 skip themselves: they need a GPU, flash attention, DeepSpeed, torchao
 or a model of another kind. The suites of modeling, configuration, training, tensor parallelism and FSDP are those that
-apply. The suites of exporters and generation are not distributed; `test_generation_behaviours.py` is for the latter.
+apply. The suites of exporters and generation are not distributed; `generation/test_generation_behaviours.py` is
+for the latter.
 """
 
 import os

@@ -1,5 +1,5 @@
 """`Trainer(torch_compile=True)`: a converted model trains compiled as it trains uncompiled, in as many graphs as the
-original. `benchmarks/compile_training.py` prints how long that takes to compile."""
+original. `benchmarks/speed/compile_training.py` prints how long that takes to compile."""
 
 import pytest
 import torch
