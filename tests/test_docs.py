@@ -70,6 +70,19 @@ def test_tables_are_whole(page):
             assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1
 
 
+FILE = re.compile(r"\b(?:benchmarks|conversion_scripts|docs|mosa_hf|testing|tests)/[\w./-]+\.(?:py|md|png)\b")
+
+
+def test_files_that_pages_name_are_there():
+    root = DOCS.parent
+    named = [
+        (page.name, name)
+        for page in (*root.glob("*.md"), *DOCS.glob("*.md"), *RESULTS.glob("*.md"))
+        for name in FILE.findall(page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20 and [each for each in named if not (root / each[1]).exists()] == []
+
+
 def test_leak_figures_are_those_of_the_result():
     result, page = (path.read_text(encoding="utf-8") for path in (RESULTS / "leak.md", DOCS / "routing.md"))
     table = [line for line in result.splitlines() if line.startswith("|")]
