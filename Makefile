@@ -18,7 +18,7 @@ test: lint
 tools: $(VENV)/.mosa-hf-tools
 	$(VENV_PYTHON) -m pytest -q -m "" -n 0 tests/tools
 
-# Runs the notebooks as they are, two at a time; their committed outputs stay. They find `benchmarks` through the path.
+# Runs the notebooks as they are, two at a time; their committed outputs stay. They find `testing` through the path.
 notebooks: $(VENV)/.mosa-hf-notebooks
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -o addopts="" -n 2 --nbmake \
 		--nbmake-timeout=600 notebooks

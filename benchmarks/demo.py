@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mosa_hf import ConversionConfig, convert_checkpoint
 from mosa_hf.evaluation import Reading, Subject, evaluate, table, text_readings
+from testing import corpora, pretrained
+from testing.packages import SourceUnavailable
 
-from . import measure, sources
-from .exercises import Size, exercises
+from . import metrics
+from .frontier.tasks import Size, exercises
 
 PROMPT = "A file system keeps track of"
-ORIGINAL, CONVERTED, RIVAL = "original", "MoSA", "first token + window, equal bytes"
+ORIGINAL, CONVERTED, BASELINE = "original", "MoSA", "first token + window, equal bytes"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,11 +38,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     start = time.perf_counter()
 
-    source = sources.smollm2_directory()
+    source = pretrained.smollm2_directory()
     tokenizer = AutoTokenizer.from_pretrained(source)
     original = AutoModelForCausalLM.from_pretrained(source)
     conversion = ConversionConfig(groups=options.groups, sparsity=options.sparsity, window=options.window)
-    calibration = measure.calibration(tokenizer)
+    calibration = metrics.calibration(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         destination = options.keep or Path(scratch) / "converted"
         convert_checkpoint(source, destination, conversion, calibration)
@@ -68,24 +70,24 @@ def unseen_readings(tokenizer: PreTrainedTokenizerBase, calibration: torch.Tenso
     size = Size()
     try:
         asked = exercises(tokenizer, calibration, size)[:3]
-    except sources.SourceUnavailable as error:
+    except SourceUnavailable as error:
         print(f"Other texts than the frontier's: {error}")
-        text = sources.text("encyclopaedia")
+        text = corpora.text("encyclopaedia")
         return text_readings(tokenizer, "encyclopaedia", text, size.prompt, size.scored, size.slices)
     return [reading for exercise in asked for reading in exercise.readings]
 
 
 def compare(original: PreTrainedModel, model: PreTrainedModel, readings: list[Reading]) -> dict[str, Any]:
     """
-    `mosa_hf.evaluation.evaluate` of both and of the rival whose window makes its cache as large as the model's after
-    the first of the readings, which begin with a text; and tokens per second after that.
+    `mosa_hf.evaluation.evaluate` of both and of the baseline whose window makes its cache as large as the model's
+    after the first of the readings, which begin with a text; and tokens per second after that.
     """
     first = readings[0]
     prompt = torch.tensor([first.context + first.continuations[0].ids])
-    rival = measure.first_token_and_window(model, measure.window_of_equal_bytes(model, prompt))
-    models = {ORIGINAL: original, CONVERTED: model, RIVAL: rival}
+    baseline = metrics.first_token_and_window(model, metrics.window_of_equal_bytes(model, prompt))
+    models = {ORIGINAL: original, CONVERTED: model, BASELINE: baseline}
     speeds = {
-        name: measure.decode_speed(each, measure.filled_cache(each, prompt), prompt[:, -1:])
+        name: metrics.decode_speed(each, metrics.filled_cache(each, prompt), prompt[:, -1:])
         for name, each in models.items()
     }
     subjects = [Subject(name, each) for name, each in models.items()]

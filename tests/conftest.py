@@ -18,15 +18,15 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel  # noqa: E402
 from mosa_hf.modeling.families import FAMILIES  # noqa: E402
 
-collect_ignore = ["upstream"]  # suites to inherit from: `test_upstream.py` does
+collect_ignore = ["modeling/upstream"]  # suites to inherit from: `test_upstream.py` does
 # The first one converts what another one of them needs, which would wait for it.
 LONGEST = (
-    "smollm2/test_model.py",
-    "test_compile.py",
-    "test_upstream.py",
-    "test_triton_compile.py",
-    "test_gemma3.py",
-    "smollm2/test_generation.py",
+    "conversion/smollm2/test_model.py",
+    "modeling/test_compile.py",
+    "modeling/test_upstream.py",
+    "kernels/test_triton_compile.py",
+    "conversion/test_gemma3.py",
+    "conversion/smollm2/test_generation.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""The texts and the model that benchmarks and tests read: fetched once, whole or not at all."""
+"""`testing`: the texts and the model that benchmarks and tests read: fetched once, whole or not at all."""
 
 import subprocess
 from pathlib import Path
@@ -6,7 +6,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from benchmarks import sources
+from testing import corpora, packages, pretrained
+from testing.packages import SourceUnavailable
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_python_topics_are_in_the_order_of_their_keys():
-    text = sources.text("python_topics")
+    text = corpora.text("python_topics")
     first, last = min(topics), max(topics)
     assert text.startswith(topics[first].strip())
     assert text.endswith(topics[last].strip())
@@ -29,7 +30,7 @@ def test_python_topics_are_in_the_order_of_their_keys():
 
 def test_an_unknown_text_names_those_that_exist():
     with pytest.raises(ValueError, match="shakespeare"):
-        sources.text("hamlet")
+        corpora.text("hamlet")
 
 
 @pytest.mark.parametrize("name", ["shakespeare", "encyclopaedia", "python_docs", "debian_handbook"])
@@ -38,8 +39,8 @@ def test_a_tool_that_fails_is_reported_with_its_own_words(name, cache, monkeypat
         raise subprocess.CalledProcessError(1, command, stderr="W: retrying\nE: no route to host\n")
 
     monkeypatch.setattr(subprocess, "run", fail)
-    with pytest.raises(sources.SourceUnavailable, match="failed: E: no route to host$"):
-        sources.text(name)
+    with pytest.raises(SourceUnavailable, match="failed: E: no route to host$"):
+        corpora.text(name)
     assert not files(cache)
 
 
@@ -48,8 +49,8 @@ def test_a_missing_tool_is_named(cache, monkeypatch):
         raise FileNotFoundError(command[0])
 
     monkeypatch.setattr(subprocess, "run", no_such_tool)
-    with pytest.raises(sources.SourceUnavailable, match="apt-get is not installed"):
-        sources.text("debian_handbook")
+    with pytest.raises(SourceUnavailable, match="apt-get is not installed"):
+        corpora.text("debian_handbook")
 
 
 def test_unknown_debian_package_is_looked_up_in_fresh_lists(cache, monkeypatch):
@@ -68,7 +69,7 @@ def test_unknown_debian_package_is_looked_up_in_fresh_lists(cache, monkeypatch):
             (pages / "bisect.rst.txt").write_text("Bisection\n", encoding="utf-8")
 
     monkeypatch.setattr(subprocess, "run", without_lists)
-    assert sources.text("python_docs") == "Bisection\n\n\nHeap queue"
+    assert corpora.text("python_docs") == "Bisection\n\n\nHeap queue"
     assert [command[0] for command in calls] == ["apt-get"] * 3 + ["dpkg-deb"]
     assert "update" in calls[1]
 
@@ -78,8 +79,8 @@ def test_cached_is_built_once(cache):
         (scratch / "made").write_text("whole", encoding="utf-8")
         return scratch / "made"
 
-    assert sources._cached("thing", build).read_text(encoding="utf-8") == "whole"
-    assert sources._cached("thing", None) == cache / "thing"
+    assert packages.cached("thing", build).read_text(encoding="utf-8") == "whole"
+    assert packages.cached("thing", None) == cache / "thing"
     assert files(cache) == [cache / "thing"]
 
 
@@ -89,7 +90,7 @@ def test_an_interrupted_build_leaves_nothing(cache):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sources._cached("thing", build)
+        packages.cached("thing", build)
     assert list(cache.iterdir()) == []
 
 
@@ -100,12 +101,12 @@ def test_a_folder_that_another_process_finished_first_is_kept(cache):
             (folder / "owner").write_text(folder.name, encoding="utf-8")
         return scratch / "made"
 
-    assert (sources._cached("thing", build) / "owner").read_text(encoding="utf-8") == "thing"
+    assert (packages.cached("thing", build) / "owner").read_text(encoding="utf-8") == "thing"
     assert list(cache.iterdir()) == [cache / "thing"]
 
 
 def test_handbook_page_keeps_prose_and_listings_only():
-    page = sources._HandbookPage()
+    page = corpora._HandbookPage()
     page.feed(
         '<html><head><title>APT</title><link rel="next" href="b.html" /></head><body>'
         '<ul class="docnav"><li><a href="a.html">Prev</a></li></ul>'
@@ -130,8 +131,8 @@ CORPORA = {
 @pytest.mark.parametrize("name", CORPORA)
 def test_fetched_text_is_clean(name):
     try:
-        text = sources.text(name)
-    except sources.SourceUnavailable as error:
+        text = corpora.text(name)
+    except SourceUnavailable as error:
         pytest.skip(str(error))
     least, passages, leftovers = CORPORA[name]
     assert len(text) > least
@@ -145,8 +146,8 @@ def test_smollm2_is_an_ordinary_checkpoint():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        directory = sources.smollm2_directory()
-    except sources.SourceUnavailable as error:
+        directory = pretrained.smollm2_directory()
+    except SourceUnavailable as error:
         pytest.skip(str(error))
     model = AutoModelForCausalLM.from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)

@@ -1,7 +1,7 @@
 """
 What is asked of every method of keeping fewer keys and values: how probable it finds the right tokens after a context
-that it has read, and what its cache holds then. Needs torch only: `benchmarks/rivals.py` loads this file alone, in an
-environment that has no `mosa_hf`.
+that it has read, and what its cache holds then. Needs torch only: `benchmarks/frontier/baselines.py` loads this file
+alone, in an environment that has no `mosa_hf`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""What of this backend is compiled ahead of time, without a GPU, by `benchmarks/compile_kernels.py`."""
+"""What of this backend is compiled ahead of time, without a GPU, by `benchmarks/speed/compile_kernels.py`."""
 
 from typing import Any, NamedTuple
 

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from mosa_hf import ConversionConfig, convert_checkpoint
-
-from ..bases import byte_tokenizer, tiny_base
+from testing.tiny import byte_tokenizer, tiny_base
 
 if find_spec("onnxruntime") is None:
     collect_ignore = ["test_export.py"]  # which also imports what the oldest Transformers lacks

@@ -5,8 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from mosa_hf import ConversionConfig, GroupPlan, cache_bytes, convert_model
-
-from ..bases import random_tokens, tiny_base
+from testing.tiny import random_tokens, tiny_base
 
 IDS = random_tokens(2, 40)
 GROUP = {"window": 8, "sparsity": 4}

@@ -1,12 +1,12 @@
 """`Trainer(torch_compile=True)`: a converted model trains compiled as it trains uncompiled, in as many graphs as the
-original. `benchmarks/compile_training.py` prints how long that takes to compile."""
+original. `benchmarks/speed/compile_training.py` prints how long that takes to compile."""
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from ..bases import random_tokens
+from testing.tiny import random_tokens
 
 pytestmark = pytest.mark.tools
 

@@ -6,8 +6,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mosa_hf import ConversionConfig, convert_model, to_dense
-
-from ..bases import random_tokens
+from testing.tiny import random_tokens
 
 TOKENS = random_tokens(2, 24)
 PARTS = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]

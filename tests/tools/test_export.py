@@ -15,8 +15,8 @@ from transformers.exporters import DynamoConfig, DynamoExporter, ExportedModel, 
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from mosa_hf import ConversionConfig, convert_model, use_backend
+from testing.tiny import random_tokens, tiny_base
 
-from ..bases import random_tokens, tiny_base
 from ..conftest import native_form
 from .conftest import plain_shell
 

@@ -8,8 +8,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassif
 
 from mosa_hf import ConversionConfig, convert_checkpoint
 from mosa_hf.modeling.families import FAMILIES
-
-from ..bases import byte_tokenizer, random_tokens, tiny_base
+from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
 AUTO = {
     "ForTokenClassification": AutoModelForTokenClassification,

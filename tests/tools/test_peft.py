@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from mosa_hf import calibrate_thresholds, load_routers, save_routers, to_dense, trace_routing
 from mosa_hf.modeling.router import MosaRouter
+from testing.tiny import random_tokens, tiny_base
 
-from ..bases import random_tokens, tiny_base
+from ..cache.test_cache import propagating
 from ..conftest import FORMS, Form
-from ..test_cache import propagating
 from .conftest import Folders
 
 IDS = random_tokens(2, 48) % 97  # the native model's vocabulary

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..test_parallel import in_two_processes
+from ..modeling.test_parallel import in_two_processes
 from .conftest import Folders, plain_shell
 
 pytestmark = [

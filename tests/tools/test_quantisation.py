@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from mosa_hf import ConversionConfig, MosaLlamaForCausalLM, convert_checkpoint, convert_model, save_routers
 from mosa_hf.modeling.router import MosaRouter
+from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
-from ..bases import byte_tokenizer, random_tokens, tiny_base
 from .conftest import TEXT, Folders
 
 IDS = random_tokens(2, 40)

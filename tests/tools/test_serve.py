@@ -11,8 +11,8 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mosa_hf import ConversionConfig, convert_model
+from testing.tiny import byte_tokenizer, tiny_base
 
-from ..bases import byte_tokenizer, tiny_base
 from .conftest import plain_shell, shell_environment
 
 pytestmark = pytest.mark.tools

@@ -1,0 +1,263 @@
+"""
+The baselines of `benchmarks.frontier`, by the code of kvpress. `python -m benchmarks.frontier.baselines JOB` runs in
+an environment of its own, for kvpress wants an older Transformers than `mosa_hf`, of which one file alone is loaded
+here.
+
+JOB is a JSON file: the model's folder, methods, exercises, and the text to train KVzap on (see `main`). A line of JSON
+on stdout is one method's scores in one exercise. Prompts are read in full attention, once for all methods: each takes
+from a layer's keys and values what it keeps.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from kvpress import (
+    DMSPress,
+    ExpectedAttentionPress,
+    KVzapPress,
+    SnapKVPress,
+    StreamingLLMPress,
+    TOVAPress,
+)
+from kvpress.presses.base_press import BasePress
+from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+SCORING = Path(__file__).parents[2] / "mosa_hf" / "evaluation" / "scoring.py"
+_spec = importlib.util.spec_from_file_location("scoring", SCORING)
+scoring = sys.modules["scoring"] = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(scoring)
+
+PRUNING = {
+    "StreamingLLM": StreamingLLMPress,
+    "SnapKV": SnapKVPress,
+    "TOVA": TOVAPress,
+    "ExpectedAttention": ExpectedAttentionPress,
+}
+FLOOR = 1e-9  # least score before the logarithm, as of our routers; KVzap's recipe has none
+
+
+@dataclass
+class TrainedKVzapPress(KVzapPress):
+    """With a scorer that was trained here, instead of one from the hub."""
+
+    kvzap_model: KVzapModel = field(default=None, repr=False)
+
+    def post_init_from_model(self, model: PreTrainedModel) -> None:
+        pass
+
+
+@dataclass
+class PressedMemory:
+    """
+    What a press has left of a context.
+
+    layers: keys and values of each layer.
+    step: tokens that are read at once; None: all. Of a masking press, one that leaves the window is masked at most so
+        much later than if tokens came one by one.
+    masked: of each layer the indices of entries that are there but no longer read; None where a press frees them.
+    buffer: of scores, for presses that go on after the prompt.
+    """
+
+    model: PreTrainedModel
+    press: BasePress
+    num_tokens: int
+    step: int | None = None
+    layers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    masked: list[list[torch.Tensor] | None] = field(default_factory=list)
+    buffer: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """See `scoring.Memory`."""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, layer)  # copies them
+        attentions = [layer.self_attn for layer in self.model.model.layers]
+        for attention, masked in zip(attentions, self.masked, strict=True):
+            attention.masked_key_indices = masked
+        goes_on = isinstance(self.press, DMSPress)
+        if goes_on:
+            self.press.scores_buffer = dict(self.buffer)
+        positions = self.num_tokens + torch.arange(ids.shape[1])
+        step = self.step or ids.shape[1]
+        logits = []
+        with self.press(self.model) if goes_on else contextlib.nullcontext():
+            for part, place in zip(ids.split(step, dim=1), positions.split(step), strict=True):
+                output = self.model(part, position_ids=place[None], past_key_values=cache, use_cache=True)
+                logits.append(output.logits[0])
+        held = 0.0
+        for layer, attention in zip(cache.layers, attentions, strict=True):
+            gone = 0 if attention.masked_key_indices is None else len(attention.masked_key_indices[0])
+            entries = layer.keys[..., 0].numel()
+            held += (layer.keys.nbytes + layer.values.nbytes) * (1 - gone / entries)
+            attention.masked_key_indices = None
+        return torch.cat(logits), held
+
+
+def read_pressed(
+    model: PreTrainedModel, presses: list[tuple[BasePress, int | None]], context: torch.Tensor
+) -> list[PressedMemory]:
+    """
+    What each of `presses`, with its step, leaves of `context` [1, T], which the model reads once, all of it in full
+    attention.
+    """
+    memories = [PressedMemory(model, press, context.shape[1], step) for press, step in presses]
+
+    def press_each(module, args, kwargs, output):
+        layer = kwargs["past_key_values"].layers[module.layer_idx]
+        keys, values = layer.keys, layer.values
+        for memory in memories:
+            module.masked_key_indices = None
+            memory.press.forward_hook(module, args, kwargs, output)
+            memory.layers.append((layer.keys, layer.values))
+            memory.masked.append(module.masked_key_indices)
+            layer.keys, layer.values = keys, values
+        module.masked_key_indices = None
+
+    handles = []
+    for layer in model.model.layers:
+        layer.self_attn.rotary_emb = model.model.rotary_emb  # presses look for it there
+        handles.append(layer.self_attn.register_forward_hook(press_each, with_kwargs=True))
+    try:
+        model(context, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for memory in memories:
+        if isinstance(memory.press, DMSPress):
+            memory.buffer = dict(memory.press.scores_buffer)
+    return memories
+
+
+def train_kvzap(model: PreTrainedModel, text: dict) -> tuple[KVzapModel, torch.Tensor]:
+    """
+    A linear KVzap scorer and what it says of its training text, sorted. As `kvzap/` in the repository of kvpress
+    trains it (KVzip+ scores of a text that the chat template has repeated; ridge regression with an intercept and
+    penalty 1), on our calibration text, all of its tokens, in place of 4500 texts of a data set.
+
+    Args:
+        text: `windows` of token ids, and those of the template `before` and `between` a text and its repetition.
+    """
+    config, num_layers = model.config, model.config.num_hidden_layers
+    size, num_groups = config.hidden_size, config.num_key_value_heads
+    before, between = text["before"], text["between"]
+    length = len(text["windows"][0])
+    first = slice(len(before), len(before) + length)
+    again = slice(first.stop + len(between), first.stop + len(between) + length)
+    # Sums over tokens of [x, 1, y] with itself: all that a regression needs.
+    products = torch.zeros(num_layers, size + 1 + num_groups, size + 1 + num_groups, dtype=torch.float64)
+
+    def collect(module, args, kwargs, output):
+        hidden_states, attention = kwargs["hidden_states"][0], output[1][0]
+        values = kwargs["past_key_values"].layers[module.layer_idx].values[0, :, first]
+        strongest = (attention[:, again, first] / hidden_states[again].norm(dim=-1)[:, None]).amax(1)  # [H, T]
+        num_heads, head_dim = attention.shape[0], values.shape[-1]
+        projection = module.o_proj.weight.T.view(num_heads, head_dim, size)
+        norms = (values.repeat_interleave(num_heads // num_groups, dim=0) @ projection).norm(dim=-1)  # [H, T]
+        scores = (strongest * norms).view(num_groups, -1, length).amax(1).clamp_min(FLOOR).log()
+        rows = torch.cat([hidden_states[first], torch.ones(length, 1), scores.T], dim=1).double()
+        products[module.layer_idx].addmm_(rows.T, rows)
+
+    predicted = []
+
+    def predict(module, args, kwargs, output):
+        predicted.append(scorer.layers[module.layer_idx](kwargs["hidden_states"][0]).flatten())
+
+    @contextlib.contextmanager
+    def hooked(function) -> Iterator[None]:
+        handles = [layer.self_attn.register_forward_hook(function, with_kwargs=True) for layer in model.model.layers]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    scorer = KVzapModel(KVzapConfig(input_dim=size, hidden_dim=None, output_dim=num_groups, n_modules=num_layers))
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with hooked(collect):
+        for window in tqdm(text["windows"], desc="Training KVzap", unit="window"):
+            ids = torch.tensor([before + window + between + window])
+            model.model(ids, past_key_values=DynamicCache(), use_cache=True)
+    model.set_attn_implementation(implementation)
+    penalty = torch.cat([torch.ones(size), torch.zeros(1)]).double().diag()
+    for linear, sums in zip(scorer.layers, products, strict=True):
+        solved = torch.linalg.solve(sums[: size + 1, : size + 1] + penalty, sums[: size + 1, size + 1 :]).float()
+        linear.weight.data, linear.bias.data = solved[:-1].T.contiguous(), solved[-1]
+    with hooked(predict):
+        for window in tqdm(text["windows"], desc="What KVzap says of its text", unit="window"):
+            model.model(torch.tensor([window]), past_key_values=DynamicCache(), use_cache=True)
+    return scorer.eval(), torch.cat(predicted).sort().values
+
+
+def make_presses(model: PreTrainedModel, methods: list[dict], text: dict) -> list[BasePress]:
+    """The press of each of `methods`, `{"name": ..., "parameters": ...}`; of KVzap with a threshold for its share."""
+    presses, kvzap = [], None
+    for method in methods:
+        parameters = method["parameters"]
+        if method["name"] in PRUNING:
+            presses.append(PRUNING[method["name"]](compression_ratio=1 - parameters["kept"]))
+            continue
+        if kvzap is None:
+            kvzap = train_kvzap(model, text)
+        scorer, predicted = kvzap
+        rank = round((1 - parameters["selected"]) * len(predicted))
+        presses.append(
+            DMSPress(
+                TrainedKVzapPress(model_type="linear", kvzap_model=scorer),
+                threshold=predicted[min(rank, len(predicted) - 1)].item(),
+                sliding_window_size=parameters["window"],
+                decoding=True,
+            )
+        )
+    return presses
+
+
+@torch.inference_mode()
+def answers_to(job: dict) -> Iterator[dict]:
+    """The answers to a job, see `main`, one after another."""
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    presses = make_presses(model, job["methods"], job["text"])
+    total = sum(len(exercise["readings"]) * len(exercise["methods"]) for exercise in job["exercises"])
+    with tqdm(total=total, desc="Baselines", unit="reading") as progress:
+        for i, exercise in enumerate(job["exercises"]):
+            scores: dict[int, list[scoring.Score]] = {method: [] for method in exercise["methods"]}
+            for reading in map(scoring.Reading.from_dict, exercise["readings"]):
+                own = [(presses[method], job["methods"][method]["parameters"].get("step")) for method in scores]
+                memories = read_pressed(model, own, torch.tensor([reading.context]))
+                for method, memory in zip(scores, memories, strict=True):
+                    scores[method] += scoring.score(memory, reading)
+                    progress.update()
+            for method, own in scores.items():
+                answer = {"exercise": i, "method": method, "scores": list(map(dataclasses.asdict, own))}
+                press = presses[method]
+                yield answer | ({"threshold": press.threshold} if isinstance(press, DMSPress) else {})
+
+
+def main() -> None:
+    """
+    The job: `model`, a folder; `methods`; `exercises`, each with `readings` and the indices of its `methods`; `text`,
+    see `train_kvzap`. An answer: `exercise` and `method`, both indices; `scores`; of KVzap the `threshold`;
+    `versions`.
+    """
+    with open(sys.argv[1], encoding="utf-8") as file:
+        job = json.load(file)
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # libraries may print too
+        try:
+            for answer in answers_to(job):
+                print(json.dumps({**answer, "versions": versions}), file=answers, flush=True)
+        except KeyboardInterrupt:  # whoever asked has it too, and says so
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

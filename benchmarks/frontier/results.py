@@ -1,0 +1,68 @@
+"""Rows of a file of results: what is there already, and what is added."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mosa_hf.evaluation import Score, summary
+
+from .methods import Method
+from .tasks import Exercise
+
+
+class Results:
+    """The rows of a file of JSON lines, which may not exist yet."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.rows = {row_key(row): row for row in map(json.loads, lines)}
+
+    def lacks(self, method: Method, exercise: Exercise) -> bool:
+        return any(row_key(row) not in self.rows for row in self.heads(method, exercise))
+
+    def heads(self, method: Method, exercise: Exercise) -> list[dict[str, Any]]:
+        """What tells the rows of a method and an exercise from others."""
+        head = {"method": method.name, "parameters": method.parameters, "settings": exercise.all_settings}
+        return [{**head, "task": task} for task in exercise.tasks]
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows |= {row_key(row): row for row in rows}
+
+
+def row_key(row: dict[str, Any]) -> str:
+    return json.dumps([row[name] for name in ("method", "parameters", "task", "settings")], sort_keys=True)
+
+
+def make_rows(
+    method: Method, exercise: Exercise, scores: list[Score], bytes_per_token: int, origin: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """
+    A row for each task.
+
+    Args:
+        scores: of all continuations of the exercise.
+        bytes_per_token: that the original's keys and values take.
+        origin: how, when and with what it was measured.
+    """
+    rows = []
+    for task in exercise.tasks:
+        result = summary(task, scores)
+        length = result.pop("length")
+        rows.append(
+            {
+                "method": method.name,
+                "parameters": method.parameters,
+                "task": task,
+                "share": result["kv_bytes"] / (length * bytes_per_token),
+                **result,
+                "prompt": method.prompt,
+                "frees_memory": method.frees_memory,
+                "settings": exercise.all_settings,
+                **origin,
+            }
+        )
+    return rows

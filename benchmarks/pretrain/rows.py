@@ -1,0 +1,55 @@
+"""A row for each run: what is there already, and what is trained to add."""
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from mosa_hf.whole_files import whole_file
+
+from .data import Corpus, corpus
+from .model import evaluate, train
+from .runs import Run
+
+
+def corpus_of(run: Run) -> Corpus:
+    return corpus(run.texts, run.unseen, run.vocab_size, run.characters)
+
+
+def key_of(run: dict[str, Any], data: str) -> str:
+    """What tells a row from others: the fields of its run, and a digest of all that it reads."""
+    return json.dumps([run, data], sort_keys=True)
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows of a file of JSON lines, which may not exist yet, by key."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {key_of(row["run"], row["data"]): row for row in map(json.loads, lines)}
+
+
+def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Add to `path` the rows that it lacks.
+
+    Returns:
+        the rows of `runs` that are there now: all of them, unless it was interrupted.
+    """
+    rows = read_rows(path)
+    keys = {run: key_of(run.to_dict(), corpus_of(run).digest) for run in runs}
+    try:
+        for run in tqdm([run for run, key in keys.items() if key not in rows], desc="Pretraining", unit="run"):
+            started = time.perf_counter()
+            checkpoint = checkpoints / f"{hashlib.sha256(keys[run].encode()).hexdigest()[:16]}.pt"
+            model, training = train(run, corpus_of(run), checkpoint)
+            row = {"run": run.to_dict(), **evaluate(run, model, corpus_of(run)), **training}
+            row |= {"data": corpus_of(run).digest, "seconds": time.perf_counter() - started, **origin}
+            rows[keys[run]] = row
+            with whole_file(path) as unfinished:
+                unfinished.write_text("".join(json.dumps(each) + "\n" for each in rows.values()), encoding="utf-8")
+            checkpoint.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        print("Stopped. What was trained is kept; the same command goes on from there.")
+    return [rows[key] for key in keys.values() if key in rows]

@@ -1,0 +1,107 @@
+"""The benchmark of healing: what it learns from, what it scores, and that it goes on."""
+
+import argparse
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from benchmarks.frontier.tasks import Size, word_runs
+from benchmarks.healing import __main__ as command
+from benchmarks.healing import recipe as healed
+from testing import corpora, pretrained
+from testing.tiny import byte_tokenizer, tiny_base
+
+SIZE = Size(prompt=150, scored=50, slices=1, windows=2, window=60, characters=None)
+RECIPE = healed.Recipe(window=5, sparsity=4, steps=4, tokens=32, save_steps=2, scored=(2,), elsewhere=(("9/4", 0.5),))
+ORIGIN = {
+    "command": "python -m benchmarks.healing run",
+    "date": "2026-01-01",
+    "machine": "one",
+    "versions": {"torch": "2"},
+}
+
+
+def text_of(name: str) -> str:
+    chance = random.Random(name)
+    if name == "shakespeare":  # as the documentation does with itself, it repeats a passage of another text
+        return "\n\n".join((text_of("python_docs")[1500:3500], *(text_of(f"part {i}") for i in range(2))))
+    words = ["".join(chance.choices("abcdefgh", k=4)) for _ in range(60)]
+    return "\n\n".join(" ".join(chance.choices(words, k=20)) for _ in range(60))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.setattr(healed, "PIECE", 300)
+    monkeypatch.setattr(corpora, "text", text_of)
+    monkeypatch.setattr(pretrained, "smollm2_directory", lambda: tmp_path / "base")
+    tiny_base().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "work"
+
+
+def run(work, recipe=RECIPE, **options):
+    command.run(
+        argparse.Namespace(work=work, windows=None, **{"score": False, **options}), recipe, SIZE, work.parent, ORIGIN
+    )
+    return [json.loads(line) for line in (work.parent / "heal.jsonl").read_text().splitlines()]
+
+
+def test_it_heals_scores_and_goes_on(work):
+    rows = run(work)
+    scored = {
+        (row["method"], row["parameters"].get("window"), row["parameters"].get("tokens")): row["perplexity"]
+        for row in rows
+        if row["task"] == "perplexity, python_docs"
+    }
+    assert scored.keys() == {
+        *(("original", None, None), ("converted", 5, 0), ("healed", 5, 128), ("healed", 5, 256)),
+        *(("converted", 9, 0), ("healed", 9, 256)),
+    }
+    assert len(set(scored.values())) == 6 and len([row for row in rows if row["method"] == "healing"]) == 4
+    assert all(row["share"] < 0.8 for row in rows if row["method"] in ("converted", "healed"))
+    assert (work / "healed-4" / "adapter_model.safetensors").exists()
+    assert run(work) == rows  # all of it is there
+
+    longer = run(work, replace(RECIPE, steps=8))  # the first of these steps still has the rate of the last one
+    assert longer[: len(rows)] == rows
+    assert {row["parameters"]["tokens"] for row in longer[len(rows) :]} == {320, 384, 448, 512}
+    page = (work.parent / "heal.md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert len(table) == 10 and table[2].startswith("| original |  | 1.000 |")
+    assert f"| {scored['healed', 5, 256]:.3f} |" in table[5] and table[5].startswith("| window 5, sparsity 4 | 256 |")
+    assert "After 320 tokens the learning rate" in page and page.count("tokens the learning rate") == 1
+    assert (work.parent / "heal.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_it_learns_from_nothing_that_is_scored(work, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "heal", lambda *args: None)
+    monkeypatch.setattr(command, "measure_here", lambda methods, exercises, *args: asked.extend(exercises))
+    run(work)
+    learned = (work / "text.txt").read_text()
+    held = [reading.context + reading.continuations[0].ids for each in asked for reading in each.readings]
+    assert len(held) == 2
+    for passage in map(byte_tokenizer().decode, held):
+        assert word_runs(passage).isdisjoint(word_runs(learned))
+    whole = sum(len(text_of(name)) for name in healed.TEXTS)
+    assert 0.5 * whole < len(learned) < whole
+    assert text_of("encyclopaedia")[:200] in learned and text_of("debian_handbook")[:200] not in learned
+
+
+def test_scoring_alone_heals_nothing(work, monkeypatch):
+    monkeypatch.setattr(command, "heal", lambda *args: pytest.fail("it healed"))
+    rows = run(work, score=True)
+    assert {row["method"] for row in rows} == {"original", "converted"}
+    assert AutoModelForCausalLM.from_pretrained(work / "converted").config.mosa_window == 5
+
+
+def test_processes_that_a_step_cannot_be_shared_among(work, monkeypatch):
+    for module in (command, healed):
+        monkeypatch.setattr(module, "PartialState", lambda **kwargs: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match="3 processes cannot share 2 examples"):
+        run(work)
+    assert not work.exists()

@@ -1,0 +1,290 @@
+"""Healing: the loss is the divergence from the original, it brings quality back, resumes, and can be loaded."""
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mosa_hf.conversion_scripts import heal
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.multiprocessing import get_context, start_processes
+from torch.utils.data import TensorDataset
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from mosa_hf import ConversionConfig, GroupPlan, MosaLlamaForCausalLM, cache_bytes, convert_model, trace_routing
+from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, kv_share, mean_divergence, teacher_of
+from mosa_hf.modeling.group_plan import SparseGroup
+from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
+
+from ..modeling.test_training import windows_of_bytes
+
+LENGTH = 128
+
+
+def arguments(output_dir, steps: int, **options) -> TrainingArguments:
+    defaults = {"learning_rate": 5e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8}
+    return TrainingArguments(
+        output_dir=output_dir, max_steps=steps, report_to=[], use_cpu=True, seed=0, disable_tqdm=True,
+        **{"save_strategy": "no", "logging_steps": 10, **defaults, **options},
+    )  # fmt: skip
+
+
+def collate(rows):
+    input_ids = torch.stack([row[0] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids}
+
+
+@pytest.fixture(scope="module")
+def windows() -> torch.Tensor:
+    return windows_of_bytes()
+
+
+@pytest.fixture(scope="module")
+def original(windows, tmp_path_factory) -> LlamaForCausalLM:
+    """A small model that has learned something."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2 * LENGTH,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    dataset = TensorDataset(windows[:1600])
+    Trainer(model, arguments(tmp_path_factory.mktemp("train"), 200), collate, dataset).train()
+    return model.eval()
+
+
+@torch.no_grad()
+def loss_of(model, windows: torch.Tensor) -> float:
+    return model.eval()(windows, labels=windows, use_cache=False).loss.item()
+
+
+@pytest.mark.parametrize("learn", ["lora", "full"])
+def test_healing_recovers_what_conversion_lost(learn, original, windows, tmp_path):
+    held_out, text = windows[-32:], TensorDataset(windows[:1600])
+    base = LlamaForCausalLM(original.config)
+    base.load_state_dict(original.state_dict())
+    model = convert_model(base, ConversionConfig(sparsity=16, window=2), windows[:8])
+    before, lost = loss_of(original, held_out), loss_of(model, held_out)
+    assert math.exp(lost) > 1.1 * math.exp(before)
+    thresholds = [router.threshold.clone() for router in model.mosa_routers().values()]
+    model.requires_grad_(learn == "full")
+    teacher = teacher_of(model)
+    for router in model.mosa_routers().values():
+        router.requires_grad_(False)
+    student = model
+    if learn == "lora":
+        student = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    trainer = HealingTrainer(student, teacher, arguments(tmp_path, 150), collate, text)
+    trainer.train()
+    healed = loss_of(student, held_out)
+    assert math.exp(lost) - math.exp(healed) > 0.8 * (math.exp(lost) - math.exp(before))
+    # The teacher is what it was, and routers too.
+    assert loss_of(teacher, held_out) == pytest.approx(before, abs=1e-6)
+    assert all(torch.equal(a, b.threshold) for a, b in zip(thresholds, model.mosa_routers().values(), strict=True))
+    logged = [entry for entry in trainer.state.log_history if "selected" in entry]
+    assert logged and all(0.03 < entry["selected"] < 0.2 for entry in logged)
+
+
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_divergence(top_k):
+    """Against the formula, at no distance, and its gradient through chunks."""
+    torch.manual_seed(0)
+    actual, expected = torch.randn(600, 20, requires_grad=True), torch.randn(600, 20)
+    p, q = expected.double().softmax(-1), actual.double().softmax(-1)
+    if top_k:
+        index = p.topk(top_k, dim=-1).indices
+        p, q = (torch.cat((x.gather(1, index), 1 - x.gather(1, index).sum(1, keepdim=True)), dim=1) for x in (p, q))
+    reference = (p * (p / q).log()).sum(-1).mean()
+    loss = mean_divergence(actual, expected, top_k)
+    assert loss.item() == pytest.approx(reference.item(), rel=1e-4)
+    (gradient,) = torch.autograd.grad(loss, actual)
+    (other,) = torch.autograd.grad(reference, actual)
+    torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-7)
+    assert mean_divergence(expected, expected, top_k).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_padding_counts_for_nothing(tmp_path):
+    model = convert_model(tiny_base(), ConversionConfig(sparsity=1, window=2))
+    teacher = teacher_of(tiny_base_converted())
+    trainer = HealingTrainer(model, teacher, arguments(tmp_path, 1))
+    text, mask = random_tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    together = trainer.compute_loss(model, {"input_ids": text, "attention_mask": mask})
+    alone = [
+        trainer.compute_loss(model, {"input_ids": text[i : i + 1, mask[i].bool()]}) * mask[i].sum() for i in range(2)
+    ]
+    assert together.item() == pytest.approx((sum(alone) / mask.sum()).item(), rel=1e-4) and together > 0.01
+
+
+def tiny_base_converted():
+    return convert_model(tiny_base(seed=1), ConversionConfig(sparsity=1))
+
+
+def test_what_cannot_be_healed(tmp_path):
+    model = convert_model(tiny_base(), ConversionConfig(sparsity=1))
+    with pytest.raises(ValueError, match="vocabulary of 64 tokens, the model of 256"):
+        HealingTrainer(model, tiny_base(vocab_size=64), arguments(tmp_path, 1))
+    for options in ({"top_k": 0}, {"cache_length": 0}):
+        with pytest.raises(ValueError, match=f"`{next(iter(options))}` must be at least 1, got 0"):
+            HealingTrainer(model, tiny_base(), arguments(tmp_path, 1), **options)
+    with pytest.raises(ValueError, match="has no sparse groups"):
+        teacher_of(tiny_base())
+    with pytest.raises(ValueError, match="take the teacher before"):
+        teacher_of(get_peft_model(model, LoraConfig(target_modules="all-linear")))
+    with pytest.raises(ValueError, match="fewer than one window of 100"):
+        TokenWindows(byte_tokenizer(), "short", 100)
+
+
+def prepare(folder: Path) -> str:
+    """A base, its conversion and a text in `folder`; the arguments of the command for them."""
+    base = tiny_base()
+    byte_tokenizer().save_pretrained(folder / "converted")
+    base.save_pretrained(folder / "base")
+    converted = convert_model(base, ConversionConfig(sparsity=4, window=4), random_tokens(4, 64))
+    converted.save_pretrained(folder / "converted")
+    (folder / "text.txt").write_text("A text of some length, which says nothing of interest. " * 60)
+    return (
+        f"--model {folder / 'converted'} --text {folder / 'text.txt'} --window_length 64 --use_cpu --report_to none "
+        "--learning_rate 1e-2 --lr_scheduler_type constant --disable_tqdm true"
+    )
+
+
+@QUIET
+@pytest.mark.parametrize("learn", ["lora", "full", "routers"])
+def test_the_command(learn, tmp_path):
+    """Interrupted and resumed it writes what an unbroken run writes, and that loads by one line."""
+    common = f"{prepare(tmp_path)} --learn {learn} --per_device_train_batch_size 2 --save_steps 2"
+
+    def run(name: str, steps: int, destination: str) -> None:
+        options = f"--output_dir {tmp_path / name} --max_steps {steps} --destination {tmp_path / destination}"
+        heal.main(f"{common} {options}".split())
+
+    def load(name: str):
+        if learn == "full":
+            return AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        model = MosaLlamaForCausalLM.from_pretrained(tmp_path / "base", routers=tmp_path / name)
+        return PeftModel.from_pretrained(model, tmp_path / name) if learn == "lora" else model
+
+    run("whole", 4, "whole.healed")
+    run("parts", 2, "parts.first")
+    run("parts", 4, "parts.healed")
+    inputs = random_tokens(1, 50)
+    with torch.no_grad():
+        logits = {name: load(name).eval()(inputs).logits for name in ("whole.healed", "parts.first", "parts.healed")}
+    torch.testing.assert_close(logits["parts.healed"], logits["whole.healed"], rtol=0, atol=1e-4)
+    assert (logits["parts.first"] - logits["whole.healed"]).abs().max() > 1e-3
+    if learn != "full":
+        assert not (tmp_path / "whole.healed" / "model.safetensors").exists()
+        assert json.loads((tmp_path / "whole.healed" / "mosa_config.json").read_text())["mosa_gate_slope"] == 0
+    if learn == "lora":
+        model = load("whole.healed").eval()
+        with torch.no_grad():
+            merged = model.merge_and_unload()(inputs).logits
+        torch.testing.assert_close(merged, logits["whole.healed"], rtol=0, atol=1e-4)
+        code = (tmp_path / "whole.healed" / "README.md").read_text().split("```")[1].removeprefix("python")
+        names: dict = {}
+        exec(code.replace("path of this folder", str(tmp_path / "whole.healed")), names)
+        assert type(names["model"]) is MosaLlamaForCausalLM
+    with pytest.raises(SystemExit, match="exists: remove it"):
+        run("parts", 4, "parts.healed")
+
+
+def test_checkpoints_of_another_healing_are_refused(tmp_path):
+    common = f"{prepare(tmp_path)} --max_steps 1 --save_steps 1"
+
+    def run(destination: str, options: str = "") -> None:
+        folders = f" --output_dir {tmp_path / 'checkpoints'} --destination {tmp_path / destination} "
+        heal.main((common + folders + options).split())
+
+    run("first")
+    with pytest.raises(
+        SystemExit, match=r"checkpoint-1 is of a healing with another `learn`, `lora_rank`: set another"
+    ):
+        run("second", "--learn full --lora_rank 8")
+    (tmp_path / "text.txt").write_text("Another text, which says no more. " * 60)
+    with pytest.raises(SystemExit, match="with another `text`:"):
+        run("second")
+    other = convert_model(tiny_base(), ConversionConfig(sparsity=4, window=5), random_tokens(4, 64))
+    other.save_pretrained(tmp_path / "converted")
+    with pytest.raises(SystemExit, match="with another `model`, `plan`, `text`:"):
+        run("second")
+    assert not (tmp_path / "second").exists()
+
+
+def heal_on_rank(rank: int, folder: Path, arguments: str) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        for learn in ("lora", "routers"):
+            heal.main([*command_of(folder, learn, arguments, "two", batch_size=1), "--ddp_backend", "gloo"])
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def command_of(folder: Path, learn: str, arguments: str, name: str, batch_size: int) -> list[str]:
+    own = f"--learn {learn} --output_dir {folder / name / learn} --destination {folder / f'{learn}.{name}'}"
+    own += f" --per_device_train_batch_size {batch_size} --max_steps 4 --save_steps 4 --logging_steps 1"
+    return f"{arguments} {own}".split()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU")
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """
+    And nearly the same while routers learn: thresholds follow the mean of what the processes see, which is not quite
+    what one sees of the whole batch.
+    """
+    arguments = prepare(tmp_path)
+    for learn in ("lora", "routers"):
+        heal.main(command_of(tmp_path, learn, arguments, "one", batch_size=2))
+    get_context("forkserver").set_forkserver_preload([__name__])
+    start_processes(heal_on_rank, (tmp_path, arguments), nprocs=2, start_method="forkserver")
+    for learn in ("lora", "routers"):
+        one, two = (logged(tmp_path / name / learn / "checkpoint-4") for name in ("one", "two"))
+        for name in ("loss", "selected", "kv_share_4096"):
+            tolerance = {"abs": 1e-4} if learn == "lora" else {"rel": 0.05}
+            assert [row[name] for row in two] == pytest.approx([row[name] for row in one], **tolerance), (learn, name)
+        assert one[-1]["loss"] < one[0]["loss"]
+
+
+def logged(checkpoint: Path) -> list[dict]:
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [row for row in history if "loss" in row]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_and_checkpointing(dtype, original, windows, tmp_path):
+    """The losses and the size of the gradients of float32, about."""
+
+    def steps(name: str, halves: bool) -> list[dict]:
+        torch.manual_seed(0)
+        model = convert_model(original, ConversionConfig(sparsity=16, window=2), windows[:8]).requires_grad_(False)
+        student = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
+        options = {"bf16": halves and dtype == "bf16", "gradient_checkpointing": halves, "logging_steps": 1}
+        # Without a scale on the loss, float16 loses small gradients, which Adam makes large: of the first step alone.
+        options = arguments(tmp_path / name, 4 if dtype == "bf16" else 1, **options)
+        trainer = HealingTrainer(student, teacher_of(model), options, collate, TensorDataset(windows[:64]))
+        # `Trainer` has no float16 on a CPU, where it would do no more than this.
+        with torch.autocast("cpu", torch.float16, enabled=halves and dtype == "fp16"):
+            trainer.train()
+        return [row for row in trainer.state.log_history if "loss" in row]
+
+    for full, half in zip(steps("full", False), steps("half", True), strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], rel=0.05) and half["loss"] != full["loss"]
+        assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=0.1)
+
+
+def test_share_of_keys_and_values():
+    """What is logged is what a cache holds, of groups that differ and beside dense ones."""
+    plan = GroupPlan(((SparseGroup(8, 4), None), (SparseGroup(16, 8), SparseGroup(8, 4)), (None, None)))
+    model = convert_model(tiny_base(), ConversionConfig(plan=plan), random_tokens(4, 64))
+    with trace_routing(model) as selected:
+        cache = model(ids := random_tokens(1, 400), use_cache=True).past_key_values
+    rates = {layer: call.float().mean((0, 1)) for layer, (call,) in selected.items()}
+    dense = model.config.num_hidden_layers * model.config.num_key_value_heads * ids.shape[1] * 2 * 4
+    held = sum(cache_bytes(cache).values()) / (dense * model.config.head_dim)
+    assert kv_share(model.config, rates, ids.shape[1]) == pytest.approx(held, rel=0.1)
+    assert kv_share(model.config, rates, 8) == pytest.approx(1)

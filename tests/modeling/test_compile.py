@@ -1,0 +1,111 @@
+"""`torch.compile(fullgraph=True)`: of the forward, of training, and of a decoding step on a static cache."""
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from ..conftest import FORMS, native_form, sparse_form
+from ..contract import check_same_step, padded_batch, training_step
+
+ONE_LAYER = {"num_hidden_layers": 1}
+# Upstream compiles a step twice where layers have a sliding window.
+TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+PLAN = [[{"window": 5, "sparsity": 4}, None, {"window": 1, "sparsity": 3}], [None] * 3]
+FORMS = {
+    **FORMS,
+    "softcap": sparse_form("gemma2", attn_logit_softcapping=2.0, mosa_plan=PLAN, **TWO_LAYERS),
+    "native, one layer": native_form(**ONE_LAYER),
+    "sparse, one layer": sparse_form(mosa_plan=PLAN[:1], **ONE_LAYER),
+}
+# The same graphs as the compiler that users have, without the C++ that it takes most of a minute to compile.
+FAST = "aot_eager"
+
+
+def cases(**budgets: int | None) -> pytest.MarkDecorator:
+    """These forms with their budgets, and the others on the compiler that users have."""
+    own = [(name, budget, FAST) for name, budget in budgets.items()]
+    slow = [pytest.param(name, None, "inductor", marks=pytest.mark.real) for name in FORMS if "layer" in name]
+    return pytest.mark.parametrize("name, budget, compiler", [*own, *slow])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def assert_no_graph_break() -> None:
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@cases(native=3, sparse=3, softcap=None)
+@torch.no_grad()
+def test_forward(name, budget, compiler):
+    model = FORMS[name].model(mosa_cache_budget=budget)
+    compiled_model = torch.compile(model, fullgraph=True, backend=compiler)
+    batch = padded_batch("left")
+    for inputs in [{"input_ids": batch["input_ids"]}, batch][compiler != FAST :]:
+        expected = model(**inputs, use_cache=False).logits
+        actual = compiled_model(**inputs, use_cache=False).logits
+        real = batch["attention_mask"].bool() if "attention_mask" in inputs else slice(None)
+        assert (actual - expected)[real].abs().max() < 1e-4
+    assert_no_graph_break()
+
+
+@pytest.mark.parametrize("name, budget", [("native", None), ("sparse", 3)])
+def test_training(name, budget):
+    """Loss, gradients and the thresholds' moving average; the native model's auxiliary loss."""
+    fields = {"mosa_router_aux_loss_coef": 0.5} if name == "native" else {}
+    routing = "threshold" if budget else "expert_choice"
+    model = FORMS[name].model(mosa_cache_budget=budget, mosa_routing=routing, **fields)
+    expected = training_step(model)
+    check_same_step(training_step(model, compiler=FAST), expected)
+    assert_no_graph_break()
+
+
+@cases(native=None, sparse=3, softcap=None)
+@torch.no_grad()
+def test_decoding_step(name, budget, compiler):
+    """`generate` compiles the step without a graph break, once, and gives the tokens of a plain dynamic cache."""
+    model = FORMS[name].model(mosa_cache_budget=budget)
+    compile_config = CompileConfig(fullgraph=True, backend=compiler)
+    compile_config._compile_all_devices = True  # upstream compiles on GPUs only unless it is told to
+    batch, options = padded_batch("left"), {"max_new_tokens": 6, "do_sample": False}
+    del batch["position_ids"]
+    expected = model.generate(**batch, **options)
+    static = {"cache_implementation": "static", "compile_config": compile_config}
+    assert torch.equal(model.generate(**batch, **options, **static), expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert_no_graph_break()
+
+
+@pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "everything"])
+def test_ops(is_plain):
+    """The registrations hold: schema, fake kernels, autograd."""
+    torch.manual_seed(0)
+    batch_size, num_tokens, groups, heads, head_dim, hidden_size = 2, 9, 3, 2, 4, 6
+
+    def learned(*size: int) -> torch.Tensor:
+        return torch.randn(*size, requires_grad=True)
+
+    position = torch.arange(num_tokens).expand(batch_size, -1).contiguous()
+    valid = segment = evicted_at = None
+    if not is_plain:
+        valid, segment = position >= torch.tensor([[3], [0]]), position // 5
+        evicted_at = (position + 3)[:, None].expand(-1, groups, -1).contiguous()
+    selected = torch.rand(batch_size, groups, num_tokens) < 0.5
+    states = [learned(batch_size, groups, num_tokens, head_dim) for _ in range(2)]
+    optional = [None, None] if is_plain else [-torch.rand(batch_size, groups, num_tokens), learned(groups, heads)]
+    numbers = [3, None, None] if is_plain else [3, 0.3, 2.0]
+    query = learned(batch_size, groups, heads, num_tokens, head_dim)
+    inputs = [query, *states, *optional, position, valid, selected, evicted_at, position, segment, *numbers]
+    torch.library.opcheck(torch.ops.mosa.sparse_attention.default, inputs)
+
+    sizes = [(heads * head_dim, hidden_size), (head_dim, hidden_size), (head_dim, hidden_size)]
+    weights = [learned(groups, *size) for size in (*sizes, (hidden_size, heads * head_dim))]
+    biases = [None] * 3 if is_plain else [learned(groups, size[0]) for size in sizes]
+    angle, gate = torch.rand(batch_size, num_tokens, head_dim), torch.rand(batch_size, num_tokens, groups)
+    selected, evicted_at = (None if x is None else x.transpose(1, 2).contiguous() for x in (selected, evicted_at))
+    tokens = [position, valid, segment, angle.cos(), angle.sin(), selected, gate.requires_grad_(), evicted_at]
+    hidden_states = learned(batch_size, num_tokens, hidden_size)
+    torch.library.opcheck(torch.ops.mosa.selected_heads.default, [hidden_states, *weights, *biases, *tokens])
