@@ -124,6 +124,8 @@ def mosa_attention_forward(
         check_has_mosa(module)
         return dense_attention(module, query, key, value, attention_mask, **options)
 
+    if (kwargs.get("sliding_window") or 0) >= module.config.max_position_embeddings:
+        kwargs["sliding_window"] = None  # of all positions that there are
     check_options(kwargs)
     if not getattr(module, "is_causal", True):
         raise ValueError(f"`is_causal` of {type(module).__name__} is False. {POSSIBLE}")

@@ -30,7 +30,7 @@ from testing.tiny import byte_tokenizer
 
 from ..conftest import FORMS
 from ..contract import random_ids
-from .public_names import STUB, stub
+from ..public_names import STUB, stub
 
 
 def test_every_package_is_installed():

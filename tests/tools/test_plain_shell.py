@@ -107,7 +107,7 @@ def test_pipeline(outcomes, folders):
 def test_tokenizers_need_no_trust(auto, questions, outcomes):
     """
     The original's, whatever one answers. Upstream asks all the same where it reads a config of code that it does not
-    know; not where it was told, nor where `mosa_hf` was imported (`tests/test_registration.py`).
+    know; not where it was told, nor where `mosa_hf` was imported (`tests/modeling/test_registration.py`).
     """
     ids, asked = outcomes[f"{auto}, original, plain"]
     assert asked == 0 and len(ids) > 20
