@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 
 SHAPE = {
     "vocab_size": 256,

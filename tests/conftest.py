@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel  # noqa: E402
-from mosa_hf.modeling.families import FAMILIES  # noqa: E402
+from mosa_hf.modeling.family import FAMILIES  # noqa: E402
 
 collect_ignore = ["modeling/upstream"]  # suites to inherit from: `test_upstream.py` does
 # The first one converts what another one of them needs, which would wait for it.

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, load_routers
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
-from mosa_hf.modeling.families import family_of
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from .. import metrics

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..compat import CACHE
 from ..modeling.devices import input_device
-from ..modeling.families import Family, family_of
+from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.layers import attention_modules, check_numbered
 from ..modeling.modes import evaluating

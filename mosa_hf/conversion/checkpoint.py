@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..modeling.configuration import SparseGroupsConfig
-from ..modeling.families import Family, family_of
+from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router_files import ROUTERS_NAME, load_routers, model_card, router_tensors, save_routers
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers

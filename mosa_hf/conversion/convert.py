@@ -7,7 +7,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..modeling.configuration import MosaConfig, SparseGroupsConfig
-from ..modeling.families import family_of
+from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
 from ..modeling.sparse_models import with_sparse_groups, without_sparse_groups

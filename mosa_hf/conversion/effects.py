@@ -18,7 +18,7 @@ from ..kernels.tensors import take
 from ..modeling.attention import LayerCall, LayerGroups, mosa_attention_forward
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
-from ..modeling.families import family_of
+from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.layers import layer_of
 from ..modeling.router import MosaRouter

@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..modeling.families import family_of
+from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.sparse_models import with_sparse_groups
 

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from ..modeling.configuration import MosaConfig
-from ..modeling.families import family_of
+from ..modeling.family import family_of
 from ..modeling.modeling_mosa import MosaForCausalLM
 from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, mean_losses

@@ -35,8 +35,7 @@ from .heads import MosaHeads
 from .layers import attention_modules, check_number
 from .loading import CheckedLoadingMixin
 from .remote_code import InstalledCodeModelMixin
-from .router import MosaRouter
-from .sparse_models import init_router
+from .router import MosaRouter, init_router
 
 
 class LayerConfig:

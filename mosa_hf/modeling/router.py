@@ -9,6 +9,7 @@ from peft.tuners.adaption_prompt import AdaptedAttention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import initialization as init
 from transformers.utils import logging
 
 from ..cache import SparseLayer
@@ -256,6 +257,30 @@ def unrounded(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) 
     if tensor.dtype not in PRECISE or applied.dtype in PRECISE:
         return applied
     return tensor.to(applied.device, torch.float32)
+
+
+@torch.no_grad()
+def init_router(router: MosaRouter, std: float) -> None:
+    """Weights of N(0, std²), biases of 0, and thresholds that select one token in ρ of normalised inputs."""
+    init.copy_(router.share, 1 / torch.tensor(router.sparsity, device=router.share.device))
+    if router.weight.is_meta:  # under Accelerate's `init_empty_weights`, buffers have a device, and weights have none
+        return
+    init.normal_(router.weight, mean=0.0, std=std)
+    if router.bias is not None:
+        init.zeros_(router.bias)
+    # Fresh logits of a normalised input are about N(0, D std²): start at their (1 - 1/ρ) quantile.
+    rate = 1 - 1 / torch.tensor(router.sparsity, dtype=torch.float64)
+    quantile = torch.special.ndtri(rate).clamp(min=-4.0)  # ρ = 1 selects everything
+    scale, shift = std * router.in_features**0.5, 0.0
+    if router.hidden_weight is not None:
+        init.normal_(router.hidden_weight, mean=0.0, std=std)
+        init.zeros_(router.hidden_bias)
+        # Hidden units are GELU(N(0, D std²)), whose mean shifts all logits of a group alike.
+        ranks = (torch.arange(1024, dtype=torch.float64) + 0.5) / 1024
+        units = nn.functional.gelu(scale * torch.special.ndtri(ranks))
+        scale = std * (router.weight.shape[1] * units.var()) ** 0.5
+        shift = units.mean().to(router.weight) * router.weight.sum(1)
+    init.copy_(router.threshold, (quantile * scale).to(router.threshold) + shift)
 
 
 def in_force(module: nn.Module) -> nn.Module:

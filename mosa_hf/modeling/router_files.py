@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +18,7 @@ from transformers.utils.hub import cached_file
 from ..safetensors_files import file_headers
 from ..whole_files import whole_directory
 from .configuration import SparseGroupsConfig
-from .families import family_of
+from .family import Family, family_of
 from .group_plan import GroupPlan
 from .loading import check_router_dtype, check_router_value
 from .router import named_routers
@@ -126,6 +126,28 @@ def _with_routers(
     converted = with_sparse_groups(model, config)
     _set_router_tensors(converted, weights_file)
     return converted
+
+
+class RouterFilesMixin:
+    """Before every model class of a family: loads the base with routers beside it."""
+
+    family: ClassVar[Family]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, routers=None, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`, and:
+
+        Args:
+            routers: directory that `save_routers` wrote, or its name on the Hub. The first argument then is the base
+                model's, which is loaded as its own class loads it.
+
+        Raises:
+            FileNotFoundError, ValueError: for damaged weight files, and for routers that are missing or damaged.
+        """
+        if routers is not None:
+            return load_with_routers(cls, pretrained_model_name_or_path, routers, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 
 
 def load_with_routers(

@@ -3,11 +3,10 @@
 import copy
 import inspect
 from types import MethodType
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
@@ -17,12 +16,13 @@ from ..compat import CACHE, takes_cache
 from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .devices import execution_device, offloaded_weights
+from .family import Family, family_of
 from .group_plan import GroupPlan, SparseGroup
 from .layers import attention_modules, check_number, layer_of
 from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
-from .router import MosaRouter, named_routers
+from .router import MosaRouter, init_router, named_routers
 from .sparse_groups import SparseGroupsMixin
 
 
@@ -35,7 +35,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
         "convert it (`mosa_hf.convert_model`, `mosa_hf.convert_checkpoint`), or load it with "
         "`from_pretrained(..., routers=...)`"
     )
-    family: Any  # the `Family` of `families`, which sets it
+    family: ClassVar[Family]  # `families` sets it
 
     def __init__(self, config: SparseGroupsConfig, *args, **kwargs):
         config.fit_layers()
@@ -45,21 +45,8 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
         add_sparse_groups(self, config)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, routers=None, **kwargs):
-        """
-        As `CheckedLoadingMixin.from_pretrained`, and:
-
-        Args:
-            routers: directory that `save_routers` wrote, or its name on the Hub. The first argument then is the base
-                model's, which is loaded as its own class loads it.
-
-        Raises:
-            FileNotFoundError, ValueError: for damaged weight files, and for routers that are missing or damaged.
-        """
-        if routers is not None:
-            from .router_files import load_with_routers
-
-            return load_with_routers(cls, pretrained_model_name_or_path, routers, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As `CheckedLoadingMixin.from_pretrained`; routers that no gradient reaches are frozen."""
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         freeze_idle_routers(loaded[0] if isinstance(loaded, tuple) else loaded)  # with `output_loading_info`
         return loaded
@@ -166,30 +153,6 @@ def freeze_idle_routers(model: PreTrainedModel) -> None:
             router.requires_grad_(False)
 
 
-@torch.no_grad()
-def init_router(router: MosaRouter, std: float) -> None:
-    """Weights of N(0, std²), biases of 0, and thresholds that select one token in ρ of normalised inputs."""
-    init.copy_(router.share, 1 / torch.tensor(router.sparsity, device=router.share.device))
-    if router.weight.is_meta:  # under Accelerate's `init_empty_weights`, buffers have a device, and weights have none
-        return
-    init.normal_(router.weight, mean=0.0, std=std)
-    if router.bias is not None:
-        init.zeros_(router.bias)
-    # Fresh logits of a normalised input are about N(0, D std²): start at their (1 - 1/ρ) quantile.
-    rate = 1 - 1 / torch.tensor(router.sparsity, dtype=torch.float64)
-    quantile = torch.special.ndtri(rate).clamp(min=-4.0)  # ρ = 1 selects everything
-    scale, shift = std * router.in_features**0.5, 0.0
-    if router.hidden_weight is not None:
-        init.normal_(router.hidden_weight, mean=0.0, std=std)
-        init.zeros_(router.hidden_bias)
-        # Hidden units are GELU(N(0, D std²)), whose mean shifts all logits of a group alike.
-        ranks = (torch.arange(1024, dtype=torch.float64) + 0.5) / 1024
-        units = nn.functional.gelu(scale * torch.special.ndtri(ranks))
-        scale = std * (router.weight.shape[1] * units.var()) ** 0.5
-        shift = units.mean().to(router.weight) * router.weight.sum(1)
-    init.copy_(router.threshold, (quantile * scale).to(router.threshold) + shift)
-
-
 def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> None:
     """
     Give a model of a class in `families`, whose modules are still the base family's, its sparse groups: its decoder
@@ -222,8 +185,6 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
     Raises:
         ValueError: for a class that has no MoSA class.
     """
-    from .families import family_of
-
     family = family_of(model.config.model_type)
     converted = _shared_copy(model, config, family.sparse_class_of(type(model)))
     for module in converted.modules():

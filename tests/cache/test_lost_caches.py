@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.exporters.exporter_dynamo import _pytree_flatten, _pytree_unflatten
 
 from mosa_hf import to_dense
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from ..conftest import FORMS, PLAN, SHAPE, native_form, sparse_form

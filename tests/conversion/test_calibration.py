@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mosa_hf import ConversionConfig, GroupPlan, calibrate_thresholds, convert_model
 from mosa_hf.conversion.allocation import choose_groups, mean_losses, one_threshold
 from mosa_hf.conversion.calibration import FLOOR, fit_routers
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.thresholds import highest_share
 from testing.tiny import random_tokens, tiny_base

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mosa_hf import ConversionConfig, convert_checkpoint, save_routers, to_dense
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from testing.tiny import random_tokens, tiny_base
 
 EVERYTHING = ConversionConfig(sparsity=1)

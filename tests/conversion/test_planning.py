@@ -11,7 +11,7 @@ from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.conversion.effects import Effects, divergence
 from mosa_hf.conversion.planning import WINDOWS, PlanningConfig, Rates, Setting, exchange, measured_texts, search_plan
-from mosa_hf.modeling.families import family_of
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.group_plan import SparseGroup
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from mosa_hf import MosaConfig
 from mosa_hf.modeling.configuration import RoutingConfig
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 
 from ..conftest import PLAN, SHAPE, sparse_form
 

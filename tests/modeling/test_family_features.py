@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mosa_hf import use_backend
 from mosa_hf.modeling import attention
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.tiny import FIELDS, random_tokens, rope, tiny_base
 

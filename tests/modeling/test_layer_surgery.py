@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mosa_hf import GroupPlan, calibrate_thresholds, load_routers, save_routers, to_dense, trace_routing
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from mosa_hf.modeling.thresholds import mosa_routers
 from testing.tiny import tiny_base

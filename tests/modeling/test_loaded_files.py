@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from mosa_hf import MosaLlamaForCausalLM
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.tiny import random_tokens, tiny_base
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import mosa_hf  # noqa: F401  registers the models, in the other processes too
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from testing.tiny import random_tokens
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import mosa_hf
 from mosa_hf import MosaConfig, save_routers
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.tiny import random_tokens, tiny_base
 

@@ -24,7 +24,7 @@ from transformers import (
 
 import mosa_hf
 from mosa_hf.compat import CACHE
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.registration import register
 from testing.tiny import byte_tokenizer
 

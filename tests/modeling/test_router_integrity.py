@@ -20,7 +20,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 
 from mosa_hf import ConversionConfig, MosaForCausalLM, MosaLlamaForCausalLM, convert_model, save_routers
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.loading import router_tensors_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.tiny import random_tokens, tiny_base

@@ -18,7 +18,7 @@ from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from testing.packages import SourceUnavailable
 
 pytest.importorskip("parameterized")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, pipeline
 
 from mosa_hf import ConversionConfig, convert_checkpoint
-from mosa_hf.modeling.families import FAMILIES
+from mosa_hf.modeling.family import FAMILIES
 from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
 AUTO = {
