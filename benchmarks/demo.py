@@ -18,12 +18,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import ConversionConfig, convert_checkpoint
-from mosa_hf.evaluation import Reading, Subject, evaluate, table, text_readings
+from mosa_hf.evaluation import Sample, Subject, evaluate, table, text_samples
 from testing import corpora, pretrained
 from testing.packages import SourceUnavailable
 
 from . import metrics
-from .frontier.tasks import Size, exercises
+from .frontier.tasks import Size, suites
 
 PROMPT = "A file system keeps track of"
 ORIGINAL, CONVERTED, BASELINE = "original", "MoSA", "first token + window, equal bytes"
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
         seconds = time.perf_counter() - start
         model = AutoModelForCausalLM.from_pretrained(destination)  # the model as its users will load it
 
-    result = compare(original, model, unseen_readings(tokenizer, calibration))
+    result = compare(original, model, unseen_samples(tokenizer, calibration))
     print(
         f"\nSmolLM2-135M-Instruct, {options.groups} of 90 key/value groups made sparse in {seconds:.0f} s "
         f"(one token in {conversion.sparsity:g}, window {conversion.window})\n"
@@ -65,24 +65,24 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{time.perf_counter() - start:.0f} s in all")
 
 
-def unseen_readings(tokenizer: PreTrainedTokenizerBase, calibration: torch.Tensor) -> list[Reading]:
+def unseen_samples(tokenizer: PreTrainedTokenizerBase, calibration: torch.Tensor) -> list[Sample]:
     """The frontier's texts and needles; where their packages cannot be fetched, an encyclopaedia that pip brings."""
     size = Size()
     try:
-        asked = exercises(tokenizer, calibration, size)[:3]
+        asked = suites(tokenizer, calibration, size)[:3]
     except SourceUnavailable as error:
         print(f"Other texts than the frontier's: {error}")
         text = corpora.text("encyclopaedia")
-        return text_readings(tokenizer, "encyclopaedia", text, size.prompt, size.scored, size.slices)
-    return [reading for exercise in asked for reading in exercise.readings]
+        return text_samples(tokenizer, "encyclopaedia", text, size.prompt, size.scored, size.slices)
+    return [sample for suite in asked for sample in suite.samples]
 
 
-def compare(original: PreTrainedModel, model: PreTrainedModel, readings: list[Reading]) -> dict[str, Any]:
+def compare(original: PreTrainedModel, model: PreTrainedModel, samples: list[Sample]) -> dict[str, Any]:
     """
     `mosa_hf.evaluation.evaluate` of both and of the baseline whose window makes its cache as large as the model's
-    after the first of the readings, which begin with a text; and tokens per second after that.
+    after the first of the samples, which begin with a text; and tokens per second after that.
     """
-    first = readings[0]
+    first = samples[0]
     prompt = torch.tensor([first.context + first.continuations[0].ids])
     baseline = metrics.first_token_and_window(model, metrics.window_of_equal_bytes(model, prompt))
     models = {ORIGINAL: original, CONVERTED: model, BASELINE: baseline}
@@ -91,7 +91,7 @@ def compare(original: PreTrainedModel, model: PreTrainedModel, readings: list[Re
         for name, each in models.items()
     }
     subjects = [Subject(name, each) for name, each in models.items()]
-    return evaluate(subjects, readings, about={"tokens_per_second": speeds})
+    return evaluate(subjects, samples, about={"tokens_per_second": speeds})
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mosa_hf
 from mosa_hf import load_routers, to_dense
-from mosa_hf.evaluation import Subject, evaluate, fact_readings, table, text_readings
+from mosa_hf.evaluation import Subject, evaluate, fact_samples, table, text_samples
 from mosa_hf.modeling.sparse_models import SparsePreTrainedMixin
 
 
@@ -62,11 +62,11 @@ def run(options: argparse.Namespace) -> dict:
     texts = {path.name: path.read_text(encoding="utf-8") for path in options.text}
     if len(texts) < len(options.text):
         raise ValueError("Two texts have one file name, which the table tells them by: rename one.")
-    readings = []
+    samples = []
     for name, text in texts.items():
-        readings += text_readings(tokenizer, name, text, options.context, options.scored, options.slices)
+        samples += text_samples(tokenizer, name, text, options.context, options.scored, options.slices)
     if options.facts:
-        readings += fact_readings(tokenizer, next(iter(texts.values())), options.context, options.facts)
+        samples += fact_samples(tokenizer, next(iter(texts.values())), options.context, options.facts)
     settings = {**vars(options), "text": list(texts)}
     del settings["output"]
     about = {
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> dict:
         "versions": {each.__name__: each.__version__ for each in (mosa_hf, transformers, torch)},
         "settings": settings,
     }
-    return evaluate(subjects(options), readings, options.output, about)
+    return evaluate(subjects(options), samples, options.output, about)
 
 
 def subjects(options: argparse.Namespace) -> list[Subject]:

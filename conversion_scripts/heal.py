@@ -27,12 +27,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from mosa_hf import GroupPlan
+from mosa_hf.atomic_write import atomic_directory, atomic_file, check_absent
 from mosa_hf.conversion.annealing import RateAnnealing
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, teacher_of
 from mosa_hf.conversion.windows import spread
-from mosa_hf.modeling.identity import model_digest
+from mosa_hf.modeling.fingerprint import model_fingerprint
 from mosa_hf.modeling.router_files import check_has_sparse_groups, write_routers
-from mosa_hf.whole_files import check_absent, whole_directory, whole_file
 
 RATE_WINDOWS = 8  # of the text, on which rates are measured that are to fall
 ABOUT_NAME = "healing.json"  # in `--output_dir`: what its checkpoints are of
@@ -101,7 +101,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         model.config.mosa_gate_slope, model.config.mosa_threshold_momentum = 0.0, 1.0
-        with whole_directory(destination) as unfinished:
+        with atomic_directory(destination) as unfinished:
             if healing.learn == "full":
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
@@ -116,7 +116,7 @@ def about(healing: HealingArguments, model: PreTrainedModel, text: str) -> dict[
     """What a checkpoint of a healing belongs to."""
     settings = ("learn", "lora_rank", "window_length", "anneal_steps", "top_k")
     return {
-        "model": model_digest(model),
+        "model": model_fingerprint(model),
         "plan": GroupPlan.of_config(model.config).to_list(),
         "text": hashlib.sha256(text.encode()).hexdigest()[:16],
         **{name: getattr(healing, name) for name in settings},
@@ -141,7 +141,7 @@ def last_checkpoint(directory: Path, about: dict[str, Any], writes: bool) -> str
                 "remove this one."
             )
     if writes:
-        with whole_file(path) as unfinished:
+        with atomic_file(path) as unfinished:
             unfinished.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     return checkpoint
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mosa_hf.atomic_write import check_absent
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.conversion.planning import Found, PlanningConfig, measured_texts, search_plan
 from mosa_hf.modeling.group_plan import check_can_plot
-from mosa_hf.whole_files import check_absent
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,8 +8,8 @@ from .modeling.cache_files import load_cache, save_cache
 from .modeling.group_plan import GroupPlan
 from .modeling.router_files import load_routers, save_routers
 from .modeling.routing_callback import RoutingCallback
+from .modeling.routing_trace import trace_routing
 from .modeling.thresholds import calibrate_thresholds
-from .modeling.tracing import trace_routing
 from .registration import register
 
 register()

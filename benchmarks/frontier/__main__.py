@@ -33,7 +33,7 @@ from . import page
 from .measuring import measure_baselines, measure_here
 from .methods import Method, Models, kvpress_methods
 from .results import Results
-from .tasks import SMOKE, Size, exercises
+from .tasks import SMOKE, Size, suites
 
 OURS = ("1024/8", "512/8", "256/8", "512/16", "128/4", "256/16")
 WINDOWS = (1344, 896, 576)  # 0.375, 0.25 and 0.16 of the tokens
@@ -78,14 +78,14 @@ def run(options: argparse.Namespace, ours: list[str], size: Size, output: Path, 
         if unknown := set(options.only) - {method.name for method in here + elsewhere}:
             raise SystemExit(f"--only: no such method: {', '.join(sorted(unknown))}")
         here, elsewhere = ([each for each in some if each.name in options.only] for some in (here, elsewhere))
-    asked = exercises(tokenizer, models.calibration, size)
+    asked = suites(tokenizer, models.calibration, size)
     results = Results(output / "frontier.jsonl")
     try:
         measure_here(here, asked, results, origin)
         measure_baselines(elsewhere, asked, results, origin, models, tokenizer)
     except KeyboardInterrupt:
         print("Stopped. What was measured is kept; the same command goes on from there.")
-    keys = {task: exercise.all_settings for exercise in asked for task in exercise.tasks}
+    keys = {task: suite.all_settings for suite in asked for task in suite.tasks}
     rows = [row for row in results.rows.values() if row["settings"] == keys.get(row["task"])]
     if rows:
         page.write(rows, output)

@@ -3,8 +3,8 @@ The baselines of `benchmarks.frontier`, by the code of kvpress. `python -m bench
 an environment of its own, for kvpress wants an older Transformers than `mosa_hf`, of which one file alone is loaded
 here.
 
-JOB is a JSON file: the model's folder, methods, exercises, and the text to train KVzap on (see `main`). A line of JSON
-on stdout is one method's scores in one exercise. Prompts are read in full attention, once for all methods: each takes
+JOB is a JSON file: the model's folder, methods, suites, and the text to train KVzap on (see `main`). A line of JSON
+on stdout is one method's scores in one suite. Prompts are read in full attention, once for all methods: each takes
 from a layer's keys and values what it keeps.
 """
 
@@ -225,26 +225,26 @@ def answers_to(job: dict) -> Iterator[dict]:
     """The answers to a job, see `main`, one after another."""
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
     presses = make_presses(model, job["methods"], job["text"])
-    total = sum(len(exercise["readings"]) * len(exercise["methods"]) for exercise in job["exercises"])
+    total = sum(len(suite["samples"]) * len(suite["methods"]) for suite in job["suites"])
     with tqdm(total=total, desc="Baselines", unit="reading") as progress:
-        for i, exercise in enumerate(job["exercises"]):
-            scores: dict[int, list[scoring.Score]] = {method: [] for method in exercise["methods"]}
-            for reading in map(scoring.Reading.from_dict, exercise["readings"]):
+        for i, suite in enumerate(job["suites"]):
+            scores: dict[int, list[scoring.Score]] = {method: [] for method in suite["methods"]}
+            for sample in map(scoring.Sample.from_dict, suite["samples"]):
                 own = [(presses[method], job["methods"][method]["parameters"].get("step")) for method in scores]
-                memories = read_pressed(model, own, torch.tensor([reading.context]))
+                memories = read_pressed(model, own, torch.tensor([sample.context]))
                 for method, memory in zip(scores, memories, strict=True):
-                    scores[method] += scoring.score(memory, reading)
+                    scores[method] += scoring.score(memory, sample)
                     progress.update()
             for method, own in scores.items():
-                answer = {"exercise": i, "method": method, "scores": list(map(dataclasses.asdict, own))}
+                answer = {"suite": i, "method": method, "scores": list(map(dataclasses.asdict, own))}
                 press = presses[method]
                 yield answer | ({"threshold": press.threshold} if isinstance(press, DMSPress) else {})
 
 
 def main() -> None:
     """
-    The job: `model`, a folder; `methods`; `exercises`, each with `readings` and the indices of its `methods`; `text`,
-    see `train_kvzap`. An answer: `exercise` and `method`, both indices; `scores`; of KVzap the `threshold`;
+    The job: `model`, a folder; `methods`; `suites`, each with `samples` and the indices of its `methods`; `text`,
+    see `train_kvzap`. An answer: `suite` and `method`, both indices; `scores`; of KVzap the `threshold`;
     `versions`.
     """
     with open(sys.argv[1], encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Methods at their exercises: in this process, or in the environment of kvpress."""
+"""Methods at their suites: in this process, or in the environment of kvpress."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from testing.packages import run as run_tool
 from . import page
 from .methods import Method, Models
 from .results import Results, make_rows
-from .tasks import Exercise
+from .tasks import Suite
 
 ROOT = Path(__file__).parents[2]
 KVPRESS = "kvpress==0.5.5"
@@ -27,22 +27,22 @@ KVPRESS = "kvpress==0.5.5"
 CHAT = ("<|im_start|>user\n", "\n\nRepeat the previous context exactly.<|im_end|>\n<|im_start|>assistant\n")
 
 
-def measure_here(methods: list[Method], asked: list[Exercise], results: Results, origin: dict[str, Any]) -> None:
+def measure_here(methods: list[Method], asked: list[Suite], results: Results, origin: dict[str, Any]) -> None:
     """Add what `results` lacks of methods that run in this process."""
     missing = [(method, [each for each in asked if results.lacks(method, each)]) for method in methods]
-    total = sum(len(exercise.readings) for _, lacking in missing for exercise in lacking)
+    total = sum(len(suite.samples) for _, lacking in missing for suite in lacking)
     with tqdm(total=total, desc="Frontier", unit="reading") as progress:
         for method, lacking in missing:
             if not lacking:
                 continue
             progress.set_postfix_str(page.label(method.name, method.parameters))
             model = method.build()
-            for exercise in lacking:
+            for suite in lacking:
                 scores = []
-                for reading in exercise.readings:
-                    scores += score(CacheMemory(model, reading.context), reading)
+                for sample in suite.samples:
+                    scores += score(CacheMemory(model, sample.context), sample)
                     progress.update()
-                results.add(make_rows(method, exercise, scores, bytes_per_token(model), origin))
+                results.add(make_rows(method, suite, scores, bytes_per_token(model), origin))
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:
@@ -53,36 +53,36 @@ def bytes_per_token(model: PreTrainedModel) -> int:
 
 def measure_baselines(
     methods: list[Method],
-    asked: list[Exercise],
+    asked: list[Suite],
     results: Results,
     origin: dict[str, Any],
     models: Models,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Add what `results` lacks of methods that `baselines.py` runs."""
-    methods = [method for method in methods if any(results.lacks(method, exercise) for exercise in asked)]
+    methods = [method for method in methods if any(results.lacks(method, suite) for suite in asked)]
     if not methods:
         return
-    lacking = [[i for i, method in enumerate(methods) if results.lacks(method, exercise)] for exercise in asked]
+    lacking = [[i for i, method in enumerate(methods) if results.lacks(method, suite)] for suite in asked]
     before, between = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in CHAT)
     job = {
         "model": str(models.directory),
         "methods": [{"name": method.name, "parameters": method.parameters} for method in methods],
-        "exercises": [
-            {"readings": [reading.to_dict() for reading in exercise.readings], "methods": own}
-            for exercise, own in zip(asked, lacking, strict=True)
+        "suites": [
+            {"samples": [sample.to_dict() for sample in suite.samples], "methods": own}
+            for suite, own in zip(asked, lacking, strict=True)
             if own
         ],
         "text": {"windows": models.calibration.tolist(), "before": before, "between": between},
     }
-    remaining = [exercise for exercise, own in zip(asked, lacking, strict=True) if own]
+    remaining = [suite for suite, own in zip(asked, lacking, strict=True) if own]
     for answer in baselines_answers(job):
-        exercise, method = remaining[answer["exercise"]], methods[answer["method"]]
+        suite, method = remaining[answer["suite"]], methods[answer["method"]]
         scores = [Score(**each) for each in answer["scores"]]
         own_origin = {**origin, "versions": answer["versions"] | {"kvpress": KVPRESS.partition("==")[2]}}
         if "threshold" in answer:
             own_origin["threshold"] = answer["threshold"]
-        results.add(make_rows(method, exercise, scores, bytes_per_token(models.original), own_origin))
+        results.add(make_rows(method, suite, scores, bytes_per_token(models.original), own_origin))
 
 
 def baselines_answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:

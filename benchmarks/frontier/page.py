@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mosa_hf.atomic_write import atomic_file
 from mosa_hf.evaluation import PERPLEXITY
-from mosa_hf.whole_files import whole_file
 
 OMITTED = ("calibration",)  # parameters that rows have and labels do without
 
@@ -26,9 +26,9 @@ def write(rows: list[dict[str, Any]], directory: Path) -> None:
     """`frontier.md` and `frontier.png` of rows, all of which answer the same questions."""
     methods = by_method(rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    with whole_file(directory / "frontier.md") as unfinished:
+    with atomic_file(directory / "frontier.md") as unfinished:
         unfinished.write_text(page(methods, tasks), encoding="utf-8")
-    with whole_file(directory / "frontier.png") as unfinished:
+    with atomic_file(directory / "frontier.png") as unfinished:
         draw(methods, tasks).savefig(unfinished, format="png", dpi=150)
 
 

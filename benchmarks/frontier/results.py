@@ -7,7 +7,7 @@ from typing import Any
 from mosa_hf.evaluation import Score, summary
 
 from .methods import Method
-from .tasks import Exercise
+from .tasks import Suite
 
 
 class Results:
@@ -18,13 +18,13 @@ class Results:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         self.rows = {row_key(row): row for row in map(json.loads, lines)}
 
-    def lacks(self, method: Method, exercise: Exercise) -> bool:
-        return any(row_key(row) not in self.rows for row in self.heads(method, exercise))
+    def lacks(self, method: Method, suite: Suite) -> bool:
+        return any(row_key(row) not in self.rows for row in self.heads(method, suite))
 
-    def heads(self, method: Method, exercise: Exercise) -> list[dict[str, Any]]:
-        """What tells the rows of a method and an exercise from others."""
-        head = {"method": method.name, "parameters": method.parameters, "settings": exercise.all_settings}
-        return [{**head, "task": task} for task in exercise.tasks]
+    def heads(self, method: Method, suite: Suite) -> list[dict[str, Any]]:
+        """What tells the rows of a method and an suite from others."""
+        head = {"method": method.name, "parameters": method.parameters, "settings": suite.all_settings}
+        return [{**head, "task": task} for task in suite.tasks]
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,18 +38,18 @@ def row_key(row: dict[str, Any]) -> str:
 
 
 def make_rows(
-    method: Method, exercise: Exercise, scores: list[Score], bytes_per_token: int, origin: dict[str, Any]
+    method: Method, suite: Suite, scores: list[Score], bytes_per_token: int, origin: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """
     A row for each task.
 
     Args:
-        scores: of all continuations of the exercise.
+        scores: of all continuations of the suite.
         bytes_per_token: that the original's keys and values take.
         origin: how, when and with what it was measured.
     """
     rows = []
-    for task in exercise.tasks:
+    for task in suite.tasks:
         result = summary(task, scores)
         length = result.pop("length")
         rows.append(
@@ -61,7 +61,7 @@ def make_rows(
                 **result,
                 "prompt": method.prompt,
                 "frees_memory": method.frees_memory,
-                "settings": exercise.all_settings,
+                "settings": suite.all_settings,
                 **origin,
             }
         )

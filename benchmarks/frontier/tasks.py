@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mosa_hf.conversion import calibration_windows
-from mosa_hf.evaluation import PERPLEXITY, Reading, following, retrieval
+from mosa_hf.evaluation import PERPLEXITY, Sample, following, retrieval
 from testing import corpora
 
 TEXTS = ("debian_handbook", "python_docs")  # the first has contexts for facts too
@@ -35,24 +35,24 @@ SMOKE = Size(prompt=192, scored=32, slices=1, context=500, contexts=1, windows=2
 
 
 @dataclass(frozen=True)
-class Exercise:
+class Suite:
     """Readings that go together. A row for each of the tasks that their continuations belong to."""
 
     settings: dict[str, Any]
-    readings: list[Reading]
+    samples: list[Sample]
 
     @cached_property
     def tasks(self) -> list[str]:
-        return list(dict.fromkeys(each.task for reading in self.readings for each in reading.continuations))
+        return list(dict.fromkeys(each.task for sample in self.samples for each in sample.continuations))
 
     @cached_property
     def all_settings(self) -> dict[str, Any]:
         """The settings with a digest of what is read, so that a row of other tokens is another row."""
-        ids = json.dumps([reading.to_dict() for reading in self.readings])
+        ids = json.dumps([sample.to_dict() for sample in self.samples])
         return {**self.settings, "digest": hashlib.sha256(ids.encode()).hexdigest()[:12]}
 
 
-def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Exercise]:
+def suites(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Suite]:
     """
     All that is asked of a method.
 
@@ -62,18 +62,18 @@ def exercises(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size
     found = continuations_of_texts(tokenizer, seen, size)
     text = corpora.text(TEXTS[0])[: size.characters]
     for make in (retrieval.needles, retrieval.key_values):
-        readings = retrieval.several(make, tokenizer, text, size.context, size.contexts)
-        found.append(Exercise({"context": size.context, "contexts": size.contexts}, readings))
+        samples = retrieval.several(make, tokenizer, text, size.context, size.contexts)
+        found.append(Suite({"context": size.context, "contexts": size.contexts}, samples))
     return found
 
 
-def continuations_of_texts(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Exercise]:
-    """Perplexity of each of `TEXTS`; see `exercises`."""
+def continuations_of_texts(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Suite]:
+    """Perplexity of each of `TEXTS`; see `suites`."""
     found = []
     for name in TEXTS:
         slices = unseen_slices(tokenizer, corpora.text(name)[: size.characters], seen, size)
         settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
-        found.append(Exercise(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
+        found.append(Suite(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
     return found
 
 

@@ -32,15 +32,15 @@ from testing import pretrained
 from .. import metrics
 from ..frontier.measuring import measure_here
 from ..frontier.results import Results, row_key
-from ..frontier.tasks import SMOKE, Exercise, Size, continuations_of_texts
+from ..frontier.tasks import SMOKE, Size, Suite, continuations_of_texts
 from ..provenance import origin_of
 from . import page
 from .checkpoints import logged, methods
 from .recipe import Recipe, healed_folder, prepare, training
 
 
-def asked_of(row: dict[str, Any], asked: list[Exercise]) -> bool:
-    """Whether a row answers one of these exercises."""
+def asked_of(row: dict[str, Any], asked: list[Suite]) -> bool:
+    """Whether a row answers one of these suites."""
     return any(row["task"] in each.tasks and row["settings"] == each.all_settings for each in asked)
 
 

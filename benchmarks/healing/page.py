@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from mosa_hf.whole_files import whole_file
+from mosa_hf.atomic_write import atomic_file
 
 PERPLEXITY = "perplexity"
 DIVERGENCE = "divergence from the original"
@@ -13,9 +13,9 @@ DIVERGENCE = "divergence from the original"
 
 def write(rows: list[dict[str, Any]], directory: Path) -> None:
     """`heal.md` and `heal.png` of rows."""
-    with whole_file(directory / "heal.md") as unfinished:
+    with atomic_file(directory / "heal.md") as unfinished:
         unfinished.write_text(page(rows), encoding="utf-8")
-    with whole_file(directory / "heal.png") as unfinished:
+    with atomic_file(directory / "heal.png") as unfinished:
         draw(rows).savefig(unfinished, format="png", dpi=150)
 
 

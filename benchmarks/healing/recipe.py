@@ -9,11 +9,11 @@ from mosa_hf.conversion_scripts.heal import HealingArguments
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from mosa_hf import ConversionConfig, convert_checkpoint, save_routers
-from mosa_hf.whole_files import whole_file
+from mosa_hf.atomic_write import atomic_file
 from testing import corpora, pretrained
 
 from ..frontier.methods import Models
-from ..frontier.tasks import Exercise, Size, word_runs
+from ..frontier.tasks import Size, Suite, word_runs
 
 # Characters of each at most. The first is of a kind that is scored.
 TEXTS = {"python_docs": None, "shakespeare": 1_500_000, "encyclopaedia": None, "python_topics": None}
@@ -43,7 +43,7 @@ class Recipe:
         return step * self.examples * self.tokens
 
 
-def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokenizerBase, asked: list[Exercise]) -> None:
+def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokenizerBase, asked: list[Suite]) -> None:
     """Routers, converted model and text in `work`, as far as they are not there."""
     directory = pretrained.smollm2_directory()
     models = Models(directory, tokenizer, size)
@@ -58,7 +58,7 @@ def prepare(work: Path, recipe: Recipe, size: Size, tokenizer: PreTrainedTokeniz
     if not (converted := work / "converted").exists():
         convert_checkpoint(directory, converted, routers=routers_folder(work, recipe.settings[0]))
     if not (work / "text.txt").exists():
-        with whole_file(work / "text.txt") as unfinished:
+        with atomic_file(work / "text.txt") as unfinished:
             unfinished.write_text(healing_text(held, size.characters), encoding="utf-8")
 
 
@@ -70,10 +70,10 @@ def healed_folder(work: Path, recipe: Recipe) -> Path:
     return work / f"healed-{recipe.steps}"
 
 
-def scored_passages(tokenizer: PreTrainedTokenizerBase, asked: list[Exercise]) -> Iterator[str]:
-    for exercise in asked:
-        for reading in exercise.readings:
-            yield tokenizer.decode(reading.context + reading.continuations[0].ids)
+def scored_passages(tokenizer: PreTrainedTokenizerBase, asked: list[Suite]) -> Iterator[str]:
+    for suite in asked:
+        for sample in suite.samples:
+            yield tokenizer.decode(sample.context + sample.continuations[0].ids)
 
 
 def healing_text(held: set[tuple[str, ...]], characters: int | None = None) -> str:

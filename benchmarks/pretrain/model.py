@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from transformers import DynamicCache, get_cosine_schedule_with_warmup
 
 from mosa_hf import MosaForCausalLM, cache_bytes, calibrate_thresholds
+from mosa_hf.atomic_write import atomic_file
 from mosa_hf.compat import CACHE
 from mosa_hf.modeling.router import MosaRouter, named_routers
-from mosa_hf.whole_files import whole_file
 
 from .data import Corpus
 from .runs import Run
@@ -116,7 +116,7 @@ def train(run: Run, corpus: Corpus, checkpoint: Path) -> tuple[MosaForCausalLM, 
             seconds.append(time.process_time() - started)
             losses.append(loss.item())
             if time.monotonic() - saved > CHECKPOINT_SECONDS and step + 1 < run.steps:
-                with whole_file(checkpoint) as unfinished:
+                with atomic_file(checkpoint) as unfinished:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     state |= {"schedule": schedule.state_dict(), "losses": losses, "seconds": seconds}
                     torch.save(state | {"sums": slots.sums, "calls": slots.calls}, unfinished)

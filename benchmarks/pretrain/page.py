@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from mosa_hf.whole_files import whole_file
+from mosa_hf.atomic_write import atomic_file
 
 from .runs import BY_THRESHOLD, FEWER, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
 
@@ -106,9 +106,9 @@ def without_seeds(study: list[Run]) -> list[Run]:
 
 def write(studies: Studies, rows: list[Row], directory: Path) -> None:
     """`pretrain.md` and `pretrain.png` of the rows that belong to `studies`."""
-    with whole_file(directory / "pretrain.md") as unfinished:
+    with atomic_file(directory / "pretrain.md") as unfinished:
         unfinished.write_text(page(studies, rows), encoding="utf-8")
-    with whole_file(directory / "pretrain.png") as unfinished:
+    with atomic_file(directory / "pretrain.png") as unfinished:
         draw(studies, rows).savefig(unfinished, format="png", dpi=130)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from mosa_hf.whole_files import whole_file
+from mosa_hf.atomic_write import atomic_file
 
 from .data import Corpus, corpus
 from .model import evaluate, train
@@ -47,7 +47,7 @@ def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, 
             row = {"run": run.to_dict(), **evaluate(run, model, corpus_of(run)), **training}
             row |= {"data": corpus_of(run).digest, "seconds": time.perf_counter() - started, **origin}
             rows[keys[run]] = row
-            with whole_file(path) as unfinished:
+            with atomic_file(path) as unfinished:
                 unfinished.write_text("".join(json.dumps(each) + "\n" for each in rows.values()), encoding="utf-8")
             checkpoint.unlink(missing_ok=True)
     except KeyboardInterrupt:

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mosa_hf import MosaConfig, use_backend
 from mosa_hf.kernels import backend
 from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues, rotate
-from mosa_hf.modeling.call import ModelCall
+from mosa_hf.modeling.forward_context import ForwardContext
 from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import CallLayout, TokenMask
 
@@ -189,7 +189,7 @@ def selected_heads(case: Case, draw: Draw) -> tuple[Contender, dict[str, Contend
     layout = CallLayout.build(hidden_states, TokenMask(), position, None, may_be_packed=False)
 
     def ours() -> torch.Tensor:
-        return heads(hidden_states, (cos, sin), ModelCall(layout, {}, torch.is_grad_enabled()))
+        return heads(hidden_states, (cos, sin), ForwardContext(layout, {}, torch.is_grad_enabled()))
 
     baselines = {PAPER: paper, "dense": dense}
     return Contender(ours, [hidden_states, *heads.parameters()]), {

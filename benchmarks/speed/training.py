@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from mosa_hf import MosaConfig
-from mosa_hf.modeling.call import ModelCall
+from mosa_hf.modeling.forward_context import ForwardContext
 from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import CallLayout, TokenMask
 
@@ -44,7 +44,7 @@ class OurLayer(nn.Module):
         )
 
     def forward(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return self.heads(hidden_states, (cos, sin), ModelCall(self.layout, {}, torch.is_grad_enabled()))
+        return self.heads(hidden_states, (cos, sin), ForwardContext(self.layout, {}, torch.is_grad_enabled()))
 
 
 def heads_and_baseline(

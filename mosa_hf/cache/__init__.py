@@ -5,7 +5,7 @@ window, is in no tensor.
 
 from .bytes import cache_bytes
 from .layer import (
-    CacheOfCall,
+    CacheInForward,
     GroupSet,
     Routed,
     SparseLayer,
@@ -24,7 +24,7 @@ from .layer import (
 from .states import set_store_state, store_state
 
 __all__ = [
-    "CacheOfCall",
+    "CacheInForward",
     "GroupSet",
     "Routed",
     "SparseLayer",

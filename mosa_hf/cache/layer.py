@@ -81,7 +81,7 @@ class SparseLayer(MixedLayer):
     """
     Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense groups'.
 
-    Of a model call: `begin`, then `update` as any cache layer, but through `CacheOfCall`, `readable` (what the sparse
+    Of a forward: `begin`, then `update` as any cache layer, but through `CacheInForward`, `readable` (what the sparse
     groups' queries may read) and `evict` when they have.
     """
 
@@ -116,9 +116,9 @@ class SparseLayer(MixedLayer):
         return self.stores[0].has_tokens()
 
     @property
-    def is_in_call(self) -> bool:
+    def is_in_forward(self) -> bool:
         """Whether a call has begun and has not ended; after it, that it failed half-way."""
-        return self.stores[0].call is not None
+        return self.stores[0].routed is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         # `early_initialization` by who does not know the dense groups gives all heads.
@@ -135,13 +135,13 @@ class SparseLayer(MixedLayer):
             store.begin(selected, score, valid, layout.valid)
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, of_call: bool = False, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, in_forward: bool = False, **kwargs: Any
     ) -> Any:
         """
         As upstream's, for `[B, G, T, d]` of all groups.
 
         Args:
-            of_call: what `CacheOfCall` says and no other caller knows of.
+            of_call: what `CacheInForward` says and no other caller knows of.
 
         Returns:
             keys and values of the dense groups `[B, G_dense, S, d]`.
@@ -149,7 +149,7 @@ class SparseLayer(MixedLayer):
         Raises:
             ValueError: for the keys and values of another model, whose tokens no router has looked at.
         """
-        if not of_call:
+        if not in_forward:
             raise ValueError(
                 f"This cache is {self.owner}'s, which keeps in it what its routers select: only that model can add to "
                 "it or read it, and what calls `update` here is another one, or no model. Give every model a cache "
@@ -292,7 +292,7 @@ def __getattr__(name: str) -> type[CacheLayerMixin]:
     return _mixed(SparseLayer, layer_class)
 
 
-class CacheOfCall:
+class CacheInForward:
     """
     A cache as a module of a MoSA model hands it to its family's code, once the call has begun. So its layers tell that
     call from the stock model's on the same cache, also after a call that failed half-way.
@@ -302,7 +302,7 @@ class CacheOfCall:
         self.cache = cache
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs) -> Any:
-        return self.cache.update(key_states, value_states, layer_idx, *args, of_call=True, **kwargs)
+        return self.cache.update(key_states, value_states, layer_idx, *args, in_forward=True, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
@@ -397,7 +397,7 @@ def check_lengths(layers: list[CacheLayerMixin]) -> None:
         ValueError: for layers of one cache that do not hold the same tokens, where that is known without asking a
             device.
     """
-    if any(isinstance(layer, SparseLayer) and layer.is_in_call for layer in layers):
+    if any(isinstance(layer, SparseLayer) and layer.is_in_forward for layer in layers):
         raise ValueError(
             "An earlier call failed half-way, and some layers of `past_key_values` hold its tokens: `reset()` it, "
             "make a new cache, or go on with a copy (`copy.deepcopy`) that was made before that call."

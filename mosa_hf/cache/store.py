@@ -11,7 +11,7 @@ from .recent import cropped, extended, of_ring, of_selected
 from .undo import UndoRecord
 
 # What the routers said of a call: selected, score and valid, as `SparseStore.begin` takes them.
-Call = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Routing = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 MaybeTensor = torch.Tensor | None
 
 
@@ -44,7 +44,7 @@ class SparseStore:
     def _forget(self) -> None:
         self.calls: CallLog | None = None  # None: there was none yet
         self.memory: EntryMemory | None = None  # None: nothing was selected yet
-        self.call: Call | None = None  # the one that goes on
+        self.routed: Routing | None = None  # the one that goes on
         self.recent: Rows | None = None  # of the ring, and tokens that the memory does not know of yet; None: none
 
     def reset(self) -> None:
@@ -87,7 +87,7 @@ class SparseStore:
         if self.calls is None:
             self.calls = CallLog(selected, self.is_fixed)
         self.calls.begin(mask, selected.shape[2])
-        self.call = selected, score if self.needs_score else None, valid
+        self.routed = selected, score if self.needs_score else None, valid
 
     def extend(
         self, key: torch.Tensor, value: torch.Tensor
@@ -123,10 +123,10 @@ class SparseStore:
         key, value, position, selected = (recent[name] for name in ("key", "value", "position", "selected"))
         return KeyValues(key, value, position, filled, selected, evicted, recent.get("score")), kept
 
-    def _begun(self) -> tuple[CallLog, Call]:
-        if self.calls is None or self.call is None:
+    def _begun(self) -> tuple[CallLog, Routing]:
+        if self.calls is None or self.routed is None:
             raise RuntimeError("`begin` tells a store of a call before it takes in the call's tokens.")
-        return self.calls, self.call
+        return self.calls, self.routed
 
     def _allocate(self, key: torch.Tensor, value: torch.Tensor, num_groups: int) -> EntryMemory:
         """Memory for entries like `key`, `value` [B, ., ., d]."""
@@ -139,7 +139,7 @@ class SparseStore:
 
     def evict(self) -> None:
         """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
-        self.call = None
+        self.routed = None
         if not (self.record_past and self.window):
             self._commit(is_final=not self.record_past)
 
@@ -183,7 +183,7 @@ class SparseStore:
         record = self._new_record(calls)
         calls.settle()
         calls.note(record)
-        self.call = None
+        self.routed = None
 
     # One token
 

@@ -18,12 +18,12 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
+from ..atomic_write import atomic_directory, check_absent
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router_files import ROUTERS_NAME, load_routers, model_card, router_tensors, save_routers
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
-from ..whole_files import check_absent, whole_directory
 from .configuration import ConversionConfig
 from .convert import convert_model
 from .windows import calibration_windows, is_text
@@ -136,7 +136,7 @@ def convert_checkpoint(
     if routers_only:
         save_routers(converted, destination)
     else:
-        with whole_directory(destination) as unfinished:
+        with atomic_directory(destination) as unfinished:
             if headers:
                 _write(converted, source, headers, unfinished)
             else:

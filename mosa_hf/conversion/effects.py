@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from ..cache import Routed
 from ..kernels.tensors import take
-from ..modeling.attention import LayerCall, LayerGroups, mosa_attention_forward
+from ..modeling.attention import LayerContext, LayerGroups, mosa_attention_forward
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.family import family_of
@@ -197,7 +197,7 @@ class Probe:
 
     @torch.no_grad()
     def watch(
-        self, module: SparseGroupsMixin, output: torch.Tensor, states: States, call: LayerCall, options: dict
+        self, module: SparseGroupsMixin, output: torch.Tensor, states: States, call: LayerContext, options: dict
     ) -> None:
         """
         Add up the effects of a call when the gradient of its output comes by.
@@ -255,7 +255,7 @@ def probed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    mosa: LayerCall | None = None,
+    mosa: LayerContext | None = None,
     **options,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function "mosa", watched by the module's `mosa_probe` when gradients are recorded."""

@@ -21,11 +21,11 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..atomic_write import atomic_file
 from ..modeling.family import family_of
+from ..modeling.fingerprint import model_fingerprint
 from ..modeling.group_plan import GroupPlan, SparseGroup
-from ..modeling.identity import model_digest
 from ..modeling.thresholds import highest_share
-from ..whole_files import whole_file
 from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
@@ -189,7 +189,7 @@ class Journal:
 
     def _write(self) -> None:
         if self.path is not None:
-            with whole_file(self.path) as unfinished:
+            with atomic_file(self.path) as unfinished:
                 content = {"about": self.about, "answers": self.answers}
                 unfinished.write_text(json.dumps(content), encoding="utf-8")
 
@@ -393,7 +393,7 @@ def search_plan(
     config = family_of(model.config.model_type).config_class.from_base(model.config)
     candidates = candidate_plan(config, ConversionConfig(include_first=planning.include_first))
     calibration = calibration_ids(calibration, model.config)
-    about = [asdict(planning), model_digest(model), config.to_dict(), calibration.tolist(), texts.tolist()]
+    about = [asdict(planning), model_fingerprint(model), config.to_dict(), calibration.tolist(), texts.tolist()]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     journal = Journal(directory and directory / "measured.json", digest, len(texts))
     if fits is None:
@@ -430,7 +430,7 @@ def _fits(
     if path is None or not path.exists():
         fits = fit_routers(model, calibration, candidates, include_first=planning.include_first)
         if path is not None:
-            with whole_file(path) as unfinished:
+            with atomic_file(path) as unfinished:
                 save_file(
                     {
                         f"{layer}.{name}": tensor.contiguous()

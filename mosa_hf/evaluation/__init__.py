@@ -1,23 +1,23 @@
 """What a model remembers of a long context, and what that takes: the part of `mosa-evaluate` that scripts may call."""
 
 from .memory import CacheMemory, filled_cache
-from .readings import fact_readings, text_readings
 from .report import PERPLEXITY, Subject, evaluate, summary, table
-from .scoring import Continuation, Reading, Score, following, score
+from .samples import fact_samples, text_samples
+from .scoring import Continuation, Sample, Score, following, score
 
 __all__ = [
     "PERPLEXITY",
     "CacheMemory",
     "Continuation",
-    "Reading",
+    "Sample",
     "Score",
     "Subject",
     "evaluate",
-    "fact_readings",
+    "fact_samples",
     "filled_cache",
     "following",
     "score",
     "summary",
     "table",
-    "text_readings",
+    "text_samples",
 ]

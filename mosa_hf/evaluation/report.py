@@ -1,4 +1,4 @@
-"""Models side by side: what they make of the same readings, in a file that an interrupted run goes on from."""
+"""Models side by side: what they make of the same samples, in a file that an interrupted run goes on from."""
 
 import dataclasses
 import hashlib
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..whole_files import whole_file
+from ..atomic_write import atomic_file
 from .memory import CacheMemory
-from .scoring import Reading, Score, score
+from .scoring import Sample, Score, score
 
 PERPLEXITY = "perplexity"  # tasks whose name begins with it are texts; the others ask for facts
 
@@ -35,23 +35,23 @@ class Subject(NamedTuple):
 
 def evaluate(
     subjects: list[Subject],
-    readings: list[Reading],
+    samples: list[Sample],
     output: str | os.PathLike | None = None,
     about: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
-    What models make of the same readings.
+    What models make of the same samples.
 
     Args:
         subjects: the first is what the others are compared with.
-        readings: see `text_readings`, `fact_readings` and `following`.
-        output: JSON file, written after each reading. What it holds already of the same models and readings is not
+        samples: see `text_samples`, `fact_samples` and `following`.
+        output: JSON file, written after each sample. What it holds already of the same models and samples is not
             measured again.
         about: entries that the result shall have besides.
 
     Returns:
         `{**about, "rows": ..., "scores": ...}`, the file's content: a row for each model and task, see `rows_of`, and
-        for each model and reading the `Score`s of its continuations.
+        for each model and sample the `Score`s of its continuations.
 
     Raises:
         ValueError: for models of the same name, a file that is no earlier output, and contexts longer than a model
@@ -61,17 +61,17 @@ def evaluate(
     if len(set(names)) < len(names):
         raise ValueError(f"Two models have one name: {', '.join(names)}.")
     for subject in subjects:
-        _check_length(subject, readings)
+        _check_length(subject, samples)
     path = None if output is None else Path(output)
     known = {} if path is None else _known(path)
     records = []
-    with logging.tqdm(total=len(subjects) * len(readings), desc="Evaluating", unit="reading") as progress:
+    with logging.tqdm(total=len(subjects) * len(samples), desc="Evaluating", unit="sample") as progress:
         for subject in subjects:
-            for reading in readings:
-                key = {"model": subject.name, "identity": subject.identity, "reading": _digest(reading)}
+            for sample in samples:
+                key = {"model": subject.name, "identity": subject.identity, "sample": _digest(sample)}
                 record = known.get(_key(key))
                 if record is None:
-                    scores = score(CacheMemory(subject.model, reading.context), reading)
+                    scores = score(CacheMemory(subject.model, sample.context), sample)
                     record = key | {"scores": [dataclasses.asdict(each) for each in scores]}
                     known[_key(key)] = record
                     if path is not None:
@@ -88,7 +88,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     A row for each model and task of `evaluate`'s scores: `summary`, and beside the first model
 
-        share: of its bytes after the same readings.
+        share: of its bytes after the same samples.
         change: of perplexity, as a share; of texts only.
         standard_error: of `change`, from slice to slice; of texts with several slices only.
     """
@@ -165,9 +165,9 @@ def _of(task: str, scores: list[Score]) -> list[Score]:
     return [each for each in scores if each.task == task]
 
 
-def _check_length(subject: Subject, readings: list[Reading]) -> None:
+def _check_length(subject: Subject, samples: list[Sample]) -> None:
     most = getattr(subject.model.config, "max_position_embeddings", None) or math.inf
-    longest = max(len(each.context) + max(len(one.ids) for one in each.continuations) for each in readings)
+    longest = max(len(each.context) + max(len(one.ids) for one in each.continuations) for each in samples)
     if longest > most:
         raise ValueError(
             f"{subject.name} reads at most {most} tokens (`max_position_embeddings`), fewer than the {longest} of the "
@@ -175,12 +175,12 @@ def _check_length(subject: Subject, readings: list[Reading]) -> None:
         )
 
 
-def _digest(reading: Reading) -> str:
-    return hashlib.sha256(json.dumps(reading.to_dict()).encode()).hexdigest()[:16]
+def _digest(sample: Sample) -> str:
+    return hashlib.sha256(json.dumps(sample.to_dict()).encode()).hexdigest()[:16]
 
 
 def _key(record: dict[str, Any]) -> tuple[str, str, str]:
-    return record["model"], record["identity"], record["reading"]
+    return record["model"], record["identity"], record["sample"]
 
 
 def _known(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
@@ -197,5 +197,5 @@ def _known(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    with whole_file(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

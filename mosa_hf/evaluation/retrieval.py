@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from .scoring import Continuation, Reading
+from .scoring import Continuation, Sample
 
 PLACES = (
     "red house",
@@ -22,7 +22,7 @@ NUM_TOGETHER = 3  # needles that one question asks for
 NUM_PAIRS, NUM_ASKED = 16, 8
 
 
-def needles(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed: int) -> Reading:
+def needles(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed: int) -> Sample:
     """
     About `length` tokens of `text` with a five-digit code at each of eight depths. Continuations: "needle" asks for
     one of them, "needles together" for several at once.
@@ -43,10 +43,10 @@ def needles(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed: in
         continuations.append(
             _question(tokenizer, "needles together", question, f"{','.join(firsts)} and{last}", answers)
         )
-    return Reading(context, continuations)
+    return Sample(context, continuations)
 
 
-def key_values(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed: int) -> Reading:
+def key_values(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed: int) -> Sample:
     """
     About `length` tokens of `text` with a list of made-up words and their values in the middle. Continuations: "key"
     gives one of the words again, its value is the answer.
@@ -63,16 +63,16 @@ def key_values(tokenizer: PreTrainedTokenizerBase, text: str, length: int, seed:
         _question(tokenizer, "key", f"\nFrom the dictionary:\n{key}:", f" {pairs[key]}", [f" {pairs[key]}"])
         for key in chance.sample(list(pairs), NUM_ASKED)
     ]
-    return Reading(context, continuations)
+    return Sample(context, continuations)
 
 
 def several(
-    make: Callable[[PreTrainedTokenizerBase, str, int, int], Reading],
+    make: Callable[[PreTrainedTokenizerBase, str, int, int], Sample],
     tokenizer: PreTrainedTokenizerBase,
     text: str,
     length: int,
     contexts: int,
-) -> list[Reading]:
+) -> list[Sample]:
     """What `make`, `needles` or `key_values`, gives of `contexts` stretches of `text`, each with facts of its own."""
     return [make(tokenizer, text[len(text) * seed // contexts :], length, seed) for seed in range(contexts)]
 

@@ -28,7 +28,7 @@ class Continuation:
 
 
 @dataclass(frozen=True)
-class Reading:
+class Sample:
     """A context, read once, and the continuations, each of which is read after it and nothing else."""
 
     context: list[int]
@@ -38,7 +38,7 @@ class Reading:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "Reading":
+    def from_dict(cls, content: dict[str, Any]) -> "Sample":
         """Makes one from `to_dict`, or from JSON of it."""
         continuations = [
             Continuation(each["task"], each["ids"], [tuple(span) for span in each["answers"]])
@@ -69,13 +69,13 @@ class Score:
     kv_bytes: float
 
 
-def following(ids: torch.Tensor, context: int, task: str) -> Reading:
+def following(ids: torch.Tensor, context: int, task: str) -> Sample:
     """
     The first `context` of `ids` [T] as a context, and all but one of the others scored. That one is read only, so that
     what is scored was predicted with what the method has left of the context.
     """
     before, rest = ids[:context].tolist(), ids[context:].tolist()
-    return Reading(before, [Continuation(task, rest, [(1, len(rest))])])
+    return Sample(before, [Continuation(task, rest, [(1, len(rest))])])
 
 
 class Memory(Protocol):
@@ -86,9 +86,9 @@ class Memory(Protocol):
         itself stays as it was."""
 
 
-def score(memory: Memory, reading: Reading) -> list[Score]:
-    """The scores of each continuation, after `memory` of the reading's context."""
-    return [_score(memory, len(reading.context), each) for each in reading.continuations]
+def score(memory: Memory, sample: Sample) -> list[Score]:
+    """The scores of each continuation, after `memory` of the sample's context."""
+    return [_score(memory, len(sample.context), each) for each in sample.continuations]
 
 
 def _score(memory: Memory, num_before: int, continuation: Continuation) -> Score:

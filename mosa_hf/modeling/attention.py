@@ -62,7 +62,7 @@ class LayerGroups(NamedTuple):
         return LayerGroups(dense, tuple(sets), tuple(columns))
 
 
-class LayerCall(NamedTuple):
+class LayerContext(NamedTuple):
     """What `SparseGroupsMixin` hands to the attention function through the family's code."""
 
     layout: CallLayout
@@ -89,7 +89,7 @@ def mosa_attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    mosa: LayerCall | None = None,
+    mosa: LayerContext | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """

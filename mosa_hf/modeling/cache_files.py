@@ -23,11 +23,11 @@ from transformers.cache_utils import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from ..atomic_write import atomic_file
 from ..cache import SparseLayer, set_store_state, store_state, upstream_class
-from ..whole_files import whole_file
-from .call import MosaCallMixin
 from .devices import execution_device
-from .identity import model_digest
+from .fingerprint import model_fingerprint
+from .forward_context import ForwardContextMixin
 
 VERSION = 1
 # Upstream's layers that can be written, and the numbers that they remember beside keys and values.
@@ -64,12 +64,12 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
     is_static = past_key_values.is_compileable
     about = {
         "version": VERSION,
-        "model": identity_of(decoder),
+        "model": fingerprint_of(decoder),
         "max_cache_len": past_key_values.get_max_length() if is_static else None,
         "layers": plain,
     }
     text = json.dumps(about)
-    with whole_file(Path(path)) as unfinished:
+    with atomic_file(Path(path)) as unfinished:
         save_file(tensors, unfinished, metadata={"mosa_cache": text, "checksum": checksum(text, tensors)})
 
 
@@ -91,7 +91,7 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
     """
     decoder, path = decoder_of(model), Path(path)
     about, tensors = read_cache_file(path)
-    check_identity(path, about["model"], identity_of(decoder))
+    check_fingerprint(path, about["model"], fingerprint_of(decoder))
     cache = empty_cache(about, decoder.config)
     decoder.upgrade_cache(cache)
     devices = layer_devices(decoder)
@@ -110,14 +110,14 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
 # Whose it is
 
 
-def decoder_of(model: nn.Module) -> MosaCallMixin:
+def decoder_of(model: nn.Module) -> ForwardContextMixin:
     """
     The part of a model that caches are made for, within adapters or other wrappers.
 
     Raises:
         ValueError: for a model without MoSA, or one that is split over processes.
     """
-    decoder = next((module for module in model.modules() if isinstance(module, MosaCallMixin)), None)
+    decoder = next((module for module in model.modules() if isinstance(module, ForwardContextMixin)), None)
     if decoder is None:
         raise ValueError(
             f"{type(model).__name__} is no MoSA model: keep the caches of other models by `torch.save`, or convert "
@@ -131,17 +131,17 @@ def decoder_of(model: nn.Module) -> MosaCallMixin:
     return decoder
 
 
-def identity_of(decoder: MosaCallMixin) -> dict[str, Any]:
+def fingerprint_of(decoder: ForwardContextMixin) -> dict[str, Any]:
     """What a cache depends on of the model that fills it, as JSON gives it back."""
     return {
         "class": type(decoder).__name__,
         "groups": json.loads(json.dumps(list(decoder.cache_specs().values()))),
         "dtype": str(decoder.dtype),
-        "weights": model_digest(decoder),
+        "weights": model_fingerprint(decoder),
     }
 
 
-def check_identity(path: Path, was: dict[str, Any], own: dict[str, Any]) -> None:
+def check_fingerprint(path: Path, was: dict[str, Any], own: dict[str, Any]) -> None:
     """
     Raises:
         ValueError: if the file is of another model, saying in what it differs.
@@ -160,7 +160,7 @@ def check_identity(path: Path, was: dict[str, Any], own: dict[str, Any]) -> None
             )
 
 
-def layer_devices(decoder: MosaCallMixin) -> dict[int, torch.device | str | int]:
+def layer_devices(decoder: ForwardContextMixin) -> dict[int, torch.device | str | int]:
     """Where each layer computes."""
     modules = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
     return {module.layer_idx: execution_device(module) for module in modules if [*module.parameters()]}

@@ -17,7 +17,7 @@ LEARNED_CACHES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
 class MosaGenerationMixin:
-    """Before a causal LM whose decoder is a `MosaCallMixin`."""
+    """Before a causal LM whose decoder is a `ForwardContextMixin`."""
 
     _generation_cache: Cache | None = None  # of the `generate` call that goes on
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..whole_files import whole_file
+from ..atomic_write import atomic_file
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class GroupPlan:
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON file that `load` reads, a line for each layer; it replaces another one at once."""
         lines = ",\n".join("    " + json.dumps(groups) for groups in self.to_list())
-        with whole_file(Path(path)) as unfinished:
+        with atomic_file(Path(path)) as unfinished:
             unfinished.write_text(f'{{\n  "layers": [\n{lines}\n  ]\n}}\n', encoding="utf-8")
 
     @classmethod
@@ -201,7 +201,7 @@ class GroupPlan:
                     axes.text(i, layer, name, ha="center", va="center", color=color, fontsize=6)
         axes.set(xlabel="group", ylabel="layer", title="window/sparsity", xticks=range(num_groups))
         figure.colorbar(image, label=f"kept of {num_tokens:,} tokens")
-        with whole_file(Path(path)) as unfinished:
+        with atomic_file(Path(path)) as unfinished:
             figure.savefig(unfinished, format="png", dpi=150)
 
 

@@ -9,9 +9,9 @@ from ..cache import GroupSet, Routed, SparseLayer, SparseSpec
 from ..kernels import backend
 from ..kernels.tensors import HeadWeights, Tokens
 from ..routing.budget import evicted_at
-from .call import ModelCall
 from .configuration import RoutingConfig
-from .router import MosaRouter, in_force
+from .forward_context import ForwardContext
+from .router import MosaRouter, active_module
 
 
 class MosaHeads(nn.Module):
@@ -52,7 +52,7 @@ class MosaHeads(nn.Module):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        call: ModelCall,
+        call: ForwardContext,
         cache: SparseLayer | None = None,
     ) -> torch.Tensor:
         """
@@ -68,7 +68,7 @@ class MosaHeads(nn.Module):
         Raises:
             ValueError: for expert-choice routing on top of cached tokens.
         """
-        router = cast(MosaRouter, in_force(self.router))
+        router = cast(MosaRouter, active_module(self.router))
         router.check_cache(cache)
         layout = call.layout.to(hidden_states.device)
         logits, selected = self.router(hidden_states, call, follows=cache is None)
@@ -140,5 +140,5 @@ class MosaHeads(nn.Module):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
-        groups = GroupSet(tuple(range(self.num_groups)), 0, cast(MosaRouter, in_force(self.router)).sparsity[0])
+        groups = GroupSet(tuple(range(self.num_groups)), 0, cast(MosaRouter, active_module(self.router)).sparsity[0])
         return SparseSpec(None, (groups,), self.budget, self.num_dense_groups)

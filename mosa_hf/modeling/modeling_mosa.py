@@ -25,11 +25,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..cache import CacheOfCall, SparseSpec
+from ..cache import CacheInForward, SparseSpec
 from ..compat import CACHE, takes_cache
 from .auxiliary_loss import CarriedLoss, router_loss, share_of_items
-from .call import ModelCall, MosaCallMixin
 from .configuration import PER_LAYER_FIELDS, MosaConfig
+from .forward_context import ForwardContext, ForwardContextMixin
 from .generation import MosaGenerationMixin
 from .heads import MosaHeads
 from .layers import attention_modules, check_number
@@ -77,7 +77,7 @@ class MosaAttention(LlamaAttention):
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        mosa_call: ModelCall,
+        mosa_context: ForwardContext,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -86,7 +86,7 @@ class MosaAttention(LlamaAttention):
         Args:
             hidden_states: `[B, T, D]`.
             position_embeddings: cos and sin `[B or 1, T, rotary_dim]`.
-            mosa_call: what the layers of this model call share.
+            mosa_context: what the layers of this model call share.
             attention_mask: of the dense heads, as the attention implementation wants it.
             past_key_values: an upgraded cache.
 
@@ -95,7 +95,7 @@ class MosaAttention(LlamaAttention):
         """
         attn_weights, cache = None, None
         if self.mosa is not None and past_key_values is not None:
-            cache, past_key_values = past_key_values.layers[self.layer_idx], CacheOfCall(past_key_values)
+            cache, past_key_values = past_key_values.layers[self.layer_idx], CacheInForward(past_key_values)
         if self.has_dense_heads:
             attn_output, attn_weights = super().forward(
                 hidden_states,
@@ -110,7 +110,7 @@ class MosaAttention(LlamaAttention):
             nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
             past_key_values.update(nothing, nothing, self.layer_idx)
         if self.mosa is not None:
-            mosa_output = self.mosa(hidden_states, position_embeddings, mosa_call, cache)
+            mosa_output = self.mosa(hidden_states, position_embeddings, mosa_context, cache)
             attn_output = attn_output + mosa_output if self.has_dense_heads else mosa_output
         return attn_output, attn_weights
 
@@ -169,7 +169,7 @@ class MosaModelOutputWithPast(MoeModelOutputWithPast):
     aux_loss: torch.Tensor | None = None
 
 
-class MosaModel(MosaCallMixin, MosaPreTrainedModel):
+class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
     """
     Decoder of `MosaConfig.num_hidden_layers` layers; outputs hidden states.
 
@@ -224,7 +224,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        call, past_key_values, position_ids = self.begin_call(
+        call, past_key_values, position_ids = self.begin_forward(
             inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
         if self.config.mosa_router_aux_loss_coef and (call.has_grad or kwargs.get("output_router_logits")):
@@ -240,7 +240,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
                 position_ids=position_ids,
                 **{CACHE: past_key_values},
                 use_cache=use_cache,
-                mosa_call=call,
+                mosa_context=call,
                 **kwargs,
             )
         hidden_states, aux_loss = self.norm(hidden_states), None
@@ -249,7 +249,7 @@ class MosaModel(MosaCallMixin, MosaPreTrainedModel):
         return MosaModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values}, aux_loss=aux_loss)
 
     def _carry_aux_loss(
-        self, hidden_states: torch.Tensor, call: ModelCall, num_items: torch.Tensor | int | None
+        self, hidden_states: torch.Tensor, call: ForwardContext, num_items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` [B, T, D], and the auxiliary loss, whose gradient they bring along in training."""
         losses = [router_loss(logits, router, call.layout) for router, logits in call.router_logits.items()]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from ..whole_files import whole_file
+from ..atomic_write import atomic_file
 
 MODULE = "modeling_mosa_hf"
 CODE = '''"""The code of this model is the package mosa-hf: `pip install mosa-hf`."""
@@ -36,7 +36,7 @@ class InstalledCodeConfigMixin(ConfigBase):
         self.auto_map = {auto: f"{MODULE}.{name}" for auto, name in self.remote_classes.items()}
         names = sorted(set(self.remote_classes.values()))
         code = CODE.format(names=", ".join(names), quoted=", ".join(f'"{name}"' for name in names))
-        with whole_file(Path(save_directory) / f"{MODULE}.py") as unfinished:
+        with atomic_file(Path(save_directory) / f"{MODULE}.py") as unfinished:
             unfinished.write_text(code, encoding="utf-8")
         super().save_pretrained(save_directory, *args, **kwargs)  # last: without a config nothing loads
 

@@ -16,8 +16,8 @@ from ..cache import SparseLayer
 from ..kernels.capture import is_exported
 from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
-from .call import ModelCall
 from .configuration import RoutingConfig
+from .forward_context import ForwardContext
 
 logger = logging.get_logger(__name__)
 
@@ -95,7 +95,7 @@ class MosaRouter(nn.Module):
         return groups
 
     def forward(
-        self, hidden_states: torch.Tensor, call: ModelCall, follows: bool = True
+        self, hidden_states: torch.Tensor, call: ForwardContext, follows: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -182,7 +182,9 @@ class MosaRouter(nn.Module):
         return selected, last
 
     @torch.no_grad()
-    def _follow(self, logits: torch.Tensor, choice: tuple[torch.Tensor, torch.Tensor] | None, call: ModelCall) -> None:
+    def _follow(
+        self, logits: torch.Tensor, choice: tuple[torch.Tensor, torch.Tensor] | None, call: ForwardContext
+    ) -> None:
         """
         Note what share of the tokens the thresholds select, and move them if there is a `choice`; once a model call,
         which goes on routing by those that it began with.
@@ -283,7 +285,7 @@ def init_router(router: MosaRouter, std: float) -> None:
     init.copy_(router.threshold, (quantile * scale).to(router.threshold) + shift)
 
 
-def in_force(module: nn.Module) -> nn.Module:
+def active_module(module: nn.Module) -> nn.Module:
     """
     What computes when `module` is called: itself, or what lies within it if an adapter of PEFT is around it, such as
     the router of `modules_to_save=["mosa_router"]`, or the original one while that adapter is disabled.
@@ -299,7 +301,7 @@ def in_force(module: nn.Module) -> nn.Module:
 
 def named_routers(module: nn.Module, name: str = "") -> Iterator[tuple[str, MosaRouter]]:
     """The routers of a model that are in force, in layer order, each with the name that it has without adapters."""
-    module = in_force(module)
+    module = active_module(module)
     if isinstance(module, MosaRouter):
         yield name, module
         return

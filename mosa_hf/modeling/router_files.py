@@ -15,8 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from ..atomic_write import atomic_directory
 from ..safetensors_files import file_headers
-from ..whole_files import whole_directory
 from .configuration import SparseGroupsConfig
 from .family import Family, family_of
 from .group_plan import GroupPlan
@@ -62,7 +62,7 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
         FileExistsError: if `directory` exists.
         ValueError: for a model without sparse groups.
     """
-    with whole_directory(Path(directory)) as unfinished:
+    with atomic_directory(Path(directory)) as unfinished:
         write_routers(model, unfinished, base_model)
 
 

@@ -16,14 +16,14 @@ from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-from ..cache import CacheOfCall, Routed, SparseLayer, SparseSpec
+from ..cache import CacheInForward, Routed, SparseLayer, SparseSpec
 from ..compat import CACHE
 from ..kernels.tensors import take
-from .attention import LayerCall, LayerGroups
-from .call import ModelCall
+from .attention import LayerContext, LayerGroups
 from .configuration import SparseGroupsConfig
+from .forward_context import ForwardContext
 from .group_plan import SparseGroup
-from .router import MosaRouter, in_force
+from .router import MosaRouter, active_module
 
 logger = logging.get_logger(__name__)
 
@@ -79,37 +79,37 @@ class SparseGroupsMixin(FamilyAttention):
             self.mosa_router.requires_grad_(False)
 
     def forward(
-        self, hidden_states: torch.Tensor, *args, mosa_call: ModelCall | None = None, **kwargs
+        self, hidden_states: torch.Tensor, *args, mosa_context: ForwardContext | None = None, **kwargs
     ) -> tuple[Any, ...]:
         """
         Does what the family's forward does.
 
         Args:
             hidden_states: `[B, T, D]`.
-            mosa_call: what the layers of this model call share.
+            mosa_context: what the layers of this model call share.
 
         Raises:
             ValueError: outside of a model with sparse groups; for expert choice on top of cached tokens.
         """
-        if mosa_call is None:
-            raise ValueError(f"{type(self).__name__} runs within a MoSA model only: it lacks `mosa_call`.")
+        if mosa_context is None:
+            raise ValueError(f"{type(self).__name__} runs within a MoSA model only: it lacks `mosa_context`.")
         name = CACHE if CACHE in kwargs else "layer_past"
         past_key_values: Cache | None = kwargs.get(name)
         cache = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
             cache = cast(SparseLayer, past_key_values.layers[self.layer_idx])
-        router = cast(MosaRouter, in_force(self.mosa_router))
+        router = cast(MosaRouter, active_module(self.mosa_router))
         router.check_cache(cache)
-        layout = mosa_call.layout
+        layout = mosa_context.layout
         trains_routers = bool(self.mosa_gate_slope)
-        learns = mosa_call.has_grad and any(each.requires_grad for each in self.mosa_router.parameters())
+        learns = mosa_context.has_grad and any(each.requires_grad for each in self.mosa_router.parameters())
         if self.training and learns and not trains_routers and not torch.compiler.is_compiling():
             warn_of_idle_routers()
         follows = trains_routers and past_key_values is None
-        logits, selected = self.mosa_router(hidden_states, mosa_call, follows=follows)
+        logits, selected = self.mosa_router(hidden_states, mosa_context, follows=follows)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
         score = router.score(logits, layout) if needs_score else None
-        gate = self._gate(logits, selected, mosa_call)
+        gate = self._gate(logits, selected, mosa_context)
 
         def of_set(states, columns):
             return None if states is None else take(states, columns, dim=2)
@@ -118,9 +118,9 @@ class SparseGroupsMixin(FamilyAttention):
         routed = [Routed(of_set(selected, own), of_set(score, own)) for own in columns]
         if cache is not None:
             cache.begin(layout, routed)
-            kwargs[name] = CacheOfCall(past_key_values)
+            kwargs[name] = CacheInForward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
-        call = LayerCall(layout, routed, gates, cache)
+        call = LayerContext(layout, routed, gates, cache)
         output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
         # Other processes wait for this one's part of a router's gradient, be there any or none. The gradient of no
         # logits is 0, and of no number that may be infinite.
@@ -128,7 +128,7 @@ class SparseGroupsMixin(FamilyAttention):
             output = output + logits[..., :0].sum()
         return output, *others
 
-    def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ModelCall) -> torch.Tensor | None:
+    def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ForwardContext) -> torch.Tensor | None:
         """
         The routers' gradient `[B, T, G]` (docs/design.md, section 6): a far key's score rises with its margin over the
         threshold. Hard selection has no gradient, and is what evaluation uses. Zero for keys that are not selected,
@@ -136,7 +136,7 @@ class SparseGroupsMixin(FamilyAttention):
         """
         if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
-        router = cast(MosaRouter, in_force(self.mosa_router))
+        router = cast(MosaRouter, active_module(self.mosa_router))
         threshold = call.thresholds.get(router, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin

@@ -13,10 +13,10 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..compat import CACHE, takes_cache
-from .call import MosaCallMixin
 from .configuration import SparseGroupsConfig
 from .devices import execution_device, offloaded_weights
 from .family import Family, family_of
+from .forward_context import ForwardContextMixin
 from .group_plan import GroupPlan, SparseGroup
 from .layers import attention_modules, check_number, layer_of
 from .loading import CheckedLoadingMixin
@@ -72,7 +72,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
         return {layer_of(name): router for name, router in named_routers(self)}
 
 
-class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
+class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
     """Before a family's base model."""
 
     built_layers: list[tuple[SparseGroup | None, ...]]  # what its layers were when `config.mosa_plan` was of them
@@ -131,7 +131,7 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        call, past_key_values, position_ids = self.begin_call(
+        call, past_key_values, position_ids = self.begin_forward(
             tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
         return super().forward(
@@ -141,7 +141,7 @@ class SparseModelMixin(MosaCallMixin, SparsePreTrainedMixin):
             **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            mosa_call=call,
+            mosa_context=call,
             **kwargs,
         )
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from .call import ModelCall
 from .devices import input_device
+from .forward_context import ForwardContext
 from .layers import layer_of
 from .modes import evaluating
 from .router import MosaRouter, named_routers
@@ -56,7 +56,7 @@ def seen_logits(
     logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
 
     def record(router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        call: ModelCall = args[1]
+        call: ForwardContext = args[1]
         layout = call.layout.to(output[0].device)
         seen = torch.ones_like(layout.position, dtype=torch.bool) if layout.valid is None else layout.valid
         # The first token is selected in any case: its logit has no part in the rate.

@@ -9,11 +9,11 @@ from benchmarks import demo, metrics
 from benchmarks.frontier import measuring, page
 from benchmarks.frontier.methods import Method, Models, digest_of
 from benchmarks.frontier.results import Results
-from benchmarks.frontier.tasks import Exercise, Size, unseen_slices
+from benchmarks.frontier.tasks import Size, Suite, unseen_slices
 from benchmarks.provenance import origin_of
 from benchmarks.speed import decode
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
-from mosa_hf.evaluation import CacheMemory, Continuation, Reading, following, score
+from mosa_hf.evaluation import CacheMemory, Continuation, Sample, following, score
 from testing.tiny import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
 ORIGIN = {
@@ -56,18 +56,18 @@ def test_random_selection_has_the_rates_of_the_groups_that_it_replaces(models):
 
 
 @pytest.fixture
-def exercise() -> Exercise:
+def suite() -> Suite:
     ids = random_tokens(61, seed=6)
     fact = Continuation("fact", [3, 4, 5, 6], [(2, 4)])
     text = following(ids, 40, "perplexity, text")
-    return Exercise({"prompt": 40}, [text, Reading(ids[:30].tolist(), [fact])])
+    return Suite({"prompt": 40}, [text, Sample(ids[:30].tolist(), [fact])])
 
 
 @QUIET
-def test_the_demo_and_the_decoding_benchmark(models, exercise):
+def test_the_demo_and_the_decoding_benchmark(models, suite):
     """Each model has a speed, and the rival as many entries as the converted model, to a token of its window."""
     original, converted = models["original"], models["converted"]
-    result = demo.compare(original, converted, exercise.readings)
+    result = demo.compare(original, converted, suite.samples)
     assert {row["model"] for row in result["rows"]} == set(result["tokens_per_second"])
     assert all(speed > 0 for speed in result["tokens_per_second"].values())
     ids = random_tokens(1, 20)
@@ -76,13 +76,13 @@ def test_the_demo_and_the_decoding_benchmark(models, exercise):
     assert decoder.cache.get_seq_length() == 20 and len(decoder.seconds[False]) == 8
 
 
-def test_what_is_there_is_not_measured_again(tmp_path, models, exercise):
+def test_what_is_there_is_not_measured_again(tmp_path, models, suite):
     built = []
 
     def method(name, **parameters):
         return Method(name, parameters, lambda: built.append((name, parameters)) or models[name])
 
-    def measure_all(*methods, asked=exercise):
+    def measure_all(*methods, asked=suite):
         built.clear()
         results = Results(tmp_path / "frontier.jsonl")
         measuring.measure_here(list(methods), [asked], results, ORIGIN)
@@ -101,26 +101,24 @@ def test_what_is_there_is_not_measured_again(tmp_path, models, exercise):
     assert not built
     measure_all(original, converted, method("converted", window=6))
     assert built == [("converted", {"window": 6})]
-    measure_all(original, asked=Exercise({"prompt": 40}, exercise.readings[:1]))  # other tokens
+    measure_all(original, asked=Suite({"prompt": 40}, suite.samples[:1]))  # other tokens
     assert [name for name, _ in built] == ["original"]
-    measure_all(original, asked=Exercise({"prompt": 41}, exercise.readings))
+    measure_all(original, asked=Suite({"prompt": 41}, suite.samples))
     assert [name for name, _ in built] == ["original"]
     (tmp_path / "frontier.jsonl").write_text("\n".join(rows[1:]) + "\n")  # as a run that was stopped leaves it
     measure_all(original, converted)
     assert [name for name, _ in built] == ["original"]
 
 
-def test_baselines_are_asked_for_what_is_lacking(tmp_path, models, exercise, monkeypatch):
-    scores = [
-        vars(each) for reading in exercise.readings for each in score(CacheMemory(models["original"], [1]), reading)
-    ]
+def test_baselines_are_asked_for_what_is_lacking(tmp_path, models, suite, monkeypatch):
+    scores = [vars(each) for sample in suite.samples for each in score(CacheMemory(models["original"], [1]), sample)]
     jobs = []
 
     def answers(job):
         jobs.append(job)
-        for i, asked in enumerate(job["exercises"]):
+        for i, asked in enumerate(job["suites"]):
             for method in asked["methods"]:
-                yield {"exercise": i, "method": method, "scores": scores, "versions": {"transformers": "5.2"}}
+                yield {"suite": i, "method": method, "scores": scores, "versions": {"transformers": "5.2"}}
 
     monkeypatch.setattr(measuring, "baselines_answers", answers)
 
@@ -128,20 +126,20 @@ def test_baselines_are_asked_for_what_is_lacking(tmp_path, models, exercise, mon
         directory, original, calibration = tmp_path, models["original"], random_tokens(2, 8)
 
     snap, tova = (Method(name, {"kept": 0.4}, prompt="dense") for name in ("SnapKV", "TOVA"))
-    other = Exercise({"prompt": 39}, exercise.readings)
+    other = Suite({"prompt": 39}, suite.samples)
     results = Results(tmp_path / "frontier.jsonl")
-    for asked, methods in (([exercise], [snap]), ([exercise, other], [snap, tova]), ([exercise, other], [snap, tova])):
+    for asked, methods in (([suite], [snap]), ([suite, other], [snap, tova]), ([suite, other], [snap, tova])):
         measuring.measure_baselines(methods, asked, results, ORIGIN, TinyModels, byte_tokenizer())
-    assert [[each["methods"] for each in job["exercises"]] for job in jobs] == [[[0]], [[1], [0, 1]]]
+    assert [[each["methods"] for each in job["suites"]] for job in jobs] == [[[0]], [[1], [0, 1]]]
     assert json.loads(json.dumps(jobs)) and len(results.rows) == 8
     assert all(row["versions"]["kvpress"] and row["prompt"] == "dense" for row in results.rows.values())
 
 
-def test_the_table_and_the_picture(tmp_path, models, exercise):
+def test_the_table_and_the_picture(tmp_path, models, suite):
     results = Results(tmp_path / "frontier.jsonl")
     masked = Method("KVzap", {"window": 128}, lambda: models["converted"], frees_memory=False)
     methods = [Method("original", {}, lambda: models["original"]), masked]
-    measuring.measure_here(methods, [exercise], results, ORIGIN)
+    measuring.measure_here(methods, [suite], results, ORIGIN)
     page.write(list(results.rows.values()), tmp_path)
     text = (tmp_path / "frontier.md").read_text()
     table = [line for line in text.splitlines() if line.startswith("|")]

@@ -80,10 +80,10 @@ def test_it_heals_scores_and_goes_on(work):
 def test_it_learns_from_nothing_that_is_scored(work, monkeypatch):
     asked = []
     monkeypatch.setattr(command, "heal", lambda *args: None)
-    monkeypatch.setattr(command, "measure_here", lambda methods, exercises, *args: asked.extend(exercises))
+    monkeypatch.setattr(command, "measure_here", lambda methods, suites, *args: asked.extend(suites))
     run(work)
     learned = (work / "text.txt").read_text()
-    held = [reading.context + reading.continuations[0].ids for each in asked for reading in each.readings]
+    held = [sample.context + sample.continuations[0].ids for each in asked for sample in each.samples]
     assert len(held) == 2
     for passage in map(byte_tokenizer().decode, held):
         assert word_runs(passage).isdisjoint(word_runs(learned))

@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.models.llama import LlamaConfig
 
 from mosa_hf.cache import (
-    CacheOfCall,
+    CacheInForward,
     GroupSet,
     Routed,
     SparseSpec,
@@ -212,11 +212,11 @@ class Store(RuleBasedStateMachine):
         ]
         self.layer.begin(layout, routed)
         if self.is_paper:
-            CacheOfCall(self.cache).update(*2 * [tokens[:, None, :, None].float()], 0)
+            CacheInForward(self.cache).update(*2 * [tokens[:, None, :, None].float()], 0)
             self.append_selected(layout, tokens, selected, score, new)
         else:
             groups = tuple(range(self.num_groups))
-            dense, _ = CacheOfCall(self.cache).update(self.states(tokens, groups), -self.states(tokens, groups), 0)
+            dense, _ = CacheInForward(self.cache).update(self.states(tokens, groups), -self.states(tokens, groups), 0)
             assert dense.shape[1] == 1 and (dense[..., 1] == 1)[:, :, : self.num_columns].all()
             for each, read in zip(self.spec.sets, self.layer.readable(), strict=True):
                 self.check_read(read, each, new)

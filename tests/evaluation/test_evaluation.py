@@ -13,17 +13,17 @@ from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import (
     CacheMemory,
     Continuation,
-    Reading,
+    Sample,
     Subject,
     evaluate,
-    fact_readings,
+    fact_samples,
     filled_cache,
     following,
     report,
     retrieval,
     score,
     table,
-    text_readings,
+    text_samples,
 )
 from mosa_hf.modeling.router_files import write_routers
 from testing.tiny import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
@@ -59,7 +59,7 @@ def test_right_is_what_greedy_decoding_gives(models):
     answer = model.generate(torch.cat([context, question], dim=1), max_new_tokens=4, do_sample=False)[0, 33:].tolist()
     wrong = [*answer[:-1], (answer[-1] + 1) % 256]
     asked = [Continuation("fact", [5, 6, 7, *each], [(3, 7)]) for each in (answer, wrong, answer)]
-    scores = score(CacheMemory(model, context[0].tolist()), Reading(context[0].tolist(), asked))
+    scores = score(CacheMemory(model, context[0].tolist()), Sample(context[0].tolist(), asked))
     assert [each.right for each in scores] == [1, 0, 1]
     assert scores[0] == scores[2]  # the context is remembered as it was, whatever was asked before
     assert scores[1].log_probability < scores[0].log_probability
@@ -67,11 +67,11 @@ def test_right_is_what_greedy_decoding_gives(models):
 
 def test_needles_are_in_their_context():
     tokenizer = text_tokenizer()
-    reading = retrieval.needles(tokenizer, SENTENCES, 3000, seed=1)
-    assert 2700 < len(reading.context) <= 3100
-    context = tokenizer.decode(reading.context)
-    single = [each for each in reading.continuations if each.task == "needle"]
-    together = [each for each in reading.continuations if each.task == "needles together"]
+    sample = retrieval.needles(tokenizer, SENTENCES, 3000, seed=1)
+    assert 2700 < len(sample.context) <= 3100
+    context = tokenizer.decode(sample.context)
+    single = [each for each in sample.continuations if each.task == "needle"]
+    together = [each for each in sample.continuations if each.task == "needles together"]
     assert len(single) == 8 and len(together) == 2
     codes, places = {}, []
     for each in single:
@@ -91,14 +91,14 @@ def test_needles_are_in_their_context():
 
 def test_keys_are_in_their_context():
     tokenizer = text_tokenizer()
-    reading = retrieval.key_values(tokenizer, SENTENCES, 2000, seed=1)
-    context = tokenizer.decode(reading.context)
-    assert len(reading.continuations) == 8
-    for each in reading.continuations:
+    sample = retrieval.key_values(tokenizer, SENTENCES, 2000, seed=1)
+    context = tokenizer.decode(sample.context)
+    assert len(sample.continuations) == 8
+    for each in sample.continuations:
         line = tokenizer.decode(each.ids).removeprefix("\nFrom the dictionary:\n")
         assert context.count(f"\n{line}\n") == 1
         assert answers_of(tokenizer, each) == [line.partition(":")[2]]
-    assert Reading.from_dict(json.loads(json.dumps(reading.to_dict()))) == reading
+    assert Sample.from_dict(json.loads(json.dumps(sample.to_dict()))) == sample
 
 
 def answers_of(tokenizer, continuation: Continuation) -> list[str]:
@@ -109,7 +109,7 @@ def test_a_text_that_is_too_short_is_refused():
     with pytest.raises(ValueError, match="fewer"):
         retrieval.needles(byte_tokenizer(), "One sentence. Another.", 3000, seed=0)
     with pytest.raises(ValueError, match="200 tokens have no room for a sentence of the text beside the facts"):
-        fact_readings(byte_tokenizer(), SENTENCES, 200, 1)
+        fact_samples(byte_tokenizer(), SENTENCES, 200, 1)
 
 
 # --- a user's texts ---
@@ -118,20 +118,20 @@ def test_a_text_that_is_too_short_is_refused():
 def test_slices_of_a_text():
     """What is read is the text's own, a context and what follows it, from all over the text."""
     tokenizer = text_tokenizer()
-    readings = text_readings(tokenizer, "boats", SENTENCES, 300, 50, 3)
-    assert len(readings) == 3
+    samples = text_samples(tokenizer, "boats", SENTENCES, 300, 50, 3)
+    assert len(samples) == 3
     starts = []
-    for reading in readings:
-        (continuation,) = reading.continuations
-        assert len(reading.context) == 300 and len(continuation.ids) == 51 and continuation.answers == [(1, 51)]
+    for sample in samples:
+        (continuation,) = sample.continuations
+        assert len(sample.context) == 300 and len(continuation.ids) == 51 and continuation.answers == [(1, 51)]
         assert continuation.task == "perplexity, boats"
-        starts.append(SENTENCES.index(tokenizer.decode(reading.context + continuation.ids)))
+        starts.append(SENTENCES.index(tokenizer.decode(sample.context + continuation.ids)))
     assert starts[0] == 0 and starts[1] > len(SENTENCES) / 3 and starts[2] > len(SENTENCES) - 2 * 351
 
     with pytest.raises(ValueError, match="boats has 40 tokens, fewer than the 351 of a context"):
-        text_readings(tokenizer, "boats", SENTENCES[:40], 300, 50, 3)
+        text_samples(tokenizer, "boats", SENTENCES[:40], 300, 50, 3)
     with pytest.raises(ValueError, match="must be at least 1, got 300, 0, 3"):
-        text_readings(tokenizer, "boats", SENTENCES, 300, 0, 3)
+        text_samples(tokenizer, "boats", SENTENCES, 300, 0, 3)
 
 
 def test_contexts_begin_as_the_tokenizer_begins_a_text():
@@ -140,44 +140,44 @@ def test_contexts_begin_as_the_tokenizer_begins_a_text():
     tokenizer.add_bos_token = True
     bos = tokenizer.bos_token_id
     assert tokenizer("a")["input_ids"][0] == bos
-    for reading in text_readings(tokenizer, "boats", SENTENCES, 300, 50, 3) + fact_readings(
+    for sample in text_samples(tokenizer, "boats", SENTENCES, 300, 50, 3) + fact_samples(
         tokenizer, SENTENCES, 1500, 1
     ):
-        assert reading.context[0] == bos and bos not in reading.context[1:]
-        assert all(bos not in continuation.ids for continuation in reading.continuations)
-    lengths = [len(each.context) for each in text_readings(tokenizer, "boats", SENTENCES, 300, 50, 3)]
+        assert sample.context[0] == bos and bos not in sample.context[1:]
+        assert all(bos not in continuation.ids for continuation in sample.continuations)
+    lengths = [len(each.context) for each in text_samples(tokenizer, "boats", SENTENCES, 300, 50, 3)]
     assert lengths == [300] * 3
-    assert all(bos not in each.context for each in text_readings(plain, "boats", SENTENCES, 300, 50, 3))
+    assert all(bos not in each.context for each in text_samples(plain, "boats", SENTENCES, 300, 50, 3))
 
 
 def test_facts_of_either_kind():
-    readings = fact_readings(byte_tokenizer(), SENTENCES, 1500, 2)
-    assert [{each.task for each in reading.continuations} for reading in readings] == [
+    samples = fact_samples(byte_tokenizer(), SENTENCES, 1500, 2)
+    assert [{each.task for each in sample.continuations} for sample in samples] == [
         *([{"needle", "needles together"}] * 2),
         *([{"key"}] * 2),
     ]
-    assert len({tuple(reading.context) for reading in readings}) == 4
+    assert len({tuple(sample.context) for sample in samples}) == 4
 
 
 # --- side by side ---
 
 
 @pytest.fixture
-def readings() -> list[Reading]:
-    fact = Reading(random_tokens(30).tolist(), [Continuation("fact", [3, 4, 5, 6], [(2, 4)])])
-    return [*text_readings(byte_tokenizer(), "boats", SENTENCES, 200, 40, 3), fact]
+def samples() -> list[Sample]:
+    fact = Sample(random_tokens(30).tolist(), [Continuation("fact", [3, 4, 5, 6], [(2, 4)])])
+    return [*text_samples(byte_tokenizer(), "boats", SENTENCES, 200, 40, 3), fact]
 
 
-def test_rows_and_table(models, readings):
+def test_rows_and_table(models, samples):
     subjects = [Subject("original", models["original"]), Subject("converted", models["converted"])]
-    rows = evaluate(subjects, readings)["rows"]
+    rows = evaluate(subjects, samples)["rows"]
     assert [(row["model"], row["task"]) for row in rows] == [
         (name, task) for name in ("original", "converted") for task in ("perplexity, boats", "fact")
     ]
     original, _, converted, fact = rows
     losses = {}
     for name, model in models.items():
-        tokens = torch.tensor([reading.context + reading.continuations[0].ids for reading in readings[:3]])
+        tokens = torch.tensor([sample.context + sample.continuations[0].ids for sample in samples[:3]])
         with torch.no_grad():
             logits = model(tokens, use_cache=False).logits[:, 200:-1]
         answers = tokens[:, 201:]
@@ -200,33 +200,33 @@ def test_rows_and_table(models, readings):
     assert f"{converted['perplexity']:.2f} ({converted['change']:+.1%} ± {converted['standard_error']:.1%})" in second
 
 
-def test_an_interrupted_run_goes_on(models, readings, tmp_path, monkeypatch):
+def test_an_interrupted_run_goes_on(models, samples, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     read = []
 
-    def counted(memory, reading, stop_after=None):
+    def counted(memory, sample, stop_after=None):
         if len(read) == stop_after:
             raise KeyboardInterrupt
-        read.append(reading)
-        return score(memory, reading)
+        read.append(sample)
+        return score(memory, sample)
 
     def run(*subjects, stop_after=None, **options):
         read.clear()
         monkeypatch.setattr(report, "score", lambda *given: counted(*given, stop_after))
-        return evaluate(list(subjects), readings, path, **options)
+        return evaluate(list(subjects), samples, path, **options)
 
     original, converted = (Subject(name, model, "first") for name, model in models.items())
     with pytest.raises(KeyboardInterrupt):
         run(original, converted, stop_after=5)
     assert len(json.loads(path.read_text())["scores"]) == 5
     result = run(original, converted, about={"date": "today"})
-    assert read == readings[1:]  # what the second model has not read
+    assert read == samples[1:]  # what the second model has not read
     assert json.loads(path.read_text()) == result and result["date"] == "today" and len(result["scores"]) == 8
-    assert result["rows"] == evaluate([original, converted], readings)["rows"]
+    assert result["rows"] == evaluate([original, converted], samples)["rows"]
 
     assert run(original, converted)["rows"] == result["rows"] and not read
     run(original, converted._replace(identity="trained"))
-    assert read == readings  # it is another model
+    assert read == samples  # it is another model
     assert {each.name for each in tmp_path.iterdir()} == {"results.json"}
     path.write_text('{"scores": [{"model": "original"}]}')
     with pytest.raises(ValueError, match="results.json is no file that an evaluation wrote.*choose another"):

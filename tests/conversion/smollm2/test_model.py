@@ -11,7 +11,7 @@ import torch
 from benchmarks import demo, metrics
 from mosa_hf import cache_bytes
 from mosa_hf.conversion import calibration_windows
-from mosa_hf.evaluation import text_readings
+from mosa_hf.evaluation import text_samples
 from testing import corpora, pretrained
 
 from .conftest import fetched
@@ -99,8 +99,8 @@ def test_cache_bytes_follow_the_formula(converted, original, tokenizer):
 
 def test_the_comparison_of_the_demo(converted, original, tokenizer):
     """The baseline really has as many bytes, and every model has a speed."""
-    readings = text_readings(tokenizer, "encyclopaedia", fetched(corpora.text, "encyclopaedia"), 704, 64, 1)
-    result = demo.compare(original, converted, readings)
+    samples = text_samples(tokenizer, "encyclopaedia", fetched(corpora.text, "encyclopaedia"), 704, 64, 1)
+    result = demo.compare(original, converted, samples)
     dense, mosa, baseline = (row["kv_bytes"] for row in result["rows"])
     assert abs(baseline / mosa - 1) < 0.05
     assert mosa < 0.5 * dense

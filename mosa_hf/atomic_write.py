@@ -11,7 +11,7 @@ from pathlib import Path
 
 def check_absent(destination: Path) -> None:
     """
-    Long work asks before it begins; `whole_directory` asks too.
+    Long work asks before it begins; `atomic_directory` asks too.
 
     Raises:
         FileExistsError: if `destination` exists.
@@ -21,7 +21,7 @@ def check_absent(destination: Path) -> None:
 
 
 @contextmanager
-def whole_directory(destination: Path) -> Iterator[Path]:
+def atomic_directory(destination: Path) -> Iterator[Path]:
     """
     A directory to fill: it becomes `destination` when the block ends, and vanishes if the block fails.
 
@@ -41,7 +41,7 @@ def whole_directory(destination: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_file(destination: Path) -> Iterator[Path]:
+def atomic_file(destination: Path) -> Iterator[Path]:
     """A path to write to: the file replaces `destination` when the block ends, and vanishes if the block fails."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:

@@ -6,14 +6,14 @@ from transformers import PreTrainedTokenizerBase
 from ..conversion.windows import cut, spread
 from . import retrieval
 from .report import PERPLEXITY
-from .scoring import Reading, following
+from .scoring import Sample, following
 
 
-def text_readings(
+def text_samples(
     tokenizer: PreTrainedTokenizerBase, name: str, text: str, context: int, scored: int, slices: int
-) -> list[Reading]:
+) -> list[Sample]:
     """
-    At most `slices` readings, spread evenly over `text`: `context` tokens, and `scored` after them (a token between
+    At most `slices` samples, spread evenly over `text`: `context` tokens, and `scored` after them (a token between
     the two is read only, see `following`).
 
     Raises:
@@ -34,7 +34,7 @@ def text_readings(
     return [following(row, context, f"{PERPLEXITY}, {name}") for row in rows]
 
 
-def fact_readings(tokenizer: PreTrainedTokenizerBase, text: str, context: int, contexts: int) -> list[Reading]:
+def fact_samples(tokenizer: PreTrainedTokenizerBase, text: str, context: int, contexts: int) -> list[Sample]:
     """
     Stretches of `text` of about `context` tokens with facts in them, and the questions: `contexts` of each kind of
     `retrieval`.
@@ -44,9 +44,9 @@ def fact_readings(tokenizer: PreTrainedTokenizerBase, text: str, context: int, c
     """
     start = _start(tokenizer)
     return [
-        Reading(start + reading.context, reading.continuations)
+        Sample(start + sample.context, sample.continuations)
         for make in (retrieval.needles, retrieval.key_values)
-        for reading in retrieval.several(make, tokenizer, text, context - len(start), contexts)
+        for sample in retrieval.several(make, tokenizer, text, context - len(start), contexts)
     ]
 
 

@@ -25,7 +25,7 @@ from .attention_options import check_options, check_sequence_lengths
 from .layers import attention_modules, check_numbered, check_windows
 
 
-class ModelCall(NamedTuple):
+class ForwardContext(NamedTuple):
     """
     What the layers of one model call share.
 
@@ -41,7 +41,7 @@ class ModelCall(NamedTuple):
     router_logits: dict[nn.Module, torch.Tensor] | None = None
 
 
-class MosaCallMixin:
+class ForwardContextMixin:
     """For the decoder (base model) of any MoSA model, whose attention modules' `cache_spec` says what they keep."""
 
     attention_class: type[nn.Module]  # of its layers, dense ones included
@@ -49,7 +49,7 @@ class MosaCallMixin:
     takes_masks_by_layer_type = False  # whether the family's forward takes a dict of prepared masks
     _cache_made_for: list[tuple[int, SparseSpec] | None] | None = None  # the last one that `upgrade_cache` looked at
 
-    def begin_call(
+    def begin_forward(
         self,
         tokens: torch.Tensor,
         attention_mask: torch.Tensor | dict | None,
@@ -57,7 +57,7 @@ class MosaCallMixin:
         past_key_values: Cache | None,
         use_cache: bool | None,
         options: Mapping[str, Any],
-    ) -> tuple[ModelCall, Cache | None, torch.Tensor]:
+    ) -> tuple[ForwardContext, Cache | None, torch.Tensor]:
         """
         Args:
             tokens: `[B, T]` or `[B, T, D]`, of which only shape and device matter.
@@ -104,7 +104,7 @@ class MosaCallMixin:
             check_sequence_lengths(options, layout)
             if past_key_values is not None:
                 note_seen(past_key_values, mask.seen)
-        return ModelCall(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
+        return ForwardContext(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
 
     def _mask_of_sparse_layers(self, attention_mask: torch.Tensor | Mapping | None) -> torch.Tensor | None:
         """The mask that layers with sparse groups or MoSA heads read, which have global attention."""

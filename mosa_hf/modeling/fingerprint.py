@@ -7,7 +7,7 @@ from transformers.modeling_utils import PreTrainedModel
 NUMBERS = 64  # of a tensor: all of a large model's would take long to read
 
 
-def model_digest(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """
     Sixteen hexadecimal digits of the names, shapes and first numbers of all parameters and buffers; of those that are
     offloaded, or quantised tensors of a class of their own, without the numbers.
