@@ -35,7 +35,7 @@ from .heads import MosaHeads
 from .layers import attention_modules, check_number
 from .loading import CheckedLoadingMixin
 from .remote_code import InstalledCodeModelMixin
-from .router import MosaRouter, init_router
+from .router import MosaRouter, active_module, init_router
 
 
 class LayerConfig:
@@ -116,7 +116,7 @@ class MosaAttention(LlamaAttention):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of this layer."""
-        return SparseSpec(None, (), None) if self.mosa is None else self.mosa.cache_spec()
+        return SparseSpec(None, (), None) if self.mosa is None else active_module(self.mosa).cache_spec()
 
 
 class MosaDecoderLayer(LlamaDecoderLayer):
