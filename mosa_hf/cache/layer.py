@@ -286,31 +286,34 @@ def upgrade_cache(cache: Cache, specs: dict[int, SparseSpec], max_cache_len: int
                 f"`past_key_values` holds {int(layer.get_seq_length())} tokens that this model's routers have not "
                 "seen. Pass an empty cache, or one that this model filled."
             )
-        upgraded: Any = layer
-        layer_class: type[CacheLayerMixin] = type(layer)
-        capacities: list[int | None] = [None] * len(spec.sets)
+        length = None
         if isinstance(layer, StaticLayer):
             length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
             if length is None:
                 raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
-            capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
-        else:
-            if isinstance(layer, BaseQuantizedLayer) and not spec.has_dense:
-                layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
-            if layer_class is DynamicLayer:
-                layer_class = PreallocatedDynamicLayer
-        upgraded.dense_groups, upgraded.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
-        upgraded.stores = tuple(
-            SparseStore(each.window, spec.budget, capacity)
-            for each, capacity in zip(spec.sets, capacities, strict=True)
-        )
-        record_past = layer.__dict__.pop("record_past", False)
-        upgraded.__class__ = _mixed(SparseLayer, layer_class)
-        upgraded.record_past = record_past
-    first = upgraded = cache.layers[0] if cache.layers else None
+        _give_stores(layer, spec, length)
+    first: Any = cache.layers[0] if cache.layers else None
+    upgraded: Any = first
     if isinstance(first, CacheLayerMixin) and not isinstance(first, FirstLayer | StaticLayer) and specs:
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
         first.__class__, upgraded.others = _mixed(FirstLayer, *bases), tuple(cache.layers[1:])
+
+
+def _give_stores(layer: Any, spec: SparseSpec, max_length: int | None) -> None:
+    """Make `layer` a sparse one, with fixed memory for `max_length` tokens; None: with memory that grows."""
+    layer_class: type[CacheLayerMixin] = type(layer)
+    if isinstance(layer, BaseQuantizedLayer) and not spec.has_dense:
+        layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
+    if layer_class is DynamicLayer:
+        layer_class = PreallocatedDynamicLayer
+    layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
+    capacities = [None if max_length is None else static_capacity(max_length, each.sparsity) for each in spec.sets]
+    layer.stores = tuple(
+        SparseStore(each.window, spec.budget, capacity) for each, capacity in zip(spec.sets, capacities, strict=True)
+    )
+    record_past = layer.__dict__.pop("record_past", False)
+    layer.__class__ = _mixed(SparseLayer, layer_class)
+    layer.record_past = record_past
 
 
 def is_upgraded(cache: Cache) -> bool:
