@@ -181,6 +181,8 @@ class SparseLayer(MixedLayer):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
+        if value and any(store.is_fixed for store in self.stores):
+            raise ValueError("A static cache cannot be cropped, and keeps no past for it: use a `DynamicCache`.")
         for store in self.stores:
             store.record_past = value
 
@@ -329,41 +331,7 @@ def upgrade_cache(
             layers of another kind or out of order, or layers that hold different tokens.
     """
     for layer_idx, spec in specs.items():
-        if spec is None:
-            if layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], SparseLayer):
-                raise ValueError(_of_other_groups(cache.layers[layer_idx], layer_idx))
-            continue
-        while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
-            cache.layers.append(cache.layer_class_to_replicate())
-        if layer_idx >= len(cache.layers):
-            raise ValueError(
-                f"`past_key_values` has {len(cache.layers)} layers, but layer {layer_idx} of this model needs one: "
-                "make it with `DynamicCache(config=model.config)`."
-            )
-        layer = cache.layers[layer_idx]
-        if isinstance(layer, SparseLayer):
-            if not layer.fits(spec):
-                raise ValueError(_of_other_groups(layer, layer_idx))
-            if layer.made_for[0] != layer_idx:
-                raise ValueError(
-                    f"Layer {layer_idx} of `past_key_values` was filled as layer {layer.made_for[0]}: put its "
-                    "`layers` in order again, or make a new cache."
-                )
-            layer.made_for = (layer_idx, spec)  # the same groups, maybe of another sparsity
-            continue
-        if not isinstance(layer, DynamicLayer | StaticLayer):
-            raise ValueError(
-                f"Sparse groups cannot extend a cache layer of class {type(layer).__name__}: use a `DynamicCache` or "
-                "a `StaticCache`."
-            )
-        if length := _held(layer):
-            raise ValueError(
-                f"`past_key_values` holds {length} tokens that this model's routers have not seen, or has lost what "
-                f"they selected of them (layer {layer_idx}). Pass an empty cache, or one that this model filled: keys "
-                "and values alone do not make one. Copy one by `copy.deepcopy`, keep it on disk by "
-                "`mosa_hf.save_cache`. PEFT's prefix tuning and cartridges learn such keys and values: learn a prompt "
-                "instead (`PromptTuningConfig`, `PromptEncoderConfig`), or adapters."
-            )
+        _check_layer(cache, layer_idx, spec)
     check_lengths([cache.layers[layer_idx] for layer_idx in specs if layer_idx < len(cache.layers)])
     for layer_idx, spec in specs.items():
         if spec is not None and not isinstance(cache.layers[layer_idx], SparseLayer):
@@ -374,6 +342,45 @@ def upgrade_cache(
     elif isinstance(first, CacheLayerMixin) and not isinstance(first, StaticLayer) and any(specs.values()):
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
         first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(cache.layers[1:])
+
+
+def _check_layer(cache: Cache, layer_idx: int, spec: SparseSpec | None) -> None:
+    """Raise what `upgrade_cache` raises for a layer, which is made if the cache makes layers as they are needed."""
+    if spec is None:
+        if layer_idx < len(cache.layers) and isinstance(layer := cache.layers[layer_idx], SparseLayer):
+            raise ValueError(_of_other_groups(layer, layer_idx))
+        return
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer_idx:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if layer_idx >= len(cache.layers):
+        raise ValueError(
+            f"`past_key_values` has {len(cache.layers)} layers, but layer {layer_idx} of this model needs one: "
+            "make it with `DynamicCache(config=model.config)`."
+        )
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, SparseLayer):
+        if not layer.fits(spec):
+            raise ValueError(_of_other_groups(layer, layer_idx))
+        if layer.made_for[0] != layer_idx:
+            raise ValueError(
+                f"Layer {layer_idx} of `past_key_values` was filled as layer {layer.made_for[0]}: put its "
+                "`layers` in order again, or make a new cache."
+            )
+        layer.made_for = (layer_idx, spec)  # the same groups, maybe of another sparsity
+        return
+    if not isinstance(layer, DynamicLayer | StaticLayer):
+        raise ValueError(
+            f"Sparse groups cannot extend a cache layer of class {type(layer).__name__}: use a `DynamicCache` or "
+            "a `StaticCache`."
+        )
+    if length := _held(layer):
+        raise ValueError(
+            f"`past_key_values` holds {length} tokens that this model's routers have not seen, or has lost what "
+            f"they selected of them (layer {layer_idx}). Pass an empty cache, or one that this model filled: keys "
+            "and values alone do not make one. Copy one by `copy.deepcopy`, keep it on disk by "
+            "`mosa_hf.save_cache`. PEFT's prefix tuning and cartridges learn such keys and values: learn a prompt "
+            "instead (`PromptTuningConfig`, `PromptEncoderConfig`), or adapters."
+        )
 
 
 def _of_other_groups(layer: SparseLayer, layer_idx: int) -> str:

@@ -222,7 +222,7 @@ class SparseStore:
             entry = torch.where(selected, start + memory.length, null)
             memory.lengthen(selected)
             return entry
-        length = _common_length(calls) if valid is None else None
+        length = calls.stored_length() if valid is None else None
         if length is not None:  # the same entry of every range
             entry, is_full = start + length % self.window, None
             if length < self.window:
@@ -472,16 +472,6 @@ class SparseStore:
             held = [*self.memory.tensors(), self.calls.num_stored]
             held += [states for record in self.calls.records for states in record.tensors()]
         return held + list((self.recent or {}).values())
-
-
-def _common_length(calls: CallLog) -> int | None:
-    """How many tokens the memory knows of in every row; None if rows differ, or only the device can tell."""
-    if calls.common_length is not None:
-        return calls.common_length
-    if torch.compiler.is_compiling() or calls.num_stored.device.type != "cpu":
-        return None
-    lengths = set(calls.num_stored.tolist())
-    return lengths.pop() if len(lengths) == 1 else None
 
 
 def _after_kept(

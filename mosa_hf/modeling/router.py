@@ -265,6 +265,8 @@ def unrounded(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) 
 def init_router(router: MosaRouter, std: float) -> None:
     """Weights of N(0, std²), biases of 0, and thresholds that select one token in ρ of normalised inputs."""
     init.copy_(router.share, 1 / torch.tensor(router.sparsity, device=router.share.device))
+    if all(getattr(x, "_is_hf_initialized", False) for x in (router.weight, router.threshold)):  # loaded
+        return
     if router.weight.is_meta:  # under Accelerate's `init_empty_weights`, buffers have a device, and weights have none
         return
     init.normal_(router.weight, mean=0.0, std=std)
