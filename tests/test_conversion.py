@@ -116,7 +116,9 @@ def test_routers_are_frozen_until_healing(tmp_path):
     before = [router.threshold.clone() for router in converted.mosa_routers().values()]
     converted.train()(calibration, labels=calibration, use_cache=False).loss.backward()
     assert all(torch.equal(x, y.threshold) for x, y in zip(before, converted.mosa_routers().values(), strict=True))
-    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0  # the weights are the same
+    weights = [each.model.layers[0].self_attn.q_proj.weight for each in (converted, model)]
+    assert weights[0].grad.abs().max() > 0 and weights[1].grad is None  # in one memory, but parameters of their own
+    assert weights[0].data_ptr() == weights[1].data_ptr()
 
 
 @pytest.mark.parametrize(
