@@ -167,7 +167,7 @@ def test_models_that_cannot_be_converted():
     with pytest.raises(ValueError, match=r"PeftModel has no MoSA class; .*adapters \(`merge_and_unload\(\)` first\)"):
         convert_model(get_peft_model(tiny_base(), LoraConfig(target_modules="all-linear")), lossless)
     converted = convert_model(tiny_base(), lossless)
-    with pytest.raises(ValueError, match="'mosa_llama' cannot have sparse groups"):
+    with pytest.raises(ValueError, match="MosaLlamaForCausalLM is converted already"):
         convert_model(converted, lossless)
     assert isinstance(convert_model(LlamaForQuestionAnswering(tiny_base().config), lossless).config.mosa_window, int)
 
