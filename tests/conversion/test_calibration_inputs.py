@@ -114,10 +114,7 @@ def test_a_checkpoint_is_converted_on_texts_and_chats(tokenizer, tmp_path):
 
 
 WRONG = {
-    "a text": (
-        "A text.",
-        r"is a str of what is to be tokenized; pass .*`calibration_windows\(tokenizer, text\)` makes",
-    ),
+    "a text": ("A text.", r"is a str of what is to be tokenized; .*`calibration_windows\(tokenizer, text\)` makes"),
     "texts": (TEXTS, "is a list of what is to be tokenized; pass token ids"),
     "chats": (CHATS, "is a list of what is to be tokenized; pass token ids"),
     "padded": (BatchEncoding({"input_ids": random_tokens(2, 8)}), "is a BatchEncoding, which may hold padding"),

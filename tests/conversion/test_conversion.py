@@ -115,7 +115,9 @@ def test_routers_are_frozen_until_healing(tmp_path):
     before = [router.threshold.clone() for router in converted.mosa_routers().values()]
     converted.train()(calibration, labels=calibration, use_cache=False).loss.backward()
     assert all(torch.equal(x, y.threshold) for x, y in zip(before, converted.mosa_routers().values(), strict=True))
-    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0  # the weights are the same
+    weights = [each.model.layers[0].self_attn.q_proj.weight for each in (converted, model)]
+    assert weights[0].grad.abs().max() > 0 and weights[1].grad is None  # in one memory, but parameters of their own
+    assert weights[0].data_ptr() == weights[1].data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,7 @@ def test_models_that_cannot_be_converted():
     with pytest.raises(ValueError, match=r"PeftModel has no MoSA class; .*adapters \(`merge_and_unload\(\)` first\)"):
         convert_model(get_peft_model(tiny_base(), LoraConfig(target_modules="all-linear")), lossless)
     converted = convert_model(tiny_base(), lossless)
-    with pytest.raises(ValueError, match="'mosa_llama' cannot have sparse groups"):
+    with pytest.raises(ValueError, match="MosaLlamaForCausalLM is converted already"):
         convert_model(converted, lossless)
     assert isinstance(convert_model(LlamaForQuestionAnswering(tiny_base().config), lossless).config.mosa_window, int)
 
