@@ -40,7 +40,7 @@ from .generation import MosaGenerationMixin
 from .heads import MosaHeads
 from .layers import attention_modules, check_number
 from .remote_code import InstalledCodeModelMixin
-from .router import MosaRouter
+from .router import MosaRouter, in_force
 from .sparse_models import init_router
 from .thresholds import mosa_routers
 
@@ -122,7 +122,7 @@ class MosaAttention(LlamaAttention):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of this layer."""
-        return SparseSpec(None, (), None) if self.mosa is None else self.mosa.cache_spec()
+        return SparseSpec(None, (), None) if self.mosa is None else in_force(self.mosa).cache_spec()
 
 
 class MosaDecoderLayer(LlamaDecoderLayer):
