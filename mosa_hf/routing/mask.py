@@ -115,9 +115,9 @@ def _check_shape(mask: Any, batch_size: int, num_tokens: int, length: int, is_ca
         )
     if mask.shape[-1] > length and not is_cached:
         raise ValueError(f"`attention_mask` covers {mask.shape[-1]} tokens, but {length} are passed.")
-    if mask.ndim == 2:
-        rows, expected = (mask.shape[0],), ((batch_size,),)
-    else:
+    rows: tuple[int, ...] = (mask.shape[0],)
+    expected: tuple[tuple[int, ...], ...] = ((batch_size,),)
+    if mask.ndim == 4:
         rows, expected = (mask.shape[0], mask.shape[2]), ((batch_size, num_tokens), (1, num_tokens))
     if rows not in expected:
         raise ValueError(
