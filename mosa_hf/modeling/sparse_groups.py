@@ -98,7 +98,7 @@ class SparseGroupsMixin(FamilyAttention):
         cache = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
             cache = cast(SparseLayer, past_key_values.layers[self.layer_idx])
-        router = cast(MosaRouter, active_module(self.mosa_router))
+        router = active_module(self.mosa_router)
         router.check_cache(cache)
         layout = mosa_context.layout
         trains_routers = bool(self.mosa_gate_slope)
@@ -118,6 +118,7 @@ class SparseGroupsMixin(FamilyAttention):
         routed = [Routed(of_set(selected, own), of_set(score, own)) for own in columns]
         if cache is not None:
             cache.begin(layout, routed)
+            assert past_key_values is not None
             kwargs[name] = CacheInForward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
@@ -136,7 +137,7 @@ class SparseGroupsMixin(FamilyAttention):
         """
         if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
-        router = cast(MosaRouter, active_module(self.mosa_router))
+        router = active_module(self.mosa_router)
         threshold = call.thresholds.get(router, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin

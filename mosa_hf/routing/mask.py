@@ -76,7 +76,7 @@ def read_mask(
 
 
 def columns_of_mask(
-    attention_mask: Any, batch_size: int, num_tokens: int, past_length: torch.Tensor | None
+    attention_mask: Any, batch_size: int, num_tokens: int, past_length: torch.Tensor | int | None
 ) -> TokenMask:
     """
     As `read_mask` where nothing may depend on what the mask holds: in a graph, and on a device that nobody waits for.
