@@ -1,6 +1,7 @@
 """Makes Transformers and PEFT know the MoSA classes. Runs at `import mosa_hf`; running it again changes nothing."""
 
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -8,7 +9,6 @@ import transformers
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.utils import constants
 from transformers import AttentionInterface, AutoConfig, AutoModel
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
@@ -21,6 +21,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
 from .modeling.attention import mosa_attention_forward
+from .modeling.configuration import RoutingConfig
 from .modeling.families import FAMILIES, HEADS
 from .modeling.parallel import register_style
 
@@ -78,7 +79,7 @@ def _transformers_modules() -> list[ModuleType]:
     What `import transformers` gave to anyone. It is two objects: upstream's `processing_utils` executes the package a
     second time, and who imported it earlier (a user's script, `transformers serve`) keeps the first.
     """
-    held = [getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())]
+    held: list[Any] = [getattr(module, "__dict__", {}).get("transformers") for module in list(sys.modules.values())]
     found = {id(each): each for each in (transformers, *held) if getattr(each, "__name__", None) == "transformers"}
     return list(found.values())
 
@@ -93,9 +94,9 @@ def _register_response_templates() -> None:
 
 
 def _register_model(
-    config_class: type[PreTrainedConfig],
+    config_class: type[RoutingConfig],
     model_class: type[PreTrainedModel],
-    head_classes: dict[str, type[PreTrainedModel]],
+    head_classes: Mapping[str, type[PreTrainedModel]],
     like: str,
 ) -> None:
     """Register the classes of a model type, with the tokenizer and PEFT's defaults of the type `like`."""

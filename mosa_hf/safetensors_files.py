@@ -62,11 +62,12 @@ def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
             headers[name] = header
     if files and files[0].name != SAFE_WEIGHTS_NAME:
         index, listed = directory / SAFE_WEIGHTS_INDEX_NAME, _weight_map(directory)
+        held = {name: header.file.name for name, header in headers.items() if header.file is not None}
         for name, file_name in listed.items():
-            if name not in headers or headers[name].file.name != file_name:
+            if held.get(name) != file_name:
                 raise ValueError(f"{index} says that {name} is in {file_name}, which it is not.")
         if missing := sorted(headers.keys() - listed):
-            raise ValueError(f"{index} lacks {missing[0]}, which is in {headers[missing[0]].file.name}.")
+            raise ValueError(f"{index} lacks {missing[0]}, which is in {held[missing[0]]}.")
     return headers
 
 

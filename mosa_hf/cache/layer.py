@@ -2,8 +2,9 @@
 the others. A layer of whatever cache the user brings is upgraded in place."""
 
 import copy
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from transformers import cache_utils
@@ -68,11 +69,12 @@ class MixedLayer(Mixable):
         in place is copied.
         """
         # Not a first layer, which would go on asking the layers behind the original one.
-        copied = _blank(*(base for base in type(self).__bases__ if base is not FirstLayer))
+        copied: Any = _blank(*(base for base in type(self).__bases__ if base is not FirstLayer))
         copied.__dict__ |= {name: value for name, value in self.__dict__.items() if name != "others"}
         if isinstance(self, SparseLayer):
             copied.stores = copy.deepcopy(self.stores)
         if isinstance(self, PreallocatedDynamicLayer) and self.is_initialized:
+            assert self.keys is not None and self.values is not None
             copied.keys, copied.values = self.keys.clone(), self.values.clone()
         return copied
 
@@ -109,7 +111,10 @@ class SparseLayer(MixedLayer):
 
     def fits(self, spec: SparseSpec) -> bool:
         """Whether this is what `upgrade_cache` would make for `spec`, capacities aside."""
-        own, wanted = (each._replace(sets=[one[:2] for one in each.sets]) for each in (self.made_for[1], spec))
+        own, wanted = (
+            each._replace(sets=tuple(GroupSet(*one[:2], sparsity=0.0) for one in each.sets))
+            for each in (self.made_for[1], spec)
+        )
         return own == wanted  # all but sparsities
 
     def has_tokens(self) -> bool:
@@ -243,7 +248,7 @@ class FirstLayer(MixedLayer):
     what any of them refuses is refused here, before the first has forgotten anything.
     """
 
-    others: tuple[CacheLayerMixin, ...]  # behind it; without itself, since a circle would outlive its cache
+    others: tuple[object, ...]  # behind it, of whatever kind; without itself, since a circle would outlive its cache
 
     def crop(self, tokens_to_remove: int) -> None:
         _check_stores([self, *self.others], tokens_to_remove)
@@ -256,7 +261,7 @@ class FirstLayer(MixedLayer):
         super().crop(tokens_to_remove)
 
 
-def _check_stores(layers: list[CacheLayerMixin], tokens_to_remove: int) -> None:
+def _check_stores(layers: Sequence[object], tokens_to_remove: int) -> None:
     """Raise a RuntimeError if a store of `layers` cannot forget so many tokens; upstream refuses positive numbers."""
     stores = [store for layer in layers if isinstance(layer, SparseLayer) for store in layer.stores]
     if any(store.is_fixed for store in stores):
@@ -341,7 +346,8 @@ def upgrade_cache(
         first.others = tuple(cache.layers[1:])  # which may be others than they were
     elif isinstance(first, CacheLayerMixin) and not isinstance(first, StaticLayer) and any(specs.values()):
         bases = type(first).__bases__ if isinstance(first, SparseLayer) else (type(first),)
-        first.__class__, first.others = _mixed(FirstLayer, *bases), tuple(cache.layers[1:])
+        first.__class__ = _mixed(FirstLayer, *bases)
+        cast(FirstLayer, first).others = tuple(cache.layers[1:])
 
 
 def _check_layer(cache: Cache, layer_idx: int, spec: SparseSpec | None) -> None:
@@ -393,12 +399,12 @@ def _of_other_groups(layer: SparseLayer, layer_idx: int) -> str:
 def _held(layer: DynamicLayer | StaticLayer) -> int:
     """Tokens of one of upstream's layers, those whose keys have no heads, `[B, 0, T, d]`, included."""
     length = int(layer.get_seq_length())
-    if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.ndim == 4:
+    if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.keys.ndim == 4:
         length = max(length, layer.keys.shape[-2])
     return length
 
 
-def check_lengths(layers: list[CacheLayerMixin]) -> None:
+def check_lengths(layers: Sequence[object]) -> None:
     """
     Raises:
         ValueError: for layers of one cache that do not hold the same tokens, where that is known without asking a
@@ -409,8 +415,8 @@ def check_lengths(layers: list[CacheLayerMixin]) -> None:
             "An earlier call failed half-way, and some layers of `past_key_values` hold its tokens: `reset()` it, "
             "make a new cache, or go on with a copy (`copy.deepcopy`) that was made before that call."
         )
-    lengths = [layer.get_seq_length() for layer in layers if isinstance(layer, CacheLayerMixin)]
-    lengths = {int(x) for x in lengths if isinstance(x, int) or x.device.type == "cpu"}
+    held = [layer.get_seq_length() for layer in layers if isinstance(layer, CacheLayerMixin)]
+    lengths = {int(x) for x in held if isinstance(x, int) or x.device.type == "cpu"}
     counted = {
         layer.has_tokens() == bool(layer.get_seq_length())
         for layer in layers
@@ -447,6 +453,7 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
     layer.__class__ = _mixed(SparseLayer, layer_class)
     layer.record_past = record_past
     if isinstance(layer, StaticLayer) and layer.is_initialized and spec.num_dense is not None:
+        assert layer.keys is not None and layer.values is not None
         if layer.keys.shape[1] != spec.num_dense:  # initialised early, by who did not know the dense groups
             layer.lazy_initialization(layer.keys, layer.values)
 
@@ -456,7 +463,7 @@ def made_for(cache: Cache, num_layers: int) -> list[tuple[int, SparseSpec] | Non
     return [getattr(layer, "made_for", None) for layer in getattr(cache, "layers", ())[:num_layers]]
 
 
-def upstream_class(layer: CacheLayerMixin) -> type[CacheLayerMixin]:
+def upstream_class(layer: object) -> type:
     """The class of Transformers that a layer was made of."""
     layer_class = type(layer).__bases__[-1] if isinstance(layer, MixedLayer) else type(layer)
     return DynamicLayer if layer_class is PreallocatedDynamicLayer else layer_class

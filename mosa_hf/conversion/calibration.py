@@ -9,10 +9,12 @@ means the same in every group of every layer, so one threshold can serve them al
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..compat import CACHE
@@ -56,8 +58,10 @@ class _Regression:
         self.groups, self.num_windows, self.num_skipped = groups, num_windows, num_skipped
         self.done = 0  # windows of text so far
         self.count = 0  # rows of the regression so far
-        self.shift = self.total = self.gram = None
-        self.importance = None  # [N, T, G]
+        self.shift: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.gram: torch.Tensor | None = None
+        self.importance: torch.Tensor | None = None  # [N, T, G]
 
     def add(self, hidden_states: torch.Tensor, importance: torch.Tensor) -> None:
         """hidden_states [T, D], importance [T, G] of all the layer's groups, of one window of text."""
@@ -72,6 +76,7 @@ class _Regression:
             self.shift = rows.mean(0)
             self.total = torch.zeros_like(self.shift)
             self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+        assert self.shift is not None and self.total is not None
         rows -= self.shift
         self.gram.addmm_(rows.T, rows)
         self.total += rows.sum(0)
@@ -79,6 +84,7 @@ class _Regression:
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight [G, D] and bias [G]. `ridge` is in units of the mean variance of a hidden channel."""
+        assert self.shift is not None and self.total is not None and self.gram is not None
         mean = (self.total / self.count).cpu().double()
         covariance = self.gram.cpu().double() / self.count - mean.outer(mean)
         mean += self.shift.cpu().double()
@@ -153,7 +159,7 @@ def _hooks(
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode without gradients; modes and attention implementation are put back whatever happens."""
     implementation = model.config._attn_implementation
     try:
@@ -164,7 +170,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
-def _attention_modules(model: nn.Module, family: Family, layers: list[int]) -> list[nn.Module]:
+def _attention_modules(model: PreTrainedModel, family: Family, layers: list[int]) -> list[nn.Module]:
     """The attention modules of some layers."""
     modules = attention_modules(model.base_model, family.base_attention_class)
     modules = {layer: module for layer, module in modules.items() if type(module) is family.base_attention_class}
@@ -188,7 +194,7 @@ def _check_text(input_ids: torch.Tensor, most: int, ridge: float) -> None:
 
 
 def fit_routers(
-    model: nn.Module, input_ids: torch.Tensor, plan: GroupPlan, *, include_first: bool = True, ridge: float = 0.1
+    model: PreTrainedModel, input_ids: torch.Tensor, plan: GroupPlan, *, include_first: bool = True, ridge: float = 0.1
 ) -> list[RouterFit | None]:
     """Fit a router to every sparse group of a plan for a pretrained model; see `importance` for what it predicts.
 
@@ -217,7 +223,7 @@ def fit_routers(
     _check_text(input_ids, model.config.max_position_embeddings, ridge)
     family = family_of(model.config.model_type)
     modules = _attention_modules(model, family, layers)
-    decoder = model.base_model
+    decoder = cast(PreTrainedModel, model.base_model)
     device = input_device(model)
     num_groups, num_tokens = len(plan.layers[0]), input_ids.shape[1]
     sparse = [[group for group, kind in enumerate(plan.layers[layer]) if kind is not None] for layer in layers]
@@ -264,6 +270,7 @@ def fit_routers(
                 progress.update()
         solved = []
         for layer, own in zip(layers, regressions, strict=True):
+            assert own.gram is not None and own.importance is not None
             if not own.gram.isfinite().all():
                 raise ValueError(
                     f"`model` gives activations that are not finite in layer {layer}; load it with "
@@ -280,5 +287,6 @@ def fit_routers(
 
     fits: list[RouterFit | None] = [None] * len(plan.layers)
     for layer, (weight, bias), own, z in zip(layers, solved, regressions, predicted, strict=True):
+        assert own.importance is not None
         fits[layer] = RouterFit(weight, bias, z, own.importance)
     return fits

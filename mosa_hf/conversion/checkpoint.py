@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -118,20 +118,22 @@ def convert_checkpoint(
         raise FileNotFoundError(f"{source} does not exist: give a model directory or a .gguf file.")
     if routers is not None and (conversion is not None or calibration is not None):
         raise ValueError("`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`.")
+    headers: dict[str, TensorHeader] = {}
     if source.is_file():
-        model, headers = _load_gguf(source), {}
+        model = _load_gguf(source)
     else:
         config = read_config(source)
         model, headers = check_weights(source, config)
+    input_ids: Any = calibration  # once a tokenizer has read what is text
     if calibration is not None:
         if is_text(calibration):
-            calibration = calibration_windows(_tokenizer(source), calibration, num_windows, window_length)
+            input_ids = calibration_windows(_tokenizer(source), calibration, num_windows, window_length)
         if headers:
             model = type(model).from_pretrained(source, dtype="auto", use_safetensors=True)
     if routers is not None:
         converted = load_routers(model, routers)
     else:
-        converted = convert_model(model, conversion or ConversionConfig(), calibration)
+        converted = convert_model(model, conversion or ConversionConfig(), input_ids)
         converted.config.mosa_conversion["source"] = source.name
     if routers_only:
         save_routers(converted, destination)
@@ -195,7 +197,7 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
         raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
     _check_names(headers, WRAPPED)
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
-    layers = {int(found[1]) for name in headers if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    layers = {int(place[1]) for name in headers if (place := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
     if layers != set(range(config.num_hidden_layers)):
         raise ValueError(
             f"{path} says `num_hidden_layers` = {config.num_hidden_layers}, but the weights have layers "
@@ -206,9 +208,14 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
             model = model_class(config)
     except Exception as error:  # sizes that fit nothing, unknown activations, ...
         raise ValueError(f"{path} does not describe a model: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        return model, headers  # names, shapes and dtypes are the quantiser's
+    if getattr(config, "quantization_config", None) is None:  # else names, shapes and dtypes are the quantiser's
+        _check_tensors(model, headers, directory)
+        check_finite(headers)
+    return model, headers
 
+
+def _check_tensors(model: PreTrainedModel, headers: dict[str, TensorHeader], directory: Path) -> None:
+    """Raise what `check_weights` raises for tensors that are not those of `model`."""
     state, tied = model.state_dict(), set(model.all_tied_weights_keys)
     expected = revert_weight_conversion(model, dict(state))  # as on disk: experts, for one, tensor by tensor
     if any(name in headers for name in state.keys() - expected.keys()):
@@ -217,11 +224,11 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
     prefix = f"{model.base_model_prefix}."
     decoder_alone = model.base_model is not model and not any(name.startswith(prefix) for name in headers)
     # As upstream, which loads any head from a decoder's weights, and a decoder from those of any head.
-    found = {rename_source_key(name, [], [], model.base_model_prefix, expected)[0]: name for name in headers}
-    if len(found) < len(headers):
-        twice = min(headers.keys() - found.values())
+    names = {rename_source_key(name, [], [], model.base_model_prefix, expected)[0]: name for name in headers}
+    if len(names) < len(headers):
+        twice = min(headers.keys() - names.values())
         raise ValueError(f"{headers[twice].file} has {twice}, which is there with and without its prefix: keep one.")
-    found = {name: headers[source] for name, source in found.items()}
+    found = {name: headers[source] for name, source in names.items()}
     _check_names({name: header for name, header in found.items() if name not in expected}, HEADS_OF_OTHERS)
     for name, tensor in expected.items():
         if name not in found:
@@ -230,7 +237,7 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
             if decoder_alone and not name.startswith(prefix):
                 raise ValueError(
                     f"{directory} holds a decoder alone, without {name}, but `architectures` in {CONFIG_NAME} asks "
-                    f"for {model_class.__name__}: name the decoder's class there, or save the model with its head."
+                    f"for {type(model).__name__}: name the decoder's class there, or save the model with its head."
                 )
             raise ValueError(f"{directory}: the weights lack {name}, which {CONFIG_NAME} asks for.")
         header = found[name]
@@ -250,8 +257,6 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
                 f"{found[name].file} has {name}, which {CONFIG_NAME} does not ask for. Weights and config belong to "
                 "different models."
             )
-    check_finite(headers)
-    return model, headers
 
 
 def _check_names(headers: dict[str, TensorHeader], kinds: tuple[tuple[str, str, str], ...]) -> None:
@@ -276,7 +281,7 @@ def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> ty
 
 
 def _load_gguf(path: Path) -> PreTrainedModel:
-    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     family = family_of(AutoConfig.from_pretrained(**where).model_type)
     quantization = GgufConfig(dequantize=True)
     return family.base_head_classes["ForCausalLM"].from_pretrained(
@@ -301,9 +306,11 @@ def _tokenizer(source: Path) -> PreTrainedTokenizerBase:
 
 def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHeader], unfinished: Path) -> None:
     """Fill the directory of a converted model; the config, without which nothing loads, comes last."""
-    files = sorted({header.file for header in headers.values()})
+    files = sorted({header.file for header in headers.values() if header.file is not None})
     # Names that no `save_pretrained` into this directory will write to: it would write into the source's file.
-    names = {file: f"model-base-{i:05}-of-{len(files):05}.safetensors" for i, file in enumerate(files, 1)}
+    names: dict[Path | None, str] = {
+        file: f"model-base-{i:05}-of-{len(files):05}.safetensors" for i, file in enumerate(files, 1)
+    }
     for file in logging.tqdm(files, desc="Linking weights", unit="file"):
         link_or_copy(file, unfinished / names[file])
     routers = router_tensors(converted)
@@ -316,7 +323,7 @@ def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHe
         target = unfinished / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    config = converted.config
+    config = cast(SparseGroupsConfig, converted.config)
     config.architectures = [type(converted).__name__]
     base = (config.mosa_conversion or {}).get("source") or source.name
     code = f'model = mosa_hf.{type(converted).__name__}.from_pretrained("path of this folder")'

@@ -1,6 +1,7 @@
 """Conversion of a pretrained model in memory: groups of its attention become sparse (docs/design.md, section 6)."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -10,7 +11,7 @@ from ..modeling.configuration import MosaConfig, SparseGroupsConfig
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
-from ..modeling.sparse_models import with_sparse_groups, without_sparse_groups
+from ..modeling.sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, fits_of, mean_losses, one_threshold
 from .calibration import RouterFit, fit_routers
@@ -113,7 +114,7 @@ def to_dense(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: for a model without sparse groups.
     """
     check_has_sparse_groups(model)
-    return without_sparse_groups(model)
+    return without_sparse_groups(cast(SparsePreTrainedMixin, model))
 
 
 def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: ConversionConfig) -> SparseGroupsConfig:

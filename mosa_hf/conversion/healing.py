@@ -120,6 +120,7 @@ class HealingTrainer(Trainer):
             rates = {layer: self.accelerator.reduce(each, "mean").cpu() for layer, each in own.items()}
             self._rates.clear()
             self._calls.clear()
+            assert self.model is not None
             logs.update(selected_shares(self.model))  # of routers that learn
             logs["selected"] = round(torch.cat(list(rates.values())).mean().item(), 4)
             config = getattr(self.model, "config", None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
@@ -66,7 +66,7 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] |
         return [tokenizer(text, verbose=False)["input_ids"]]
     if isinstance(text, Mapping) or not hasattr(text, "__iter__"):
         raise ValueError(f"`text` is a {type(text).__name__}; pass a text, or a list of texts or of chats.")
-    texts = list(text)
+    texts: list[Any] = list(text)
     if texts and all(isinstance(each, Mapping) and "role" in each for each in texts):  # a single chat
         texts = [texts]
     if all(isinstance(each, str) for each in texts):
@@ -80,7 +80,8 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] |
         )
     if tokenizer.chat_template is None:
         raise ValueError("`text` has chats, but the tokenizer has no `chat_template`: set it, or pass texts.")
-    return [tokenizer.apply_chat_template(list(each), tokenize=True, return_dict=False) for each in texts]
+    ids = [tokenizer.apply_chat_template(list(each), tokenize=True, return_dict=False) for each in texts]
+    return cast(list[list[int]], ids)
 
 
 def is_chat(each: Any) -> bool:
@@ -89,7 +90,7 @@ def is_chat(each: Any) -> bool:
     return is_list and all(isinstance(message, Mapping) and "role" in message for message in each)
 
 
-def is_text(calibration: Any) -> bool:
+def is_text(calibration: Any) -> TypeGuard[str | Sequence[str] | Sequence[Chat]]:
     """Whether a tokenizer has to read this: a text, texts or chats, not token ids."""
     if isinstance(calibration, str):
         return True
@@ -159,8 +160,8 @@ def _windows_of(documents: Sequence[Any], config: PreTrainedConfig) -> torch.Ten
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     end = [] if end is None else [end]
     ids = [each.tolist() for each in own]
-    ids = joined([each if each[-1:] == end else each + end for each in ids[:-1]] + ids[-1:])
-    return cut(ids, min(WINDOW_LENGTH, config.max_position_embeddings // 2, max(len(ids), 1)))
+    text = joined([each if each[-1:] == end else each + end for each in ids[:-1]] + ids[-1:])
+    return cut(text, min(WINDOW_LENGTH, config.max_position_embeddings // 2, max(len(text), 1)))
 
 
 def joined(documents: Sequence[Sequence[int]]) -> torch.Tensor:

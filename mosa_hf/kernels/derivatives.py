@@ -50,7 +50,7 @@ def plain_gradients(
         changed = dict(zip(learn, states, strict=True))
         return function(*(changed.get(i, x) for i, x in enumerate(inputs)))
 
-    _, pull_back = torch.func.vjp(output_of, *(inputs[i] for i in learn))
+    pull_back = torch.func.vjp(output_of, *(inputs[i] for i in learn))[1]
     own = dict(zip(learn, pull_back(grads), strict=True))
     return tuple(own.get(i) for i in range(len(inputs)))
 

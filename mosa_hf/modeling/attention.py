@@ -137,20 +137,11 @@ def mosa_attention_forward(
     outputs: list[torch.Tensor] = []  # of each set of groups, [B, G, R, T, d]
     order: list[int] = []  # of the groups in them
     if groups.dense:
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
-            attention_mask = attention_mask[:, :1]  # of all heads; where they differ, the model has refused it
-        if mosa.cache is None:
-            key_dense, value_dense = take(key, groups.dense, dim=1), take(value, groups.dense, dim=1)
-        else:
-            key_dense, value_dense = key, value
-        dense: AttentionModule | DenseHeads = module
-        if sinks is not None:
-            options["s_aux"] = take(sinks, groups.dense, dim=0).flatten()
-            dense = DenseHeads(module, options["s_aux"])
-        own, _ = dense_attention(
-            dense, take(query, groups.dense, dim=1).flatten(1, 2), key_dense, value_dense, attention_mask, **options
-        )  # [B, T, H_dense, d]
-        outputs.append(own.unflatten(2, (len(groups.dense), -1)).permute(0, 2, 3, 1, 4))
+        own_query, own_key, own_value = take(query, groups.dense, dim=1), key, value
+        if mosa.cache is None:  # which has picked theirs
+            own_key, own_value = (take(states, groups.dense, dim=1) for states in (key, value))
+        own_sinks = None if sinks is None else take(sinks, groups.dense, dim=0)
+        outputs.append(_attend_densely(module, own_query, own_key, own_value, attention_mask, own_sinks, options))
         order += groups.dense
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
     for each, routed, gate, read in zip(groups.sets, mosa.routed, mosa.gates, reads, strict=True):
@@ -177,6 +168,26 @@ def mosa_attention_forward(
         back = sorted(range(num_groups), key=order.__getitem__)
         output = output.index_select(1, torch.tensor(back, device=output.device))
     return output.flatten(1, 2).transpose(1, 2), None
+
+
+def _attend_densely(
+    module: AttentionModule,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Of the dense groups, `[B, G, R, T, d]` like `query`; `key` and `value` are `[B, G, S, d]`, `sinks` `[G, R]`."""
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
+        attention_mask = attention_mask[:, :1]  # of all heads; where they differ, the model has refused it
+    heads: AttentionModule | DenseHeads = module
+    if sinks is not None:
+        options = options | {"s_aux": sinks.flatten()}
+        heads = DenseHeads(module, options["s_aux"])
+    output, _ = dense_attention(heads, query.flatten(1, 2), key, value, attention_mask, **options)  # [B, T, H, d]
+    return output.unflatten(2, (query.shape[1], -1)).permute(0, 2, 3, 1, 4)
 
 
 def sparse_attention(

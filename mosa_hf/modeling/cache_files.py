@@ -4,7 +4,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +31,7 @@ from .forward_context import ForwardContextMixin
 
 VERSION = 1
 # Upstream's layers that can be written, and the numbers that they remember beside keys and values.
-PLAIN_STATES = {
+PLAIN_STATES: dict[type, tuple[str, ...]] = {
     DynamicLayer: (),
     DynamicSlidingWindowLayer: ("cumulative_length", "record_past"),
     StaticLayer: ("cumulative_length",),
@@ -56,9 +56,10 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
     decoder = decoder_of(model)
     decoder.upgrade_cache(past_key_values)
     check_can_be_written(past_key_values)
-    tensors, plain = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    plain: list[dict[str, Any]] = []
     for layer_idx, layer in enumerate(past_key_values.layers):
-        states, own = layer_state(layer)
+        states, own = layer_state(cast(CacheLayerMixin, layer))
         tensors |= {f"layers.{layer_idx}.{name}": own_memory(x) for name, x in states.items()}
         plain.append(own)
     is_static = past_key_values.is_compileable
@@ -98,7 +99,8 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
     try:
         for layer_idx, (layer, plain) in enumerate(zip(cache.layers, about["layers"], strict=True)):
             states = states_below(f"layers.{layer_idx}.", tensors)
-            set_layer_state(layer, {name: x.to(devices[layer_idx]) for name, x in states.items()}, plain)
+            states = {name: x.to(devices[layer_idx]) for name, x in states.items()}
+            set_layer_state(cast(CacheLayerMixin, layer), states, plain)
         if tensors:
             raise ValueError(f"there are states of no layer: {sorted(tensors)}")
         decoder.upgrade_cache(cache)  # which looks at the lengths
@@ -163,7 +165,7 @@ def check_fingerprint(path: Path, was: dict[str, Any], own: dict[str, Any]) -> N
 def layer_devices(decoder: ForwardContextMixin) -> dict[int, torch.device | str | int]:
     """Where each layer computes."""
     modules = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
-    return {module.layer_idx: execution_device(module) for module in modules if [*module.parameters()]}
+    return {cast(int, module.layer_idx): execution_device(module) for module in modules if [*module.parameters()]}
 
 
 # Layers
@@ -204,13 +206,14 @@ def empty_cache(about: dict[str, Any], config: PreTrainedConfig) -> Cache:
 def layer_state(layer: CacheLayerMixin) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """What a layer remembers, for `set_layer_state`: tensors by name, and what JSON can hold."""
     kind = upstream_class(layer)
-    states = {name: getattr(layer, name) for name in PLAIN_STATES[kind]}
-    plain = {"kind": kind.__name__, "states": {name: int(x) for name, x in states.items()}, "stores": []}
-    tensors = {}
+    numbers = {name: int(getattr(layer, name)) for name in PLAIN_STATES[kind]}
+    plain: dict[str, Any] = {"kind": kind.__name__, "states": numbers, "stores": []}
+    tensors: dict[str, torch.Tensor] = {}
     if layer.is_initialized:
+        assert layer.keys is not None and layer.values is not None
         tensors = {"keys": layer.keys, "values": layer.values}
     if kind is StaticLayer:  # what lies behind its tokens is never read
-        length = plain["states"]["cumulative_length"]
+        length = numbers["cumulative_length"]
         tensors = {name: x[:, :, :length] for name, x in tensors.items()}
     if isinstance(layer, SparseLayer) and layer.seen is not None:
         tensors["seen"] = layer.seen
@@ -232,7 +235,7 @@ def set_layer_state(layer: CacheLayerMixin, tensors: dict[str, torch.Tensor], pl
     if kind.__name__ != plain["kind"] or set(PLAIN_STATES[kind]) != set(plain["states"]):
         raise ValueError(f"a {kind.__name__} cannot hold the states of a {plain['kind']}")
     stores = layer.stores if isinstance(layer, SparseLayer) else ()
-    if stores:
+    if isinstance(layer, SparseLayer) and layer.stores:
         layer.seen = tensors.pop("seen", None)
     for i, (store, own) in enumerate(zip(stores, plain["stores"], strict=True)):
         set_store_state(store, states_below(f"stores.{i}.", tensors), own)
@@ -240,6 +243,7 @@ def set_layer_state(layer: CacheLayerMixin, tensors: dict[str, torch.Tensor], pl
         key, value = tensors.pop("keys"), tensors.pop("values")
         layer.lazy_initialization(key, value)
         if issubclass(kind, StaticLayer):
+            assert layer.keys is not None and layer.values is not None
             layer.keys[:, :, : key.shape[2]], layer.values[:, :, : value.shape[2]] = key, value
         else:
             layer.keys, layer.values = key, value
@@ -272,7 +276,7 @@ def checksum(about: str, tensors: dict[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         states = tensors[name]
         crc = zlib.crc32(f"{name} {states.dtype} {list(states.shape)}".encode(), crc)
-        crc = zlib.crc32(states.flatten().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(states.flatten().view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

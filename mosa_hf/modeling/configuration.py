@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         hidden_size: int = 0
         num_attention_heads: int = 0
         num_hidden_layers: int = 0
+        max_position_embeddings: int = 0
 
 else:
     DecoderConfig = object

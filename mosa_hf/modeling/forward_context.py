@@ -1,11 +1,12 @@
 """The beginning of a model call, the same for every MoSA model: cache, positions, layout."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_utils import PreTrainedModel
 
 from ..cache import (
     SparseSpec,
@@ -22,7 +23,11 @@ from ..kernels.capture import is_captured, is_exported
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
 from .attention_options import check_options, check_sequence_lengths
+from .configuration import RoutingConfig
 from .layers import attention_modules, check_numbered, check_windows
+
+if TYPE_CHECKING:
+    from .router import MosaRouter
 
 
 class ForwardContext(NamedTuple):
@@ -36,18 +41,44 @@ class ForwardContext(NamedTuple):
     """
 
     layout: CallLayout
-    thresholds: dict[nn.Module, torch.Tensor]
+    thresholds: dict["MosaRouter", torch.Tensor]
     has_grad: bool
-    router_logits: dict[nn.Module, torch.Tensor] | None = None
+    router_logits: dict["MosaRouter", torch.Tensor] | None = None
 
 
-class ForwardContextMixin:
+class CachingAttention(Protocol):
+    """An attention module of which a cache has to know something."""
+
+    layer_idx: int
+
+    def cache_spec(self) -> SparseSpec: ...
+
+
+if TYPE_CHECKING:
+
+    class Decoder(PreTrainedModel):
+        """What the mixin relies on: what the base model of every family, and the native one, has."""
+
+        config: RoutingConfig
+        layers: nn.ModuleList
+
+        def update_config(self) -> None: ...
+
+else:
+    Decoder = object
+
+
+class ForwardContextMixin(Decoder):
     """For the decoder (base model) of any MoSA model, whose attention modules' `cache_spec` says what they keep."""
 
     attention_class: type[nn.Module]  # of its layers, dense ones included
 
-    takes_masks_by_layer_type = False  # whether the family's forward takes a dict of prepared masks
     _cache_made_for: list[tuple[int, SparseSpec] | None] | None = None  # the last one that `upgrade_cache` looked at
+
+    @property
+    def takes_masks_by_layer_type(self) -> bool:
+        """Whether the family's forward takes a dict of prepared masks."""
+        return False
 
     def begin_forward(
         self,
@@ -195,8 +226,10 @@ class ForwardContextMixin:
         """What a cache has to know of each layer that runs; None: the layer has no sparse groups or MoSA heads."""
         specs: dict[int, SparseSpec | None] = dict.fromkeys(range(self.config.num_hidden_layers))
         for module in self.running_attention().values():
-            if hasattr(module, "cache_spec") and (spec := module.cache_spec()).sets:
-                specs[module.layer_idx] = spec
+            if hasattr(module, "cache_spec"):
+                caching = cast(CachingAttention, module)
+                if (spec := caching.cache_spec()).sets:
+                    specs[caching.layer_idx] = spec
         return specs
 
     def running_attention(self) -> dict[int, nn.Module]:

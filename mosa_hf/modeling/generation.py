@@ -1,14 +1,20 @@
 """What `generate` needs to know of models that select tokens."""
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from peft import PeftModel, PeftType
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..cache import num_overflowed
 from ..compat import CACHE, takes_cache
+from .configuration import RoutingConfig
+from .forward_context import CachingAttention, ForwardContextMixin
 from .router import MosaRouter
 
 logger = logging.get_logger(__name__)
@@ -16,7 +22,21 @@ logger = logging.get_logger(__name__)
 LEARNED_CACHES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
-class MosaGenerationMixin:
+if TYPE_CHECKING:
+
+    class CausalLM(PreTrainedModel, GenerationMixin):
+        """What the mixin relies on."""
+
+        config: RoutingConfig
+
+        @property
+        def base_model(self) -> ForwardContextMixin: ...
+
+else:
+    CausalLM = object
+
+
+class MosaGenerationMixin(CausalLM):
     """Before a causal LM whose decoder is a `ForwardContextMixin`."""
 
     _generation_cache: Cache | None = None  # of the `generate` call that goes on
@@ -92,7 +112,7 @@ class MosaGenerationMixin:
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        super()._prepare_cache_for_generation(
+        super()._prepare_cache_for_generation(  # type: ignore[misc]  # upstream's protocol of `self` has no properties
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get(CACHE)
@@ -111,15 +131,17 @@ class MosaGenerationMixin:
 
     def _get_static_cache_init_shape(self):
         """Upstream's, with each layer's dense groups in place of all its groups."""
-        shape = super()._get_static_cache_init_shape()
+        shape = super()._get_static_cache_init_shape()  # type: ignore[misc]  # as above
         if shape is None:
             return None
         num_heads, head_dim = shape
         num_layers = self.config.num_hidden_layers
         num_heads = [num_heads] * num_layers if isinstance(num_heads, int) else list(num_heads)
         for module in self.base_model.running_attention().values():
-            if hasattr(module, "cache_spec") and (dense := module.cache_spec().dense) is not None:
-                num_heads[module.layer_idx] = len(dense)
+            if hasattr(module, "cache_spec"):
+                caching = cast(CachingAttention, module)
+                if (dense := caching.cache_spec().dense) is not None:
+                    num_heads[caching.layer_idx] = len(dense)
         return num_heads, head_dim
 
     @staticmethod

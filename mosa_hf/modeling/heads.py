@@ -1,7 +1,5 @@
 """The paper's heads of one layer (docs/design.md, section 2): routers, projections of selected tokens, the output."""
 
-from typing import cast
-
 import torch
 from torch import nn
 
@@ -68,7 +66,7 @@ class MosaHeads(nn.Module):
         Raises:
             ValueError: for expert-choice routing on top of cached tokens.
         """
-        router = cast(MosaRouter, active_module(self.router))
+        router = active_module(self.router)
         router.check_cache(cache)
         layout = call.layout.to(hidden_states.device)
         logits, selected = self.router(hidden_states, call, follows=cache is None)
@@ -140,5 +138,5 @@ class MosaHeads(nn.Module):
 
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of these heads."""
-        groups = GroupSet(tuple(range(self.num_groups)), 0, cast(MosaRouter, active_module(self.router)).sparsity[0])
+        groups = GroupSet(tuple(range(self.num_groups)), 0, active_module(self.router).sparsity[0])
         return SparseSpec(None, (groups,), self.budget, self.num_dense_groups)

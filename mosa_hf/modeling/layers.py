@@ -1,8 +1,12 @@
 """Which layer of a model is where. No module knows its own place: people take layers out, repeat and move them."""
 
 import re
+from collections.abc import Mapping
+from typing import TypeVar, cast
 
 from torch import nn
+
+Attention = TypeVar("Attention", bound=nn.Module)
 
 
 def layer_of(name: str) -> int:
@@ -17,17 +21,17 @@ def layer_of(name: str) -> int:
     return int(places[-1])
 
 
-def attention_modules(decoder: nn.Module, attention_class: type[nn.Module]) -> dict[int, nn.Module]:
+def attention_modules(decoder: nn.Module, attention_class: type[Attention]) -> dict[int, Attention]:
     """Place of a layer → its attention module, for the layers of a decoder that have one."""
     return {
         place: module
-        for place, layer in enumerate(decoder.layers)
+        for place, layer in enumerate(cast(nn.ModuleList, decoder.layers))
         for module in layer.modules()
         if isinstance(module, attention_class)
     }
 
 
-def check_numbered(modules: dict[int, nn.Module], num_layers: int) -> None:
+def check_numbered(modules: Mapping[int, nn.Module], num_layers: int) -> None:
     """
     Args:
         modules: see `attention_modules`.
@@ -36,7 +40,7 @@ def check_numbered(modules: dict[int, nn.Module], num_layers: int) -> None:
     Raises:
         ValueError: for attention modules of which two would keep their tokens in one layer of a cache, or one in none.
     """
-    numbers = [module.layer_idx for module in modules.values()]
+    numbers = [cast(int, module.layer_idx) for module in modules.values()]
     if len(set(numbers)) < len(numbers) or any(number >= num_layers for number in numbers):
         raise ValueError(
             f"The attention modules have `layer_idx` {numbers}, by which they find their layer of a cache, of "
@@ -45,7 +49,7 @@ def check_numbered(modules: dict[int, nn.Module], num_layers: int) -> None:
         )
 
 
-def check_windows(modules: dict[int, nn.Module], is_sliding: list[bool]) -> None:
+def check_windows(modules: Mapping[int, nn.Module], is_sliding: list[bool]) -> None:
     """
     Args:
         modules: see `attention_modules`.
@@ -55,10 +59,11 @@ def check_windows(modules: dict[int, nn.Module], is_sliding: list[bool]) -> None
         ValueError: for attention modules that read all tokens, whose layer of the cache forgets some.
     """
     for module in modules.values():
-        forgets = module.layer_idx < len(is_sliding) and is_sliding[module.layer_idx]
+        layer_idx = cast(int, module.layer_idx)
+        forgets = layer_idx < len(is_sliding) and is_sliding[layer_idx]
         if forgets and getattr(module, "sliding_window", 0) is None:
             raise ValueError(
-                f"`layer_idx` {module.layer_idx} of an attention module without a sliding window is that of a layer "
+                f"`layer_idx` {layer_idx} of an attention module without a sliding window is that of a layer "
                 "with one, whose cache forgets what it would read. After layers were moved, set `layer_idx` of each "
                 "attention module to its place, and make a new cache."
             )

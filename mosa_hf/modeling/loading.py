@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from accelerate.utils import align_module_device
@@ -24,6 +24,13 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 from ..safetensors_files import FLOATING, TensorHeader, loaded_headers
 from .router import MosaRouter
 
+if TYPE_CHECKING:
+    from transformers.utils.hub import DownloadKwargs
+
+    Model = PreTrainedModel  # the mixin's: of whatever class
+else:
+    Model = object
+
 STATE_DICT = "`state_dict`"  # where the weights come from, in errors
 OTHER_CONFIG = (
     "Load it with the fields that it was saved with (`mosa_plan`, `mosa_router_bias`, `mosa_router_hidden_size`)."
@@ -31,7 +38,7 @@ OTHER_CONFIG = (
 OF_THE_FOLDER = ("cache_dir", "proxies", "revision", "subfolder", "token")  # where its files are looked for
 
 
-class CheckedLoadingMixin:
+class CheckedLoadingMixin(Model):
     """
     For every model class of this package. Upstream resolves files, names and shapes; what it has resolved is looked
     at in the two steps in which it loads them, so that what is checked is what is loaded, wherever it comes from.
@@ -104,7 +111,7 @@ def check_chosen_files(source: str | os.PathLike | None, options: Mapping[str, A
             user_agent=None,
             is_remote_code=True,  # which is to say: do not ask the Hub to convert pickled weights
             transformers_explicit_filename=named,
-            download_kwargs=where,
+            download_kwargs=cast("DownloadKwargs", where),
         )
     except OSError:  # there are none, which upstream says in its own words
         return
@@ -116,7 +123,7 @@ def check_chosen_files(source: str | os.PathLike | None, options: Mapping[str, A
         raise ValueError(
             f"{path} cannot be read as an index of weight files ({error!r}): copy or download it again."
         ) from error
-    loaded_headers(files)
+    loaded_headers(files or [])
 
 
 def router_tensors_of(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """The native MoSA model: Llama's classes with the attention replaced (docs/design.md, section 2)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from ..cache import CacheInForward, SparseSpec
+from ..cache import CacheInForward, SparseLayer, SparseSpec
 from ..compat import CACHE, takes_cache
 from .auxiliary_loss import CarriedLoss, router_loss, share_of_items
 from .configuration import PER_LAYER_FIELDS, MosaConfig
@@ -58,7 +59,7 @@ class MosaAttention(LlamaAttention):
     """Dense heads (Llama's attention, fewer heads) and MoSA heads of one layer, summed. Either kind may be absent."""
 
     def __init__(self, config: MosaConfig, layer_idx: int):
-        layer_config = config.per_layer_config[layer_idx]
+        layer_config = cast(MosaConfig, config.per_layer_config[layer_idx])
         if layer_config.num_attention_heads:
             super().__init__(layer_config, layer_idx)
         else:
@@ -94,21 +95,23 @@ class MosaAttention(LlamaAttention):
             output `[B, T, D]` and the dense heads' attention weights, where the implementation gives them.
         """
         attn_weights, cache = None, None
+        held: Cache | CacheInForward | None = past_key_values
         if self.mosa is not None and past_key_values is not None:
-            cache, past_key_values = past_key_values.layers[self.layer_idx], CacheInForward(past_key_values)
+            cache = cast(SparseLayer, past_key_values.layers[self.layer_idx])
+            held = CacheInForward(past_key_values)
         if self.has_dense_heads:
             attn_output, attn_weights = super().forward(
                 hidden_states,
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
-                **{CACHE: past_key_values},
+                **{CACHE: held},
                 sliding_window=self.sliding_window,  # flash attention takes the window as a number
                 **kwargs,
             )
-        elif past_key_values is not None:
+        elif held is not None:
             # No dense heads, but the cache layer still counts tokens.
             nothing = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], self.head_dim)
-            past_key_values.update(nothing, nothing, self.layer_idx)
+            held.update(nothing, nothing, self.layer_idx)
         if self.mosa is not None:
             mosa_output = self.mosa(hidden_states, position_embeddings, mosa_context, cache)
             attn_output = attn_output + mosa_output if self.has_dense_heads else mosa_output
@@ -120,6 +123,8 @@ class MosaAttention(LlamaAttention):
 
 
 class MosaDecoderLayer(LlamaDecoderLayer):
+    self_attn: MosaAttention
+
     def __init__(self, config: MosaConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
         self.hidden_size = config.hidden_size
@@ -145,7 +150,7 @@ class MosaPreTrainedModel(CheckedLoadingMixin, InstalledCodeModelMixin, LlamaPre
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As `PreTrainedModel.save_pretrained`, with a config that says what the layers are now."""
-        self.base_model.update_config()
+        cast(ForwardContextMixin, self.base_model).update_config()
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
@@ -155,9 +160,9 @@ class MosaPreTrainedModel(CheckedLoadingMixin, InstalledCodeModelMixin, LlamaPre
         if isinstance(module, MosaHeads):
             for parameter in (module.q_proj, module.k_proj, module.v_proj, module.o_proj):
                 init.normal_(parameter, mean=0.0, std=std)
-            for parameter in (module.q_bias, module.k_bias, module.v_bias, module.o_bias):
-                if parameter is not None:
-                    init.zeros_(parameter)
+            for bias in (module.q_bias, module.k_bias, module.v_bias, module.o_bias):
+                if bias is not None:
+                    init.zeros_(bias)
         elif isinstance(module, MosaRouter):
             init_router(module, std)
 
@@ -179,7 +184,8 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
 
     aux_loss_scale: float = 1.0
 
-    attention_class = MosaAttention
+    config: MosaConfig
+    attention_class: type[MosaAttention] = MosaAttention
 
     def __init__(self, config: MosaConfig):
         config.fit_layers()
@@ -199,7 +205,7 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
     @takes_cache
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` names parameters of its own models, too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -224,21 +230,22 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        call, past_key_values, position_ids = self.begin_forward(
+        call, past_key_values, positions = self.begin_forward(
             inputs_embeds, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
         if self.config.mosa_router_aux_loss_coef and (call.has_grad or kwargs.get("output_router_logits")):
             call = call._replace(router_logits={})
-        causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, positions)
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
+        past: dict[str, Any] = {CACHE: past_key_values}
         for decoder_layer in self._active_layers():
             hidden_states = decoder_layer(
                 hidden_states,
                 attention_mask=causal_masks.get(decoder_layer.self_attn.sliding_window),
                 position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                **{CACHE: past_key_values},
+                position_ids=positions,
+                **past,
                 use_cache=use_cache,
                 mosa_context=call,
                 **kwargs,
@@ -246,12 +253,13 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         hidden_states, aux_loss = self.norm(hidden_states), None
         if call.router_logits:
             hidden_states, aux_loss = self._carry_aux_loss(hidden_states, call, kwargs.get("num_items_in_batch"))
-        return MosaModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE: past_key_values}, aux_loss=aux_loss)
+        return MosaModelOutputWithPast(last_hidden_state=hidden_states, **past, aux_loss=aux_loss)
 
     def _carry_aux_loss(
         self, hidden_states: torch.Tensor, call: ForwardContext, num_items: torch.Tensor | int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` [B, T, D], and the auxiliary loss, whose gradient they bring along in training."""
+        assert call.router_logits is not None
         losses = [router_loss(logits, router, call.layout) for router, logits in call.router_logits.items()]
         loss = torch.stack([each.to(hidden_states.device) for each in losses]).mean()
         scale = self.aux_loss_scale * self.config.mosa_router_aux_loss_coef if self.training else 0.0
@@ -283,9 +291,9 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         config.per_layer_config = {i: each for i, each in own.items() if each} or None
         self.built_layers = fields
 
-    def _active_layers(self) -> nn.ModuleList:
+    def _active_layers(self) -> Iterable[MosaDecoderLayer]:
         """The layers that run: all, except while `generate(assistant_early_exit=...)` drafts and lowers the number."""
-        return self.layers[: self.config.num_hidden_layers]
+        return cast(Iterable[MosaDecoderLayer], self.layers[: self.config.num_hidden_layers])
 
     def _dense_masks(
         self,
@@ -295,7 +303,7 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         position_ids: torch.Tensor,
     ) -> dict[int | None, torch.Tensor | None]:
         """Upstream's masks, one for each sliding window (None: global) that some layer's dense heads have."""
-        masks = {}
+        masks: dict[int | None, torch.Tensor | None] = {}
         for layer in self._active_layers():
             window, layer_idx = layer.self_attn.sliding_window, layer.self_attn.layer_idx
             if window in masks or not layer.self_attn.has_dense_heads:
@@ -315,9 +323,10 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
 class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin):
     """`MosaModel` with a language-modeling head."""
 
+    config: MosaConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # Llama's own, annotated wrongly
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MosaConfig):
@@ -329,7 +338,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
 
     @takes_cache
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # `TransformersKwargs` names parameters of its own models, too
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -365,6 +374,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             output_router_logits=bool(output_router_logits or asks),
             **kwargs,
         )
+        assert outputs.last_hidden_state is not None
         hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
         logits = self.lm_head(hidden_states)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ PRECISE = (torch.float32, torch.float64)
 TOLERANCE = 0.25  # how far off its rate a group is, as a part of it, when its threshold becomes that of a call
 SHARE_MOMENTUM = 0.9  # of the share of tokens that groups select in training
 SHARE_INTERVAL = 16  # calls between two looks at it
+Wrapped = TypeVar("Wrapped", bound=nn.Module)
 
 
 class MosaRouter(nn.Module):
@@ -41,6 +43,9 @@ class MosaRouter(nn.Module):
         hidden_size: units of the hidden layer, H: logits are weight [G, H] · GELU(hidden_weight [H, D] · x +
             hidden_bias). None: weight [G, D] · x.
     """
+
+    threshold: torch.Tensor
+    share: torch.Tensor
 
     def __init__(self, config: RoutingConfig, sparsity: Sequence[float], hidden_size: int | None = None):
         super().__init__()
@@ -126,11 +131,6 @@ class MosaRouter(nn.Module):
         follows = follows and learns and not (is_exported() and self.momentum == 1)
         moves = follows and self.momentum < 1
         if moves or self.routing == "expert_choice":
-            if is_exported():  # how many tokens are chosen is a number, and would be the samples'
-                raise ValueError(
-                    "An exported program selects by thresholds: call `model.eval()`, with "
-                    "`mosa_inference_routing='threshold'`, before the export."
-                )
             selected, _ = choice = self._choose(logits.detach(), valid, first, segment)
         if follows:
             self._follow(logits.detach(), choice if moves else None, call)
@@ -156,6 +156,7 @@ class MosaRouter(nn.Module):
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         states = hidden_states.to(dtype)
         if self.hidden_weight is not None:
+            assert self.hidden_bias is not None
             states = F.gelu(F.linear(states, self.hidden_weight.to(dtype), self.hidden_bias.to(dtype)))
         return F.linear(states, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
@@ -170,7 +171,12 @@ class MosaRouter(nn.Module):
         first: torch.Tensor | None,
         segment: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`select_by_expert_choice` for groups of several sparsities."""
+        """`select_by_expert_choice` for groups of several sparsities; raises in an export."""
+        if is_exported():  # how many tokens are chosen is a number, and would be the samples'
+            raise ValueError(
+                "An exported program selects by thresholds: call `model.eval()`, with "
+                "`mosa_inference_routing='threshold'`, before the export."
+            )
         rates = self.groups_by_sparsity()
         if len(rates) == 1:
             return select_by_expert_choice(logits, self.sparsity[0], self.min_tokens, valid, first, segment)
@@ -210,10 +216,10 @@ class MosaRouter(nn.Module):
         seen = [each.sum((0, 1)).to(logits.dtype) for each in counted]
         if choice is not None:
             seen += [choice[1].nan_to_num(), choice[1].isfinite().to(logits.dtype)]
-        seen = torch.stack(seen)
+        counts = torch.stack(seen)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(seen)
-        num_free, num_selected, *others = seen
+            torch.distributed.all_reduce(counts)
+        num_free, num_selected, *others = counts
         share = torch.lerp(self.share, (num_selected / num_free).to(self.share.dtype), 1 - SHARE_MOMENTUM)
         self.share.copy_(torch.where(num_free > 0, share, self.share))
         if others:
@@ -275,8 +281,10 @@ def init_router(router: MosaRouter, std: float) -> None:
     # Fresh logits of a normalised input are about N(0, D std²): start at their (1 - 1/ρ) quantile.
     rate = 1 - 1 / torch.tensor(router.sparsity, dtype=torch.float64)
     quantile = torch.special.ndtri(rate).clamp(min=-4.0)  # ρ = 1 selects everything
-    scale, shift = std * router.in_features**0.5, 0.0
+    scale: float | torch.Tensor = std * router.in_features**0.5
+    shift: float | torch.Tensor = 0.0
     if router.hidden_weight is not None:
+        assert router.hidden_bias is not None
         init.normal_(router.hidden_weight, mean=0.0, std=std)
         init.zeros_(router.hidden_bias)
         # Hidden units are GELU(N(0, D std²)), whose mean shifts all logits of a group alike.
@@ -287,18 +295,21 @@ def init_router(router: MosaRouter, std: float) -> None:
     init.copy_(router.threshold, (quantile * scale).to(router.threshold) + shift)
 
 
-def active_module(module: nn.Module) -> nn.Module:
+def active_module(module: Wrapped) -> Wrapped:
     """
     What computes when `module` is called: itself, or what lies within it if an adapter of PEFT is around it, such as
     the router of `modules_to_save=["mosa_router"]`, or the original one while that adapter is disabled.
     """
+    found: Any = module  # what is within is what the model declares; the adapter around it is not
     if isinstance(module, AdaptedAttention):
-        return module.model
-    if isinstance(module, ModulesToSaveWrapper):
+        found = module.model
+    elif isinstance(module, ModulesToSaveWrapper):
         active = () if module.disable_adapters else module.active_adapters
         own = [name for name in active if name in module.modules_to_save]
-        return module.modules_to_save[own[0]] if own else module.original_module
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        found = module.modules_to_save[own[0]] if own else module.original_module
+    elif isinstance(module, BaseTunerLayer):
+        found = module.get_base_layer()
+    return found
 
 
 def named_routers(module: nn.Module, name: str = "") -> Iterator[tuple[str, MosaRouter]]:

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -70,8 +70,9 @@ def write_routers(model: PreTrainedModel, directory: Path, base_model: str | Non
     """The files of `save_routers`, into a directory that exists."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_has_sparse_groups(model)
-    model.base_model.update_config()
-    config = model.config
+    sparse = cast(SparsePreTrainedMixin, model)
+    sparse.base_model.update_config()
+    config = sparse.config
     base_model = base_model or base_name(config)
     content = {
         "model_type": config.model_type,
@@ -128,7 +129,13 @@ def _with_routers(
     return converted
 
 
-class RouterFilesMixin:
+if TYPE_CHECKING:
+    Model = PreTrainedModel  # the mixin's: of whatever class
+else:
+    Model = object
+
+
+class RouterFilesMixin(Model):
     """Before every model class of a family: loads the base with routers beside it."""
 
     family: ClassVar[Family]
@@ -151,7 +158,7 @@ class RouterFilesMixin:
 
 
 def load_with_routers(
-    model_class: type[PreTrainedModel], base: str | os.PathLike, routers: str | os.PathLike, **kwargs: Any
+    model_class: type[RouterFilesMixin], base: str | os.PathLike, routers: str | os.PathLike, **kwargs: Any
 ) -> Any:
     """
     `model_class.from_pretrained(base, routers=routers, **kwargs)`: the base model as its own class loads it, with
@@ -178,7 +185,7 @@ def load_with_routers(
             f"{base} is a {config.model_type!r} model, but {model_class.__name__} needs a {family.name!r} model."
         )
     fields = {name: kwargs.pop(name) for name in MOSA_FIELDS if name in kwargs}
-    loaded = classes[config.model_type].from_pretrained(base, **kwargs)
+    loaded: Any = classes[config.model_type].from_pretrained(base, **kwargs)
     if kwargs.get("output_loading_info"):
         return _with_routers(loaded[0], routers, fields, hub), loaded[1]
     return _with_routers(loaded, routers, fields, hub)
@@ -235,9 +242,11 @@ def _router_file(directory: str | os.PathLike, name: str, hub: dict[str, Any]) -
         path = path.parent
     if not path.exists() and not path.is_absolute() and len(path.parts) <= 2:
         try:
-            return Path(cached_file(os.fspath(directory), name, **hub))
+            cached = cached_file(os.fspath(directory), name, **hub)
         except OSError as error:
             raise FileNotFoundError(f"{directory} is neither a folder nor a Hub name with {name}: {error}") from error
+        assert cached is not None  # else it has raised
+        return Path(cached)
     if not (path / name).is_file():
         raise FileNotFoundError(f"{path} has no {name}: give a folder that `save_routers` wrote.")
     return path / name

@@ -98,14 +98,11 @@ class SparseGroupsMixin(FamilyAttention):
         cache = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
             cache = cast(SparseLayer, past_key_values.layers[self.layer_idx])
-        router = cast(MosaRouter, active_module(self.mosa_router))
+        router = active_module(self.mosa_router)
         router.check_cache(cache)
         layout = mosa_context.layout
-        trains_routers = bool(self.mosa_gate_slope)
-        learns = mosa_context.has_grad and any(each.requires_grad for each in self.mosa_router.parameters())
-        if self.training and learns and not trains_routers and not torch.compiler.is_compiling():
-            warn_of_idle_routers()
-        follows = trains_routers and past_key_values is None
+        learns = self._learns(mosa_context)
+        follows = bool(self.mosa_gate_slope) and past_key_values is None
         logits, selected = self.mosa_router(hidden_states, mosa_context, follows=follows)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
         score = router.score(logits, layout) if needs_score else None
@@ -118,6 +115,7 @@ class SparseGroupsMixin(FamilyAttention):
         routed = [Routed(of_set(selected, own), of_set(score, own)) for own in columns]
         if cache is not None:
             cache.begin(layout, routed)
+            assert past_key_values is not None
             kwargs[name] = CacheInForward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
@@ -128,6 +126,13 @@ class SparseGroupsMixin(FamilyAttention):
             output = output + logits[..., :0].sum()
         return output, *others
 
+    def _learns(self, context: ForwardContext) -> bool:
+        """Whether this forward records gradients that routers want; warns if none will reach them."""
+        learns = context.has_grad and any(each.requires_grad for each in self.mosa_router.parameters())
+        if self.training and learns and not self.mosa_gate_slope and not torch.compiler.is_compiling():
+            warn_of_idle_routers()
+        return learns
+
     def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ForwardContext) -> torch.Tensor | None:
         """
         The routers' gradient `[B, T, G]` (docs/design.md, section 6): a far key's score rises with its margin over the
@@ -136,7 +141,7 @@ class SparseGroupsMixin(FamilyAttention):
         """
         if not (self.training and self.mosa_gate_slope and call.has_grad):
             return None
-        router = cast(MosaRouter, active_module(self.mosa_router))
+        router = active_module(self.mosa_router)
         threshold = call.thresholds.get(router, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin

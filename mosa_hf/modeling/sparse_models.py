@@ -3,7 +3,7 @@
 import copy
 import inspect
 from types import MethodType
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -25,8 +25,21 @@ from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter, init_router, named_routers
 from .sparse_groups import SparseGroupsMixin
 
+if TYPE_CHECKING:
 
-class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
+    class FamilyModel(PreTrainedModel):
+        """What the mixins rely on: what every class of a family has, once it is one of ours."""
+
+        config: SparseGroupsConfig
+
+        @property
+        def base_model(self) -> "SparseModelMixin": ...
+
+else:
+    FamilyModel = object
+
+
+class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, FamilyModel):
     """Before every class of a family, base model and heads alike: builds, initialises and checks the routers."""
 
     # Selection compares logits with thresholds: half precision would make ties of them.
@@ -75,6 +88,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin):
 class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
     """Before a family's base model."""
 
+    config: SparseGroupsConfig
     built_layers: list[tuple[SparseGroup | None, ...]]  # what its layers were when `config.mosa_plan` was of them
 
     @property
@@ -109,6 +123,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
 
     def init_parallel_plans(self) -> None:
         super().init_parallel_plans()
+        assert self._tp_plan is not None  # upstream's makes one
         self._tp_plan.update(sparse_groups_plan(self, self._tp_plan))
 
     @takes_cache
@@ -131,13 +146,13 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        call, past_key_values, position_ids = self.begin_forward(
+        call, past_key_values, positions = self.begin_forward(
             tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=positions,
             **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -146,14 +161,14 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         )
 
 
-def freeze_idle_routers(model: PreTrainedModel) -> None:
+def freeze_idle_routers(model: SparsePreTrainedMixin) -> None:
     """Loading makes new parameters, which all want gradients: freeze the routers again that none reaches."""
     if not model.config.mosa_gate_slope:
         for router in model.mosa_routers().values():
             router.requires_grad_(False)
 
 
-def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> None:
+def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) -> None:
     """
     Give a model of a class in `families`, whose modules are still the base family's, its sparse groups: its decoder
     and the attention modules of the layers that have any become their MoSA classes, with new routers.
@@ -166,7 +181,7 @@ def add_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Non
             plan = config.groups_of_layer(layer)
             if type(module) is decoder.attention_class and any(plan):
                 _set_class(module, model.family.attention_class)
-                module.add_sparse_groups(config, plan)
+                cast(SparseGroupsMixin, module).add_sparse_groups(config, plan)
         decoder.built_layers = decoder.layer_plans()
         if decoder is not model:
             decoder.post_init()
@@ -186,9 +201,9 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
         ValueError: for a class that has no MoSA class.
     """
     family = family_of(model.config.model_type)
-    converted = _shared_copy(model, config, family.sparse_class_of(type(model)))
+    converted = cast(SparsePreTrainedMixin, _shared_copy(model, config, family.sparse_class_of(type(model))))
     for module in converted.modules():
-        module._is_hf_initialized = True
+        cast(Any, module)._is_hf_initialized = True
     add_sparse_groups(converted, config)
     for module in converted.modules():
         if isinstance(module, SparseGroupsMixin):
@@ -196,11 +211,11 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
     return converted
 
 
-def without_sparse_groups(model: PreTrainedModel) -> PreTrainedModel:
+def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
     """The base family's model that shares the weights of `model`, which is left as it was: only routers go."""
     family = model.family
     base = _shared_copy(model, model.config.to_base(), family.base_class_of(type(model)))
-    decoder = base.base_model
+    decoder = cast(PreTrainedModel, base.base_model)
     if decoder is not base:
         _set_class(decoder, family.base_model_class)
     del decoder.built_layers
@@ -225,7 +240,7 @@ def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedMod
     of the model's: what replaces their content (another size, dtype or device), freezes them or adds up their
     gradients concerns one model; what writes into that memory (an optimizer's step, a merged adapter) both.
     """
-    memo = {id(tensor): own_parameter(tensor) for tensor in model.parameters()}
+    memo: dict[int, Any] = {id(tensor): own_parameter(tensor) for tensor in model.parameters()}
     memo |= {id(tensor): tensor for tensor in model.buffers()}
     memo |= {id(weights): weights for weights in offloaded_weights(model)}
     memo[id(model.config)] = config
@@ -248,6 +263,6 @@ def _set_class(module: nn.Module, module_class: type[nn.Module]) -> None:
     """Make `module` one of another class, also where Accelerate's hooks (`device_map`) remember its forward."""
     module.__class__ = module_class
     if "_old_forward" in module.__dict__:
-        module._old_forward = MethodType(module_class.forward, module)
+        cast(Any, module)._old_forward = MethodType(module_class.forward, module)
     if isinstance(module, PreTrainedModel):  # as its construction does; else `output_hidden_states` gives none
         dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)

@@ -1,6 +1,7 @@
 """How the tokens of a model call stand in their sequences: padding, packing, positions."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.masking_utils import find_packed_sequence_indices
@@ -61,6 +62,7 @@ class CallLayout:
             if num_tokens > 1 and (not may_look or bool((valid[:, :-1] & ~valid[:, 1:]).any())):
                 order, inverse = padding_first(valid)
 
+        first: torch.Tensor | None
         if segment is not None:
             first = position == segment
         elif may_be_packed:
@@ -82,7 +84,8 @@ class CallLayout:
         """This layout on the device of a layer."""
         if self.position.device == device:
             return self
-        return CallLayout(*(None if x is None else x.to(device) for x in vars(self).values()))
+        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
+        return CallLayout(**moved)
 
     def pad_left(self, states: torch.Tensor, dim: int) -> torch.Tensor:
         """`states` `[B, ..., T, ...]`, T at `dim`, with each row's padding moved to its left."""

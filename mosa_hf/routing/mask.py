@@ -76,7 +76,7 @@ def read_mask(
 
 
 def columns_of_mask(
-    attention_mask: Any, batch_size: int, num_tokens: int, past_length: torch.Tensor | None
+    attention_mask: Any, batch_size: int, num_tokens: int, past_length: torch.Tensor | int | None
 ) -> TokenMask:
     """
     As `read_mask` where nothing may depend on what the mask holds: in a graph, and on a device that nobody waits for.
@@ -115,9 +115,9 @@ def _check_shape(mask: Any, batch_size: int, num_tokens: int, length: int, is_ca
         )
     if mask.shape[-1] > length and not is_cached:
         raise ValueError(f"`attention_mask` covers {mask.shape[-1]} tokens, but {length} are passed.")
-    if mask.ndim == 2:
-        rows, expected = (mask.shape[0],), ((batch_size,),)
-    else:
+    rows: tuple[int, ...] = (mask.shape[0],)
+    expected: tuple[tuple[int, ...], ...] = ((batch_size,),)
+    if mask.ndim == 4:
         rows, expected = (mask.shape[0], mask.shape[2]), ((batch_size, num_tokens), (1, num_tokens))
     if rows not in expected:
         raise ValueError(

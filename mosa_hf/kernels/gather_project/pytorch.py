@@ -146,9 +146,8 @@ class _GatherProject(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_query, grad_key, grad_value, grad_gate):
         if is_differentiated_again(grad_query):
-            grads = (grad_query, grad_key, grad_value)
-            grads = grads if grad_gate is None else (*grads, grad_gate)
-            return plain_gradients(_plain, ctx.saved_tensors, ctx.needs_input_grad, grads)
+            given = tuple(filter(torch.is_tensor, (grad_query, grad_key, grad_value, grad_gate)))
+            return plain_gradients(_plain, ctx.saved_tensors, ctx.needs_input_grad, given)
         hidden_states, token, cos, sin, gate, *weights = ctx.saved_tensors[:9]
         learns_rows, learns_weight, learns_bias = (
             ctx.needs_input_grad[part] for part in (0, slice(5, 9), slice(9, 13))
