@@ -73,9 +73,11 @@ class MixedLayer(Mixable):
         copied.__dict__ |= {name: value for name, value in self.__dict__.items() if name != "others"}
         if isinstance(self, SparseLayer):
             copied.stores = copy.deepcopy(self.stores)
-        if isinstance(self, PreallocatedDynamicLayer) and self.is_initialized:
+        if isinstance(self, PreallocatedDynamicLayer | StaticLayer) and self.is_initialized:
             assert self.keys is not None and self.values is not None
             copied.keys, copied.values = self.keys.clone(), self.values.clone()
+            if isinstance(self, StaticLayer):
+                copied.cumulative_length = self.cumulative_length.clone()
         return copied
 
 

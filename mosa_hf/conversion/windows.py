@@ -8,7 +8,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..modeling.token_ids import check_token_ids
+from ..modeling.token_ids import check_no_padding, check_token_ids, padding_token
 
 WINDOW_LENGTH = 1024  # of documents that are given as token ids
 
@@ -129,6 +129,8 @@ def calibration_ids(calibration: Any, config: PreTrainedConfig) -> torch.Tensor:
             "`calibration_windows(tokenizer, text)` makes, or a list of the token ids of each document."
         )
     check_token_ids(calibration, config.vocab_size, "input_ids")
+    calibration = calibration.long()
+    check_no_padding(calibration, padding_token(config), "input_ids")
     if calibration.ndim != 2 or len(calibration) < 1 or calibration.shape[1] < 2:
         raise ValueError(
             f"`input_ids` has shape {list(calibration.shape)}; pass [N, T], at least one window of T >= 2 tokens."

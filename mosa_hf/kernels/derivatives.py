@@ -30,6 +30,13 @@ def is_transformed() -> bool:
     return transforms != [torch._C._functorch.TransformType.Grad]
 
 
+def is_vmapped() -> bool:
+    """Whether this runs under `torch.func.vmap`, or what is made of it (`jacrev`, `hessian`)."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(each.key() == torch._C._functorch.TransformType.Vmap for each in retrieve_all_functorch_interpreters())
+
+
 def is_differentiated_again(grad: torch.Tensor) -> bool:
     """Asked in a backward pass of a gradient: whether that may be differentiated, or is several at once (`vmap`)."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():

@@ -17,7 +17,7 @@ from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE
-from .attention_options import check_options
+from .attention_options import KNOWN, check_options
 from .group_plan import SparseGroup
 
 
@@ -126,7 +126,7 @@ def mosa_attention_forward(
 
     if (kwargs.get("sliding_window") or 0) >= module.config.max_position_embeddings:
         kwargs["sliding_window"] = None  # of all positions that there are
-    check_options(kwargs)
+    check_options(kwargs, KNOWN)
     if not getattr(module, "is_causal", True):
         raise ValueError(f"`is_causal` of {type(module).__name__} is False. {POSSIBLE}")
     groups = module.mosa_groups

@@ -20,29 +20,49 @@ TAKEN = frozenset(
     for name, parameter in inspect.signature(function).parameters.items()
     if parameter.kind is not parameter.VAR_KEYWORD
 )
+# Of these, "mosa" knows what a family's own code passes.
 KNOWN = frozenset(("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "softcap", "s_aux"))
-UNKNOWN = TAKEN - KNOWN - {"is_causal"}
+# Implementations that compute what attention is, each in its way; and the beginnings of their names.
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "mosa")
+VARIANTS = ("flash_attention_", "paged|", "kernels-community/")
 # What Transformers passes through attention to others, or says there again.
 PASSED_ON = frozenset((*TransformersKwargs.__annotations__, "cache_position", "position_embeddings"))
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], known: frozenset[str] = frozenset()) -> None:
     """
+    Args:
+        options: keyword arguments.
+        known: those that the caller computes with.
+
     Raises:
         ValueError: for an option that would change the scores of dense heads alone: routed attention does not know it.
     """
     if options.get("is_causal") is False:
         raise ValueError(f"`is_causal` is False. {POSSIBLE}")
     for name, value in options.items():
-        if value is None or name in PASSED_ON:
+        if value is None or name in PASSED_ON or name in known:
             continue
         # Of names that nobody knows, only what could be added to scores is suspected.
         could_count = (isinstance(value, torch.Tensor) and value.is_floating_point()) or callable(value)
-        if name in UNKNOWN or could_count:
+        if (name in TAKEN and name != "is_causal") or could_count:
             raise ValueError(
                 f"`{name}` would change attention scores, but routed attention does not know it: leave it out, or use "
                 "the model without routing: `mosa_hf.to_dense(model)`."
             )
+
+
+def check_implementation(name: str) -> None:
+    """
+    Raises:
+        ValueError: for an attention function of the user's own, which sparse groups would not call.
+    """
+    if name not in IMPLEMENTATIONS and not name.startswith(VARIANTS):
+        raise ValueError(
+            f"`attn_implementation={name!r}` is a function of your own, which would compute dense heads alone: routed "
+            f"attention has kernels of its own. Choose one of {', '.join(IMPLEMENTATIONS)}, or use the model without "
+            "routing: `mosa_hf.to_dense(model)`."
+        )
 
 
 def check_sequence_lengths(options: Mapping[str, Any], layout: CallLayout) -> None:

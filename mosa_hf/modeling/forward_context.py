@@ -20,9 +20,10 @@ from ..cache import (
     upgrade_cache,
 )
 from ..kernels.capture import is_captured, is_exported
+from ..kernels.derivatives import is_vmapped
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
-from .attention_options import check_options, check_sequence_lengths
+from .attention_options import check_implementation, check_options, check_sequence_lengths
 from .configuration import RoutingConfig
 from .layers import attention_modules, check_numbered, check_windows
 
@@ -73,12 +74,26 @@ class ForwardContextMixin(Decoder):
 
     attention_class: type[nn.Module]  # of its layers, dense ones included
 
+    packs_by_positions = True  # whether the family's forward takes positions that restart for packed sequences
     _cache_made_for: list[tuple[int, SparseSpec] | None] | None = None  # the last one that `upgrade_cache` looked at
 
     @property
     def takes_masks_by_layer_type(self) -> bool:
         """Whether the family's forward takes a dict of prepared masks."""
         return False
+
+    def mask_of_dense_layers(self, attention_mask: Any) -> Any:
+        """
+        The mask as dense heads read it: eager attention adds it to scores, so that a 4-D one of bools, which it would
+        add as ones, becomes one of numbers.
+        """
+        if isinstance(attention_mask, Mapping):
+            return {name: self.mask_of_dense_layers(mask) for name, mask in attention_mask.items()}
+        is_pairs = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
+        if is_pairs and attention_mask.dtype == torch.bool and self.config._attn_implementation == "eager":
+            lowest = torch.finfo(self.dtype).min
+            return torch.zeros_like(attention_mask, dtype=self.dtype).masked_fill(~attention_mask, lowest)
+        return attention_mask
 
     def begin_forward(
         self,
@@ -106,11 +121,13 @@ class ForwardContextMixin(Decoder):
         if not getattr(self.config, "is_causal", True):
             raise ValueError(f"`is_causal` is False, of the config or of this call. {POSSIBLE}")
         check_options(options)
+        check_implementation(self.config._attn_implementation or "sdpa")
+        check_mapped(attention_mask, bool(use_cache) or past_key_values is not None)
         if is_exported():
             check_export(past_key_values, use_cache)
         batch_size, num_tokens = tokens.shape[:2]
-        attention_mask = self._mask_of_sparse_layers(attention_mask)
-        may_be_packed = attention_mask is None and past_key_values is None and not use_cache
+        masks, attention_mask = attention_mask, self._mask_of_sparse_layers(attention_mask)
+        may_be_packed = masks is None and past_key_values is None and not use_cache and self.packs_by_positions
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         # A static cache counts in place, and its masks cover all of it.
@@ -126,6 +143,8 @@ class ForwardContextMixin(Decoder):
             mask = self._read_mask(attention_mask, batch_size, num_tokens, int(past_length), past_key_values)
         else:
             mask = columns_of_mask(attention_mask, batch_size, num_tokens, past_length if is_static else None)
+        if isinstance(masks, Mapping):
+            check_same_padding(masks, mask.valid, num_tokens)
         if position_ids is None:
             position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
         layout = CallLayout.build(
@@ -236,6 +255,39 @@ class ForwardContextMixin(Decoder):
         """Place → attention module of the layers that run: fewer, while `assistant_early_exit` drafts."""
         modules = attention_modules(self, self.attention_class)
         return {place: module for place, module in modules.items() if place < self.config.num_hidden_layers}
+
+
+def check_mapped(attention_mask: Any, has_cache: bool) -> None:
+    """
+    Raises:
+        ValueError: for what `torch.func.vmap` cannot map: a mask, which has to be looked at, and a cache.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return
+    is_mapped = isinstance(attention_mask, torch.Tensor) and torch._C._functorch.is_batchedtensor(attention_mask)
+    if is_mapped or (has_cache and is_vmapped()):
+        raise ValueError(
+            "Under `torch.func.vmap` pass `use_cache=False`, and an attention mask that is the same for all that is "
+            "mapped: how much a cache holds, and what a mask says, has to be looked at."
+        )
+
+
+def check_same_padding(masks: Mapping, valid: torch.Tensor | None, num_tokens: int) -> None:
+    """
+    Raises:
+        ValueError: for masks by layer type of which another one says something else of what is padding than that of
+            the sparse layers, `valid` [B or 1, T].
+    """
+    for name, mask in masks.items():
+        if name == "full_attention" or not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+            continue
+        visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B or 1, T, S]
+        own = visible[..., -num_tokens:].diagonal(dim1=1, dim2=2)
+        if not bool((own == (True if valid is None else valid)).all()):
+            raise ValueError(
+                f"`attention_mask[{name!r}]` says of other tokens than 'full_attention' that they are padding: make "
+                "both of one 2-D mask (`transformers.masking_utils.create_masks_for_generate`)."
+            )
 
 
 def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:

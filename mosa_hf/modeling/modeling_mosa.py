@@ -235,7 +235,9 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         )
         if self.config.mosa_router_aux_loss_coef and (call.has_grad or kwargs.get("output_router_logits")):
             call = call._replace(router_logits={})
-        causal_masks = self._dense_masks(inputs_embeds, attention_mask, past_key_values, positions)
+        causal_masks = self._dense_masks(
+            inputs_embeds, self.mask_of_dense_layers(attention_mask), past_key_values, positions
+        )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
         past: dict[str, Any] = {CACHE: past_key_values}

@@ -1,7 +1,11 @@
 """Models with sparse groups: a family's own classes, whose attention modules route (docs/design.md, section 2)."""
 
+import ast
 import copy
 import inspect
+import textwrap
+from collections.abc import Callable
+from functools import lru_cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -151,7 +155,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         )
         return super().forward(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=self.mask_of_dense_layers(attention_mask),
             position_ids=positions,
             **{CACHE: past_key_values},
             inputs_embeds=inputs_embeds,
@@ -159,6 +163,22 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
             mosa_context=call,
             **kwargs,
         )
+
+
+@lru_cache
+def makes_masks_of_positions(forward: Callable) -> bool:
+    """Whether the forward of a decoder hands position ids to what makes its masks, which finds packed sequences."""
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Dict):
+            names = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+        elif isinstance(node, ast.Call) and "mask" in ast.unparse(node.func):
+            names = {each.arg for each in node.keywords}
+        else:
+            continue
+        if {"attention_mask", "position_ids"} <= names:
+            return True
+    return False
 
 
 def freeze_idle_routers(model: SparsePreTrainedMixin) -> None:
@@ -183,6 +203,7 @@ def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) 
                 _set_class(module, model.family.attention_class)
                 cast(SparseGroupsMixin, module).add_sparse_groups(config, plan)
         decoder.built_layers = decoder.layer_plans()
+        decoder.packs_by_positions = makes_masks_of_positions(model.family.base_model_class.forward)
         if decoder is not model:
             decoder.post_init()
     model.post_init()
@@ -218,7 +239,7 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
     decoder = cast(PreTrainedModel, base.base_model)
     if decoder is not base:
         _set_class(decoder, family.base_model_class)
-    del decoder.built_layers
+    del decoder.built_layers, decoder.packs_by_positions
     for module in decoder.modules():
         if isinstance(module, SparseGroupsMixin):
             del module.mosa_router

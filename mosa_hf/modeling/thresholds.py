@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from .devices import input_device
@@ -11,7 +12,7 @@ from .forward_context import ForwardContext
 from .layers import layer_of
 from .modes import evaluating
 from .router import MosaRouter, named_routers
-from .token_ids import check_token_ids
+from .token_ids import check_no_padding, check_token_ids, padding_token
 
 ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
 
@@ -72,7 +73,7 @@ def seen_logits(
             router.inference_routing = "expert_choice"
         with evaluating(model):
             for batch in batches:
-                inputs = read_batch(batch, model.config.vocab_size)
+                inputs = read_batch(batch, model.config)
                 inputs = {name: states.to(device) for name, states in inputs.items()}
                 model.base_model(**inputs, use_cache=False)
     finally:
@@ -93,13 +94,13 @@ def seen_logits(
 
 
 def read_batch(
-    batch: torch.Tensor | Sequence[int] | Mapping[str, torch.Tensor], vocab_size: int
+    batch: torch.Tensor | Sequence[int] | Mapping[str, torch.Tensor], config: PreTrainedConfig
 ) -> dict[str, torch.Tensor]:
     """
     `input_ids` `[B, T]`, and `attention_mask` where it is given.
 
     Raises:
-        ValueError: for what is no batch, or no token id.
+        ValueError: for what is no batch, or no token id, and for padding without a mask.
     """
     inputs = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
     try:
@@ -112,8 +113,12 @@ def read_batch(
             "`batches` must be several of token ids [B, T] or [T], or of mappings with such `input_ids`: pass a list "
             "of them. `mosa_hf.conversion.calibration_windows(tokenizer, texts)` makes them of texts and chats."
         )
-    check_token_ids(inputs["input_ids"], vocab_size, "batches")
-    return {name: torch.atleast_2d(states) for name, states in inputs.items()}
+    check_token_ids(inputs["input_ids"], config.vocab_size, "batches")
+    read = {name: torch.atleast_2d(torch.as_tensor(states)) for name, states in inputs.items()}
+    read["input_ids"] = read["input_ids"].long()
+    if "attention_mask" not in read:
+        check_no_padding(read["input_ids"], padding_token(config), "batches")
+    return read
 
 
 def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tensor:

@@ -111,7 +111,8 @@ def _check_shape(mask: Any, batch_size: int, num_tokens: int, length: int, is_ca
     if mask.shape[-1] < length:
         raise ValueError(
             f"`attention_mask` covers {mask.shape[-1]} tokens, fewer than the {length} that there are, cached ones "
-            "included."
+            "included. If PEFT's prompt tuning generates from a padded batch, pass `use_cache=False`: it feeds its "
+            "prompt again with every token."
         )
     if mask.shape[-1] > length and not is_cached:
         raise ValueError(f"`attention_mask` covers {mask.shape[-1]} tokens, but {length} are passed.")

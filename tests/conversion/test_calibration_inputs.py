@@ -194,3 +194,21 @@ def test_what_is_no_batch(converted, batches, words):
 def test_what_a_tokenizer_has_to_read():
     assert all(is_text(each) for each in ("text", TEXTS, CHATS, CHATS[0]))
     assert not any(is_text(each) for each in (random_tokens(2, 4), [[1, 2]], [random_tokens(3)], [], None))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_no_text(side):
+    """Where the padding token may not end a text: `SHAPE` has it 0, and no token that ends one."""
+    base = tiny_base()
+    text, padding = random_tokens(2, 40), torch.zeros(2, 6, dtype=torch.long)
+    padded = torch.cat((padding, text) if side == "left" else (text, padding), dim=1)
+    with pytest.raises(ValueError, match="`input_ids` has rows .* padding token"):
+        convert_model(base, ConversionConfig(sparsity=4, window=5), padded)
+    model = convert_model(base, ConversionConfig(sparsity=4, window=5), text.to(torch.uint8))
+    with pytest.raises(ValueError, match="`batches` has rows .* padding token"):
+        calibrate_thresholds(model, [padded])
+    calibrate_thresholds(model, [{"input_ids": padded, "attention_mask": padded != 0}])
+    alone = [router.threshold.clone() for router in model.mosa_routers().values()]
+    calibrate_thresholds(model, [text])
+    for threshold, router in zip(alone, model.mosa_routers().values(), strict=True):
+        assert torch.allclose(threshold, router.threshold, atol=1e-4)

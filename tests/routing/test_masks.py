@@ -417,3 +417,88 @@ def test_no_mask_or_an_unpadded_one_costs_what_it_did():
             meaning = read_mask(mask, 2, 1, 3, past, is_cached=True)
         assert getattr(count, "number", 0) <= most  # a look at the column itself took 5
         assert meaning.valid is None and meaning.segment is None
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama", "gemma2"])
+@torch.no_grad()
+def test_positions_pack_where_they_do_in_the_original(family):
+    """gpt_oss makes its masks without them, and is read as one sequence."""
+    base = tiny_base(family)
+    model, ids = selecting_all(base), random_tokens(1, 20)
+    positions = torch.cat((torch.arange(12), torch.arange(8)))[None]
+    expected = base(ids, position_ids=positions, use_cache=False).logits
+    assert (model(ids, position_ids=positions, use_cache=False).logits - expected).abs().max() < 1e-4
+    assert model.model.packs_by_positions == (family != "gpt_oss")
+
+
+@torch.no_grad()
+def test_prepared_masks_say_that_nothing_is_packed():
+    base = tiny_base("qwen2")
+    model, ids = selecting_all(base), random_tokens(1, 20)
+    positions = torch.cat((torch.arange(12), torch.arange(8)))[None]
+    masks = {"full_attention": None, "sliding_attention": None}
+    expected = base(ids, attention_mask=masks, position_ids=positions, use_cache=False).logits
+    actual = model(ids, attention_mask=masks, position_ids=positions, use_cache=False).logits
+    assert (actual - expected).abs().max() < 1e-4
+
+
+def test_masks_by_layer_type_agree_on_padding():
+    model, ids = selecting_all(tiny_base("gemma2")), random_tokens(1, 20)
+    hidden = causal(torch.tensor([[0] * 4 + [1] * 16]))[:, None]
+    with pytest.raises(ValueError, match="sliding_attention.*says of other tokens"):
+        model(ids, attention_mask={"full_attention": hidden, "sliding_attention": blocks(20)[None, None]})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@torch.no_grad()
+def test_eager_attention_reads_masks_of_bools(family):
+    """Which the original adds to its scores as ones: the right values are those of the 2-D mask."""
+    base = tiny_base(family)
+    model = convert_model(base, ConversionConfig(plan=half_dense(base)))
+    base.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")
+    ids, valid = random_tokens(2, 24), torch.ones(2, 24, dtype=torch.long)
+    valid[1, :5] = 0
+    expected = base(ids, attention_mask=valid, use_cache=False).logits
+    actual = model(ids, attention_mask=causal(valid)[:, None], use_cache=False).logits
+    if family == "llama":  # elsewhere a 4-D mask takes the place of the sliding layers' own, too
+        assert (actual - expected)[valid.bool()].abs().max() < 1e-4
+    additives = model(ids, attention_mask=additive(causal(valid))[:, None], use_cache=False).logits
+    assert (actual - additives)[valid.bool()].abs().max() < 1e-5
+
+
+def half_dense(base) -> GroupPlan:
+    config = base.config
+    local = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = [(None, None) if kind != "full_attention" else (SparseGroup(3, 1), None) for kind in local]
+    return GroupPlan(tuple(layers))
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux", "dropout"])
+def test_what_attention_functions_take_is_the_models_to_give(form, option):
+    with pytest.raises(ValueError, match=f"`{option}` would change"):
+        form.model()(random_tokens(1, 8) % 97, **{option: 2.0})
+
+
+def test_an_attention_function_of_ones_own_is_refused(form):
+    from transformers import AttentionInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register("scaled", sdpa_attention_forward)
+    AttentionMaskInterface.register("scaled", sdpa_mask)
+    model = form.model()
+    model.set_attn_implementation("scaled")
+    with pytest.raises(ValueError, match="attn_implementation='scaled'.*to_dense"):
+        model(random_tokens(1, 8) % 97)
+
+
+@pytest.mark.parametrize("what", ["mask", "cache"])
+def test_vmap_says_what_it_cannot_map(what):
+    model, ids = MODELS["all sparse"], random_tokens(3, 12)
+    with pytest.raises(ValueError, match="vmap.*use_cache=False"), torch.no_grad():
+        if what == "mask":
+            one = lambda row, mask: model(row[None], attention_mask=mask[None], use_cache=False).logits  # noqa: E731
+            torch.func.vmap(one)(ids, torch.ones_like(ids))
+        else:
+            torch.func.vmap(lambda row: model(row[None], use_cache=True).logits)(ids)
