@@ -120,7 +120,7 @@ def test_a_log_knows_how_far_it_can_go_back():
         calls.begin(None, 1)
         calls.add_one(None)
         calls.note(UndoRecord(1))
-    assert len(calls.records) == MAX_UNDO and calls.num_croppable(100, window) == MAX_UNDO
+    assert len(calls.records) == MAX_UNDO and calls.num_croppable(100, window) == MAX_UNDO + 1
     calls.note(None)  # a call of several tokens ends them
     assert calls.records == []
 
