@@ -8,10 +8,12 @@ import torch
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE
+
+logger = logging.get_logger(__name__)
 
 # What Transformers' own attention functions take by name changes what they compute.
 TAKEN = frozenset(
@@ -52,16 +54,12 @@ def check_options(options: Mapping[str, Any], known: frozenset[str] = frozenset(
             )
 
 
-def check_implementation(name: str) -> None:
-    """
-    Raises:
-        ValueError: for an attention function of the user's own, which sparse groups would not call.
-    """
+def warn_of_own_implementation(name: str) -> None:
+    """Say so if dense heads call an attention function of the user's own, whose scores routed attention has not."""
     if name not in IMPLEMENTATIONS and not name.startswith(VARIANTS):
-        raise ValueError(
-            f"`attn_implementation={name!r}` is a function of your own, which would compute dense heads alone: routed "
-            f"attention has kernels of its own. Choose one of {', '.join(IMPLEMENTATIONS)}, or use the model without "
-            "routing: `mosa_hf.to_dense(model)`."
+        logger.warning_once(
+            f"`attn_implementation={name!r}` is a function of your own. Dense heads call it; routed attention has "
+            "kernels of its own, and does not know what it changes."
         )
 
 

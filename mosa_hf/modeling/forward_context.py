@@ -23,7 +23,7 @@ from ..kernels.capture import is_captured, is_exported
 from ..kernels.derivatives import is_vmapped
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
-from .attention_options import check_implementation, check_options, check_sequence_lengths
+from .attention_options import check_options, check_sequence_lengths, warn_of_own_implementation
 from .configuration import RoutingConfig
 from .layers import attention_modules, check_numbered, check_windows
 
@@ -121,7 +121,8 @@ class ForwardContextMixin(Decoder):
         if not getattr(self.config, "is_causal", True):
             raise ValueError(f"`is_causal` is False, of the config or of this call. {POSSIBLE}")
         check_options(options)
-        check_implementation(self.config._attn_implementation or "sdpa")
+        if not is_captured():
+            warn_of_own_implementation(self.config._attn_implementation or "sdpa")
         check_mapped(attention_mask, bool(use_cache) or past_key_values is not None)
         if is_exported():
             check_export(past_key_values, use_cache)

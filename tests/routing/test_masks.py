@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StaticCache
-from transformers.masking_utils import create_masks_for_generate
+from transformers import AttentionInterface, DynamicCache, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
 
 from mosa_hf import ConversionConfig, GroupPlan, convert_model
+from mosa_hf.modeling import attention_options
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.routing import read_mask
 from testing.tiny import random_tokens, tiny_base
@@ -480,17 +482,15 @@ def test_what_attention_functions_take_is_the_models_to_give(form, option):
         form.model()(random_tokens(1, 8) % 97, **{option: 2.0})
 
 
-def test_an_attention_function_of_ones_own_is_refused(form):
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
+def test_an_attention_function_of_ones_own_is_said_not_to_reach_sparse_groups(form, monkeypatch):
+    """Which have kernels of their own; dense groups do call it (`test_families`)."""
     AttentionInterface.register("scaled", sdpa_attention_forward)
     AttentionMaskInterface.register("scaled", sdpa_mask)
-    model = form.model()
+    model, said = form.model(), []
     model.set_attn_implementation("scaled")
-    with pytest.raises(ValueError, match="attn_implementation='scaled'.*to_dense"):
-        model(random_tokens(1, 8) % 97)
+    monkeypatch.setattr(attention_options.logger, "warning_once", said.append)
+    model(random_tokens(1, 8) % 97)
+    assert len(said) == 1 and "attn_implementation='scaled'" in said[0]
 
 
 @pytest.mark.parametrize("what", ["mask", "cache"])
