@@ -24,7 +24,7 @@ def store_state(store: SparseStore) -> tuple[Tensors, dict[str, Any]]:
             tensors["calls.num_pending"] = calls.num_pending
         tensors |= {f"masks.{i}": mask for i, mask in enumerate(calls.masks) if mask is not None}
         for i, record in enumerate(calls.records):
-            tensors |= {f"records.{i}.{name}": x for name, x in _record_tensors(record).items()}
+            tensors |= {f"records.{i}.{name}": x for name, x in record.state().items()}
         plain["calls"] = {name: getattr(calls, name) for name in ("pending_columns", "max_tokens", "lengths")}
         plain["calls"]["num_records"] = len(calls.records)
     if (memory := store.memory) is not None:
@@ -113,13 +113,6 @@ def _check_memory(memory: EntryMemory, calls: CallLog | None) -> None:
     is_within = (start >= 0) & (length >= 0) & (length <= capacity) & (start + capacity <= memory.null)
     if not bool(is_within.all()) or (length.numel() and int(length.max()) > memory.max_length):
         raise ValueError("a range goes beyond its memory")
-
-
-def _record_tensors(record: UndoRecord) -> Tensors:
-    nested = {"overwritten": record.overwritten, "evicted": record.evicted}
-    states = {f"{field}.{name}": x for field, each in nested.items() for name, x in (each or {}).items()}
-    plain = {name: getattr(record, name) for name in ("is_evicted", "num_final", "rows")}
-    return states | {name: x for name, x in plain.items() if x is not None}
 
 
 def _record(tensors: Tensors, num_groups: int) -> UndoRecord:

@@ -82,8 +82,14 @@ class UndoRecord:
 
     def tensors(self) -> list[torch.Tensor]:
         """All that is held in memory."""
-        states = [*(self.overwritten or {}).values(), *(self.evicted or {}).values()]
-        return states + [x for x in (self.is_evicted, self.num_final, self.rows) if x is not None]
+        return list(self.state().values())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that is held in memory, by name: "evicted.key" is the key of `evicted`."""
+        nested = {"overwritten": self.overwritten, "evicted": self.evicted}
+        states = {f"{field}.{name}": x for field, each in nested.items() for name, x in (each or {}).items()}
+        plain = {name: getattr(self, name) for name in ("is_evicted", "num_final", "rows")}
+        return states | {name: x for name, x in plain.items() if x is not None}
 
 
 def of_todays_rows(records: list[UndoRecord]) -> list[UndoRecord]:

@@ -16,7 +16,7 @@ from ..kernels import backend
 from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
-from ..routing.mask import POSSIBLE
+from ..routing.mask import POSSIBLE, added_to_scores
 from .attention_options import KNOWN, check_options
 from .group_plan import SparseGroup
 
@@ -285,11 +285,7 @@ def additive_mask(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Ten
     if mask is None:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(num_keys - num_queries)[None, None]
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(
-        ~mask, torch.finfo(query.dtype).min
-    )
+    return added_to_scores(mask, query.dtype)
 
 
 class DenseHeads:

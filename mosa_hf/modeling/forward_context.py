@@ -22,7 +22,7 @@ from ..cache import (
 from ..kernels.capture import is_captured, is_exported
 from ..kernels.derivatives import is_vmapped
 from ..routing.layout import CallLayout
-from ..routing.mask import POSSIBLE, TokenMask, columns_of_mask, read_mask
+from ..routing.mask import POSSIBLE, TokenMask, added_to_scores, check_same_padding, columns_of_mask, read_mask
 from .attention_options import check_options, check_sequence_lengths, warn_of_own_implementation
 from .configuration import RoutingConfig
 from .layers import attention_modules, check_numbered, check_windows
@@ -90,9 +90,8 @@ class ForwardContextMixin(Decoder):
         if isinstance(attention_mask, Mapping):
             return {name: self.mask_of_dense_layers(mask) for name, mask in attention_mask.items()}
         is_pairs = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4
-        if is_pairs and attention_mask.dtype == torch.bool and self.config._attn_implementation == "eager":
-            lowest = torch.finfo(self.dtype).min
-            return torch.zeros_like(attention_mask, dtype=self.dtype).masked_fill(~attention_mask, lowest)
+        if is_pairs and self.config._attn_implementation == "eager":
+            return added_to_scores(attention_mask, self.dtype)
         return attention_mask
 
     def begin_forward(
@@ -142,10 +141,10 @@ class ForwardContextMixin(Decoder):
         may_look = not is_captured() and (not is_static or tokens.device.type == "cpu")
         if may_look:
             mask = self._read_mask(attention_mask, batch_size, num_tokens, int(past_length), past_key_values)
+            if isinstance(masks, Mapping):
+                check_same_padding(masks, mask.valid, num_tokens, int(past_length))
         else:
             mask = columns_of_mask(attention_mask, batch_size, num_tokens, past_length if is_static else None)
-        if isinstance(masks, Mapping):
-            check_same_padding(masks, mask.valid, num_tokens)
         if position_ids is None:
             position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
         layout = CallLayout.build(
@@ -271,24 +270,6 @@ def check_mapped(attention_mask: Any, has_cache: bool) -> None:
             "Under `torch.func.vmap` pass `use_cache=False`, and an attention mask that is the same for all that is "
             "mapped: how much a cache holds, and what a mask says, has to be looked at."
         )
-
-
-def check_same_padding(masks: Mapping, valid: torch.Tensor | None, num_tokens: int) -> None:
-    """
-    Raises:
-        ValueError: for masks by layer type of which another one says something else of what is padding than that of
-            the sparse layers, `valid` [B or 1, T].
-    """
-    for name, mask in masks.items():
-        if name == "full_attention" or not isinstance(mask, torch.Tensor) or mask.ndim != 4:
-            continue
-        visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0  # [B or 1, T, S]
-        own = visible[..., -num_tokens:].diagonal(dim1=1, dim2=2)
-        if not bool((own == (True if valid is None else valid)).all()):
-            raise ValueError(
-                f"`attention_mask[{name!r}]` says of other tokens than 'full_attention' that they are padding: make "
-                "both of one 2-D mask (`transformers.masking_utils.create_masks_for_generate`)."
-            )
 
 
 def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:

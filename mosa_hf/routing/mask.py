@@ -1,5 +1,6 @@
 """What an attention mask can say to attention that routes, and the refusal of everything else."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -195,3 +196,34 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
     if visible.shape[1] != 1 and bool((visible != visible[:, :1]).any()):
         raise ValueError(f"`attention_mask` differs by head. {POSSIBLE}")
     return visible[:, 0]
+
+
+def added_to_scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of bools as eager attention adds it to scores; others as they are."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def check_same_padding(
+    masks: Mapping[str, Any], valid: torch.Tensor | None, num_tokens: int, past_length: int
+) -> None:
+    """
+    Args:
+        masks: by layer type. One of a sliding layer may cover the last tokens alone.
+        valid: `TokenMask.valid` of the sparse layers' own.
+
+    Raises:
+        ValueError: for a 4-D mask that says of other tokens of the call that they are padding.
+    """
+    for name, mask in masks.items():
+        if name == "full_attention" or not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+            continue
+        visible = _visible(mask)  # [B or 1, T, S]
+        start = min(past_length, visible.shape[2] - num_tokens)
+        own = visible[..., start : start + num_tokens].diagonal(dim1=1, dim2=2)
+        if not bool((own == (True if valid is None else valid)).all()):
+            raise ValueError(
+                f"`attention_mask[{name!r}]` says of other tokens than 'full_attention' that they are padding: make "
+                "both of one 2-D mask (`transformers.masking_utils.create_masks_for_generate`)."
+            )

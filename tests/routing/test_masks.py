@@ -502,3 +502,25 @@ def test_vmap_says_what_it_cannot_map(what):
             torch.func.vmap(one)(ids, torch.ones_like(ids))
         else:
             torch.func.vmap(lambda row: model(row[None], use_cache=True).logits)(ids)
+
+
+@pytest.mark.parametrize("kind", ["growing", "static"])
+@torch.no_grad()
+def test_prepared_masks_go_on_with_a_cache(kind):
+    """Those of a static cache have columns for tokens to come, in sliding layers fewer."""
+    base = tiny_base("gemma2")
+    model, ids = selecting_all(base), random_tokens(1, 24)
+    logits = []
+    for each in (base, model):
+        cache = DynamicCache(config=base.config) if kind == "growing" else StaticCache(base.config, max_cache_len=32)
+        own, start = [], 0
+        for length in (10, 1, 9, 1):
+            part = ids[:, start : start + length]
+            positions = torch.arange(start, start + length)[None]
+            valid = torch.ones(1, start + length, dtype=torch.long)
+            embeds = base.get_input_embeddings()(part)
+            masks = create_masks_for_generate(base.config, embeds, valid, cache, position_ids=positions)
+            own.append(each(part, attention_mask=masks, position_ids=positions, past_key_values=cache).logits)
+            start += length
+        logits.append(torch.cat(own, dim=1))
+    assert (logits[1] - logits[0]).abs().max() < 1e-4
