@@ -13,8 +13,6 @@ from .modeling.thresholds import calibrate_thresholds
 from .registration import register
 
 register()
-# `MosaLlamaConfig`, `MosaLlamaModel`, `MosaLlamaForCausalLM`, and so on for every row of `families`.
-globals().update(families.CLASSES)
 
 __version__ = "0.1.0"
 
@@ -37,5 +35,11 @@ __all__ = [
     "to_dense",
     "trace_routing",
     "use_backend",
-    *families.CLASSES,
 ]
+
+
+def __getattr__(name: str) -> type:
+    """`MosaLlamaConfig`, `MosaLlamaModel`, `MosaLlamaForCausalLM`, and so on for every decoder of Transformers."""
+    if name.startswith("Mosa"):
+        return families.class_named(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,12 @@ import transformers
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
 from peft.utils import constants
 from transformers import AttentionInterface, AutoConfig, AutoModel
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
     TOKENIZER_MAPPING_NAMES,
@@ -22,7 +24,8 @@ from transformers.utils.import_utils import is_serve_available
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
 from .modeling.attention import mosa_attention_forward
 from .modeling.configuration import RoutingConfig
-from .modeling.families import FAMILIES, HEADS
+from .modeling.families import PREFIX, make_family
+from .modeling.family import FAMILIES, Families, Family
 from .modeling.parallel import register_style
 
 # A head's Auto class, and where Transformers looks its classes up by name: label smoothing, pipelines, cards.
@@ -47,31 +50,48 @@ LORA_TARGETS = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
 def register() -> None:
-    """Register the models, their names, what "mosa" is in attention, the parallel style, and PEFT's defaults."""
+    """Register the native model, what "mosa" is in attention, the parallel style, and how families are made."""
     AttentionInterface.register("mosa", mosa_attention_forward)
     # Without a mask function of the same name, padding would be ignored in silence.
     AttentionMaskInterface.register("mosa", sdpa_mask)
     register_style()
     heads = {"ForCausalLM": MosaForCausalLM, "ForSequenceClassification": MosaForSequenceClassification}
-    classes = [MosaConfig, MosaModel, *heads.values()]
     _register_model(MosaConfig, MosaModel, heads, like="llama")
-    for family in FAMILIES.values():
-        _register_model(family.config_class, family.model_class, family.head_classes, like=family.name)
-        # Adaption prompts wrap attention modules, which the native model looks into.
-        _fill([TRANSFORMERS_MODEL_CONFIG], family.config_class.model_type, like=family.name)
-        classes += [family.config_class, family.model_class, *family.head_classes.values()]
-        # How checkpoints of the family, or of one of its classes, are laid out on disk: experts tensor by tensor, or
-        # a head under another name.
-        names = {base.__name__: sparse.__name__ for base, sparse in family.pairs()}
-        for base_name, name in {family.name: family.config_class.model_type, **names}.items():
-            mapping = get_checkpoint_conversion_mapping(base_name)
-            if mapping is not None:
-                register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
-    for module in _transformers_modules():
-        for each in classes:  # tools look them up as transformers.<name>
-            setattr(module, each.__name__, each)
+    Families.make = staticmethod(make_and_register)
+    # Every Auto class asks this table for a config's class first, so that is where families come from.
+    if not isinstance(CONFIG_MAPPING._extra_content, LazyConfigs):
+        CONFIG_MAPPING._extra_content = LazyConfigs(CONFIG_MAPPING._extra_content)
+
+
+class LazyConfigs(dict):
+    """Upstream's table of config classes that were registered, which makes a family when "mosa_..." is looked up."""
+
+    def __contains__(self, model_type: object) -> bool:
+        return super().__contains__(model_type) or (
+            isinstance(model_type, str)
+            and model_type.removeprefix(PREFIX) in CONFIG_MAPPING_NAMES.keys() - {model_type}
+        )
+
+    def __missing__(self, model_type: str) -> type[PreTrainedConfig]:
+        return FAMILIES[model_type.removeprefix(PREFIX)].config_class
+
+
+def make_and_register(model_type: str) -> Family:
+    """The family of a base's model type, see `make_family`, known to Transformers and PEFT."""
+    family = make_family(model_type)
+    _register_model(family.config_class, family.model_class, family.head_classes, like=family.name)
+    # Adaption prompts wrap attention modules, which the native model looks into.
+    _fill([TRANSFORMERS_MODEL_CONFIG], family.config_class.model_type, like=family.name)
+    # How checkpoints of the family, or of one of its classes, are laid out on disk: experts tensor by tensor, or a
+    # head under another name.
+    names = {base.__name__: sparse.__name__ for base, sparse in family.pairs()}
+    for base_name, name in {family.name: family.config_class.model_type, **names}.items():
+        mapping = get_checkpoint_conversion_mapping(base_name)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
     if is_serve_available():
-        _register_response_templates()
+        _register_response_template(family)
+    return family
 
 
 def _transformers_modules() -> list[ModuleType]:
@@ -84,13 +104,13 @@ def _transformers_modules() -> list[ModuleType]:
     return list(found.values())
 
 
-def _register_response_templates() -> None:
+def _register_response_template(family: Family) -> None:
     """How `transformers serve` finds tool calls and reasoning in what a model writes, which it knows by model type."""
     from transformers.cli.serving import utils
 
     for types, template in list(utils._RESPONSE_TEMPLATE_FALLBACKS.items()):
-        if own := tuple(family.config_class.model_type for family in FAMILIES.values() if family.name in types):
-            utils._RESPONSE_TEMPLATE_FALLBACKS[own] = template
+        if family.name in types:
+            utils._RESPONSE_TEMPLATE_FALLBACKS[(family.config_class.model_type,)] = template
 
 
 def _register_model(
@@ -105,7 +125,7 @@ def _register_model(
     AutoModel.register(config_class, model_class, exist_ok=True)
     modeling_auto.MODEL_MAPPING_NAMES[name] = model_class.__name__
     remote = {"AutoConfig": config_class, "AutoModel": model_class}
-    for head in HEADS:
+    for head in AUTO:
         if head in head_classes:
             auto_class, names = AUTO[head]
             auto_class.register(config_class, head_classes[head], exist_ok=True)
@@ -116,6 +136,9 @@ def _register_model(
         TOKENIZER_MAPPING_NAMES.setdefault(name, TOKENIZER_MAPPING_NAMES[like])
     if like in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
         MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(name)
+    for module in _transformers_modules():
+        for each in (config_class, model_class, *head_classes.values()):  # tools look them up as transformers.<name>
+            setattr(module, each.__name__, each)
     _fill(PEFT_TABLES, name, like)
     LORA_TARGETS.setdefault(name, ["q_proj", "v_proj", "qkv_proj", "query_key_value"])
 

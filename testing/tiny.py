@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 
 SHAPE = {
     "vocab_size": 256,
@@ -103,9 +103,17 @@ FIELDS = {
 }
 
 
+# Every kind of thing in which families differ, and the most used ones: tested by default, the others every night.
+REPRESENTATIVES = ("gemma3_text", "gpt_neox", "gpt_oss", "llama", "mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3")
+FAMILIES = tuple(FIELDS)
+EVERY_FAMILY = pytest.mark.parametrize(
+    "family", [pytest.param(x, marks=() if x in REPRESENTATIVES else pytest.mark.families) for x in FAMILIES]
+)
+
+
 def tiny_base(family: str = "llama", head: str | None = "ForCausalLM", seed: int = 0, **fields) -> PreTrainedModel:
     """A base model with random weights, biases, norms and sinks, float32."""
-    row = FAMILIES[family]
+    row = family_of(family)
     torch.manual_seed(seed)
     model_class = row.base_head_classes[head] if head else row.base_model_class
     model = model_class(row.base_config_class(**{**SHAPE, **FIELDS.get(family, {}), **fields}))

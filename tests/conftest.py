@@ -16,7 +16,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel  # noqa: E402
-from mosa_hf.modeling.family import FAMILIES  # noqa: E402
+from mosa_hf.modeling.family import family_of  # noqa: E402
 
 collect_ignore = ["modeling/upstream"]  # suites to inherit from: `test_upstream.py` does
 # The first one converts what another one of them needs, which would wait for it.
@@ -92,7 +92,7 @@ def native_form(**fields) -> Form:
 
 def sparse_form(family: str = "llama", **fields) -> Form:
     """A family with sparse groups."""
-    row = FAMILIES[family]
+    row = family_of(family)
     heads = (row.head_classes[name] for name in ("ForCausalLM", "ForSequenceClassification"))
     shape = {**SHAPE, "num_attention_heads": 6, "num_key_value_heads": 3, "mosa_plan": PLAN}
     return Form(row.config_class, row.model_class, *heads, {**shape, **fields})

@@ -21,29 +21,31 @@ def candidate_plan(config: SparseGroupsConfig, conversion: ConversionConfig) -> 
     Raises:
         ValueError: for groups that the model lacks, or that cannot be sparse.
     """
-    num_layers, num_groups = config.num_hidden_layers, config.num_groups
-    sliding = [layer for layer in range(num_layers) if config.is_sliding(layer)]
+    num_layers = config.num_hidden_layers
+    num_groups = [config.num_groups_of(layer) for layer in range(num_layers)]
+    dense = config.sliding_layers()
     if conversion.plan is not None:
         assert isinstance(conversion.plan, GroupPlan)  # a path has been read
-        conversion.plan.validate(num_layers, num_groups, sliding)
+        config.check_plan(conversion.plan)
         if not conversion.plan.sparse_pairs():
             raise ValueError("The plan leaves every group dense: there is nothing to convert.")
         return conversion.plan
     group = SparseGroup(window=conversion.window, sparsity=conversion.sparsity)
-    plan = GroupPlan.uniform(num_layers, num_groups, group, sliding)
+    plan = GroupPlan.uniform(num_layers, num_groups, group, dense)
     possible = plan.sparse_pairs()
     if not possible:
-        raise ValueError("Every layer has a sliding window, which bounds its cache: there is nothing to convert.")
+        reasons = sorted({str(config.why_dense(layer)) for layer in dense})
+        raise ValueError(f"There is nothing to convert: of every layer, {', or '.join(reasons)}.")
     if isinstance(conversion.groups, int) and conversion.groups > len(possible):
         raise ValueError(
             f"`groups={conversion.groups}`: the model has {len(possible)} key/value groups that can be sparse, "
-            f"{num_groups} in each of {num_layers - len(sliding)} layers with global attention."
+            f"in {num_layers - len(dense)} layers with global attention."
         )
     if isinstance(conversion.groups, tuple):
         if unknown := sorted(set(conversion.groups) - set(possible)):
             raise ValueError(
-                f"`groups` names {unknown}, but the model has layers < {num_layers}, groups < {num_groups}"
-                + (f", and its layers {sliding} have a sliding window and stay dense." if sliding else ".")
+                f"`groups` names {unknown}, but the model has layers < {num_layers}, groups < {max(num_groups)}"
+                + (f", and its layers {dense} stay dense: {config.why_dense(dense[0])}." if dense else ".")
             )
         return _only(plan, conversion.groups)
     return plan

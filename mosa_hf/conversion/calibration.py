@@ -9,7 +9,6 @@ means the same in every group of every layer, so one threshold can serve them al
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import nn
@@ -19,9 +18,8 @@ from transformers.utils import logging
 
 from ..compat import CACHE
 from ..modeling.devices import input_device
-from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
-from ..modeling.layers import attention_modules, check_numbered
+from ..modeling.layers import attention_modules, check_numbered, decoder_of, output_projection_of
 from ..modeling.modes import evaluating
 from .windows import calibration_ids
 
@@ -170,14 +168,13 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
-def _attention_modules(model: PreTrainedModel, family: Family, layers: list[int]) -> list[nn.Module]:
+def _attention_modules(model: PreTrainedModel, layers: list[int]) -> list[nn.Module]:
     """The attention modules of some layers."""
-    modules = attention_modules(model.base_model, family.base_attention_class)
-    modules = {layer: module for layer, module in modules.items() if type(module) is family.base_attention_class}
+    modules = attention_modules(decoder_of(model))
     check_numbered(modules, model.config.num_hidden_layers)
     if lacking := sorted(set(layers) - modules.keys()):
         raise ValueError(
-            f"`model` ({type(model).__name__}) has no {family.base_attention_class.__name__} in layer {lacking[0]}: "
+            f"`model` ({type(model).__name__}) has no attention of Transformers' own in layer {lacking[0]}: "
             "pass a model as Transformers loads it, without replaced attention modules."
         )
     return [modules[layer] for layer in layers]
@@ -221,11 +218,10 @@ def fit_routers(
     layers = [layer for layer, groups in enumerate(plan.layers) if any(groups)]
     input_ids = calibration_ids(input_ids, model.config)
     _check_text(input_ids, model.config.max_position_embeddings, ridge)
-    family = family_of(model.config.model_type)
-    modules = _attention_modules(model, family, layers)
-    decoder = cast(PreTrainedModel, model.base_model)
+    modules = _attention_modules(model, layers)
+    decoder = decoder_of(model)
     device = input_device(model)
-    num_groups, num_tokens = len(plan.layers[0]), input_ids.shape[1]
+    num_tokens = input_ids.shape[1]
     sparse = [[group for group, kind in enumerate(plan.layers[layer]) if kind is not None] for layer in layers]
     regressions = [_Regression(groups, len(input_ids), int(include_first)) for groups in sparse]
     grams: dict[int, torch.Tensor] = {}
@@ -241,12 +237,12 @@ def fit_routers(
                 f"`model` ({type(model).__name__}) does not show its attention weights; it must support "
                 "`attn_implementation='eager'`."
             )
+        num_groups = len(plan.layers[layers[index]])
         attention = output[1][0, :, :, :num_tokens].unflatten(0, (num_groups, -1))
         value = cache.layers[module.layer_idx].values[0, :, :num_tokens]
         if index not in grams:
             num_heads = output[1].shape[1]
-            projection = getattr(module, family.output_projection)
-            gram = output_gram(projection, num_heads, value.shape[-1], hidden_states)
+            gram = output_gram(output_projection_of(module), num_heads, value.shape[-1], hidden_states)
             grams[index] = gram.unflatten(0, (num_groups, -1))
         scores = importance(attention, hidden_states[0], value, grams[index])
         regressions[index].add(read.pop(index), scores)

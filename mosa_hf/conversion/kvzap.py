@@ -54,7 +54,7 @@ def load_kvzap(
             f"{directory} is of another model: `{wrong[0]}` is {settings.get(wrong[0])}, not {shape[wrong[0]]}."
         )
     plan = GroupPlan.uniform(num_layers, num_groups, SparseGroup(window, sparsity))
-    plan.validate(num_layers, num_groups, [layer for layer in range(num_layers) if plain.is_sliding(layer)])
+    plain.check_plan(plan)
     config = family.config_class.from_base(
         model.config,
         mosa_window=window,

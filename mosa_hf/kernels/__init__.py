@@ -24,6 +24,7 @@ class Backend(NamedTuple):
 
 
 FILES = {"reference": "reference", "torch": "pytorch", "triton": "triton"}  # a backend's files in each folder
+TRITON_HEAD_DIM = 256  # up to which blocks of keys and values fit into a GPU's shared memory
 _backends: dict[str, Backend] = {}
 _chosen: str | None = None
 _has_gpu_build = bool(torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is not None
@@ -40,11 +41,15 @@ for _name in ("reference", "torch", *(["triton"] if _has_gpu_build else [])):
     _load(_name)
 
 
-def backend(states: torch.Tensor) -> Backend:
+def backend(states: torch.Tensor, value_dim: int | None = None) -> Backend:
     """
     The operations that run on tensors like `states`: what `use_backend` chose; else the reference in a program that is
     exported, which holds PyTorch's own operators then, and under transforms of `torch.func`; else Triton on a GPU,
-    PyTorch elsewhere.
+    PyTorch elsewhere, and where values have another size than keys.
+
+    Args:
+        states: of which device, dtype and the last size, that of keys, count.
+        value_dim: of values; None: as keys.
     """
     if _chosen is not None:
         return _backends[_chosen]
@@ -52,7 +57,8 @@ def backend(states: torch.Tensor) -> Backend:
         return _backends["reference"]
     # Triton's kernels add up in float32: a float64 model wants more.
     on_gpu = states.device.type == "cuda" and states.dtype != torch.float64
-    return _backends["triton" if on_gpu and _has_gpu_build else "torch"]
+    fits = value_dim in (None, states.shape[-1]) and (value_dim is None or value_dim <= TRITON_HEAD_DIM)
+    return _backends["triton" if on_gpu and _has_gpu_build and fits else "torch"]
 
 
 @contextmanager

@@ -121,6 +121,8 @@ def mosa_attention_forward(
     if s_aux is not None:
         options["s_aux"] = s_aux
     if mosa is None:
+        mosa = getattr(module, "mosa_layer", None)
+    if mosa is None:
         check_has_mosa(module)
         return dense_attention(module, query, key, value, attention_mask, **options)
 
@@ -167,7 +169,7 @@ def mosa_attention_forward(
     if order != sorted(order):
         back = sorted(range(num_groups), key=order.__getitem__)
         output = output.index_select(1, torch.tensor(back, device=output.device))
-    return output.flatten(1, 2).transpose(1, 2), None
+    return output.flatten(1, 2).transpose(1, 2).contiguous(), None  # some families take a view
 
 
 def _attend_densely(
@@ -212,7 +214,8 @@ def sparse_attention(
     Returns:
         `[B, G, R, T, d]`.
     """
-    kernels = backend(query)
+    entries = read if isinstance(read, PackedKeyValues) else read[0]
+    kernels = backend(query, entries.value.shape[-1])
     if isinstance(read, PackedKeyValues):
         return kernels.sparse_decode(query.squeeze(3), read, **options).unsqueeze(3)
     recent, cached = read

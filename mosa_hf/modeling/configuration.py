@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from .group_plan import GroupPlan, SparseGroup
 from .remote_code import InstalledCodeConfigMixin
 
+# Upstream's types of layers whose attention reads all tokens, alone or beside a recurrent part.
+GLOBAL = ("full_attention", "hybrid")
 # What `per_layer_config` of the native model may set: the rest is the whole model's.
 PER_LAYER_FIELDS = (
     "num_attention_heads",
@@ -212,18 +215,34 @@ class SparseGroupsConfig(RoutingConfig):
 
     @property
     def num_groups(self) -> int:
-        """Key/value groups of a layer."""
-        return getattr(self, "num_key_value_heads", None) or self.num_attention_heads
+        """Key/value groups of a layer, of the layer with most of them."""
+        return max(self.num_groups_of(layer) for layer in range(self.num_hidden_layers))
+
+    def num_groups_of(self, layer_idx: int) -> int:
+        """Key/value groups of a layer: heads that a cache has of it."""
+        if getattr(self, "kv_lora_rank", None):  # of latent attention, whose heads share what is cached
+            return 1
+        if getattr(self, "multi_query", False):
+            return 1
+        layer = self.per_layer_config[layer_idx] if self.is_heterogeneous else self
+        return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
 
     def is_sliding(self, layer_idx: int) -> bool:
-        """Whether a layer's attention has a sliding window of its own, so that its cache is bounded already."""
-        if getattr(self, "layer_types", None) is not None:
-            return self.layer_types[layer_idx] != "full_attention"
-        return getattr(self, "sliding_window", None) is not None
+        """Whether a layer has to stay dense, see `why_dense`."""
+        return self.why_dense(layer_idx) is not None
+
+    def why_dense(self, layer_idx: int) -> str | None:
+        """What keeps a layer from having sparse groups; None if nothing does."""
+        if (modes := getattr(self, "kv_sharing_modes", None)) and modes[layer_idx] is not None:
+            return "layers share its keys and values"
+        kind = get_layer_types_and_kwargs(self)[0][layer_idx]
+        if "sliding" in kind or "chunked" in kind:
+            return "its attention has a sliding window"
+        return None if kind in GLOBAL else f"it is of type {kind!r}, not of global attention"
 
     def sliding_layers(self) -> list[int]:
         """
-        The layers whose attention has a sliding window of its own.
+        The layers that have to stay dense.
 
         Raises:
             ValueError: if `layer_types` is of other layers.
@@ -235,6 +254,15 @@ class SparseGroupsConfig(RoutingConfig):
                 "`config.layer_types` to those of its layers."
             )
         return [layer for layer in range(self.num_hidden_layers) if self.is_sliding(layer)]
+
+    def check_plan(self, plan: GroupPlan) -> None:
+        """
+        Raises:
+            ValueError: for a plan that does not fit, see `GroupPlan.validate`.
+        """
+        self.sliding_layers()  # what it raises
+        layers = range(self.num_hidden_layers)
+        plan.validate([self.num_groups_of(i) for i in layers], [self.why_dense(i) for i in layers])
 
     def fit_layers(self) -> None:
         """
@@ -257,8 +285,9 @@ class SparseGroupsConfig(RoutingConfig):
         if self.mosa_plan is not None:
             return GroupPlan.from_list(self.mosa_plan).layers[layer_idx]
         if self.is_sliding(layer_idx):
-            return (None,) * self.num_groups
-        return (SparseGroup(window=self.mosa_window, sparsity=self.mosa_sparsity),) * self.num_groups
+            return (None,) * self.num_groups_of(layer_idx)
+        group = SparseGroup(window=self.mosa_window, sparsity=self.mosa_sparsity)
+        return (group,) * self.num_groups_of(layer_idx)
 
     def has_attentions(self, layer_idx: int) -> bool:
         return not any(self.groups_of_layer(layer_idx))
@@ -291,9 +320,7 @@ class SparseGroupsConfig(RoutingConfig):
         if getattr(self, "use_bidirectional_attention", None):
             raise ValueError("`use_bidirectional_attention` does not fit sparse groups, which are causal.")
         if self.mosa_plan is not None:
-            GroupPlan.from_list(self.mosa_plan).validate(
-                self.num_hidden_layers, self.num_groups, self.sliding_layers()
-            )
+            self.check_plan(GroupPlan.from_list(self.mosa_plan))
 
 
 @strict

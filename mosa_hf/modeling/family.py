@@ -1,8 +1,8 @@
-"""What a family of models is to this package, and which there are: `families` makes them."""
+"""What a family of models is to this package. `families` makes each of them when it is first asked for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -15,14 +15,13 @@ class Family:
 
     name: str  # model type of the base
     base_config_class: type[PreTrainedConfig]
-    base_attention_class: type[nn.Module]
     base_model_class: type[PreTrainedModel]
     config_class: type[SparseGroupsConfig]
-    attention_class: type[nn.Module]
     model_class: type[PreTrainedModel]
     base_head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)  # "ForCausalLM" → class
     head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)
-    output_projection: str = "o_proj"  # of the attention module
+    # The decoder's, where the base model is but a wrapper around it (OPT): base → with sparse groups.
+    inner_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = field(default_factory=dict)
 
     @property
     def causal_lm_class(self) -> type[PreTrainedModel]:
@@ -31,7 +30,11 @@ class Family:
     def pairs(self) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
         """The base's model classes, each with the class with sparse groups."""
         heads = [(self.base_head_classes[name], self.head_classes[name]) for name in self.base_head_classes]
-        return [(self.base_model_class, self.model_class), *heads]
+        return [(self.base_model_class, self.model_class), *heads, *self.inner_classes.items()]
+
+    def classes(self) -> list[type[PreTrainedModel]]:
+        """All model classes with sparse groups."""
+        return [self.model_class, *self.head_classes.values(), *self.inner_classes.values()]
 
     def sparse_class_of(self, base_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         """
@@ -58,7 +61,16 @@ class Family:
         raise ValueError(f"{sparse_class.__name__} has no counterpart in Transformers' family {self.name!r}.")
 
 
-FAMILIES: dict[str, Family] = {}  # by the base's model type
+class Families(dict[str, Family]):
+    """Model type of a base → its family, which is made when it is first asked for."""
+
+    make: Callable[[str], Family]  # `registration` sets it
+
+    def __missing__(self, model_type: str) -> Family:
+        return self.setdefault(model_type, self.make(model_type))
+
+
+FAMILIES = Families()  # those that were asked for so far
 
 
 def family_of(model_type: str) -> Family:
@@ -66,11 +78,6 @@ def family_of(model_type: str) -> Family:
     The family of a base model's type.
 
     Raises:
-        ValueError: for a family that has no row.
+        ValueError: for a type that is no decoder of Transformers whose attention can have sparse groups.
     """
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"Models of type {model_type!r} cannot have sparse groups; supported: {', '.join(FAMILIES)}. A decoder "
-            "family of Transformers is added as a row of `mosa_hf/modeling/families.py`."
-        )
     return FAMILIES[model_type]

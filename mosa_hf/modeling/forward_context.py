@@ -1,6 +1,8 @@
 """The beginning of a model call, the same for every MoSA model: cache, positions, layout."""
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
@@ -47,6 +49,30 @@ class ForwardContext(NamedTuple):
     router_logits: dict["MosaRouter", torch.Tensor] | None = None
 
 
+class _Place(threading.local):
+    """Where layers find what they share if a family's code hands them nothing; each thread has its own."""
+
+    context: ForwardContext | None = None
+
+
+_PLACE = _Place()
+
+
+@contextmanager
+def shared_by_place(context: ForwardContext) -> Iterator[None]:
+    """Let layers that run meanwhile find `context`, see `context_of_place`."""
+    outer, _PLACE.context = _PLACE.context, context
+    try:
+        yield
+    finally:
+        _PLACE.context = outer
+
+
+def context_of_place() -> ForwardContext | None:
+    """What the layers of the forward that runs share; None outside of one of a family that hands them nothing."""
+    return _PLACE.context
+
+
 class CachingAttention(Protocol):
     """An attention module of which a cache has to know something."""
 
@@ -72,7 +98,7 @@ else:
 class ForwardContextMixin(Decoder):
     """For the decoder (base model) of any MoSA model, whose attention modules' `cache_spec` says what they keep."""
 
-    attention_class: type[nn.Module]  # of its layers, dense ones included
+    attention_class: type[nn.Module] | None = None  # of its layers, dense ones included; None: a family's own
 
     packs_by_positions = True  # whether the family's forward takes positions that restart for packed sequences
     _cache_made_for: list[tuple[int, SparseSpec] | None] | None = None  # the last one that `upgrade_cache` looked at
@@ -106,11 +132,13 @@ class ForwardContextMixin(Decoder):
         """
         Args:
             tokens: `[B, T]` or `[B, T, D]`, of which only shape and device matter.
-            attention_mask, position_ids, past_key_values, use_cache: as the decoder's forward takes them.
+            attention_mask, position_ids, past_key_values, use_cache: as the decoder's forward takes them; positions
+                `[B or 1, T]`, or multimodal ones `[3 or 4, B, T]`.
             options: its other keyword arguments, which go on to attention functions.
 
         Returns:
-            What layers share; the cache, upgraded, and made if there has to be one; position ids `[B or 1, T]`.
+            What layers share; the cache, upgraded, and made if there has to be one; position ids, `[B or 1, T]` by
+            default.
 
         Raises:
             ValueError: for a cache that is not of this model, or of other rows; a static one that is too short; what
@@ -147,9 +175,10 @@ class ForwardContextMixin(Decoder):
             mask = columns_of_mask(attention_mask, batch_size, num_tokens, past_length if is_static else None)
         if position_ids is None:
             position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
-        layout = CallLayout.build(
-            tokens, mask, position_ids, num_cached_tokens(past_key_values), may_be_packed, may_look
-        )
+        of_text = position_ids
+        if position_ids.ndim == 3:  # multimodal: of text, time, height and width; or without those of the text
+            of_text, may_be_packed = position_ids[0], may_be_packed and len(position_ids) == 4
+        layout = CallLayout.build(tokens, mask, of_text, num_cached_tokens(past_key_values), may_be_packed, may_look)
         if may_look:
             check_sequence_lengths(options, layout)
             if past_key_values is not None:

@@ -15,6 +15,7 @@ from ..cache import num_overflowed
 from ..compat import CACHE, takes_cache
 from .configuration import RoutingConfig
 from .forward_context import CachingAttention, ForwardContextMixin
+from .layers import decoder_of, layers_of
 from .router import MosaRouter
 
 logger = logging.get_logger(__name__)
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
         config: RoutingConfig
 
-        @property
-        def base_model(self) -> ForwardContextMixin: ...
-
 else:
     CausalLM = object
 
@@ -40,6 +38,11 @@ class MosaGenerationMixin(CausalLM):
     """Before a causal LM whose decoder is a `ForwardContextMixin`."""
 
     _generation_cache: Cache | None = None  # of the `generate` call that goes on
+
+    @property
+    def mosa_decoder(self) -> ForwardContextMixin:
+        """The part of the model that runs the layers."""
+        return cast(ForwardContextMixin, decoder_of(self))
 
     def generate(self, *args, **kwargs):
         """
@@ -65,8 +68,9 @@ class MosaGenerationMixin(CausalLM):
                     + (", or call `model.eval()`" if router.inference_routing == "threshold" else "")
                     + " (thresholds: `mosa_hf.calibrate_thresholds`)."
                 )
-        if len(self.base_model.layers) == self.config.num_hidden_layers:  # drafting lowers it
-            self.base_model.update_config()  # of which caches are made
+        decoder = self.mosa_decoder
+        if len(layers_of(decoder) or ()) == decoder.config.num_hidden_layers:  # drafting lowers it
+            decoder.update_config()  # of which caches are made
         try:
             output = super().generate(*args, **kwargs)
             cache = self._generation_cache
@@ -87,7 +91,7 @@ class MosaGenerationMixin(CausalLM):
         number of them. `past_key_values.activate_past_recording()` does that of a cache that this model has seen; a
         fresh one does not know yet that there is anything to record.
         """
-        self.base_model.upgrade_cache(past_key_values)
+        self.mosa_decoder.upgrade_cache(past_key_values)
         past_key_values.activate_past_recording()
 
     def init_continuous_batching(self, *args, **kwargs):
@@ -125,7 +129,7 @@ class MosaGenerationMixin(CausalLM):
             )
         self._generation_cache = cache
         # Before assisted generation asks the cache to record what it may have to roll back.
-        self.base_model.upgrade_cache(cache, max_cache_length)
+        self.mosa_decoder.upgrade_cache(cache, max_cache_length)
         if generation_config.is_assistant:
             self.record_past(cache)
 
@@ -137,7 +141,7 @@ class MosaGenerationMixin(CausalLM):
         num_heads, head_dim = shape
         num_layers = self.config.num_hidden_layers
         num_heads = [num_heads] * num_layers if isinstance(num_heads, int) else list(num_heads)
-        for module in self.base_model.running_attention().values():
+        for module in self.mosa_decoder.running_attention().values():
             if hasattr(module, "cache_spec"):
                 caching = cast(CachingAttention, module)
                 if (dense := caching.cache_spec().dense) is not None:

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,16 @@ class GroupPlan:
 
     @classmethod
     def uniform(
-        cls, num_layers: int, num_groups: int, group: SparseGroup, dense_layers: Collection[int] = ()
+        cls, num_layers: int, num_groups: int | Sequence[int], group: SparseGroup, dense_layers: Collection[int] = ()
     ) -> "GroupPlan":
-        """A plan with the same sparse groups in all layers but those that stay dense."""
-        return cls(tuple(((None if layer in dense_layers else group),) * num_groups for layer in range(num_layers)))
+        """
+        A plan with the same sparse groups in all layers but those that stay dense.
+
+        Args:
+            num_groups: of every layer, or of each.
+        """
+        sizes = [num_groups] * num_layers if isinstance(num_groups, int) else num_groups
+        return cls(tuple(((None if i in dense_layers else group),) * sizes[i] for i in range(num_layers)))
 
     @classmethod
     def of_config(cls, config: Any) -> "GroupPlan":
@@ -129,26 +135,25 @@ class GroupPlan:
             for groups in self.layers
         ]
 
-    def validate(self, num_layers: int, num_groups: int, sliding: list[int]) -> None:
+    def validate(self, num_groups: Sequence[int], why_dense: Sequence[str | None]) -> None:
         """
         Args:
-            num_layers, num_groups: of the model.
-            sliding: its layers with a sliding window, which stay dense.
+            num_groups: of each layer of the model.
+            why_dense: of each layer, what keeps it from having sparse groups; None: nothing does.
 
         Raises:
             ValueError: for a plan that does not fit the model, naming layer and group.
         """
-        if len(self.layers) != num_layers:
-            raise ValueError(f"The plan has {len(self.layers)} layers, but the model has {num_layers}.")
-        for layer_idx, groups in enumerate(self.layers):
-            if len(groups) != num_groups:
+        if len(self.layers) != len(num_groups):
+            raise ValueError(f"The plan has {len(self.layers)} layers, but the model has {len(num_groups)}.")
+        for layer_idx, (groups, size, reason) in enumerate(zip(self.layers, num_groups, why_dense, strict=True)):
+            if len(groups) != size:
                 raise ValueError(
-                    f"The plan names {len(groups)} groups in layer {layer_idx}, but the model has {num_groups}."
+                    f"The plan names {len(groups)} groups in layer {layer_idx}, but the model has {size}."
                 )
-            if layer_idx in sliding and any(groups):
+            if reason is not None and any(groups):
                 raise ValueError(
-                    f"The plan makes groups of layer {layer_idx} sparse, but its attention has a sliding window, so "
-                    "its cache is bounded already: leave its groups null."
+                    f"The plan makes groups of layer {layer_idx} sparse, but {reason}: leave its groups null."
                 )
 
     def sparse(self) -> dict[tuple[int, int], SparseGroup]:

@@ -1,12 +1,102 @@
-"""Which layer of a model is where. No module knows its own place: people take layers out, repeat and move them."""
+"""
+Where the decoder of a model is, its layers and their attention. They are found by what they do, whatever a family
+calls them; and no module knows its own place: people take layers out, repeat and move them.
+"""
 
+import ast
+import inspect
 import re
-from collections.abc import Mapping
-from typing import TypeVar, cast
+import textwrap
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any, TypeVar, cast, overload
 
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+
+# What families call the projection of an attention module from heads to hidden states.
+OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj", "Wo", "wo", "output_linear", "final_linear")
 
 Attention = TypeVar("Attention", bound=nn.Module)
+
+
+@cache
+def calls_attention_interface(module_class: type) -> bool:
+    """Whether the forward of a class of Transformers, with our mixins or without, calls an attention function."""
+    for each in module_class.__mro__:
+        if "forward" in vars(each) and not each.__module__.startswith("mosa_hf."):
+            code = getattr(inspect.unwrap(vars(each)["forward"]), "__code__", None)
+            return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return False
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module of a decoder is the causal self-attention of a layer, by Transformers' own code or ours."""
+    return (
+        getattr(module, "layer_idx", None) is not None
+        and getattr(module, "is_causal", True) is not False
+        and type(module).__module__.startswith(("transformers.", "mosa_hf."))
+        and calls_attention_interface(type(module))
+    )
+
+
+@cache
+def passes_keywords(forward: Callable, callee: str | None = None) -> bool:
+    """
+    Whether a function hands keyword arguments that it does not know on to what it calls.
+
+    Args:
+        callee: the name of that; None: whatever it calls.
+    """
+    function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]
+    if not isinstance(function, ast.FunctionDef) or (unknown := function.args.kwarg) is None:
+        return False
+    return any(
+        keyword.arg is None and ast.unparse(keyword.value) == unknown.arg
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and callee in (None, ast.unparse(node.func))
+        for keyword in node.keywords
+    )
+
+
+def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
+    """The list of a decoder's layers; None if it has none with attention, as what wraps a decoder."""
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList) and any(is_attention(module) for module in child.modules()):
+            return child
+    return None
+
+
+def decoder_of(model: nn.Module) -> PreTrainedModel:
+    """
+    The part of a model that runs the layers: mostly `model.base_model`.
+
+    Raises:
+        ValueError: if none has layers with attention that can be sparse.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and layers_of(module) is not None:
+            return module
+    raise ValueError(
+        f"{type(model).__name__} has no layers with causal attention that calls Transformers' "
+        "`ALL_ATTENTION_FUNCTIONS`: pass a model as Transformers loads it, without replaced attention modules."
+    )
+
+
+def output_projection_of(module: nn.Module) -> nn.Module:
+    """
+    The projection of an attention module from heads to hidden states.
+
+    Raises:
+        ValueError: if it has no known name.
+    """
+    for name in OUTPUT_PROJECTIONS:
+        if isinstance(found := getattr(module, name, None), nn.Module):
+            return found
+    raise ValueError(
+        f"{type(module).__name__} has no output projection of a known name ({', '.join(OUTPUT_PROJECTIONS)}), which "
+        "calibration needs: add its name to `OUTPUT_PROJECTIONS` of `mosa_hf/modeling/layers.py`."
+    )
 
 
 def layer_of(name: str) -> int:
@@ -16,18 +106,27 @@ def layer_of(name: str) -> int:
     Raises:
         ValueError: for a module that lies in no list of layers.
     """
-    if not (places := re.findall(r"(?:^|\.)layers\.(\d+)\.", name)):
+    if not (places := re.findall(r"(?:^|\.)(\d+)\.", name)):
         raise ValueError(f"`{name}` lies in no layer of a model: pass the whole model.")
-    return int(places[-1])
+    return int(places[0])
 
 
-def attention_modules(decoder: nn.Module, attention_class: type[Attention]) -> dict[int, Attention]:
-    """Place of a layer → its attention module, for the layers of a decoder that have one."""
+@overload
+def attention_modules(decoder: nn.Module, attention_class: type[Attention]) -> dict[int, Attention]: ...
+@overload
+def attention_modules(decoder: nn.Module, attention_class: None = None) -> dict[int, Any]: ...
+def attention_modules(decoder: nn.Module, attention_class: type[Attention] | None = None) -> dict[int, Any]:
+    """
+    Place of a layer → its attention module, for the layers of a decoder that have one.
+
+    Args:
+        attention_class: of the modules; None: whatever `is_attention` finds.
+    """
     return {
         place: module
-        for place, layer in enumerate(cast(nn.ModuleList, decoder.layers))
+        for place, layer in enumerate(layers_of(decoder) or ())
         for module in layer.modules()
-        if isinstance(module, attention_class)
+        if (is_attention(module) if attention_class is None else isinstance(module, attention_class))
     }
 
 

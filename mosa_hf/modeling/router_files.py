@@ -71,7 +71,7 @@ def write_routers(model: PreTrainedModel, directory: Path, base_model: str | Non
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_has_sparse_groups(model)
     sparse = cast(SparsePreTrainedMixin, model)
-    sparse.base_model.update_config()
+    sparse.mosa_decoder.update_config()
     config = sparse.config
     base_model = base_model or base_name(config)
     content = {

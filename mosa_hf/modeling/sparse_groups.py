@@ -7,6 +7,7 @@ as it is. `SparseGroupsMixin` routes before it, the cache layer keeps what is se
 "mosa" (`attention`) reads it.
 """
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,8 +22,9 @@ from ..compat import CACHE
 from ..kernels.tensors import take
 from .attention import LayerContext, LayerGroups
 from .configuration import SparseGroupsConfig
-from .forward_context import ForwardContext
+from .forward_context import ForwardContext, context_of_place
 from .group_plan import SparseGroup
+from .layers import passes_keywords
 from .router import MosaRouter, active_module
 
 logger = logging.get_logger(__name__)
@@ -58,13 +60,18 @@ else:
 
 class SparseGroupsMixin(FamilyAttention):
     """
-    Stands before a family's attention class: `class MosaQwen3Attention(SparseGroupsMixin, Qwen3Attention)`. Adds a
+    Stands before a family's attention class, see `sparse_attention_class`. Adds a
     submodule `mosa_router` and no other weight.
     """
 
     mosa_plan: tuple[SparseGroup | None, ...]  # what the layer's groups are, wherever in the model it is
     mosa_groups: LayerGroups  # the same by index, in a parallel process of its own groups alone
     mosa_router: MosaRouter
+    mosa_layer: LayerContext | None = None  # while a family's code runs that hands the attention function nothing
+
+    def __reduce__(self) -> tuple:
+        # By the family's class, which any process finds: ours may not have been made there.
+        return _blank_attention, (type(self).__bases__[-1],), self.__dict__
 
     def add_sparse_groups(self, config: SparseGroupsConfig, plan: tuple[SparseGroup | None, ...]) -> None:
         """Make an attention module of the family, already of this class, one with the sparse groups of `plan`."""
@@ -91,7 +98,7 @@ class SparseGroupsMixin(FamilyAttention):
         Raises:
             ValueError: outside of a model with sparse groups; for expert choice on top of cached tokens.
         """
-        if mosa_context is None:
+        if mosa_context is None and (mosa_context := context_of_place()) is None:
             raise ValueError(f"{type(self).__name__} runs within a MoSA model only: it lacks `mosa_context`.")
         name = CACHE if CACHE in kwargs else "layer_past"
         past_key_values: Cache | None = kwargs.get(name)
@@ -119,7 +126,14 @@ class SparseGroupsMixin(FamilyAttention):
             kwargs[name] = CacheInForward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
-        output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
+        if passes_keywords(type(self).__bases__[-1].forward, "attention_interface"):
+            output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
+        else:
+            self.mosa_layer = call
+            try:
+                output, *others = super().forward(hidden_states, *args, **kwargs)
+            finally:
+                self.mosa_layer = None
         # Other processes wait for this one's part of a router's gradient, be there any or none. The gradient of no
         # logits is 0, and of no number that may be infinite.
         if gate is not None or (learns and torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -152,6 +166,17 @@ class SparseGroupsMixin(FamilyAttention):
         """What a cache has to know of this layer."""
         dense = self.mosa_groups.dense
         return SparseSpec(dense, self.mosa_groups.sets, self.mosa_budget, num_dense=len(dense))
+
+
+@cache
+def sparse_attention_class(base_class: type[nn.Module]) -> type[nn.Module]:
+    """An attention class of Transformers with sparse groups: `MosaQwen3Attention` of `Qwen3Attention`."""
+    return type(f"Mosa{base_class.__name__}", (SparseGroupsMixin, base_class), {"__module__": __name__})
+
+
+def _blank_attention(base_class: type[nn.Module]) -> nn.Module:
+    """An object of a class that `sparse_attention_class` makes, for pickle to fill."""
+    return object.__new__(sparse_attention_class(base_class))
 
 
 def warn_of_idle_routers() -> None:

@@ -5,6 +5,7 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import lru_cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -20,14 +21,14 @@ from ..compat import CACHE, takes_cache
 from .configuration import SparseGroupsConfig
 from .devices import execution_device, offloaded_weights
 from .family import Family, family_of
-from .forward_context import ForwardContextMixin
+from .forward_context import ForwardContextMixin, shared_by_place
 from .group_plan import GroupPlan, SparseGroup
-from .layers import attention_modules, check_number, layer_of
+from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, passes_keywords
 from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter, init_router, named_routers
-from .sparse_groups import SparseGroupsMixin
+from .sparse_groups import SparseGroupsMixin, sparse_attention_class
 
 if TYPE_CHECKING:
 
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
         """What the mixins rely on: what every class of a family has, once it is one of ours."""
 
         config: SparseGroupsConfig
-
-        @property
-        def base_model(self) -> "SparseModelMixin": ...
 
 else:
     FamilyModel = object
@@ -61,6 +59,15 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
         super().__init__(config, *args, **kwargs)
         add_sparse_groups(self, config)
 
+    def __reduce__(self) -> tuple:
+        # By the base's class, which any process finds: ours may not have been made there.
+        return _blank_model, (type(self).family.name, type(self).__name__), self.__dict__
+
+    @property
+    def mosa_decoder(self) -> "SparseModelMixin":
+        """The part of the model that runs the layers."""
+        return cast(SparseModelMixin, decoder_of(self))
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `CheckedLoadingMixin.from_pretrained`; routers that no gradient reaches are frozen."""
@@ -70,7 +77,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As `PreTrainedModel.save_pretrained`, with a config that says what the layers are now."""
-        self.base_model.update_config()
+        self.mosa_decoder.update_config()
         super().save_pretrained(*args, **kwargs)
 
     @classmethod
@@ -94,17 +101,26 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
 
     config: SparseGroupsConfig
     built_layers: list[tuple[SparseGroup | None, ...]]  # what its layers were when `config.mosa_plan` was of them
+    drops_keywords: bool  # whether attention modules are not called with what the decoder is called with
+
+    @property
+    def base_class(self) -> type[PreTrainedModel]:
+        """The family's own class."""
+        return cast(type[PreTrainedModel], type(self).__bases__[-1])
 
     @property
     def takes_masks_by_layer_type(self) -> bool:
         """Whether the family's forward takes a dict of prepared masks, which its code asks for."""
-        return "dict" in inspect.unwrap(self.family.base_model_class.forward).__code__.co_names
+        return "dict" in inspect.unwrap(self.base_class.forward).__code__.co_names
 
     def layer_plans(self) -> list[tuple[SparseGroup | None, ...]]:
         """What the groups of each layer are."""
-        dense = (None,) * self.config.num_groups
         modules = attention_modules(self, SparseGroupsMixin)
-        return [modules[i].mosa_plan if i in modules else dense for i in range(len(self.layers))]
+        last = self.config.num_hidden_layers - 1
+        return [
+            modules[place].mosa_plan if place in modules else (None,) * self.config.num_groups_of(min(place, last))
+            for place in range(len(layers_of(self) or ()))
+        ]
 
     def update_config(self) -> None:
         """
@@ -120,7 +136,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         if not has_moved and (config.mosa_plan is None or len(config.mosa_plan) == config.num_hidden_layers):
             return
         plan = GroupPlan(tuple(plans[: config.num_hidden_layers]))
-        plan.validate(config.num_hidden_layers, config.num_groups, config.sliding_layers())
+        config.check_plan(plan)
         if config.mosa_plan is not None or GroupPlan.of_config(config) != plan:
             config.mosa_plan = plan.to_list()
         self.built_layers = plans
@@ -150,19 +166,38 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None:
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        call, past_key_values, positions = self.begin_forward(
+        context, past_key_values, _ = self.begin_forward(
             tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=self.mask_of_dense_layers(attention_mask),
-            position_ids=positions,
-            **{CACHE: past_key_values},
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            mosa_context=call,
-            **kwargs,
-        )
+        if position_ids is not None:  # else the family counts, some by the mask
+            kwargs["position_ids"] = position_ids
+        shared = nullcontext()
+        if self.drops_keywords:
+            self.check_checkpointing()
+            shared = shared_by_place(context)
+        else:
+            kwargs["mosa_context"] = context
+        with shared:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=self.mask_of_dense_layers(attention_mask),
+                **{CACHE: past_key_values},
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+
+    def check_checkpointing(self) -> None:
+        """
+        Raises:
+            ValueError: for gradient checkpointing in a family whose layers pass no keyword arguments on: when they
+                run again, they would not know of which forward.
+        """
+        if self.training and getattr(self, "gradient_checkpointing", False):
+            raise ValueError(
+                f"Layers of {self.base_class.__name__} do not pass on what they are called with, so that gradient "
+                "checkpointing would recompute other selections: call `gradient_checkpointing_disable()`."
+            )
 
 
 @lru_cache
@@ -181,6 +216,12 @@ def makes_masks_of_positions(forward: Callable) -> bool:
     return False
 
 
+def _blank_model(model_type: str, class_name: str) -> PreTrainedModel:
+    """An object of a class of the family of a base's model type, for pickle to fill."""
+    model_class = next(each for each in family_of(model_type).classes() if each.__name__ == class_name)
+    return object.__new__(model_class)
+
+
 def freeze_idle_routers(model: SparsePreTrainedMixin) -> None:
     """Loading makes new parameters, which all want gradients: freeze the routers again that none reaches."""
     if not model.config.mosa_gate_slope:
@@ -193,20 +234,25 @@ def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) 
     Give a model of a class in `families`, whose modules are still the base family's, its sparse groups: its decoder
     and the attention modules of the layers that have any become their MoSA classes, with new routers.
     """
-    decoder = model.base_model
-    if not isinstance(decoder, SparseModelMixin):
-        _set_class(decoder, model.family.model_class)
-    if not any(isinstance(module, SparseGroupsMixin) for module in decoder.modules()):
-        for layer, module in attention_modules(decoder, decoder.attention_class).items():
+    decoder = decoder_of(model)
+    around = [each for each in model.modules() if isinstance(each, PreTrainedModel) and decoder in each.modules()]
+    for each in around:
+        if not isinstance(each, SparsePreTrainedMixin):
+            _set_class(each, model.family.sparse_class_of(type(each)))
+    decoder = cast(SparseModelMixin, decoder)
+    is_new = not any(isinstance(module, SparseGroupsMixin) for module in decoder.modules())
+    if is_new:
+        for layer, module in attention_modules(decoder).items():
             plan = config.groups_of_layer(layer)
-            if type(module) is decoder.attention_class and any(plan):
-                _set_class(module, model.family.attention_class)
+            if any(plan):
+                _set_class(module, sparse_attention_class(type(module)))
                 cast(SparseGroupsMixin, module).add_sparse_groups(config, plan)
         decoder.built_layers = decoder.layer_plans()
-        decoder.packs_by_positions = makes_masks_of_positions(model.family.base_model_class.forward)
-        if decoder is not model:
-            decoder.post_init()
-    model.post_init()
+        decoder.packs_by_positions = makes_masks_of_positions(decoder.base_class.forward)
+        layers = {type(layer) for layer in layers_of(decoder) or ()}
+        decoder.drops_keywords = not all(passes_keywords(each.forward) for each in (decoder.base_class, *layers))
+    for each in reversed(around if is_new else around[:1]):  # from the inside out, as they are built
+        each.post_init()
 
 
 def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> PreTrainedModel:
@@ -236,22 +282,21 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
     """The base family's model that shares the weights of `model`, which is left as it was: only routers go."""
     family = model.family
     base = _shared_copy(model, model.config.to_base(), family.base_class_of(type(model)))
-    decoder = cast(PreTrainedModel, base.base_model)
-    if decoder is not base:
-        _set_class(decoder, family.base_model_class)
-    del decoder.built_layers, decoder.packs_by_positions
+    decoder = cast(SparseModelMixin, decoder_of(base))
+    del decoder.built_layers, decoder.packs_by_positions, decoder.drops_keywords
     for module in decoder.modules():
         if isinstance(module, SparseGroupsMixin):
             del module.mosa_router
             for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope"):
                 delattr(module, name)
-            _set_class(module, family.base_attention_class)
+            _set_class(module, type(module).__bases__[-1])
             module.config = base.config
-    for each in {decoder, base}:
+    around = [each for each in base.modules() if isinstance(each, PreTrainedModel) and decoder in each.modules()]
+    for each in reversed(around):
+        if isinstance(each, SparsePreTrainedMixin):
+            _set_class(each, family.base_class_of(type(each)))
         each.__dict__.pop("_keep_in_fp32_modules_strict", None)
-    if decoder is not base:
-        decoder.post_init()
-    base.post_init()
+        each.post_init()
     return base
 
 
@@ -266,7 +311,7 @@ def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedMod
     memo |= {id(weights): weights for weights in offloaded_weights(model)}
     memo[id(model.config)] = config
     result = copy.deepcopy(model, memo)
-    result.base_model.__dict__.pop("_cache_made_for", None)  # of other groups
+    decoder_of(result).__dict__.pop("_cache_made_for", None)  # of other groups
     _set_class(result, model_class)
     return result
 

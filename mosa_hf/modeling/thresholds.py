@@ -9,7 +9,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .devices import input_device
 from .forward_context import ForwardContext
-from .layers import layer_of
+from .layers import decoder_of, layer_of
 from .modes import evaluating
 from .router import MosaRouter, named_routers
 from .token_ids import check_no_padding, check_token_ids, padding_token
@@ -75,7 +75,7 @@ def seen_logits(
             for batch in batches:
                 inputs = read_batch(batch, model.config)
                 inputs = {name: states.to(device) for name, states in inputs.items()}
-                model.base_model(**inputs, use_cache=False)
+                decoder_of(model)(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

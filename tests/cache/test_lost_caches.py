@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.exporters.exporter_dynamo import _pytree_flatten, _pytree_unflatten
 
 from mosa_hf import to_dense
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from ..conftest import FORMS, PLAN, SHAPE, native_form, sparse_form
@@ -265,7 +265,7 @@ def test_a_model_converted_again_does_not_take_the_first_ones_cache():
     """With other groups, and the modules of the first: what that one has looked at is not known to this one."""
     model = LOST["all sparse"][0].model()
     cache = filled(model)
-    config = FAMILIES["llama"].config_class.from_base(to_dense(model).config, mosa_window=9, mosa_sparsity=4)
+    config = family_of("llama").config_class.from_base(to_dense(model).config, mosa_window=9, mosa_sparsity=4)
     other = with_sparse_groups(to_dense(model), config)
     with pytest.raises(ValueError, match="made for a model whose groups differ .*MosaLlamaModel"):
         fed(other, cache, READ, 21)

@@ -9,10 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mosa_hf import ConversionConfig, GroupPlan, calibrate_thresholds, convert_model
 from mosa_hf.conversion.allocation import choose_groups, mean_losses, one_threshold
 from mosa_hf.conversion.calibration import FLOOR, fit_routers
-from mosa_hf.modeling.family import FAMILIES
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.thresholds import highest_share
-from testing.tiny import random_tokens, tiny_base
+from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
 
 LENGTH, RIDGE = 48, 0.05
 FEW, MANY = SparseGroup(window=8, sparsity=4), SparseGroup(window=5, sparsity=2)
@@ -115,7 +114,7 @@ def test_layers_without_sparse_groups(model, input_ids):
     assert one[0] is None and torch.equal(one[1].importance, both[1].importance[..., :1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@EVERY_FAMILY
 def test_every_family(family):
     """Attention modules of any name, with biases, sinks and softcaps; layers with a sliding window are left out."""
     base = tiny_base(family)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mosa_hf import ConversionConfig, convert_checkpoint, save_routers, to_dense
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 from testing.tiny import random_tokens, tiny_base
 
 EVERYTHING = ConversionConfig(sparsity=1)
@@ -115,7 +115,7 @@ def test_adapters_are_named(tmp_path):
 @pytest.mark.parametrize("architectures", [None, ["CausalLM"]], ids=["none named", "causal LM named"])
 def test_a_decoder_alone_with_tied_embeddings(architectures, family, tmp_path):
     """Its names have no prefix, and upstream adds it."""
-    row, base = FAMILIES[family], tiny_base(family, tie_word_embeddings=True)
+    row, base = family_of(family), tiny_base(family, tie_word_embeddings=True)
     base.base_model.save_pretrained(tmp_path / "base")
     edit_config(tmp_path / "base", architectures=architectures and [row.base_head_classes["ForCausalLM"].__name__])
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -138,7 +138,7 @@ def test_a_decoder_alone_without_its_head(tmp_path):
         convert_checkpoint(tmp_path / "base", tmp_path / "converted", EVERYTHING)
     edit_config(tmp_path / "base", architectures=["LlamaModel"])
     convert_checkpoint(tmp_path / "base", tmp_path / "converted", EVERYTHING)
-    loaded = FAMILIES["llama"].model_class.from_pretrained(tmp_path / "converted")
+    loaded = family_of("llama").model_class.from_pretrained(tmp_path / "converted")
     assert torch.equal(outputs(loaded), outputs(base.model))
 
 
@@ -151,7 +151,7 @@ def test_a_decoder_with_the_names_of_a_head(tmp_path):
         convert_checkpoint(tmp_path / "base", tmp_path / "converted", EVERYTHING)
     edit_names(tmp_path / "base", lambda name: None if name.startswith("lm_head") else name)
     convert_checkpoint(tmp_path / "base", tmp_path / "converted", EVERYTHING)
-    loaded = FAMILIES["llama"].model_class.from_pretrained(tmp_path / "converted")
+    loaded = family_of("llama").model_class.from_pretrained(tmp_path / "converted")
     assert torch.equal(outputs(loaded), outputs(base.model))
 
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from mosa_hf import MosaConfig
 from mosa_hf.modeling.configuration import RoutingConfig
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 
 from ..conftest import PLAN, SHAPE, sparse_form
 
@@ -155,7 +155,7 @@ def test_round_trip_through_disk(tmp_path):
 
 # --- sparse groups ---
 
-MosaLlamaConfig = FAMILIES["llama"].config_class
+MosaLlamaConfig = family_of("llama").config_class
 ROUTING = [field.name for field in fields_of_class(RoutingConfig)]  # what both forms have
 GROUP = {"window": 3, "sparsity": 4}
 REFUSED_OF_SPARSE = [

@@ -18,11 +18,12 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from mosa_hf import calibrate_thresholds, convert_checkpoint, trace_routing
 from mosa_hf.modeling.attention import eager_attention_of
-from mosa_hf.modeling.families import FAMILIES, HEADS
+from mosa_hf.modeling.families import HEADS
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.router_files import save_routers
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin
 from mosa_hf.modeling.sparse_models import with_sparse_groups, without_sparse_groups
-from testing.tiny import random_tokens, tiny_base
+from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
 
 from ..contract import check_parity, check_training, padded_batch
 
@@ -30,11 +31,7 @@ NEAR, FAR = {"window": 5, "sparsity": 3}, {"window": 0, "sparsity": 2.5}
 KINDS = ((NEAR, FAR), (None, NEAR), (FAR, None))  # of the groups of a layer, over and over
 IDS = random_tokens(2, 24)
 ATTENTION = (None, "mosa", "sdpa", "eager")
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request) -> str:
-    return request.param
+pytestmark = EVERY_FAMILY
 
 
 @lru_cache
@@ -58,7 +55,7 @@ def graded_plan(config) -> list:
 @lru_cache
 def sparse_model(family: str, budget: int | None = None, router_size: int | None = None):
     """A model with sparse groups that shares the weights of `shared_base`."""
-    row, base = FAMILIES[family], shared_base(family)
+    row, base = family_of(family), shared_base(family)
     plan = graded_plan(row.config_class.from_base(base.config))
     fields = {"mosa_plan": plan, "mosa_cache_budget": budget, "mosa_router_hidden_size": router_size}
     config = row.config_class.from_base(base.config, **fields)
@@ -82,7 +79,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 @torch.no_grad()
 def test_selecting_everything_is_the_original(family):
     """ρ = 1, for the base model and every head that the family has, with a cache and without; hidden states too."""
-    row = FAMILIES[family]
+    row = family_of(family)
     for head in (None, *row.base_head_classes):
         base = shared_base(family) if head == "ForCausalLM" else tiny_base(family, head)
         model = with_sparse_groups(base, row.config_class.from_base(base.config, mosa_sparsity=1, mosa_window=3))
@@ -102,7 +99,7 @@ def test_selecting_everything_is_the_original(family):
 @torch.no_grad()
 def test_every_head_runs(family):
     """Built from a configuration, those too that the family itself lacks."""
-    row = FAMILIES[family]
+    row = family_of(family)
     assert {"ForCausalLM", "ForSequenceClassification"} <= set(row.head_classes) <= set(HEADS)
     sparse = sparse_model(family)
     for name, head_class in {None: row.model_class, **row.head_classes}.items():
@@ -113,7 +110,7 @@ def test_every_head_runs(family):
 
 
 def test_sliding_layers_stay_dense(family):
-    base, row = shared_base(family), FAMILIES[family]
+    base, row = shared_base(family), family_of(family)
     config = row.config_class.from_base(base.config, mosa_sparsity=4)
     sliding = [layer for layer in range(3) if config.is_sliding(layer)]
     assert sliding == [
@@ -245,7 +242,7 @@ def test_lora_step_and_merge(family, explicit):
     after = logits_of(adapted.eval())
     assert difference(after, before) > 1e-2
     merged = adapted.merge_and_unload()
-    assert type(merged) is FAMILIES[family].causal_lm_class
+    assert type(merged) is family_of(family).causal_lm_class
     assert difference(logits_of(merged), after) < 1e-4
 
 

@@ -16,9 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mosa_hf import use_backend
 from mosa_hf.modeling import attention
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
+from mosa_hf.modeling.layers import is_attention
 from mosa_hf.modeling.sparse_models import with_sparse_groups
-from testing.tiny import FIELDS, random_tokens, rope, tiny_base
+from testing.tiny import FAMILIES, FIELDS, random_tokens, rope, tiny_base
 
 IDS = random_tokens(2, 30)
 PREFILL = 22
@@ -64,7 +65,7 @@ def without_norm(name: str) -> Callable[[PreTrainedModel, str], PreTrainedModel]
 
 
 def attentions(model: PreTrainedModel, family: str) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, FAMILIES[family].base_attention_class)]
+    return [module for module in model.modules() if is_attention(module)]
 
 
 def one_after_the_other(model: PreTrainedModel, family: str) -> PreTrainedModel:
@@ -167,7 +168,7 @@ def sparse(base: PreTrainedModel, family: str, sparsity: float) -> PreTrainedMod
     """`base` with sparse groups that select one token in `sparsity`, by routers that do not depend on the base."""
     torch.manual_seed(1)
     model = with_sparse_groups(
-        base, FAMILIES[family].config_class.from_base(base.config, mosa_sparsity=sparsity, mosa_window=4)
+        base, family_of(family).config_class.from_base(base.config, mosa_sparsity=sparsity, mosa_window=4)
     )
     for router in model.mosa_routers().values():
         nn.init.normal_(router.weight)
@@ -198,7 +199,7 @@ def logits_with_everything(family: str) -> dict[str, torch.Tensor]:
 
 
 def test_every_family_has_cases():
-    assert FEATURES.keys() == FAMILIES.keys()
+    assert FEATURES.keys() == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("family", "feature"), CASES)

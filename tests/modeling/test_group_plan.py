@@ -81,11 +81,11 @@ def test_plans_and_models():
     plain = MosaLlamaConfig(**shape, mosa_window=64, mosa_sparsity=2.5)
     assert tuple(plain.groups_of_layer(layer) for layer in range(3)) == GroupPlan.uniform(3, 2, FAR).layers
     with pytest.raises(ValueError, match="The plan has 3 layers, but the model has 4"):
-        PLAN.validate(4, 2, [])
+        PLAN.validate([2] * 4, [None] * 4)
     with pytest.raises(ValueError, match="The plan names 2 groups in layer 0, but the model has 3"):
-        PLAN.validate(3, 3, [])
+        PLAN.validate([3] * 3, [None] * 3)
     with pytest.raises(ValueError, match="groups of layer 1 sparse, but its attention has a sliding window"):
-        PLAN.validate(3, 2, [1])
+        PLAN.validate([2] * 3, [None, "its attention has a sliding window", None])
     sliding = MosaGemma2Config(**shape, mosa_window=64, mosa_sparsity=2.5)  # every other layer of Gemma 2 slides
     dense = [layer for layer in range(3) if sliding.is_sliding(layer)]
     assert dense == [0, 2]

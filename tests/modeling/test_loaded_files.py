@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from mosa_hf import MosaLlamaForCausalLM
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.tiny import random_tokens, tiny_base
 
@@ -27,7 +27,7 @@ def tiny(kind: str):
     if kind == "native":
         return native_form().model()
     base = tiny_base()
-    config_class = FAMILIES["llama"].config_class
+    config_class = family_of("llama").config_class
     return base if kind == "stock" else with_sparse_groups(base, config_class.from_base(base.config, mosa_window=4))
 
 

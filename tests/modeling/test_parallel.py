@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import mosa_hf  # noqa: F401  registers the models, in the other processes too
-from mosa_hf.modeling.family import FAMILIES
-from testing.tiny import random_tokens
+from testing.tiny import EVERY_FAMILY, FAMILIES, random_tokens
 
 pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU")
 
@@ -127,7 +126,7 @@ def check_gradients(gradients: dict[str, torch.Tensor], expected: dict[str, torc
         assert (gradients[name] - gradient).abs().max() < 1e-4 * scale, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@EVERY_FAMILY
 def test_tensor_parallel(family, folder, tensor_parallel):
     groups, evaluation, training = tensor_parallel[family]
     model = load(folder, family)
@@ -142,7 +141,7 @@ def test_tensor_parallel(family, folder, tensor_parallel):
     check_gradients(training, trained(model, TOKENS))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@EVERY_FAMILY
 def test_fully_sharded_data_parallel(family, folder, data_parallel):
     gradients, expected = data_parallel[family], trained(load(folder, family), TOKENS)
     for name in [name for name in expected if name.endswith("threshold")]:  # follow the mean of the processes'

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 import mosa_hf
 from mosa_hf import MosaConfig, save_routers
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
-from testing.tiny import random_tokens, tiny_base
+from testing.tiny import FAMILIES, random_tokens, tiny_base
 
 from ..conftest import MIXED_LAYERS, tiny_model
 
@@ -45,7 +45,7 @@ def sparse(family: str, **fields) -> PreTrainedModel:
     base = tiny_base(family)
     fields = {"mosa_sparsity": 4, "mosa_window": 3, "mosa_gate_slope": 0.0, **fields}
     torch.manual_seed(0)
-    return with_sparse_groups(base, FAMILIES[family].config_class.from_base(base.config, **fields)).eval()
+    return with_sparse_groups(base, family_of(family).config_class.from_base(base.config, **fields)).eval()
 
 
 def adapt(model: PreTrainedModel, method: str, **fields) -> PeftModel:
@@ -91,7 +91,7 @@ def tables() -> list[dict]:
 def test_every_table_knows_every_type():
     assert len(tables()) > 35
     for table in tables():
-        for family in FAMILIES.values():
+        for family in map(family_of, FAMILIES):
             if family.name in table:
                 assert table[family.config_class.model_type] == table[family.name]
         is_of_wrapped_attention = hasattr(table["llama"], "k_proj_layer")  # adaption prompts

@@ -24,7 +24,7 @@ from transformers import (
 
 import mosa_hf
 from mosa_hf.compat import CACHE
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 from mosa_hf.registration import register
 from testing.tiny import byte_tokenizer
 
@@ -64,7 +64,7 @@ def test_auto_classes(form):
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "gemma2"])
 def test_tokenizers_are_the_familys(family, tmp_path):
     """Also where upstream knows by model type not to believe the class that a folder names."""
-    row, classes = FAMILIES[family], []
+    row, classes = family_of(family), []
     for config in (row.base_config_class(), row.config_class()):
         byte_tokenizer().save_pretrained(tmp_path)
         settings = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -20,10 +20,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 
 from mosa_hf import ConversionConfig, MosaForCausalLM, MosaLlamaForCausalLM, convert_model, save_routers
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.loading import router_tensors_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
-from testing.tiny import random_tokens, tiny_base
+from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
 
 from ..conftest import native_form
 
@@ -37,7 +37,7 @@ MODELS = {
 def sparse_model(family: str = "llama", head: str | None = "ForCausalLM", **fields):
     base = tiny_base(family, head)
     torch.manual_seed(0)
-    return with_sparse_groups(base, FAMILIES[family].config_class.from_base(base.config, mosa_window=4, **fields))
+    return with_sparse_groups(base, family_of(family).config_class.from_base(base.config, mosa_window=4, **fields))
 
 
 @torch.no_grad()
@@ -184,7 +184,7 @@ def test_fields_that_leave_out_a_routers_part(tmp_path):
     assert dense.mosa_routers().keys() == {1, 2}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@EVERY_FAMILY
 def test_names_on_disk(family, tmp_path):
     """No renaming of a family's weights catches routers, whatever their parts."""
     model = sparse_model(family, mosa_router_bias=True, mosa_router_hidden_size=4)

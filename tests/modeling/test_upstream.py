@@ -18,7 +18,7 @@ from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
-from mosa_hf.modeling.family import FAMILIES
+from mosa_hf.modeling.family import family_of
 from testing.packages import SourceUnavailable
 
 pytest.importorskip("parameterized")
@@ -110,7 +110,7 @@ class Suites(
 
 LLAMA = (LlamaConfig, LlamaModel, LlamaForCausalLM, LlamaForSequenceClassification)
 NATIVE = (MosaConfig, MosaModel, MosaForCausalLM, MosaForSequenceClassification)
-FAMILY = FAMILIES["llama"]
+FAMILY = family_of("llama")
 SPARSE = (
     FAMILY.config_class,
     FAMILY.model_class,

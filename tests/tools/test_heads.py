@@ -7,14 +7,14 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, pipeline
 
 from mosa_hf import ConversionConfig, convert_checkpoint
-from mosa_hf.modeling.family import FAMILIES
-from testing.tiny import byte_tokenizer, random_tokens, tiny_base
+from mosa_hf.modeling.family import family_of
+from testing.tiny import FAMILIES, byte_tokenizer, random_tokens, tiny_base
 
 AUTO = {
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
 }
-HEADS = [(family, head) for family, row in FAMILIES.items() for head in AUTO if head in row.base_head_classes]
+HEADS = [(family, head) for family in FAMILIES for head in AUTO if head in family_of(family).base_head_classes]
 IDS = random_tokens(2, 40)
 SENTENCES = ["Two men went out to the red buoy in a boat.", "At four they came back with a lamp, and with a dog."]
 
@@ -33,7 +33,7 @@ def outputs(model) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("family", "head"), HEADS)
 def test_heads_of_converted_folders(family, head, tmp_path):
-    base, row, auto = tiny_base(family, head), FAMILIES[family], AUTO[head]
+    base, row, auto = tiny_base(family, head), family_of(family), AUTO[head]
     base.config.id2label = {0: "OUT", 1: "IN"}
     base.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")

@@ -89,7 +89,7 @@ def sparse_attention(
         block = query[:, :, :, queries]
         key, value, added = _side_by_side(block, [each for each in columns if each is not None], recent)
         outputs.append(_attention(block, key, value, added, reads_itself, scale, softcap, sinks))
-    return torch.cat(outputs, dim=3) if outputs else query.new_zeros(query.shape)
+    return torch.cat(outputs, dim=3) if outputs else query.new_zeros(*query.shape[:-1], recent.value.shape[-1])
 
 
 def _far_slots(recent: KeyValues, far_bias: torch.Tensor | None, window: int) -> FarSlots:
@@ -198,7 +198,7 @@ def _attention(
             rows, key, value = query.flatten(0, 1).flatten(1, 2), key.flatten(0, 1), value.flatten(0, 1)
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             weights = torch.baddbmm(added, rows, key.transpose(1, 2), alpha=scale).softmax(-1)
-            return (weights.to(value.dtype) @ value).view(query.shape)
+            return (weights.to(value.dtype) @ value).view(*query.shape[:-1], -1)
         # The R heads share keys and mask, without a copy for each.
         key, value = (states.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1) for states in (key, value))
         added = None if added is None else added.flatten(0, 1)[:, None].expand(-1, num_heads, -1, -1)

@@ -22,7 +22,7 @@ def sparse_decode(
     if is_cpu and packed.start.numel() <= LOOP:
         return _one_by_one(query, packed, scale, softcap, sinks)
     if packed.max_length == 0:
-        return torch.zeros_like(query)
+        return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
     key, value, filled = packed.padded_view()
     if softcap is None and sinks is None:
         # The batch that fused attention sees is rows x groups; its heads share the group's keys.
@@ -49,7 +49,7 @@ def _one_by_one(
     heads = []
     for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), packed.split(), strict=True)):
         if not len(key):
-            heads.append(torch.zeros_like(one))
+            heads.append(one.new_zeros(len(one), value.shape[-1]))
         elif is_plain:
             one, key, value = (states[None, None] for states in (one, key, value))
             heads.append(once(F.scaled_dot_product_attention(one, key, value, scale=scale))[0, 0])
@@ -57,4 +57,4 @@ def _one_by_one(
             scores = scaled(one[:, None], key, scale, softcap)[:, 0]  # [R, S]
             weights = softmax(scores, None if sinks is None else sinks[i % query.shape[1]])
             heads.append(weights.to(value.dtype) @ value)
-    return torch.cat(heads).view(query.shape)
+    return torch.cat(heads).view(*query.shape[:-1], -1)

@@ -27,7 +27,7 @@ def sparse_decode(
     """
     keys = packed.pad()
     if keys is None:
-        return torch.zeros_like(query)
+        return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
     assert keys.valid is not None  # runs have empty slots
     mask = keys.valid[:, :, None]  # [B, G, 1, S]
     return attend(query[:, :, :, None], keys.key, keys.value, mask, None, scale, softcap, sinks)[:, :, :, 0]
