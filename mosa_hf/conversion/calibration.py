@@ -171,7 +171,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 def _attention_modules(model: PreTrainedModel, layers: list[int]) -> list[nn.Module]:
     """The attention modules of some layers."""
     modules = attention_modules(decoder_of(model))
-    check_numbered(modules, model.config.num_hidden_layers)
+    check_numbered(modules, model.config.get_text_config(decoder=True).num_hidden_layers)
     if lacking := sorted(set(layers) - modules.keys()):
         raise ValueError(
             f"`model` ({type(model).__name__}) has no attention of Transformers' own in layer {lacking[0]}: "
@@ -216,8 +216,9 @@ def fit_routers(
             not finite.
     """
     layers = [layer for layer, groups in enumerate(plan.layers) if any(groups)]
-    input_ids = calibration_ids(input_ids, model.config)
-    _check_text(input_ids, model.config.max_position_embeddings, ridge)
+    config = model.config.get_text_config(decoder=True)
+    input_ids = calibration_ids(input_ids, config)
+    _check_text(input_ids, config.max_position_embeddings, ridge)
     modules = _attention_modules(model, layers)
     decoder = decoder_of(model)
     device = input_device(model)
@@ -260,7 +261,7 @@ def fit_routers(
         decoder.set_attn_implementation("eager")
         with _hooks(modules, add):
             for ids in input_ids.to(device):
-                cache = DynamicCache(config=model.config)
+                cache = DynamicCache(config=config)
                 for _ in range(2):
                     decoder(input_ids=ids[None], use_cache=True, **{CACHE: cache})
                 progress.update()

@@ -7,7 +7,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.configuration import MosaConfig, SparseGroupsConfig
+from ..modeling.configuration import MosaConfig, SparseGroupsConfig, sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
@@ -48,10 +48,10 @@ def convert_model(
     """
     check_convertible(model)
     if calibration is not None:
-        calibration = calibration_ids(calibration, model.config)
+        calibration = calibration_ids(calibration, model.config.get_text_config(decoder=True))
     family = family_of(model.config.model_type)
     family.sparse_class_of(type(model))
-    base_config = family.config_class.from_base(model.config)
+    base_config = sparse_config_of(family.config_class.from_base(model.config))
     candidates = candidate_plan(base_config, conversion)
     if fits is not None:
         if calibration is None:
@@ -65,7 +65,7 @@ def convert_model(
         plan = one_threshold(plan, candidates, fits)
 
     config = converted_config(model, plan, conversion)
-    config.mosa_conversion = {
+    sparse_config_of(config).mosa_conversion = {
         "source": model.config.name_or_path,
         "settings": _settings(conversion),
         "groups": [list(pair) for pair in plan.sparse_pairs()],
@@ -92,7 +92,7 @@ def check_convertible(model: PreTrainedModel) -> None:
     Raises:
         ValueError: for a model that has routers already.
     """
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     if isinstance(config, SparseGroupsConfig):
         raise ValueError(
             f"{type(model).__name__} is converted already: convert its base, `mosa_hf.to_dense(model)`, or "

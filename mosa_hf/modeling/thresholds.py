@@ -73,7 +73,7 @@ def seen_logits(
             router.inference_routing = "expert_choice"
         with evaluating(model):
             for batch in batches:
-                inputs = read_batch(batch, model.config)
+                inputs = read_batch(batch, model.config.get_text_config(decoder=True))
                 inputs = {name: states.to(device) for name, states in inputs.items()}
                 decoder_of(model)(**inputs, use_cache=False)
     finally:
