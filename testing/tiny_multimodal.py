@@ -211,6 +211,7 @@ FIELDS: dict[str, dict[str, Any]] = {
             "image_size": 64,
             "window_size": 2,
             "global_attn_indexes": [1],
+            "initializer_range": 0.02,
             "mlp_dim": 48,
         },
         "text_config": _qwen2(),
@@ -263,7 +264,7 @@ PICTURES: dict[str, Any] = {
 }
 SIZES = {"image_sizes": torch.tensor([[28, 28]])}
 # How many tokens a picture is, where it is not 4.
-NUM_IMAGE_TOKENS: dict[str, int] = {}
+NUM_IMAGE_TOKENS = {"llava_next": 10, "llava_onevision": 10}
 
 
 def tiny_multimodal(model_type: str = "llava", head: str | None = "ForConditionalGeneration") -> PreTrainedModel:

@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +19,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..atomic_write import atomic_directory, check_absent
-from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.configuration import SparseGroupsConfig, is_composite, sparse_config_of
 from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.router_files import ROUTERS_NAME, load_routers, model_card, router_tensors, save_routers
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
+from .calibration import is_of_pictures
 from .configuration import ConversionConfig
 from .convert import convert_model
 from .windows import calibration_windows, is_text
@@ -39,6 +40,7 @@ COMPANIONS = (
     "*.tiktoken",
     "spiece.model",
     "chat_template*",
+    "*processor_config.json",
     f"{CHAT_TEMPLATE_DIR}/*",
     "LICENSE*",
     "NOTICE*",
@@ -53,11 +55,11 @@ WRAPPED = (
     (r"(^|\.)_fsdp_wrapped_module\.", "a model that FSDP wraps", "gather its state dict and save the model itself"),
     (r"^base_model\.model\.|\.lora_[AB]\b|\.base_layer\.", "a PEFT model", "save `model.merge_and_unload()`"),
     (r"^module\.", "a model that DDP, DataParallel or DeepSpeed wraps", "save what it wraps, `model.module`"),
-    (
-        r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
-        "a model of pictures and text",
-        "load it with its own class, and save its language model alone, with the config of that",
-    ),
+)
+OF_PICTURES = (
+    r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
+    "a model of pictures and text",
+    "put its own config beside the weights, or load it with its own class and save its language model alone",
 )
 # The same of names that a model has besides those that its config asks for.
 HEADS_OF_OTHERS = (
@@ -97,8 +99,8 @@ def convert_checkpoint(
         destination: directory to create. It appears when it is whole, or not at all.
         conversion: what to produce.
         calibration: what routers and thresholds are fitted on: a text, a list of texts or of chats, which are read
-            one after the other (`calibration_windows`); or token ids, as `convert_model` takes them. Not needed with
-            `routers`, nor where every sparsity is 1.
+            one after the other (`calibration_windows`); or token ids, or pictures with text, as `convert_model` takes
+            them. Not needed with `routers`, nor where every sparsity is 1.
         routers: directory that `save_routers` wrote, in place of `conversion` and `calibration`.
         routers_only: write the routers alone, as `save_routers` does.
         num_windows, window_length: how much of a text is read: windows, and tokens of one.
@@ -126,7 +128,7 @@ def convert_checkpoint(
         model, headers = check_weights(source, config)
     input_ids: Any = calibration  # once a tokenizer has read what is text
     if calibration is not None:
-        if is_text(calibration):
+        if is_text(calibration) and not is_of_pictures(calibration):
             input_ids = calibration_windows(_tokenizer(source), calibration, num_windows, window_length)
         if headers:
             model = type(model).from_pretrained(source, dtype="auto", use_safetensors=True)
@@ -134,7 +136,7 @@ def convert_checkpoint(
         converted = load_routers(model, routers)
     else:
         converted = convert_model(model, conversion or ConversionConfig(), input_ids)
-        converted.config.mosa_conversion["source"] = source.name
+        conversion_of(converted)["source"] = source.name
     if routers_only:
         save_routers(converted, destination)
     else:
@@ -166,11 +168,11 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise FileNotFoundError(f"{directory} has no {CONFIG_NAME}: it is not a model directory.")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if not isinstance(config, SparseGroupsConfig):
+        if not isinstance(sparse_config_of(config), SparseGroupsConfig):
             family_of(config.model_type)
     except Exception as error:  # whatever a damaged file makes Transformers raise
         raise ValueError(f"{path} cannot be used: {error}") from error
-    if isinstance(config, SparseGroupsConfig):
+    if isinstance(sparse_config_of(config), SparseGroupsConfig):
         raise ValueError(f"{path}: a {config.model_type!r} model is a converted one already: convert its base.")
     return config
 
@@ -195,10 +197,10 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
                 "load them with Transformers and `save_pretrained`, which writes safetensors; then convert that."
             )
         raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
-    _check_names(headers, WRAPPED)
+    _check_names(headers, WRAPPED if is_composite(config) else (*WRAPPED, OF_PICTURES))
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
     layers = {int(place[1]) for name in headers if (place := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
-    if layers != set(range(config.num_hidden_layers)):
+    if not is_composite(config) and layers != set(range(config.num_hidden_layers)):  # else of all its parts
         raise ValueError(
             f"{path} says `num_hidden_layers` = {config.num_hidden_layers}, but the weights have layers "
             f"{min(layers, default=0)} to {max(layers, default=0)}."
@@ -270,9 +272,10 @@ def _check_names(headers: dict[str, TensorHeader], kinds: tuple[tuple[str, str, 
 
 
 def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:
-    """The class that a config names; the causal LM where it names none."""
+    """The class that a config names; where it names none, the causal LM, or that of pictures and text."""
     classes = {each.__name__: each for each in (family.base_model_class, *family.base_head_classes.values())}
-    name = (config.architectures or [family.base_head_classes["ForCausalLM"].__name__])[0]
+    usual = next(iter(family.base_head_classes.values()), family.base_model_class)
+    name = (config.architectures or [usual.__name__])[0]
     if name not in classes:
         raise ValueError(
             f"{directory / CONFIG_NAME}: the architecture {name} has no MoSA class; these have: {', '.join(classes)}."
@@ -323,12 +326,17 @@ def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHe
         target = unfinished / file.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    config = cast(SparseGroupsConfig, converted.config)
+    config = converted.config
     config.architectures = [type(converted).__name__]
-    base = (config.mosa_conversion or {}).get("source") or source.name
+    base = conversion_of(converted).get("source") or source.name
     code = f'model = mosa_hf.{type(converted).__name__}.from_pretrained("path of this folder")'
-    (unfinished / "README.md").write_text(model_card(config, base, "Model", code), encoding="utf-8")
+    (unfinished / "README.md").write_text(model_card(sparse_config_of(config), base, "Model", code), encoding="utf-8")
     config.save_pretrained(unfinished)
+
+
+def conversion_of(converted: PreTrainedModel) -> dict[str, Any]:
+    """What is noted of a model's conversion."""
+    return sparse_config_of(converted.config).mosa_conversion or {}
 
 
 def link_or_copy(source: Path, destination: Path) -> None:

@@ -319,7 +319,10 @@ class SparseGroupsConfig(RoutingConfig):
             )
         # "vision" is of the layers with a sliding window, and of pictures alone.
         if getattr(self, "use_bidirectional_attention", None) not in (None, False, "vision"):
-            raise ValueError("`use_bidirectional_attention` does not fit sparse groups, which are causal.")
+            raise ValueError(
+                "`use_bidirectional_attention` does not fit sparse groups, which are causal: encoders, and prefix-LMs "
+                "such as PaliGemma, read a text both ways."
+            )
         if self.mosa_plan is not None:
             self.check_plan(GroupPlan.from_list(self.mosa_plan))
 
