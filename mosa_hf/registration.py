@@ -20,11 +20,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 from transformers.models.auto.tokenization_auto import (
     MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS,
     TOKENIZER_MAPPING_NAMES,
 )
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_serve_available
 
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel
@@ -32,13 +32,14 @@ from .modeling.attention import mosa_attention_forward
 from .modeling.configuration import RoutingConfig
 from .modeling.families import class_of, make_family
 from .modeling.family import FAMILIES, PREFIX, Families, Family, family_of
-from .modeling.multimodal import check_no_lost_routers, is_multimodal, make_multimodal
+from .modeling.multimodal import MultimodalConfig, check_no_lost_routers, is_multimodal, make_multimodal
 from .modeling.parallel import register_style
 
 
-
-def _has_models(auto_class: type) -> bool:
-    return issubclass(auto_class, _BaseAutoModelClass) and auto_class._model_mapping is not None
+def _has_models(each: Any) -> bool:
+    """Whether something is one of upstream's Auto classes of models."""
+    is_auto = isinstance(each, type) and issubclass(each, _BaseAutoModelClass)
+    return is_auto and getattr(each, "_model_mapping", None) is not None
 
 
 # A head's Auto class, and where Transformers looks its classes up by name: label smoothing, pipelines, cards.
@@ -57,7 +58,7 @@ AUTO = {
         modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     ),
 }
-AUTO_CLASSES = [each for each in vars(modeling_auto).values() if isinstance(each, type) and _has_models(each)]
+AUTO_CLASSES: list[Any] = [each for each in vars(modeling_auto).values() if _has_models(each)]
 PROCESSORS = [PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, VIDEO_PROCESSOR_MAPPING, FEATURE_EXTRACTOR_MAPPING]
 # PEFT's tables by model type: what each of its methods adapts by default.
 PEFT_TABLES = [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")]
@@ -150,7 +151,7 @@ def _register_response_template(family: Family) -> None:
 
 
 def _register_model(
-    config_class: type[RoutingConfig],
+    config_class: type[RoutingConfig] | type[MultimodalConfig],
     model_class: type[PreTrainedModel],
     head_classes: Mapping[str, type[PreTrainedModel]],
     like: str,
@@ -176,7 +177,8 @@ def _register_model(
         for each in (config_class, model_class, *head_classes.values()):  # tools look them up as transformers.<name>
             setattr(module, each.__name__, each)
     _fill(PEFT_TABLES, name, like)
-    LORA_TARGETS.setdefault(name, ["q_proj", "v_proj", "qkv_proj", "query_key_value"])
+    if issubclass(config_class, RoutingConfig):  # else PEFT would adapt what looks at pictures, too
+        LORA_TARGETS.setdefault(name, ["q_proj", "v_proj", "qkv_proj", "query_key_value"])
 
 
 def _fill(tables: list[dict[str, Any]], name: str, like: str) -> None:

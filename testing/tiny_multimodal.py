@@ -12,6 +12,7 @@ from mosa_hf.modeling.family import family_of
 from .tiny import LOCAL_LAYER, SHAPE, random_tokens, rope
 
 IMAGE, START, END, VIDEO = 250, 248, 247, 249  # token ids
+SPECIAL = list(range(241, 256))  # which no text has
 TEXT = {**SHAPE, "head_dim": 8, **rope()}
 MROPE = {**TEXT, **rope(mrope_section=[1, 1, 2])}
 VISION = {
@@ -263,6 +264,8 @@ PICTURES: dict[str, Any] = {
     },
 }
 SIZES = {"image_sizes": torch.tensor([[28, 28]])}
+# Those that can have sparse groups.
+TYPES = tuple(model_type for model_type in FIELDS if model_type != "paligemma")
 # How many tokens a picture is, where it is not 4.
 NUM_IMAGE_TOKENS = {"llava_next": 10, "llava_onevision": 10}
 
@@ -282,7 +285,7 @@ def tiny_multimodal(model_type: str = "llava", head: str | None = "ForConditiona
 
 def prompt(model: PreTrainedModel, model_type: str, length: int = 24, picture: bool = True) -> dict[str, torch.Tensor]:
     """What a processor makes of a text of `length` tokens with a picture in it, or without one, for a model."""
-    ids = random_tokens(1, length).clamp_max(240)
+    ids = random_tokens(1, length).clamp_max(SPECIAL[0] - 1)
     if picture:
         first = 3
         ids[0, first] = START

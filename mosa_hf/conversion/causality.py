@@ -1,5 +1,7 @@
 """Whether a model around a decoder lets it read a text forwards alone, as sparse groups can."""
 
+from typing import Any, cast
+
 import torch
 from transformers.modeling_utils import PreTrainedModel
 
@@ -23,7 +25,8 @@ def check_reads_forwards(model: PreTrainedModel) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     ids = torch.arange(1, NUM_TOKENS + 1, device=input_device(model))[None] * 7 % size
     with evaluating(model), torch.no_grad():
-        whole, part = (model.base_model(input_ids=x, use_cache=False)[0] for x in (ids, ids[:, : NUM_TOKENS // 2]))
+        read = cast(Any, model.base_model)
+        whole, part = (read(input_ids=x, use_cache=False)[0] for x in (ids, ids[:, : NUM_TOKENS // 2]))
     own = whole[:, : part.shape[1]].float()
     if float((own - part.float()).norm(dim=-1).max() / own.norm(dim=-1).max()) > 0.1:  # rounding is far less
         raise ValueError(

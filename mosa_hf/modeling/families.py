@@ -9,6 +9,7 @@ embeddings, experts, multipliers) is its own code. All of them are attributes of
 
 import inspect
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, cast
@@ -156,7 +157,7 @@ def _text_model(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] |
     return found[0] if found else None
 
 
-def class_of(name: str | tuple[str, ...] | None) -> type[PreTrainedModel] | None:
+def class_of(name: str | Sequence[str] | None) -> type[PreTrainedModel] | None:
     """A model class of Transformers by the name that a table of its gives."""
     names = (name,) if isinstance(name, str) else name or ()
     return next((found for each in names if (found := getattr(transformers, each, None)) is not None), None)

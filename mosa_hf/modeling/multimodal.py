@@ -2,8 +2,8 @@
 Models around a decoder: of pictures and text, of sound and text. Their language model gets sparse groups, and all else
 about them is their own code.
 
-`MosaLlavaConfig`, `MosaLlavaModel`, `MosaLlavaForConditionalGeneration`, of model type "mosa_llava", are the classes of
-"llava" with mixins before them. The config's `text_config` is the decoder's own, such as a `MosaLlamaConfig`; which
+`MosaLlavaConfig`, `MosaLlavaModel`, `MosaLlavaForConditionalGeneration`, of model type "mosa_llava", are the classes
+of "llava" with mixins before them. The config's `text_config` is the decoder's own, such as a `MosaLlamaConfig`; which
 decoder that is, the config says, not the class. They are made when they are first asked for, as `families` makes those
 of decoders.
 """
@@ -121,12 +121,14 @@ def make_multimodal(model_type: str) -> Family:
     base_config = CONFIG_MAPPING[model_type]
     base_model = families.class_of(families.DECODERS.get(model_type))
     base_heads = {head: families.class_of(names.get(model_type)) for head, names in HEADS.items()}
-    if base_model is None or base_heads["ForConditionalGeneration"] is None or base_config.is_encoder_decoder:
+    generating = base_heads["ForConditionalGeneration"]
+    is_own = getattr(generating, "config_class", None) is base_config
+    if base_model is None or not is_own or base_config.is_encoder_decoder:
         raise ValueError(
             f"Models of type {model_type!r} cannot have sparse groups: Transformers has no model of them that "
             "generates text by a decoder alone (`AutoModelForImageTextToText`)."
         )
-    config_class = strict(
+    config_class: type[MultimodalConfig] = strict(
         type(
             f"Mosa{base_config.__name__}",
             (MultimodalConfig, base_config),
@@ -212,9 +214,9 @@ def check_no_lost_routers(parent: nn.Module, name: str, child: nn.Module | None)
         return
     if any(each.__module__.startswith("transformers.models.") for each in type(parent).__mro__):
         raise ValueError(
-            f"A {type(child).__name__} with sparse groups cannot be `{name}` of a {type(parent).__name__}, which would "
-            "be saved and loaded without its routers. Convert the model whole, `mosa_hf.convert_model(model, ...)`, "
-            f"or build it of a `Mosa{type(parent.config).__name__}`."
+            f"A {type(child).__name__} with sparse groups cannot be `{name}` of a {type(parent).__name__}, which "
+            "would be saved and loaded without its routers. Convert the model whole, "
+            f"`mosa_hf.convert_model(model, ...)`, or build it of a `Mosa{type(parent.config).__name__}`."
         )
 
 
