@@ -59,7 +59,7 @@ WRAPPED = (
 OF_PICTURES = (
     r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
     "a model of pictures and text",
-    "put its own config beside the weights, or load it with its own class and save its language model alone",
+    "load it with its own class, and save it with the config of that, or its language model alone",
 )
 # The same of names that a model has besides those that its config asks for.
 HEADS_OF_OTHERS = (

@@ -157,6 +157,9 @@ def make_multimodal(model_type: str) -> Family:
         return families.CLASSES[name]
 
     family = Family(model_type, base_config, base_model, config_class, made(base_model))
+    if generating is base_model:  # which some types have alone
+        family.base_head_classes["ForConditionalGeneration"] = base_model
+        family.head_classes["ForConditionalGeneration"] = family.model_class
     for head, base in base_heads.items():
         known = (base_model, *family.base_head_classes.values())
         if base is not None and base not in known and base.config_class is base_config:
