@@ -93,6 +93,8 @@ FIELDS: list[tuple[Any, str]] = [
 ]
 SMALL = {name: value for value, names in FIELDS for name in names.split()}
 
+BOUNDED = ("sliding", "chunked", "linear", "conv", "mamba", "recurrent", "hybrid_sliding")  # layer types
+
 SHARING = {
     "num_kv_shared_layers": 2,
     "num_hidden_layers": 6,
@@ -128,22 +130,29 @@ LATENT += "glm_moe_dsa hy_v4 kimi_linear minicpm3 mistral4 sarvam_mla youtu"
 OWN |= dict.fromkeys(LATENT.split(), {"num_key_value_heads": HEADS})
 
 
-def decoder_types() -> list[str]:
-    """The model types for which Transformers has a causal LM."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES_OF_UPSTREAM)
-
-
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES_OF_UPSTREAM = {
+# Upstream's table, without what is ours.
+CAUSAL_LMS = {
     model_type: name for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if "mosa" not in model_type
 }
 
 
+def decoder_types() -> list[str]:
+    """The model types for which Transformers has a causal LM."""
+    return list(CAUSAL_LMS)
+
+
 def classes_of(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
     """Configuration and causal LM of a type; the text model's configuration, where a larger one has several."""
-    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES_OF_UPSTREAM[model_type])
+    model_class = getattr(transformers, CAUSAL_LMS[model_type])
     config_class = CONFIG_MAPPING[model_type]
     parts = (getattr(config_class, "sub_configs", None) or {}).values()
     return (model_class.config_class if model_class.config_class in parts else config_class), model_class
+
+
+def is_wrapper(model_type: str) -> bool:
+    """Whether a type is a model around a language model."""
+    config_class, model_class = classes_of(model_type)
+    return "text_config" in (getattr(config_class, "sub_configs", None) or {})
 
 
 def small_config(model_type: str, config_class: type[PreTrainedConfig] | None = None) -> PreTrainedConfig:
@@ -160,7 +169,7 @@ def small_config(model_type: str, config_class: type[PreTrainedConfig] | None = 
     types, count = getattr(config, "layer_types", None), config.num_hidden_layers
     if types is None or "layer_types" not in names:
         return config
-    if not {"full_attention", "hybrid", "attention"} & set(types):
+    if any(kind.startswith(BOUNDED) for kind in types) and not {"full_attention", "hybrid"} & set(types):
         kinds = [types[0], "hybrid" if types[0].startswith("hybrid") else "full_attention"]
         return config_class(**fields | {"layer_types": (kinds * count)[:count]})
     if len(types) != count:

@@ -18,11 +18,12 @@ from mosa_hf.modeling.layers import attention_modules, decoder_of
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
-from .decoders import tiny_decoder
+from .decoders import is_wrapper, tiny_decoder
 
 NUM_TOKENS, WINDOW, SPARSITY = 24, 4, 4
 TOLERANCE = 1e-4  # relative to the largest logit; or three times what upstream itself differs by
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+WRAPPER = "It is a model around a language model, which is converted within it."
 CHECKS = ("original", "cached", "steps", "generate", "saved", "padding", "calibrated")
 
 
@@ -68,6 +69,12 @@ def check_decoder(model_type: str) -> Findings:
     Raises:
         Exception: what building the tiny stock model raises.
     """
+    if is_wrapper(model_type):
+        return Findings(model_type, reason=WRAPPER)
+    try:
+        family_of(model_type)
+    except ValueError as error:
+        return Findings(model_type, reason=str(error))
     model = tiny_decoder(model_type)
     ids = tokens()
     stock = logits_of(model, ids)

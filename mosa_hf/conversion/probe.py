@@ -3,7 +3,7 @@ Whether sparse groups compute what a model's own attention does: where every tok
 the original. Some families do more in their attention than its code tells, so each conversion asks on a few tokens.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
@@ -44,11 +44,17 @@ def check_computes_the_same(model: PreTrainedModel, plan: GroupPlan, config_clas
     asked = type(model), config.to_json_string(), model.dtype
     if asked in _PASSED:
         return
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, NUM_TOKENS), generator=generator).to(input_device(model))
     with evaluating(model), torch.no_grad():
-        expected = _hidden_states(model, ids)
+        try:
+            expected = _hidden_states(model, ids)
+        except Exception as error:
+            raise ValueError(
+                f"{type(model).__name__} cannot have sparse groups: the model itself does not run on a few tokens and "
+                f"a `DynamicCache` ({type(error).__name__}: {error})"
+            ) from error
         try:
             found = _hidden_states(with_sparse_groups(model, config).eval(), ids)
         except Exception as error:  # whatever a family's code raises on what it does not expect
@@ -58,8 +64,8 @@ def check_computes_the_same(model: PreTrainedModel, plan: GroupPlan, config_clas
             ) from error
     is_quantized = getattr(model.config, "quantization_config", None) is not None
     tolerance = HALF_TOLERANCE if is_quantized else TOLERANCE.get(model.dtype, HALF_TOLERANCE)
-    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if not (worst := error.quantile(0.9).item()) <= tolerance:
+    errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    if not (worst := errors.quantile(0.9).item()) <= tolerance:
         raise ValueError(
             f"{type(model).__name__} cannot have sparse groups: with every token selected, its hidden states differ "
             f"by {worst:.1e} of their size (at most {tolerance:.0e}), so that its attention computes something that "

@@ -126,7 +126,7 @@ class SparseGroupsMixin(FamilyAttention):
             kwargs[name] = CacheInForward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
-        if passes_keywords(type(self).__bases__[-1].forward, "attention_interface"):
+        if passes_keywords(cast(Any, type(self).__bases__[-1]).forward, "attention_interface"):
             output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
         else:
             self.mosa_layer = call
@@ -169,7 +169,7 @@ class SparseGroupsMixin(FamilyAttention):
 
 
 @cache
-def sparse_attention_class(base_class: type[nn.Module]) -> type[nn.Module]:
+def sparse_attention_class(base_class: Any) -> type[nn.Module]:
     """An attention class of Transformers with sparse groups: `MosaQwen3Attention` of `Qwen3Attention`."""
     return type(f"Mosa{base_class.__name__}", (SparseGroupsMixin, base_class), {"__module__": __name__})
 
