@@ -6,10 +6,10 @@ from torch import nn
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
     TensorParallelLayer,
-    get_kv_heads_per_rank,
     replace_layer_number_by_wildcard,
 )
 
+from ..compat import shards_heads
 from .sparse_groups import SparseGroupsMixin
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class SparseGroupsParallel(TensorParallelLayer):
 
 def sparse_groups_plan(decoder: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     """What sparse groups add to the tensor-parallel plan of a decoder: nothing if it splits no attention heads."""
-    if get_kv_heads_per_rank(plan, 2, 2) == 2:
+    if not shards_heads(plan):
         return {}
     names = [name for name, module in decoder.named_modules() if isinstance(module, SparseGroupsMixin)]
     return dict.fromkeys(map(replace_layer_number_by_wildcard, names), "sparse_groups")
