@@ -67,7 +67,8 @@ class SparseGroupsMixin(FamilyAttention):
     mosa_plan: tuple[SparseGroup | None, ...]  # what the layer's groups are, wherever in the model it is
     mosa_groups: LayerGroups  # the same by index, in a parallel process of its own groups alone
     mosa_router: MosaRouter
-    mosa_layer: LayerContext | None = None  # while a family's code runs that hands the attention function nothing
+    mosa_by_keyword: bool  # whether the family's code hands the attention function keyword arguments that it is given
+    mosa_layer: LayerContext | None = None  # else this call's, while that code runs
 
     def __reduce__(self) -> tuple:
         # By the family's class, which any process finds: ours may not have been made there.
@@ -80,6 +81,7 @@ class SparseGroupsMixin(FamilyAttention):
         self.mosa_groups = LayerGroups.of_plan(plan)
         self.mosa_budget = config.mosa_cache_budget
         self.mosa_gate_slope = config.mosa_gate_slope
+        self.mosa_by_keyword = passes_keywords(cast(Any, type(self).__bases__[-1]).forward, "attention_interface")
         sparsity = [group.sparsity for group in plan if group is not None]
         self.mosa_router = MosaRouter(config, sparsity, config.mosa_router_hidden_size)
         if not config.mosa_gate_slope:  # nothing passes them a gradient
@@ -126,7 +128,7 @@ class SparseGroupsMixin(FamilyAttention):
             kwargs[name] = CacheInForward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
-        if passes_keywords(cast(Any, type(self).__bases__[-1]).forward, "attention_interface"):
+        if self.mosa_by_keyword:
             output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
         else:
             self.mosa_layer = call

@@ -293,7 +293,7 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
     for module in decoder.modules():
         if isinstance(module, SparseGroupsMixin):
             del module.mosa_router
-            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope"):
+            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope", "mosa_by_keyword"):
                 delattr(module, name)
             _set_class(module, type(module).__bases__[-1])
             module.config = base.config

@@ -96,7 +96,7 @@ import sys, torch, transformers, mosa_hf
 from transformers import AutoModel, AutoModelForCausalLM
 for each in (transformers, sys.modules["transformers"]):  # two, as upstream executes it again: tools hold either
     assert each.MosaForCausalLM is mosa_hf.MosaForCausalLM
-    assert each.MosaLlamaForSequenceClassification is mosa_hf.MosaLlamaForSequenceClassification
+    assert mosa_hf.MosaLlamaForSequenceClassification is each.MosaLlamaForSequenceClassification
 for path in sys.argv[1:]:
     input_ids, logits = torch.arange(1, 31)[None], []
     for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):
