@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\(\.\./(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+PARAGRAPH = re.compile(r"(?<=\n\n)  (?=[^\s-])")  # of a list item: two columns are enough elsewhere, not for the site
 MARK = re.compile(r"^```python \w+$", re.MULTILINE)  # tells tests what to do with a block
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     """
-    Links to files that the site does not have lead into the repository.
+    Links to files that the site does not have lead into the repository, and lists are as the site's Markdown wants
+    them.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -24,4 +27,6 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
         kind = "raw" if link["image"] else "blob"
         return f"{link['image']}[{link['text']}]({address}/{kind}/main/{path}{link['anchor'] or ''})"
 
-    return MARK.sub("```python", LINK.sub(elsewhere, markdown))
+    parts = FENCED.split(LINK.sub(elsewhere, markdown))
+    parts = [MARK.sub("```python", part) if i % 2 else PARAGRAPH.sub("    ", part) for i, part in enumerate(parts)]
+    return "".join(parts)
