@@ -7,6 +7,7 @@ from mosa_hf.conversion.checkpoint import convert_checkpoint as convert_checkpoi
 from mosa_hf.conversion.configuration import ConversionConfig as ConversionConfig
 from mosa_hf.conversion.convert import convert_model as convert_model
 from mosa_hf.conversion.convert import to_dense as to_dense
+from mosa_hf.conversion.windows import calibration_windows as calibration_windows
 from mosa_hf.kernels import use_backend as use_backend
 from mosa_hf.modeling.cache_files import load_cache as load_cache
 from mosa_hf.modeling.cache_files import save_cache as save_cache
@@ -14,6 +15,7 @@ from mosa_hf.modeling.configuration import MosaConfig as MosaConfig
 from mosa_hf.modeling.configuration import SparseGroupsConfig
 from mosa_hf.modeling.generation import MosaGenerationMixin
 from mosa_hf.modeling.group_plan import GroupPlan as GroupPlan
+from mosa_hf.modeling.group_plan import SparseGroup as SparseGroup
 from mosa_hf.modeling.modeling_mosa import MosaForCausalLM as MosaForCausalLM
 from mosa_hf.modeling.modeling_mosa import MosaForSequenceClassification as MosaForSequenceClassification
 from mosa_hf.modeling.modeling_mosa import MosaModel as MosaModel
