@@ -88,7 +88,8 @@ def is_public(module: str, name: str) -> bool:
     if module not in PUBLIC:
         return False
     submodule = f"{module}.{name}" in PUBLIC
-    return submodule or name in ("__name__", "__version__", *importlib.import_module(module).__all__)
+    of_family = module == "mosa_hf" and re.match("Mosa[A-Z]", name) and hasattr(mosa_hf, name)
+    return submodule or of_family or name in ("__name__", "__version__", *importlib.import_module(module).__all__)
 
 
 def test_pages_and_notebooks_use_public_names_alone():
