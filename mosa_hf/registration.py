@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
-from peft.utils import constants
+from peft.utils import constants, transformers_weight_conversion
 from transformers import AttentionInterface, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
@@ -48,6 +48,8 @@ AUTO = {
 }
 # PEFT's tables by model type: what each of its methods adapts by default.
 PEFT_TABLES = [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")]
+# And how adapters of experts are laid out, which upstream fuses.
+PEFT_TABLES.append(getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}))
 LORA_TARGETS = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 
