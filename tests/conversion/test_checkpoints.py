@@ -209,7 +209,7 @@ def test_routers_folder(base, routers, tmp_path):
     other = tmp_path / "published"
     save_routers(MosaLlamaForCausalLM.from_pretrained(base, routers=routers), other, base_model="someone/their-model")
     card = (other / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "someone/their-model"\n') and "9 of 9" not in card and "6 of 6" in card
+    assert card.startswith("---\nbase_model: someone/their-model\n") and "9 of 9" not in card and "6 of 6" in card
     assert json.loads((other / "mosa_config.json").read_text())["base_model"] == "someone/their-model"
     assert (other / "mosa_routers.safetensors").read_bytes() == (routers / "mosa_routers.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="exists: remove it"):

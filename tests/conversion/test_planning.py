@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from mosa_hf.conversion_scripts import plan as command
 
 from mosa_hf import ConversionConfig, GroupPlan, convert_model
+from mosa_hf.cli import plan as command
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.conversion.effects import Effects, divergence
@@ -308,7 +308,7 @@ def test_command(tmp_path, capsys):
     for wrong, message in (
         ([*arguments, "--tokens", "128"], "plan.json exists"),
         ([*arguments[:1], str(tmp_path / "other.json"), *arguments[2:], "--tokens", "9000"], "fewer than one window"),
-        ([*arguments[:1], str(tmp_path / "other.json"), "--share", "2", *arguments[4:]], "`share` must be above 0"),
+        ([*arguments[:1], str(tmp_path / "other.json"), "--share", "2", *arguments[4:]], "`--share` must be above 0"),
     ):
         with pytest.raises(SystemExit, match=f"mosa-plan: .*{message}"):
             command.main(wrong)

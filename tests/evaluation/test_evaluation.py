@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from conversion_scripts import evaluate as command
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, save_routers
+from mosa_hf.cli import evaluate as command
+from mosa_hf.cli.run_evaluate import identity
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import (
     CacheMemory,
@@ -325,10 +326,10 @@ def test_command_names_what_is_wrong(arguments, message, folders, monkeypatch):
 
 def test_a_changed_folder_is_another_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    before = command.identity([str(tmp_path)])
-    assert command.identity([str(tmp_path)]) == before != command.identity(["someone/model"])
+    before = identity([str(tmp_path)])
+    assert identity([str(tmp_path)]) == before != identity(["someone/model"])
     (tmp_path / "config.json").write_text('{"a": 1}')
-    assert command.identity([str(tmp_path)]) != before
+    assert identity([str(tmp_path)]) != before
 
 
 def test_an_interrupted_command_says_what_is_kept(folders, capsys, monkeypatch):
