@@ -297,6 +297,17 @@ def test_command(folders, capsys):
     assert given[1] == rows[4]
 
 
+def test_command_reads_rows(folders, capsys):
+    """As it reads a file of text."""
+    (folders / "boats.jsonl").write_text(json.dumps({"text": SENTENCES}) + "\n")
+    sizes = ["--context", "200", "--scored", "20", "--slices", "2"]
+    text = ["--text", str(folders / "boats.txt"), str(folders / "boats.jsonl")]
+    command.main([str(folders / "original"), *text, *sizes, "--output", str(folders / "rows.json")])
+    rows = json.loads((folders / "rows.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["perplexity, boats.txt", "perplexity, boats.jsonl"]
+    assert rows[0]["perplexity"] == rows[1]["perplexity"]
+
+
 def test_command_writes_the_model_card(folders, capsys):
     """What was measured is in the card in place of "not measured", and the files of the model are as they were."""
     before, card = (folders / "routers" / "README.md").read_text(), folders / "routers" / "README.md"
