@@ -8,6 +8,8 @@ Reads some text twice, fits the routers of all groups to what the model attends 
 directory appears only when it is whole.
 """
 
+import sys
+
 from .options import TEXT_HELP, add_loading, command_parser, one_line_errors, speak
 
 # What messages of the Python functions call by other names than this command's options have.
@@ -42,10 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--plot-plan", metavar="FILE", help="draw the plan as a heat map (PNG; needs matplotlib)")
     options = parser.parse_args(arguments)
     speak()
-    with one_line_errors(parser.prog, parser, WORDS):
-        from .run_convert import run
+    try:
+        with one_line_errors(parser.prog, parser, WORDS):
+            from .run_convert import run
 
-        run(options)
+            run(options)
+    except KeyboardInterrupt:
+        sys.exit("mosa-convert: stopped. Nothing was written, and the next time begins anew.")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON to write; the same command goes on from it if interrupted"
     )
+    parser.add_argument(
+        "--card", action="store_true", help="write the table into the model card in the model's or routers' directory"
+    )
     options = parser.parse_args(arguments)
     speak()
     try:

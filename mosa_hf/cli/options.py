@@ -79,13 +79,21 @@ def one_line_errors(name: str, parser: argparse.ArgumentParser, words: Mapping[s
         sys.exit(f"{name}: {message}")
 
 
+class StandardError(logging.StreamHandler):
+    """Whatever standard error is when something is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def speak() -> None:
     """Show on standard error what the package says of its work, as it does it."""
     if os.environ.get("LOCAL_RANK", "0") != "0":  # of several processes the first alone
         return
     logger = logging.getLogger("mosa_hf")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = StandardError()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -17,14 +17,34 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mosa_hf
 
+from ..atomic_write import atomic_file
 from ..conversion import read_text, to_dense
+from ..conversion.sources import CARD_NAME
 from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
+from ..modeling.model_card import with_measured
 from ..modeling.router_files import load_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
 
 
 def run(options: argparse.Namespace) -> None:
-    print(table(measured(options)["rows"]))
+    card = Path(options.routers or options.model) / CARD_NAME
+    text = with_measured(card.read_text(encoding="utf-8"), "") if options.card else ""  # raises before the long work
+    result = measured(options)
+    print(table(result["rows"]))
+    if options.card:
+        with atomic_file(card) as unfinished:
+            unfinished.write_text(with_measured(text, in_words(result)), encoding="utf-8")
+        print(f"Wrote it into {card}.")
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """For a model card: the table, and how it was measured."""
+    settings, versions = result["settings"], result["versions"]
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{table(result['rows'])}\n\n`mosa-evaluate`, {result['date']}: {settings['slices']} slices of each text, "
+        f"{settings['scored']} tokens scored after {settings['context']};\n{settings['dtype']} dtype, {used}.\n"
+    )
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,6 +113,6 @@ def identity(folders: list[str]) -> str:
         [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
         for folder in map(Path, folders)
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != CARD_NAME  # which computes nothing
     ]
     return hashlib.sha256(json.dumps([*folders, *files]).encode()).hexdigest()[:16]

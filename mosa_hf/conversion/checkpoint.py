@@ -93,9 +93,9 @@ def convert_checkpoint(
         destination: directory to create. It appears when it is whole, or not at all.
         conversion: what to produce.
         calibration: what routers and thresholds are fitted on: a text, a list of texts or of chats, which are read
-            one after the other (`calibration_windows`); the `Path` of a file, or what `read_text` makes of files and
-            data sets; or token ids, as `convert_model` takes them. None: `default_text`, where anything is to be
-            fitted, which is so without `routers` and unless every sparsity is 1.
+            one after the other (`calibration_windows`); the `Path` of a file, or several; what `read_text` makes of
+            files and data sets; or token ids, as `convert_model` takes them. None: `default_text`, where anything is
+            to be fitted, which is so without `routers` and unless every sparsity is 1.
         routers: directory that `save_routers` wrote, or its name on the Hub, in place of `conversion` and
             `calibration`.
         routers_only: write the routers alone, as `save_routers` does.
@@ -153,6 +153,8 @@ def convert_source(
     if calibration is None and conversion.selects():
         calibration = default_text()
     if isinstance(calibration, os.PathLike):
+        calibration = [calibration]
+    if isinstance(calibration, list | tuple) and calibration and isinstance(calibration[0], os.PathLike):
         calibration = read_text(calibration)
     record = {}
     if is_text(calibration):

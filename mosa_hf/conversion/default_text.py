@@ -1,7 +1,7 @@
 """
 The text that routers are fitted on where none is given: half documentation, half what programs write. It needs no
 network. The documentation is Python's own language reference, as it ships with the interpreter; the other half is
-generated here. Without that half, routers lose what is looked up in JSON, tables and logs (docs/choosing.md).
+generated here, for routers that saw prose alone lose more of what is looked up in JSON, tables and logs.
 """
 
 import json

@@ -17,6 +17,7 @@ def check_can_publish(name: str, token: str | bool | None = None) -> None:
     Raises:
         ValueError: if `name` can be no model's on the Hub.
         PermissionError: if nobody is logged in there.
+        OSError: if it cannot be reached.
     """
     try:
         validate_repo_id(name)
@@ -28,6 +29,8 @@ def check_can_publish(name: str, token: str | bool | None = None) -> None:
         raise PermissionError(
             "`push_to_hub` needs to know who you are: `hf auth login`, or pass a `token` that may write."
         ) from error
+    except Exception as error:  # its HTTP client has errors of its own
+        raise OSError(f"`push_to_hub`: the Hub cannot be reached ({error}).") from error
 
 
 def publish(directory: Path, name: str, token: str | bool | None = None) -> str:
@@ -44,7 +47,7 @@ def publish(directory: Path, name: str, token: str | bool | None = None) -> str:
     try:
         url = api.create_repo(name, exist_ok=True)
         api.upload_folder(folder_path=directory, repo_id=name, commit_message="Upload sparse groups")
-    except (OSError, RuntimeError, ValueError) as error:  # refused, lost on the way, or a card with errors
+    except Exception as error:  # refused, lost on the way, a card with errors: of many kinds
         raise OSError(
             f"{directory} is written, but not on the Hub: {error}. `hf upload {name} {directory}` tries again."
         ) from error

@@ -63,9 +63,9 @@ def read_text(names: str | os.PathLike | Iterable[str | os.PathLike], most_chara
 
     Args:
         names: each of a file: JSON lines (`.jsonl`, `.ndjson`) and Parquet (`.parquet`) have rows, any other is one
-            document of UTF-8 text. Or of a data set, as `datasets` knows it: `name`, `name:configuration` or
-            `name:configuration:split` (the split is `train` if none is named); it is streamed. A row has a `text`, or
-            `messages`: a chat, each message with `role` and `content`.
+            document of UTF-8 text. Or of a data set, as `datasets` knows it by name or folder: `name`,
+            `name:configuration` or `name:configuration:split` (the split is `train` if none is named); it is
+            streamed. A row has a `text`, or `messages`: a chat, each message with `role` and `content`.
         most_characters: after which no more rows are read, of each name.
 
     Raises:
@@ -85,10 +85,11 @@ def read_text(names: str | os.PathLike | Iterable[str | os.PathLike], most_chara
 
 def _documents(name: str) -> Iterator[str | Chat]:
     path = Path(name)
-    if path.is_dir():
-        raise ValueError(f"{name} is a folder: name its files.")
-    if not path.exists():
-        if path.is_absolute() or len(path.parts) > 2 or name.startswith(".") or path.suffix in (*ROWS, ".txt", ".md"):
+    if not path.is_file():
+        is_folder = Path(name.partition(":")[0]).is_dir()
+        if not is_folder and (
+            path.is_absolute() or len(path.parts) > 2 or name.startswith(".") or path.suffix in (*ROWS, ".txt", ".md")
+        ):
             raise FileNotFoundError(f"{name} does not exist: name a file of text, JSON lines or Parquet.")
         yield from _of_rows(name, _data_set(name))
     elif path.suffix == ".parquet":

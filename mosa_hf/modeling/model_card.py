@@ -1,5 +1,6 @@
 """Model cards: what the Hub and its visitors should know of a model with sparse groups, or of routers alone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ PIPELINES = {
 LENGTHS = (4096, 32768)  # of caches whose bytes are named
 PLACE = "path of this folder"
 
+LOSSES = "## What it loses\n"
 CARD = """---
 {front_matter}
 ---
@@ -37,10 +39,9 @@ import mosa_hf  # pip install mosa-hf
 
 {plan}
 
-## What it loses
-
-Not measured here. `{measure}` compares it with its original on
-your texts.
+{losses}
+Not measured here. `{measure}`
+compares it with its original on your texts, and with `--card` writes the result here.
 
 ## Calibration
 
@@ -68,6 +69,7 @@ def model_card(
         front_matter=_front_matter(config, class_name, base_model, is_routers).to_yaml(),
         title=f"{what}: {name} with sparse attention" if name else what,
         what=what,
+        losses=LOSSES,
         groups=len(groups.sparse_pairs()),
         all_groups=sum(map(len, groups.layers)),
         code=f"model = mosa_hf.{class_name}.from_pretrained({arguments})",
@@ -77,6 +79,20 @@ def model_card(
         else f"mosa-evaluate {place} --text FILE",
         calibration=calibration_in_short(config),
     )
+
+
+def with_measured(card: str, measured: str) -> str:
+    """
+    A card that says what was measured.
+
+    Raises:
+        ValueError: for one without the section.
+    """
+    before, title, after = card.partition(LOSSES)
+    if not title:
+        raise ValueError(f"The model card has no section {LOSSES.strip()!r}, as those of conversions have.")
+    _, *later = re.split(r"^(?=## )", after, maxsplit=1, flags=re.MULTILINE)
+    return f"{before}{title}\n{measured.strip()}\n" + "".join(f"\n{each}" for each in later)
 
 
 def plan_in_short(config: SparseGroupsConfig) -> str:

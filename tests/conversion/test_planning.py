@@ -1,5 +1,6 @@
 """Plans by measured effect: derivatives against finite differences, what a search finds, and that it goes on."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -286,10 +287,11 @@ def test_texts():
 
 @QUIET
 def test_command(tmp_path, capsys):
-    source, text, destination = tmp_path / "source", tmp_path / "text.txt", tmp_path / "plan.json"
+    source, text, destination = tmp_path / "source", tmp_path / "text.jsonl", tmp_path / "plan.json"
     tiny_base().save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
-    text.write_text(" ".join(f"the {i}th word of a text that is long enough;" for i in range(80)))
+    rows = ({"text": f"the {i}th word of a text that is long enough;"} for i in range(80))
+    text.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = [str(source), str(destination), "--share", "0.5", "--text", str(text), "--texts", "2", "--rounds", "1"]
     arguments += ["--windows", "2", "--window-length", "64"]
     uniform, picture = tmp_path / "uniform.json", tmp_path / "plan.png"

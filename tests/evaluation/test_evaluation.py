@@ -297,6 +297,35 @@ def test_command(folders, capsys):
     assert given[1] == rows[4]
 
 
+def test_command_reads_rows(folders, capsys):
+    """As it reads a file of text."""
+    (folders / "boats.jsonl").write_text(json.dumps({"text": SENTENCES}) + "\n")
+    sizes = ["--context", "200", "--scored", "20", "--slices", "2"]
+    text = ["--text", str(folders / "boats.txt"), str(folders / "boats.jsonl")]
+    command.main([str(folders / "original"), *text, *sizes, "--output", str(folders / "rows.json")])
+    rows = json.loads((folders / "rows.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["perplexity, boats.txt", "perplexity, boats.jsonl"]
+    assert rows[0]["perplexity"] == rows[1]["perplexity"]
+
+
+def test_command_writes_the_model_card(folders, capsys):
+    """What was measured is in the card in place of "not measured", and the files of the model are as they were."""
+    before, card = (folders / "routers" / "README.md").read_text(), folders / "routers" / "README.md"
+    sizes = ["--context", "200", "--scored", "20", "--slices", "1"]
+    text = ["--text", str(folders / "boats.txt")]
+    known = identity([str(folders / "routers")])
+    command.main([str(folders / "original"), "--routers", str(folders / "routers"), *text, *sizes, "--card"])
+    shown, after = capsys.readouterr().out.partition("Wrote it into")[0].strip(), card.read_text()
+    assert shown in after and "Not measured here" in before and "Not measured here" not in after
+    assert "1 slices of each text, 20 tokens scored after 200" in after
+    assert [part for part in before.split("## ") if part not in after.split("## ")] == [
+        next(part for part in before.split("## ") if part.startswith("What it loses"))
+    ]
+    assert identity([str(folders / "routers")]) == known
+    with pytest.raises(SystemExit, match="mosa-evaluate: .*README.md"):
+        command.main([str(folders / "original"), *text, *sizes, "--card"])
+
+
 def test_command_on_what_healing_writes(folders, capsys):
     """A folder of routers and an adapter, on its base or by itself: the original has no adapter."""
     on_base = evaluated(folders, capsys, folders / "original", "--routers", folders / "healed")
