@@ -125,7 +125,8 @@ def find_source(model: str | os.PathLike, *, revision: str | None = None, token:
             raise ValueError(f"`revision` is of a model on the Hub, but {name} is a file or folder: leave it out.")
         return Source(path, path.resolve().name)
     is_gguf = path.suffix == ".gguf"
-    if path.is_absolute() or name.startswith(".") or len(path.parts) > 2 + is_gguf or is_gguf > (len(path.parts) == 3):
+    could_be_a_name = len(path.parts) == 3 if is_gguf else len(path.parts) <= 2
+    if path.is_absolute() or name.startswith(".") or not could_be_a_name:
         raise FileNotFoundError(f"{name} does not exist: give a model directory, a .gguf file, or a name on the Hub.")
     where: dict[str, Any] = {"revision": revision, "token": token}
     try:
