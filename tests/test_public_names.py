@@ -19,8 +19,9 @@ PUBLIC = {
         load_routers save_cache save_routers to_dense trace_routing use_backend
     """,
     "mosa_hf.conversion": """
-        ConversionConfig Found HealingTrainer PlanningConfig RateAnnealing TokenWindows calibration_windows
-        convert_checkpoint convert_model convert_to_native load_kvzap measured_texts search_plan teacher_of to_dense
+        ConversionConfig Found HealingTrainer Loading PlanningConfig RateAnnealing Text TokenWindows
+        calibration_windows convert_checkpoint convert_model convert_to_native default_text find_source load_kvzap
+        measured_texts read_text search_plan teacher_of to_dense
     """,
     "mosa_hf.evaluation": """
         PERPLEXITY CacheMemory Continuation Sample Score Subject TracedGroup TracedText evaluate fact_samples

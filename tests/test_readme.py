@@ -8,8 +8,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
-import mosa_hf
-from testing.tiny import SENTENCES, random_tokens, text_tokenizer, tiny_base
+from mosa_hf.cli.convert import main as mosa_convert
+from testing.tiny import SENTENCES, text_tokenizer, tiny_base
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,11 +35,11 @@ def test_code_comes_early():
 def test_the_first_example_runs(base, tmp_path, monkeypatch, capsys):
     """What the command before it wrote, and nothing else, is there."""
     code, *_ = blocks("python")
-    (folder,) = set(re.findall(r'from_pretrained\("([^"]+)"\)', code))
-    assert folder == shlex.split(blocks("bash")[1])[2]
+    name, model, folder = shlex.split(blocks("bash")[1])
+    assert name == "mosa-convert" and model.count("/") == 1  # a name on the Hub
+    assert set(re.findall(r'from_pretrained\("([^"]+)"\)', code)) == {folder}
     monkeypatch.chdir(tmp_path)
-    conversion = mosa_hf.ConversionConfig(window=64, sparsity=8)
-    mosa_hf.convert_checkpoint(base, folder, conversion, random_tokens(4, 128))
+    mosa_convert([str(base), folder, "--windows", "2", "--window-length", "128", "--window", "64"])  # small, like it
     monkeypatch.setitem(topics, "specialnames", SENTENCES[:600])  # thousands of bytes would take long
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out

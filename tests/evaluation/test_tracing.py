@@ -140,7 +140,7 @@ def test_the_command_writes_it(converted, tmp_path, capsys):
 
     with pytest.raises(SystemExit, match="^mosa-trace: .*nothing.txt"):
         command.main([str(folder), "--text", str(tmp_path / "nothing.txt"), "--html", str(page)])
-    with pytest.raises(SystemExit, match="^mosa-trace: `max_tokens` must be at least 1"):
+    with pytest.raises(SystemExit, match="^mosa-trace: `--tokens` must be at least 1"):
         command.main([str(folder), "--text", str(text), "--html", str(page), "--tokens", "0"])
     with pytest.raises(SystemExit):
         command.main(["--version"])

@@ -122,7 +122,7 @@ def test_lora(model_type):
     """A step, and merged; the same weights are adapted as of the stock model."""
     adapted = {}
     for name, model in {"stock": stock(model_type), "sparse": sparse(model_type)}.items():
-        # Of mamba layers, whose kernels do not call it; of Llama 4, whose output is no tensor: not of stock models either.
+        # Not of stock models either: mamba's kernels do not call the one, and the other's output is no tensor.
         config = LoraConfig(
             target_modules="all-linear", exclude_modules=["out_proj", "router"], task_type="CAUSAL_LM", r=4
         )
