@@ -12,7 +12,7 @@ from peft.utils import constants, transformers_weight_conversion
 from transformers import AttentionInterface, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, WeightTransform
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -98,7 +98,7 @@ def make_and_register(model_type: str) -> Family:
     return family
 
 
-def _exact(transform: WeightTransform) -> WeightTransform:
+def _exact(transform: WeightConverter | WeightRenaming) -> WeightConverter | WeightRenaming:
     """
     A renaming whose target begins with a dot and nothing else: upstream reads it as a regular expression when a model
     is saved, so that ".router.weight" would rename "mosa_router.weight" too.

@@ -10,7 +10,6 @@ embeddings, experts, multipliers) is its own code. All of them are attributes of
 import inspect
 import sys
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
 from typing import Any, cast
 
@@ -188,8 +187,7 @@ def _has_config(model_class: type[PreTrainedModel], config_class: type[PreTraine
     return own is config_class or (own is not None and "text_config" not in (own.sub_configs or {}))
 
 
-@cache
-def _is_decoder(model_class: Any) -> bool:
+def _is_decoder(model_class: type[PreTrainedModel]) -> bool:
     """Whether a class runs the layers itself: whoever does makes their masks."""
     names = inspect.unwrap(model_class.forward).__code__.co_names
     return any(name.startswith("create_") and "mask" in name for name in names) or "layers" in names or "h" in names

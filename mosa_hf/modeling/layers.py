@@ -36,7 +36,7 @@ def is_attention(module: nn.Module) -> bool:
         getattr(module, "layer_idx", None) is not None
         and getattr(module, "is_causal", True) is not False
         and type(module).__module__.startswith(("transformers.", "mosa_hf."))
-        and calls_attention_interface(type(module))
+        and calls_attention_interface(cast(Any, type(module)))
     )
 
 

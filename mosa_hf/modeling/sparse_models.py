@@ -251,7 +251,7 @@ def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) 
         for layer, module in attention_modules(decoder).items():
             plan = config.groups_of_layer(layer)
             if any(plan):
-                _set_class(module, sparse_attention_class(type(module)))
+                _set_class(module, sparse_attention_class(cast(Any, type(module))))
                 cast(SparseGroupsMixin, module).add_sparse_groups(config, plan)
         decoder.built_layers = decoder.layer_plans()
         decoder.packs_by_positions = makes_masks_of_positions(decoder.base_class.forward)
