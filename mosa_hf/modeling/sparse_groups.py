@@ -24,6 +24,7 @@ from .attention import LayerContext, LayerGroups
 from .configuration import SparseGroupsConfig
 from .forward_context import ForwardContext, context_of_place
 from .group_plan import SparseGroup
+from .latent_attention import LatentAttentionMixin
 from .layers import passes_keywords
 from .router import MosaRouter, active_module
 
@@ -67,6 +68,7 @@ class SparseGroupsMixin(FamilyAttention):
     mosa_plan: tuple[SparseGroup | None, ...]  # what the layer's groups are, wherever in the model it is
     mosa_groups: LayerGroups  # the same by index, in a parallel process of its own groups alone
     mosa_router: MosaRouter
+    cache_in_forward: type[CacheInForward] = CacheInForward
     mosa_layer: LayerContext | None = None  # while a family's code runs that hands the attention function nothing
 
     def __reduce__(self) -> tuple:
@@ -123,7 +125,7 @@ class SparseGroupsMixin(FamilyAttention):
         if cache is not None:
             cache.begin(layout, routed)
             assert past_key_values is not None
-            kwargs[name] = CacheInForward(past_key_values)
+            kwargs[name] = self.cache_in_forward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
         if passes_keywords(type(self).__bases__[-1].forward, "attention_interface"):
@@ -171,7 +173,8 @@ class SparseGroupsMixin(FamilyAttention):
 @cache
 def sparse_attention_class(base_class: type[nn.Module]) -> type[nn.Module]:
     """An attention class of Transformers with sparse groups: `MosaQwen3Attention` of `Qwen3Attention`."""
-    return type(f"Mosa{base_class.__name__}", (SparseGroupsMixin, base_class), {"__module__": __name__})
+    mixins = (LatentAttentionMixin, SparseGroupsMixin) if hasattr(base_class, "expand_kv") else (SparseGroupsMixin,)
+    return type(f"Mosa{base_class.__name__}", (*mixins, base_class), {"__module__": __name__})
 
 
 def _blank_attention(base_class: type[nn.Module]) -> nn.Module:
