@@ -1,5 +1,6 @@
 """Makes Transformers and PEFT know the MoSA classes. Runs at `import mosa_hf`; running it again changes nothing."""
 
+import re
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -11,6 +12,7 @@ from peft.utils import constants
 from transformers import AttentionInterface, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -90,10 +92,21 @@ def make_and_register(model_type: str) -> Family:
     for base_name, name in {family.name: family.config_class.model_type, **names}.items():
         mapping = get_checkpoint_conversion_mapping(base_name)
         if mapping is not None:
-            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+            register_checkpoint_conversion_mapping(name, [_exact(each) for each in mapping], overwrite=True)
     if is_serve_available():
         _register_response_template(family)
     return family
+
+
+def _exact(transform: WeightTransform) -> WeightTransform:
+    """
+    A renaming whose target begins with a dot and nothing else: upstream reads it as a regular expression when a model
+    is saved, so that ".router.weight" would rename "mosa_router.weight" too.
+    """
+    if type(transform) is not WeightRenaming or transform.scope_prefix is not None:
+        return transform
+    targets = [re.sub(r"^\.", r"\\.", target) for target in transform._original_target_patterns]
+    return WeightRenaming(source_patterns=transform._original_source_patterns, target_patterns=targets)
 
 
 def _transformers_modules() -> list[ModuleType]:

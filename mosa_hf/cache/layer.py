@@ -14,6 +14,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     StaticLayer,
 )
 
@@ -78,6 +79,11 @@ class MixedLayer(Mixable):
             copied.keys, copied.values = self.keys.clone(), self.values.clone()
             if isinstance(self, StaticLayer):
                 copied.cumulative_length = self.cumulative_length.clone()
+        if isinstance(self, LinearAttentionCacheLayerMixin):
+            copied.conv_states, copied.recurrent_states = (
+                {i: None if each is None else each.clone() for i, each in states.items()}
+                for states in (self.conv_states, self.recurrent_states)
+            )
         return copied
 
 
@@ -127,9 +133,9 @@ class SparseLayer(MixedLayer):
         """Whether a call has begun and has not ended; after it, that it failed half-way."""
         return self.stores[0].routed is not None
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # `early_initialization` by who does not know the dense groups gives all heads.
-        super().lazy_initialization(key_states[:, : self.num_dense], value_states[:, : self.num_dense])
+    def lazy_initialization(self, *states: torch.Tensor, **recurrent: Any) -> None:
+        # `early_initialization` by who does not know the dense groups gives all heads. Hybrid layers have others, too.
+        super().lazy_initialization(*(each[:, : self.num_dense] for each in states), **recurrent)
 
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
@@ -255,9 +261,9 @@ class FirstLayer(MixedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         _check_stores([self, *self.others], tokens_to_remove)
         for layer in self.others:
-            if isinstance(layer, DynamicSlidingWindowLayer):  # the one of upstream's that refuses: try it on a copy
+            if isinstance(layer, DynamicSlidingWindowLayer | LinearAttentionCacheLayerMixin):  # upstream's that refuse
                 trial: Any = object.__new__(type(layer))
-                trial.__dict__ |= layer.__dict__
+                trial.__dict__ |= {x: dict(y) if isinstance(y, dict) else y for x, y in layer.__dict__.items()}
                 trial = super(SparseLayer, trial) if isinstance(layer, SparseLayer) else trial
                 trial.crop(tokens_to_remove)
         super().crop(tokens_to_remove)

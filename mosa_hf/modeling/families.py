@@ -9,6 +9,7 @@ embeddings, experts, multipliers) is its own code. All of them are attributes of
 
 import inspect
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from typing import Any, cast
@@ -91,7 +92,7 @@ def make_family(model_type: str) -> Family:
         inner = _inner_decoder(base_model)
         family.inner_classes[inner] = made(inner, "Decoder", decoder)
     for head, names in HEADS.items():
-        base = _class(names.get(model_type))
+        base = _class(names.get(model_type)) or _of_config(base_config, head)
         if base is not None and _has_config(base, base_config):
             family.base_head_classes[head] = base
             family.head_classes[head] = made(base, head, wrapper)
@@ -140,24 +141,31 @@ def _base_model(model_type: str, config_class: type[PreTrainedConfig]) -> type[P
 
 def _text_model(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
     """The decoder of a config that upstream's table of base models lacks: a part of vision-language models."""
-    file = config_class.__module__.replace(".configuration_", ".modeling_")
+    found = _of_config(config_class, "Model")
+    return found if found is not None and _is_decoder(found) else None
+
+
+def _of_config(config_class: type[PreTrainedConfig], suffix: str) -> type[PreTrainedModel] | None:
+    """The model class of a config whose name ends with `suffix`, where it has a file of models beside its own."""
     try:
-        candidates = vars(import_module(file)).values()
+        candidates = vars(import_module(config_class.__module__.replace(".configuration_", ".modeling_"))).values()
     except ImportError:
         return None
-    found = [
-        each
-        for each in candidates
-        if isinstance(each, type)
-        and issubclass(each, PreTrainedModel)
-        and each.config_class is config_class
-        and each.__name__.endswith("Model")
-        and _is_decoder(each)
-    ]
-    return found[0] if found else None
+    return next(
+        (
+            each
+            for each in candidates
+            if isinstance(each, type)
+            and issubclass(each, PreTrainedModel)
+            and each.config_class is config_class
+            and each.__name__.endswith(suffix)
+            and not each.__name__.endswith("PreTrainedModel")
+        ),
+        None,
+    )
 
 
-def _class(name: str | tuple[str, ...] | None) -> type[PreTrainedModel] | None:
+def _class(name: str | Sequence[str] | None) -> type[PreTrainedModel] | None:
     """A model class of Transformers by the name that a table of its gives."""
     names = (name,) if isinstance(name, str) else name or ()
     return next((found for each in names if (found := getattr(transformers, each, None)) is not None), None)
@@ -170,7 +178,7 @@ def _has_config(model_class: type[PreTrainedModel], config_class: type[PreTraine
 
 
 @cache
-def _is_decoder(model_class: type[PreTrainedModel]) -> bool:
+def _is_decoder(model_class: Any) -> bool:
     """Whether a class runs the layers itself: whoever does makes their masks."""
     names = inspect.unwrap(model_class.forward).__code__.co_names
     return any(name.startswith("create_") and "mask" in name for name in names) or "layers" in names or "h" in names

@@ -21,7 +21,7 @@ Attention = TypeVar("Attention", bound=nn.Module)
 
 
 @cache
-def calls_attention_interface(module_class: type) -> bool:
+def calls_attention_interface(module_class: Any) -> bool:
     """Whether the forward of a class of Transformers, with our mixins or without, calls an attention function."""
     for each in module_class.__mro__:
         if "forward" in vars(each) and not each.__module__.startswith("mosa_hf."):

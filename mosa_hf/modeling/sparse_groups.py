@@ -128,7 +128,7 @@ class SparseGroupsMixin(FamilyAttention):
             kwargs[name] = self.cache_in_forward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
-        if passes_keywords(type(self).__bases__[-1].forward, "attention_interface"):
+        if passes_keywords(cast(Any, type(self).__bases__[-1]).forward, "attention_interface"):
             output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
         else:
             self.mosa_layer = call
@@ -171,7 +171,7 @@ class SparseGroupsMixin(FamilyAttention):
 
 
 @cache
-def sparse_attention_class(base_class: type[nn.Module]) -> type[nn.Module]:
+def sparse_attention_class(base_class: Any) -> type[nn.Module]:
     """An attention class of Transformers with sparse groups: `MosaQwen3Attention` of `Qwen3Attention`."""
     mixins = (LatentAttentionMixin, SparseGroupsMixin) if hasattr(base_class, "expand_kv") else (SparseGroupsMixin,)
     return type(f"Mosa{base_class.__name__}", (*mixins, base_class), {"__module__": __name__})

@@ -5,7 +5,7 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -84,6 +84,12 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
     def _can_set_experts_implementation(cls) -> bool:
         # Upstream looks for experts in the source of the class's own file.
         return cls.family.base_model_class._can_set_experts_implementation()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # All weights are initialised by upstream's own code, which knows what was loaded. Of other people's code
+        # upstream skips modules without parameters, of which some families initialise the buffers of others.
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -171,7 +177,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         )
         if position_ids is not None:  # else the family counts, some by the mask
             kwargs["position_ids"] = position_ids
-        shared = nullcontext()
+        shared: AbstractContextManager[None] = nullcontext()
         if self.drops_keywords:
             self.check_checkpointing()
             shared = shared_by_place(context)
