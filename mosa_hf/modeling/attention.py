@@ -196,7 +196,7 @@ def _attend_densely(
 
 def sparse_attention(
     query: torch.Tensor,
-    read: PackedKeyValues | tuple[KeyValues, KeyValues | None],
+    read: PackedKeyValues | tuple[KeyValues, PackedKeyValues | None],
     layout: CallLayout,
     window: int,
     gate: torch.Tensor | None,

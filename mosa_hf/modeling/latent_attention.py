@@ -7,7 +7,7 @@ into the queries and the output instead (it is *absorbed*), and no key or value 
 """
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -127,8 +127,13 @@ class LatentAttentionMixin(FamilyLatentAttention):
             of_heads: Entries = self._expanded_memory(read, num_heads)
         else:
             recent, cached = read
-            shared = (None if each is None else each.expand(-1, num_heads, -1) for each in recent[2:])
-            recent = KeyValues(*self.expanded(recent.key), *shared)
+            shared: dict[str, Any] = {
+                name: None if states is None else states.expand(-1, num_heads, -1)
+                for name, states in recent._asdict().items()
+                if name not in ("key", "value")
+            }
+            key, value = self.expanded(recent.key)
+            recent = recent._replace(key=key, value=value, **shared)
             of_heads = recent, None if cached is None else self._expanded_memory(cached, num_heads)
         options = {"scale": scale, "softcap": softcap, "sinks": None if sinks is None else sinks[:, None]}
         gate = None if gate is None else gate.expand(-1, -1, num_heads)
@@ -160,7 +165,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
         up_key, up_value = weight.split([nope, self.v_head_dim], dim=1)
         query, rotated = query.split([nope, self.qk_rope_head_dim], dim=-1)
         query = torch.cat((_by_head(query, up_key), rotated), dim=-1)
-        # Values are the first channels of keys. With as many as keys have, all kernels take them, and nothing is moved.
+        # Values are the first channels of keys. With all channels that keys have, every kernel takes them as they lie.
         if isinstance(read, PackedKeyValues):
             read = _with_keys_as_values(read)
         else:
@@ -178,7 +183,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
         of `like`.
         """
         if is_plain(self.kv_b_proj):
-            return self.kv_b_proj.weight
+            return cast(nn.Linear, self.kv_b_proj).weight
         return self.kv_b_proj(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).T
 
     def absorbing_is_cheaper(self, query: torch.Tensor, read: Entries) -> bool:
@@ -207,11 +212,13 @@ def expands_as_known(attention_class: type[nn.Module]) -> bool:
     rank, nope, rope, size, num_heads = 2, 3, 2, 4, 2
     weight = torch.arange(1.0, num_heads * (nope + size) * rank + 1, device="cpu").view(-1, rank)
     sizes = {"kv_lora_rank": rank, "qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": size}
-    module = SimpleNamespace(**sizes, num_heads=num_heads, kv_b_proj=lambda states: nn.functional.linear(states, weight))
+    module = SimpleNamespace(
+        **sizes, num_heads=num_heads, kv_b_proj=lambda states: nn.functional.linear(states, weight)
+    )
     latents = torch.arange(1.0, 7, device="cpu").view(1, 1, 3, rank)
     rotated = torch.arange(11.0, 17, device="cpu").view(1, 1, 3, rope)
     try:
-        key, value = attention_class.expand_kv(module, latents, rotated)  # type: ignore[operator]
+        key, value = cast(Any, attention_class).expand_kv(module, latents, rotated)
     except (AttributeError, RuntimeError, TypeError, ValueError):
         return False  # it reads more of its module than this
     heads = nn.functional.linear(latents, weight).unflatten(-1, (num_heads, -1)).squeeze(1).transpose(1, 2)

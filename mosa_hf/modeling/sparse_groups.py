@@ -8,7 +8,7 @@ as it is. `SparseGroupsMixin` routes before it, the cache layer keeps what is se
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,7 @@ class SparseGroupsMixin(FamilyAttention):
     mosa_plan: tuple[SparseGroup | None, ...]  # what the layer's groups are, wherever in the model it is
     mosa_groups: LayerGroups  # the same by index, in a parallel process of its own groups alone
     mosa_router: MosaRouter
+    passes_on: ClassVar[bool]  # whether the family's code hands the attention function what it does not know
     cache_in_forward: type[CacheInForward] = CacheInForward
     mosa_layer: LayerContext | None = None  # while a family's code runs that hands the attention function nothing
 
@@ -128,7 +129,7 @@ class SparseGroupsMixin(FamilyAttention):
             kwargs[name] = self.cache_in_forward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
-        if passes_keywords(cast(Any, type(self).__bases__[-1]).forward, "attention_interface"):
+        if self.passes_on:
             output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
         else:
             self.mosa_layer = call
@@ -174,7 +175,9 @@ class SparseGroupsMixin(FamilyAttention):
 def sparse_attention_class(base_class: Any) -> type[nn.Module]:
     """An attention class of Transformers with sparse groups: `MosaQwen3Attention` of `Qwen3Attention`."""
     mixins = (LatentAttentionMixin, SparseGroupsMixin) if hasattr(base_class, "expand_kv") else (SparseGroupsMixin,)
-    return type(f"Mosa{base_class.__name__}", (*mixins, base_class), {"__module__": __name__})
+    passes_on = passes_keywords(cast(Any, base_class).forward, "attention_interface")
+    attributes = {"__module__": __name__, "passes_on": passes_on}
+    return type(f"Mosa{base_class.__name__}", (*mixins, base_class), attributes)
 
 
 def _blank_attention(base_class: type[nn.Module]) -> nn.Module:
