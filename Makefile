@@ -4,7 +4,7 @@ VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test tools notebooks test-oldest lint clean
+.PHONY: demo test families tools notebooks test-oldest lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -13,6 +13,12 @@ demo: $(VENV)/.mosa-hf-gguf
 # Everything but what needs the extra `tools` or starts tools' own commands, in two processes.
 test: lint
 	$(VENV_PYTHON) -m pytest -q -m "not tools" --no-loadscope-reorder
+
+# The contract of every decoder and vision-language type that Transformers has, and docs/families.md, which says what
+# was found. Takes about ten minutes.
+families: $(VENV)/.mosa-hf-test
+	$(VENV_PYTHON) -m pytest -q -m families --no-loadscope-reorder
+	$(VENV_PYTHON) -m testing.families --output docs/families.md
 
 # The tools of docs/tools.md.
 tools: $(VENV)/.mosa-hf-tools

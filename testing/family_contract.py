@@ -1,11 +1,11 @@
 """
 What every decoder type has to hold with sparse groups, on a tiny model, each beside the stock model: `check_decoder`
-gives the findings of one type, `python -m testing.families` those of all.
+gives the findings of one type, `testing.families` those of all.
 """
 
 import copy
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Findings:
     model_type: str
     reason: str | None = None  # why it is refused
     layers: tuple[int, int] = (0, 0)  # with sparse groups, of so many
-    failed: dict[str, str] = None  # type: ignore[assignment]  # check → what was wrong
+    failed: dict[str, str] = field(default_factory=dict)  # check → what was wrong
 
     @property
     def passes(self) -> bool:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import (
-    BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
     DynamicLayer,
@@ -18,6 +17,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from ..compat import QuantizedLayer
 from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
@@ -448,7 +448,7 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
             raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
         capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
     else:
-        if isinstance(layer, BaseQuantizedLayer) and spec.num_dense == 0:
+        if isinstance(layer, QuantizedLayer) and spec.num_dense == 0:
             layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
         if layer_class is DynamicLayer:
             layer_class = PreallocatedDynamicLayer

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.core_model_loading import rename_source_key, revert_weight_conversion
 from transformers.initialization import no_init_weights
@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
 
 from ..atomic_write import atomic_directory, check_absent
+from ..compat import dequantized_gguf
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
@@ -283,10 +284,7 @@ def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> ty
 def _load_gguf(path: Path) -> PreTrainedModel:
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     family = family_of(AutoConfig.from_pretrained(**where).model_type)
-    quantization = GgufConfig(dequantize=True)
-    return family.base_head_classes["ForCausalLM"].from_pretrained(
-        **where, quantization_config=quantization, dtype=torch.float32
-    )
+    return family.base_head_classes["ForCausalLM"].from_pretrained(**where, **dequantized_gguf(), dtype=torch.float32)
 
 
 def _tokenizer(source: Path) -> PreTrainedTokenizerBase:

@@ -40,6 +40,15 @@ HEADS = {
     "ForTokenClassification": dict(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     "ForQuestionAnswering": dict(modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
 }
+# Types whose attention does more than its calls tell. Conversion would find it out of each (`conversion.probe`), but
+# nothing would of a model that is built from a configuration.
+REFUSED = {
+    "diffllama": "its layers call the attention function twice, and subtract",
+    "doge": "its attention adds a mask of its own to the scores",
+    "hrm_text": "it runs its layers several times, with another layer of the cache each time",
+    "jetmoe": "the query heads that read one key/value head do not stand side by side",
+    "minimax": "it wants a cache of its own",
+}
 
 
 def make_family(model_type: str) -> Family:
@@ -116,6 +125,8 @@ def _decoder_config(model_type: str) -> type[PreTrainedConfig]:
         raise refuse("they have them already")
     if model_type not in CONFIG_MAPPING_NAMES:
         raise refuse("it is no model type of the installed Transformers, of whose own models the classes are made")
+    if model_type in REFUSED:
+        raise refuse(REFUSED[model_type])
     config = CONFIG_MAPPING[model_type]
     if "text_config" in (config.sub_configs or {}):
         raise refuse(

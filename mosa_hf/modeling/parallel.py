@@ -9,10 +9,10 @@ from torch import nn
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
     TensorParallelLayer,
-    get_kv_heads_per_rank,
     replace_layer_number_by_wildcard,
 )
 
+from ..compat import shards_heads
 from .latent_attention import LatentAttentionMixin
 from .sparse_groups import SparseGroupsMixin
 
@@ -50,7 +50,7 @@ class SparseGroupsParallel(TensorParallelLayer):
 def sparse_groups_plan(decoder: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     """What sparse groups add to the tensor-parallel plan of a decoder: nothing if it splits no attention heads."""
     splits_latent_heads = any(name.endswith(".kv_b_proj") and style == "colwise" for name, style in plan.items())
-    if get_kv_heads_per_rank(plan, 2, 2) == 2 and not splits_latent_heads:
+    if not (shards_heads(plan) or splits_latent_heads):
         return {}
     names = [name for name, module in decoder.named_modules() if isinstance(module, SparseGroupsMixin)]
     return dict.fromkeys(map(replace_layer_number_by_wildcard, names), "sparse_groups")
