@@ -14,10 +14,19 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import CompileConfig, DynamicCache
+from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
-from mosa_hf import ConversionConfig, cache_bytes, convert_model, load_cache, save_cache, use_backend
+from mosa_hf import (
+    ConversionConfig,
+    cache_bytes,
+    convert_model,
+    load_cache,
+    save_cache,
+    to_dense,
+    trace_routing,
+    use_backend,
+)
 from mosa_hf.cache import GroupSet
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.kernels.tensors import NEVER, KeyValues, PackedKeyValues
@@ -28,6 +37,7 @@ from mosa_hf.modeling.latent_attention import expands_as_known, is_linear, is_pl
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin, sparse_attention_class
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from mosa_hf.routing.layout import CallLayout
+from testing.decoders import tiny_decoder
 from testing.tiny import random_tokens, tiny_base
 
 IDS = random_tokens(2, 40)
@@ -374,3 +384,31 @@ def test_converted_and_trained():
     loss.backward()
     lacking = {name for name, each in model.named_parameters() if each.grad is None or not each.grad.any()}
     assert all("router" in name or "experts" in name for name in lacking)
+
+
+def test_layers_with_two_attention_modules(tmp_path):
+    """LongCat's: each of them has a place, a line of the plan and a router of its own."""
+    base = tiny_decoder("longcat_flash")
+    conversion = ConversionConfig(window=WINDOW, sparsity=2, groups=((0, 0), (1, 0), (3, 0)))
+    model = convert_model(base, conversion, random_tokens(4, 64, seed=3))
+    assert sorted(model.mosa_routers()) == [0, 1, 3]
+    plan = [[None if each is None else each.window for each in groups] for groups in model.mosa_decoder.layer_plans()]
+    assert plan == [[WINDOW], [WINDOW], [None], [WINDOW]]
+    routers = [getattr(layer.self_attn[i], "mosa_router", None) for layer in model.model.layers for i in (0, 1)]
+    assert routers == [model.mosa_routers().get(place) for place in range(4)]
+    with trace_routing(model) as selected:
+        expected = at_once(model)
+    assert sorted(selected) == [0, 1, 3]
+    assert (in_steps(model) - expected).abs().max() < 1e-4
+    assert (at_once(base) - expected).abs().max() > 1e-3
+    greedy = {"max_new_tokens": 8, "do_sample": False}
+    tokens = model.generate(IDS, **greedy)
+    assert torch.equal(tokens, model.generate(IDS, **greedy, use_cache=False))
+    assert torch.equal(tokens, model.generate(IDS, **greedy, cache_implementation="static"))
+    assert torch.equal(at_once(to_dense(model)), at_once(base))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(at_once(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+    del model.model.layers[0]
+    model.config.num_layers, model.config.num_hidden_layers = 1, 2
+    model.mosa_decoder.update_config()
+    assert [each != [None] for each in model.config.mosa_plan] == [False, True]
