@@ -132,9 +132,10 @@ def mosa_attention_forward(
     if not getattr(module, "is_causal", True):
         raise ValueError(f"`is_causal` of {type(module).__name__} is False. {POSSIBLE}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if (attend := getattr(module, "attend_latents", None)) is not None:  # see `LatentAttentionMixin`
-        return attend(query, key, value, mosa, scaling, softcap, s_aux), None
     groups = module.mosa_groups
+    if (attend := getattr(module, "attend_latents", None)) is not None:  # see `LatentAttentionMixin`
+        window = groups.sets[0].window
+        return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
     num_groups = groups.num_groups
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)

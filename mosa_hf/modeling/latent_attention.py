@@ -15,7 +15,7 @@ from torch import nn
 from ..cache import CacheInForward
 from ..kernels.tensors import KeyValues, PackedKeyValues
 from ..routing.layout import CallLayout
-from .attention import LayerContext, LayerGroups, sparse_attention, uncached
+from .attention import LayerContext, sparse_attention, uncached
 
 Entries = PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]  # what may be read, see `sparse_attention`
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     class FamilyLatentAttention(nn.Module):
         """What the mixin relies on: what the attention class of every such family has."""
 
-        mosa_groups: LayerGroups
         mosa_budget: int | None
         kv_lora_rank: int
         qk_nope_head_dim: int
@@ -74,9 +73,8 @@ class LatentAttentionMixin(FamilyLatentAttention):
         kv_nope: torch.Tensor,
         k_rot: torch.Tensor,
         mosa: LayerContext,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        window: int,
+        **options,
     ) -> torch.Tensor:
         """
         What the attention function "mosa" computes in such a layer.
@@ -84,8 +82,8 @@ class LatentAttentionMixin(FamilyLatentAttention):
         Args:
             query: `[B, H, T, nope + rope]`, rotated.
             kv_nope, k_rot: `[B, 1, T, rank]` and `[B, 1, T, rope]`, of the call's tokens.
-            scale, softcap: as in `sparse_attention` of the kernels.
-            sinks: `[H]`.
+            window: of the group.
+            options: as `attend_expanded` takes them.
 
         Returns:
             `[B, T, H, d]`.
@@ -98,7 +96,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
             (read,) = mosa.cache.readable()
         is_absorbed = mosa.cache is not None and not torch.is_grad_enabled() and self.absorbing_is_cheaper(query, read)
         attend = self.attend_absorbed if is_absorbed else self.attend_expanded
-        heads = attend(query, read, mosa.layout, mosa.gates[0], scale, softcap, sinks)
+        heads = attend(query, read, mosa.layout, window, mosa.gates[0], **options)
         if mosa.cache is not None:
             mosa.cache.evict()
         return heads.transpose(1, 2).contiguous()
@@ -108,16 +106,21 @@ class LatentAttentionMixin(FamilyLatentAttention):
         query: torch.Tensor,
         read: Entries,
         layout: CallLayout,
+        window: int,
         gate: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        *,
+        sinks: torch.Tensor | None = None,
+        **options,
     ) -> torch.Tensor:
         """
         Expands what is read; each head has keys and values of its own. This is the specification, and what trains.
 
         Args:
-            gate: `[B, T, 1]`, as in `sparse_attention`.
+            query: `[B, H, T, nope + rope]`, rotated.
+            read, layout, window: as in `sparse_attention`, of the one group.
+            gate: `[B, T, 1]`, as there.
+            sinks: `[H]`.
+            options: scale and softcap, as there.
 
         Returns:
             `[B, H, T, d]`.
@@ -135,10 +138,9 @@ class LatentAttentionMixin(FamilyLatentAttention):
             key, value = self.expanded(recent.key)
             recent = recent._replace(key=key, value=value, **shared)
             of_heads = recent, None if cached is None else self._expanded_memory(cached, num_heads)
-        options = {"scale": scale, "softcap": softcap, "sinks": None if sinks is None else sinks[:, None]}
         gate = None if gate is None else gate.expand(-1, -1, num_heads)
-        window = self.mosa_groups.sets[0].window
-        return sparse_attention(query[:, :, None], of_heads, layout, window, gate, **options)[:, :, 0]
+        sinks = None if sinks is None else sinks[:, None]
+        return sparse_attention(query[:, :, None], of_heads, layout, window, gate, sinks=sinks, **options)[:, :, 0]
 
     def _expanded_memory(self, packed: PackedKeyValues, num_heads: int) -> PackedKeyValues:
         """The entries of a cache, head by head: as many ranges `[B, H]` for each that was one."""
@@ -154,10 +156,11 @@ class LatentAttentionMixin(FamilyLatentAttention):
         query: torch.Tensor,
         read: Entries,
         layout: CallLayout,
+        window: int,
         gate: torch.Tensor | None,
-        scale: float,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
+        *,
+        sinks: torch.Tensor | None = None,
+        **options,
     ) -> torch.Tensor:
         """Same function as `attend_expanded`; all heads read the latents, which nothing expands."""
         rank, nope = self.kv_lora_rank, self.qk_nope_head_dim
@@ -172,8 +175,8 @@ class LatentAttentionMixin(FamilyLatentAttention):
             recent, cached = read
             recent = recent._replace(value=recent.key)
             read = recent, None if cached is None else _with_keys_as_values(cached)
-        options = {"scale": scale, "softcap": softcap, "sinks": None if sinks is None else sinks[None]}
-        latents = sparse_attention(query[:, None], read, layout, self.mosa_groups.sets[0].window, gate, **options)
+        sinks = None if sinks is None else sinks[None]
+        latents = sparse_attention(query[:, None], read, layout, window, gate, sinks=sinks, **options)
         return _by_head(latents[:, 0, ..., :rank], up_value.transpose(1, 2))
 
     def _projection(self, like: torch.Tensor) -> torch.Tensor:

@@ -27,10 +27,8 @@ from mosa_hf import (
     trace_routing,
     use_backend,
 )
-from mosa_hf.cache import GroupSet
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.kernels.tensors import NEVER, KeyValues, PackedKeyValues
-from mosa_hf.modeling.attention import LayerGroups
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.group_plan import GroupPlan, SparseGroup
 from mosa_hf.modeling.latent_attention import expands_as_known, is_linear, is_plain
@@ -98,7 +96,6 @@ class Case:
             rope_parameters={"rope_type": "default"},
         )
         self.module = sparse_attention_class(DeepseekV3Attention)(config, layer_idx=0).double()
-        self.module.mosa_groups = LayerGroups((), (GroupSet((0,), WINDOW, 2),), ((0,),))
         self.sinks = torch.randn(self.num_heads).double() if self.chance() else None
         self.softcap = 2.0 if self.chance() else None
 
@@ -140,7 +137,8 @@ class Case:
         learned += [part.key for part in parts]
         outputs, gradients = [], []
         for attend in (self.module.attend_expanded, self.module.attend_absorbed):
-            output = attend(query, read, layout, gate, 0.7, self.softcap, self.sinks)
+            options = {"scale": 0.7, "softcap": self.softcap, "sinks": self.sinks}
+            output = attend(query, read, layout, WINDOW, gate, **options)
             assert output.shape == (self.rows, self.num_heads, query.shape[2], self.size)
             outputs.append(output)
             weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
