@@ -51,6 +51,8 @@ PEFT_TABLES = [table for name, table in vars(constants).items() if name.startswi
 # And how adapters of experts are laid out, which upstream fuses.
 PEFT_TABLES.append(getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}))
 LORA_TARGETS = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+# For types that PEFT does not know: what makes queries and values, or the latents of values.
+LORA_FALLBACK = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "q_b_proj", "kv_a_proj_with_mqa"]
 
 
 def register() -> None:
@@ -155,7 +157,7 @@ def _register_model(
         for each in (config_class, model_class, *head_classes.values()):  # tools look them up as transformers.<name>
             setattr(module, each.__name__, each)
     _fill(PEFT_TABLES, name, like)
-    LORA_TARGETS.setdefault(name, ["q_proj", "v_proj", "qkv_proj", "query_key_value"])
+    LORA_TARGETS.setdefault(name, LORA_FALLBACK)
 
 
 def _fill(tables: list[dict[str, Any]], name: str, like: str) -> None:

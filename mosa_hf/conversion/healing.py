@@ -82,7 +82,7 @@ class HealingTrainer(Trainer):
         self._calls: dict[int, int] = {}
         mosa_routers(model)  # that there are any
         for name, router in named_routers(model):
-            router.register_forward_hook(partial(self._note_rates, layer_of(name)))
+            router.register_forward_hook(partial(self._note_rates, layer_of(name, model)))
 
     def _note_rates(
         self, layer: int, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]

@@ -15,7 +15,7 @@ from ..cache import num_overflowed, static_length
 from ..compat import CACHE, takes_cache
 from .configuration import RoutingConfig
 from .forward_context import CachingAttention, ForwardContextMixin
-from .layers import decoder_of, layers_of
+from .layers import decoder_of, num_places
 from .router import MosaRouter
 
 logger = logging.get_logger(__name__)
@@ -69,7 +69,7 @@ class MosaGenerationMixin(CausalLM):
                     + " (thresholds: `mosa_hf.calibrate_thresholds`)."
                 )
         decoder = self.mosa_decoder
-        if len(layers_of(decoder) or ()) == decoder.config.num_hidden_layers:  # drafting lowers it
+        if num_places(decoder) == decoder.config.num_hidden_layers:  # drafting lowers it
             decoder.update_config()  # of which caches are made
         try:
             output = super().generate(*args, **kwargs)

@@ -23,7 +23,7 @@ from .devices import execution_device, offloaded_weights
 from .family import Family, family_of
 from .forward_context import ForwardContextMixin, shared_by_place
 from .group_plan import GroupPlan, SparseGroup
-from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, passes_keywords
+from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, num_places, passes_keywords
 from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
@@ -99,7 +99,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
 
     def mosa_routers(self) -> dict[int, MosaRouter]:
         """Layer, counted from the first → its router in force, for the layers that have sparse groups."""
-        return {layer_of(name): router for name, router in named_routers(self)}
+        return {layer_of(name, self): router for name, router in named_routers(self)}
 
 
 class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
@@ -125,7 +125,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         last = self.config.num_hidden_layers - 1
         return [
             modules[place].mosa_plan if place in modules else (None,) * self.config.num_groups_of(min(place, last))
-            for place in range(len(layers_of(self) or ()))
+            for place in range(num_places(self))
         ]
 
     def update_config(self) -> None:
@@ -293,7 +293,7 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
     for module in decoder.modules():
         if isinstance(module, SparseGroupsMixin):
             del module.mosa_router
-            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope", "mosa_by_keyword"):
+            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope"):
                 delattr(module, name)
             _set_class(module, type(module).__bases__[-1])
             module.config = base.config

@@ -14,6 +14,7 @@ from mosa_hf.conversion.effects import Effects, divergence
 from mosa_hf.conversion.planning import WINDOWS, PlanningConfig, Rates, Setting, exchange, measured_texts, search_plan
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.group_plan import SparseGroup
+from mosa_hf.modeling.layers import output_projection_of
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
 
 TOKENS = 96
@@ -55,7 +56,7 @@ def test_a_model_in_training_is_measured_in_evaluation():
     assert all(module.training for module in effects.model.modules())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "deepseek_v3"])
 def test_effects_of_moves(family):
     """
     The derivative with respect to a gate between what a group's heads give and what they would give, by finite
@@ -69,8 +70,7 @@ def test_effects_of_moves(family):
     ids, expected = effects.texts[row : row + 1], effects.expected(row)
 
     def projections(model):
-        name = model.family.output_projection
-        return {each.layer_idx: getattr(each, name) for each in model.modules() if hasattr(each, "mosa_router")}
+        return {x.layer_idx: output_projection_of(x) for x in model.modules() if hasattr(x, "mosa_router")}
 
     def heads(model, layer):
         """What the layer's heads give."""
