@@ -1,13 +1,20 @@
-"""What differs between the versions of Transformers that this package supports, 5.21 to 5.24."""
+"""What differs between the versions of Transformers that this package supports, 5.16 to 5.24."""
 
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
+import torch
+import transformers
+from transformers import cache_utils, modeling_utils
+from transformers.distributed import tensor_parallel
 from transformers.masking_utils import create_causal_mask
 
 # The name of a cache among the arguments of models and layers: "past_key_values" until Transformers 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+# What quantised layers of a cache have in common: until 5.21 there was but one kind.
+QuantizedLayer: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 
 
 def takes_cache(function: Callable) -> Callable:
@@ -20,3 +27,25 @@ def takes_cache(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return wrapper
+
+
+def dequantized_gguf() -> dict[str, Any]:
+    """What `from_pretrained(..., gguf_file=...)` needs to load weights that can be saved: older versions nothing."""
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
+
+
+def shards_heads(plan: dict[str, str]) -> bool:
+    """Whether the tensor-parallel plan of a decoder splits its key/value heads."""
+    if hasattr(tensor_parallel, "get_kv_heads_per_rank"):
+        return tensor_parallel.get_kv_heads_per_rank(plan, 2, 2) != 2
+    keys = ("k_proj", "qkv_proj", "query_key_value")
+    return any(name.rsplit(".", 1)[-1] in keys and style == "colwise" for name, style in plan.items())
+
+
+def slice_logits_to_keep(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states `[B, T, D]` of the tokens whose logits are wanted, as the installed version understands it."""
+    if hasattr(modeling_utils, "slice_logits_to_keep"):
+        return modeling_utils.slice_logits_to_keep(hidden_states, logits_to_keep)
+    kept: Any = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    return hidden_states[:, kept, :]

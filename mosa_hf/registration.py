@@ -1,5 +1,6 @@
 """Makes Transformers and PEFT know the MoSA classes. Runs at `import mosa_hf`; running it again changes nothing."""
 
+import re
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -7,11 +8,12 @@ from typing import Any, cast
 
 import transformers
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
-from peft.utils import constants
+from peft.utils import constants, transformers_weight_conversion
 from torch.nn.modules.module import _global_module_registration_hooks, register_module_module_registration_hook
 from transformers import AttentionInterface, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -62,7 +64,11 @@ AUTO_CLASSES: list[Any] = [each for each in vars(modeling_auto).values() if _has
 PROCESSORS = [PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, VIDEO_PROCESSOR_MAPPING, FEATURE_EXTRACTOR_MAPPING]
 # PEFT's tables by model type: what each of its methods adapts by default.
 PEFT_TABLES = [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")]
+# And how adapters of experts are laid out, which upstream fuses.
+PEFT_TABLES.append(getattr(transformers_weight_conversion, "_MODEL_TO_CONVERSION_PATTERN", {}))
 LORA_TARGETS = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+# For types that PEFT does not know: what makes queries and values, or the latents of values.
+LORA_FALLBACK = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "q_b_proj", "kv_a_proj_with_mqa"]
 
 
 def register() -> None:
@@ -108,10 +114,21 @@ def make_and_register(model_type: str) -> Family:
     for base_name, name in {family.name: family.config_class.model_type, **names}.items():
         mapping = get_checkpoint_conversion_mapping(base_name)
         if mapping is not None:
-            register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
+            register_checkpoint_conversion_mapping(name, [_exact(each) for each in mapping], overwrite=True)
     if is_serve_available():
         _register_response_template(family)
     return family
+
+
+def _exact(transform: WeightConverter | WeightRenaming) -> WeightConverter | WeightRenaming:
+    """
+    A renaming whose target begins with a dot and nothing else: upstream reads it as a regular expression when a model
+    is saved, so that ".router.weight" would rename "mosa_router.weight" too.
+    """
+    if type(transform) is not WeightRenaming or transform.scope_prefix is not None:
+        return transform
+    targets = [re.sub(r"^\.", r"\\.", target) for target in transform._original_target_patterns]
+    return WeightRenaming(source_patterns=transform._original_source_patterns, target_patterns=targets)
 
 
 def _register_multimodal(family: Family) -> None:
@@ -178,7 +195,7 @@ def _register_model(
             setattr(module, each.__name__, each)
     _fill(PEFT_TABLES, name, like)
     if issubclass(config_class, RoutingConfig):  # else PEFT would adapt what looks at pictures, too
-        LORA_TARGETS.setdefault(name, ["q_proj", "v_proj", "qkv_proj", "query_key_value"])
+        LORA_TARGETS.setdefault(name, LORA_FALLBACK)
 
 
 def _fill(tables: list[dict[str, Any]], name: str, like: str) -> None:

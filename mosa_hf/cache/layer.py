@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from transformers import cache_utils
 from transformers.cache_utils import (
-    BaseQuantizedLayer,
     Cache,
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
     StaticLayer,
 )
 
+from ..compat import QuantizedLayer
 from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
@@ -78,6 +79,11 @@ class MixedLayer(Mixable):
             copied.keys, copied.values = self.keys.clone(), self.values.clone()
             if isinstance(self, StaticLayer):
                 copied.cumulative_length = self.cumulative_length.clone()
+        if isinstance(self, LinearAttentionCacheLayerMixin):
+            copied.conv_states, copied.recurrent_states = (
+                {i: None if each is None else each.clone() for i, each in states.items()}
+                for states in (self.conv_states, self.recurrent_states)
+            )
         return copied
 
 
@@ -127,9 +133,9 @@ class SparseLayer(MixedLayer):
         """Whether a call has begun and has not ended; after it, that it failed half-way."""
         return self.stores[0].routed is not None
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # `early_initialization` by who does not know the dense groups gives all heads.
-        super().lazy_initialization(key_states[:, : self.num_dense], value_states[:, : self.num_dense])
+    def lazy_initialization(self, *states: torch.Tensor, **recurrent: Any) -> None:
+        # `early_initialization` by who does not know the dense groups gives all heads. Hybrid layers have others, too.
+        super().lazy_initialization(*(each[:, : self.num_dense] for each in states), **recurrent)
 
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
@@ -255,9 +261,9 @@ class FirstLayer(MixedLayer):
     def crop(self, tokens_to_remove: int) -> None:
         _check_stores([self, *self.others], tokens_to_remove)
         for layer in self.others:
-            if isinstance(layer, DynamicSlidingWindowLayer):  # the one of upstream's that refuses: try it on a copy
+            if isinstance(layer, DynamicSlidingWindowLayer | LinearAttentionCacheLayerMixin):  # upstream's that refuse
                 trial: Any = object.__new__(type(layer))
-                trial.__dict__ |= layer.__dict__
+                trial.__dict__ |= {x: dict(y) if isinstance(y, dict) else y for x, y in layer.__dict__.items()}
                 trial = super(SparseLayer, trial) if isinstance(layer, SparseLayer) else trial
                 trial.crop(tokens_to_remove)
         super().crop(tokens_to_remove)
@@ -437,12 +443,12 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
     layer_class: type[CacheLayerMixin] = type(layer)
     capacities: list[int | None] = [None] * len(spec.sets)
     if isinstance(layer, StaticLayer):
-        length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
+        length = max_cache_len if all(cache.is_sliding) else static_length(cache)
         if length is None:
             raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
         capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
     else:
-        if isinstance(layer, BaseQuantizedLayer) and spec.num_dense == 0:
+        if isinstance(layer, QuantizedLayer) and spec.num_dense == 0:
             layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
         if layer_class is DynamicLayer:
             layer_class = PreallocatedDynamicLayer
@@ -474,6 +480,11 @@ def upstream_class(layer: object) -> type:
 def is_upgraded(cache: Cache) -> bool:
     """Whether `upgrade_cache` has seen this cache."""
     return any(isinstance(layer, SparseLayer) for layer in cache.layers)
+
+
+def static_length(cache: Cache) -> int:
+    """Tokens that a static cache has room for; -1 if it grows. Upstream answers -1 for one of hybrid layers, too."""
+    return max((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=-1)
 
 
 def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -180,6 +181,17 @@ def _attention_modules(model: PreTrainedModel, layers: list[int]) -> list[nn.Mod
     return [modules[layer] for layer in layers]
 
 
+def _values(module: nn.Module, layer: CacheLayerMixin, num_tokens: int) -> torch.Tensor:
+    """
+    Values `[G, T, d]` of the first T tokens of a cache: of each group, or, where a latent is what is cached, of each
+    head that expands it (one group has as many then).
+    """
+    assert layer.keys is not None and layer.values is not None
+    key, value = layer.keys[:, :, :num_tokens], layer.values[:, :, :num_tokens]
+    expand = getattr(module, "expand_kv", None)
+    return (value if expand is None else expand(key, value)[1])[0]
+
+
 def _check_text(length: int, most: int, ridge: float) -> None:
     if ridge <= 0:
         raise ValueError(f"`ridge` is {ridge}; pass a positive number, for channels can be collinear.")
@@ -243,15 +255,15 @@ def fit_routers(
                 f"`model` ({type(model).__name__}) does not show its attention weights; it must support "
                 "`attn_implementation='eager'`."
             )
-        num_groups = len(plan.layers[layers[index]])
-        attention = output[1][0, :, :, :num_tokens].unflatten(0, (num_groups, -1))
-        value = cache.layers[module.layer_idx].values[0, :, :num_tokens]
+        value = _values(module, cache.layers[module.layer_idx], num_tokens)
+        attention = output[1][0, :, :, :num_tokens].unflatten(0, (len(value), -1))
         if index not in grams:
             num_heads = output[1].shape[1]
             gram = output_gram(output_projection_of(module), num_heads, value.shape[-1], hidden_states)
-            grams[index] = gram.unflatten(0, (num_groups, -1))
+            grams[index] = gram.unflatten(0, (len(value), -1))
         scores = importance(attention, hidden_states[0], value, grams[index])
-        regressions[index].add(read.pop(index), scores)
+        num_groups = len(plan.layers[layers[index]])
+        regressions[index].add(read.pop(index), scores.unflatten(1, (num_groups, -1)).amax(-1))
 
     def route(index, module, hidden_states, output):
         weight, bias = solved[index]

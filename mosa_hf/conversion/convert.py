@@ -17,6 +17,7 @@ from .allocation import candidate_plan, choose_groups, fits_of, mean_losses, one
 from .calibration import RouterFit, fit_routers, is_of_pictures
 from .causality import check_reads_forwards
 from .configuration import ConversionConfig
+from .probe import check_computes_the_same
 from .windows import calibration_ids
 
 
@@ -46,8 +47,9 @@ def convert_model(
         `config.mosa_conversion` records groups, losses and settings.
 
     Raises:
-        ValueError: unsupported family, a model that is converted already, impossible group choice, or a calibration
-            that is missing or no text of the model; the message names the remedy.
+        ValueError: unsupported family, or one whose attention computes what sparse groups do not know (`probe`), a
+            model that is converted already, impossible group choice, or a calibration that is missing or no text of
+            the model; the message names the remedy.
     """
     check_convertible(model)
     check_reads_forwards(model)
@@ -58,6 +60,7 @@ def convert_model(
     family.sparse_class_of(type(model))
     base_config = sparse_config_of(family.config_class.from_base(model.config))
     candidates = candidate_plan(base_config, conversion)
+    check_computes_the_same(model, candidates, family.config_class)
     if fits is not None:
         if calibration is None:
             raise ValueError("`calibration` is needed to set thresholds: pass the token ids that `fits` are of.")

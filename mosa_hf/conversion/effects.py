@@ -149,7 +149,7 @@ class Effects:
         probes = {}
         for name, module in model.named_modules():
             if isinstance(module, SparseGroupsMixin):
-                layer = layer_of(name)
+                layer = layer_of(name, model)
                 others = [
                     Choice(LayerGroups.of_plan(other.layers[layer]), self._thresholds(layer, other)) for other in moves
                 ]

@@ -14,15 +14,16 @@ MaybeTensor = torch.Tensor | None
 
 
 def opaque_op(
-    name: str, function: Callable[..., torch.Tensor], parameters: str, learn: tuple[int, ...]
+    name: str, function: Callable[..., torch.Tensor], parameters: str, learn: tuple[int, ...], channels: int = 0
 ) -> Callable[..., torch.Tensor]:
     """
     `function` as the op `mosa::name`, and another for its gradients.
 
     Args:
-        function: its output is shaped like its first input.
+        function: its output is shaped like its first input, but for the last size.
         parameters: of a schema, in the order of the function's.
         learn: which of them have gradients.
+        channels: which of them, a tensor, has as many channels, its last size, as the output.
     """
 
     def run(first: torch.Tensor, *others) -> torch.Tensor:
@@ -40,7 +41,7 @@ def opaque_op(
 
     @op.register_fake
     def _(first: torch.Tensor, *others) -> torch.Tensor:
-        return torch.empty_like(first, memory_format=torch.contiguous_format)
+        return first.new_empty(*first.shape[:-1], (first, *others)[channels].shape[-1])
 
     @backward_op.register_fake
     def _(grad: torch.Tensor, *inputs) -> list[torch.Tensor]:

@@ -131,8 +131,11 @@ def mosa_attention_forward(
     check_options(kwargs, KNOWN)
     if not getattr(module, "is_causal", True):
         raise ValueError(f"`is_causal` of {type(module).__name__} is False. {POSSIBLE}")
-    groups = module.mosa_groups
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = module.mosa_groups
+    if (attend := getattr(module, "attend_latents", None)) is not None:  # see `LatentAttentionMixin`
+        window = groups.sets[0].window
+        return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
     num_groups = groups.num_groups
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
@@ -194,7 +197,7 @@ def _attend_densely(
 
 def sparse_attention(
     query: torch.Tensor,
-    read: PackedKeyValues | tuple[KeyValues, KeyValues | None],
+    read: PackedKeyValues | tuple[KeyValues, PackedKeyValues | None],
     layout: CallLayout,
     window: int,
     gate: torch.Tensor | None,

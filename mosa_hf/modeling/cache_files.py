@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..atomic_write import atomic_file
-from ..cache import SparseLayer, set_store_state, store_state, upstream_class
+from ..cache import SparseLayer, set_store_state, static_length, store_state, upstream_class
 from .devices import execution_device
 from .fingerprint import model_fingerprint
 from .forward_context import ForwardContextMixin
@@ -53,7 +53,7 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
         ValueError: for a cache that is not of this model, holds half a call, or has layers that cannot be written; for
             a model that is split over processes, or remembers of pictures where the next token stands.
     """
-    decoder = decoder_of(model)
+    decoder = caching_decoder(model)
     check_positions(model)
     decoder.upgrade_cache(past_key_values)
     check_can_be_written(past_key_values)
@@ -67,7 +67,7 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
     about = {
         "version": VERSION,
         "model": fingerprint_of(decoder),
-        "max_cache_len": past_key_values.get_max_length() if is_static else None,
+        "max_cache_len": static_length(past_key_values) if is_static else None,
         "layers": plain,
     }
     text = json.dumps(about)
@@ -91,7 +91,7 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
         ValueError: naming the file, if it is damaged, is no such file, or belongs to a model of another class, or of
             other groups, weights or dtype.
     """
-    decoder, path = decoder_of(model), Path(path)
+    decoder, path = caching_decoder(model), Path(path)
     about, tensors = read_cache_file(path)
     check_fingerprint(path, about["model"], fingerprint_of(decoder))
     cache = empty_cache(about, decoder.config)
@@ -113,7 +113,7 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
 # Whose it is
 
 
-def decoder_of(model: nn.Module) -> ForwardContextMixin:
+def caching_decoder(model: nn.Module) -> ForwardContextMixin:
     """
     The part of a model that caches are made for, within adapters or other wrappers.
 

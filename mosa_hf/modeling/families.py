@@ -10,7 +10,6 @@ embeddings, experts, multipliers) is its own code. All of them are attributes of
 import inspect
 import sys
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
 from typing import Any, cast
 
@@ -38,6 +37,15 @@ HEADS = {
     "ForSequenceClassification": dict(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
     "ForTokenClassification": dict(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     "ForQuestionAnswering": dict(modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+}
+# Types whose attention does more than its calls tell. Conversion would find it out of each (`conversion.probe`), but
+# nothing would of a model that is built from a configuration.
+REFUSED = {
+    "diffllama": "its layers call the attention function twice, and subtract",
+    "doge": "its attention adds a mask of its own to the scores",
+    "hrm_text": "it runs its layers several times, with another layer of the cache each time",
+    "jetmoe": "the query heads that read one key/value head do not stand side by side",
+    "minimax": "it wants a cache of its own",
 }
 
 
@@ -91,7 +99,7 @@ def make_family(model_type: str) -> Family:
         inner = _inner_decoder(base_model)
         family.inner_classes[inner] = made(inner, "Decoder", decoder)
     for head, names in HEADS.items():
-        base = class_of(names.get(model_type))
+        base = class_of(names.get(model_type)) or _of_config(base_config, head)
         if base is not None and _has_config(base, base_config):
             family.base_head_classes[head] = base
             family.head_classes[head] = made(base, head, wrapper)
@@ -115,6 +123,8 @@ def _decoder_config(model_type: str) -> type[PreTrainedConfig]:
         raise refuse("they have them already")
     if model_type not in CONFIG_MAPPING_NAMES:
         raise refuse("it is no model type of the installed Transformers, of whose own models the classes are made")
+    if model_type in REFUSED:
+        raise refuse(REFUSED[model_type])
     config = CONFIG_MAPPING[model_type]
     if "text_config" in (config.sub_configs or {}):
         raise refuse(
@@ -140,21 +150,28 @@ def _base_model(model_type: str, config_class: type[PreTrainedConfig]) -> type[P
 
 def _text_model(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel] | None:
     """The decoder of a config that upstream's table of base models lacks: a part of vision-language models."""
-    file = config_class.__module__.replace(".configuration_", ".modeling_")
+    found = _of_config(config_class, "Model")
+    return found if found is not None and _is_decoder(found) else None
+
+
+def _of_config(config_class: type[PreTrainedConfig], suffix: str) -> type[PreTrainedModel] | None:
+    """The model class of a config whose name ends with `suffix`, where it has a file of models beside its own."""
     try:
-        candidates = vars(import_module(file)).values()
+        candidates = vars(import_module(config_class.__module__.replace(".configuration_", ".modeling_"))).values()
     except ImportError:
         return None
-    found = [
-        each
-        for each in candidates
-        if isinstance(each, type)
-        and issubclass(each, PreTrainedModel)
-        and each.config_class is config_class
-        and each.__name__.endswith("Model")
-        and _is_decoder(each)
-    ]
-    return found[0] if found else None
+    return next(
+        (
+            each
+            for each in candidates
+            if isinstance(each, type)
+            and issubclass(each, PreTrainedModel)
+            and each.config_class is config_class
+            and each.__name__.endswith(suffix)
+            and not each.__name__.endswith("PreTrainedModel")
+        ),
+        None,
+    )
 
 
 def class_of(name: str | Sequence[str] | None) -> type[PreTrainedModel] | None:
@@ -169,7 +186,6 @@ def _has_config(model_class: type[PreTrainedModel], config_class: type[PreTraine
     return own is config_class or (own is not None and "text_config" not in (own.sub_configs or {}))
 
 
-@cache
 def _is_decoder(model_class: type[PreTrainedModel]) -> bool:
     """Whether a class runs the layers itself: whoever does makes their masks."""
     names = inspect.unwrap(model_class.forward).__code__.co_names

@@ -23,7 +23,7 @@ Attention = TypeVar("Attention", bound=nn.Module)
 
 
 @cache
-def calls_attention_interface(module_class: type) -> bool:
+def calls_attention_interface(module_class: Any) -> bool:
     """Whether the forward of a class of Transformers, with our mixins or without, calls an attention function."""
     for each in module_class.__mro__:
         if "forward" in vars(each) and not each.__module__.startswith("mosa_hf."):
@@ -38,7 +38,7 @@ def is_attention(module: nn.Module) -> bool:
         getattr(module, "layer_idx", None) is not None
         and getattr(module, "is_causal", True) is not False
         and type(module).__module__.startswith(("transformers.", "mosa_hf."))
-        and calls_attention_interface(type(module))
+        and calls_attention_interface(cast(Any, type(module)))
     )
 
 
@@ -105,16 +105,39 @@ def output_projection_of(module: nn.Module) -> nn.Module:
     )
 
 
-def layer_of(name: str) -> int:
+def attention_lists(decoder: nn.Module) -> list[nn.ModuleList]:
+    """The lists that each layer has of its attention modules, if it has several (LongCat); else no list."""
+    lists = [
+        child
+        for layer in layers_of(decoder) or ()
+        for child in layer.children()
+        if isinstance(child, nn.ModuleList) and len(child) and is_attention(child[0])
+    ]
+    if len({len(each) for each in lists}) > 1 or len(lists) not in (0, len(layers_of(decoder) or ())):
+        raise ValueError(
+            f"Layers of {type(decoder).__name__} have different numbers of attention modules, so that none of them "
+            "has a place of its own."
+        )
+    return lists
+
+
+def num_places(decoder: nn.Module) -> int:
+    """How many places for attention the layers of a decoder have: one each, or as many as there are in a layer."""
+    return sum(map(len, attention_lists(decoder))) or len(layers_of(decoder) or ())
+
+
+def layer_of(name: str, model: nn.Module) -> int:
     """
     The place of the layer that a module lies in, counted from the model's first, by the module's name in the model.
+    Where layers have several attention modules, each of them counts.
 
     Raises:
         ValueError: for a module that lies in no list of layers.
     """
-    if not (places := re.findall(r"(?:^|\.)(\d+)\.", name)):
+    if not (places := re.findall(r"(?:^|\.)(\d+)(?=\.)", name)):
         raise ValueError(f"`{name}` lies in no layer of a model: pass the whole model.")
-    return int(places[0])
+    lists = attention_lists(decoder_of(model))
+    return int(places[0]) * len(lists[0]) + int(places[1]) if lists else int(places[0])
 
 
 @overload
@@ -123,15 +146,16 @@ def attention_modules(decoder: nn.Module, attention_class: type[Attention]) -> d
 def attention_modules(decoder: nn.Module, attention_class: None = None) -> dict[int, Any]: ...
 def attention_modules(decoder: nn.Module, attention_class: type[Attention] | None = None) -> dict[int, Any]:
     """
-    Place of a layer → its attention module, for the layers of a decoder that have one.
+    Place of a layer → its attention module, for the layers of a decoder that have one; see `layer_of`.
 
     Args:
         attention_class: of the modules; None: whatever `is_attention` finds.
     """
+    parts: list[nn.Module] = [part for each in attention_lists(decoder) for part in each]
     return {
         place: module
-        for place, layer in enumerate(layers_of(decoder) or ())
-        for module in layer.modules()
+        for place, part in enumerate(parts or layers_of(decoder) or ())
+        for module in part.modules()
         if (is_attention(module) if attention_class is None else isinstance(module, attention_class))
     }
 

@@ -12,7 +12,6 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -27,7 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..cache import CacheInForward, SparseLayer, SparseSpec
-from ..compat import CACHE, takes_cache
+from ..compat import CACHE, slice_logits_to_keep, takes_cache
 from .auxiliary_loss import CarriedLoss, router_loss, share_of_items
 from .configuration import PER_LAYER_FIELDS, MosaConfig
 from .forward_context import ForwardContext, ForwardContextMixin

@@ -1,4 +1,7 @@
-"""Tensor parallelism: every process holds its share of a layer's key/value groups."""
+"""
+Tensor parallelism: every process holds its share of a layer's key/value groups, or the one that all heads of latent
+attention read.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -6,10 +9,11 @@ from torch import nn
 from transformers.distributed.tensor_parallel import (
     ALL_PARALLEL_STYLES,
     TensorParallelLayer,
-    get_kv_heads_per_rank,
     replace_layer_number_by_wildcard,
 )
 
+from ..compat import shards_heads
+from .latent_attention import LatentAttentionMixin
 from .sparse_groups import SparseGroupsMixin
 
 if TYPE_CHECKING:
@@ -31,10 +35,11 @@ class SparseGroupsParallel(TensorParallelLayer):
 
         if not isinstance(module, SparseGroupsMixin):  # a layer without sparse groups
             return module
-        num_groups, size = module.mosa_groups.num_groups, mesh.size()
-        if num_groups % size:
-            raise ValueError(f"{size} processes cannot share {num_groups} key/value groups evenly.")
-        module.mosa_groups = module.mosa_groups.of_rank(mesh.get_local_rank(), num_groups // size)
+        if not isinstance(module, LatentAttentionMixin):  # whose heads, wherever they are, read the same latents
+            num_groups, size = module.mosa_groups.num_groups, mesh.size()
+            if num_groups % size:
+                raise ValueError(f"{size} processes cannot share {num_groups} key/value groups evenly.")
+            module.mosa_groups = module.mosa_groups.of_rank(mesh.get_local_rank(), num_groups // size)
         group = mesh.get_group()
         module.mosa_router.register_forward_hook(
             lambda router, args, output: (_AllReduceBackward.apply(output[0], group), output[1])
@@ -44,7 +49,8 @@ class SparseGroupsParallel(TensorParallelLayer):
 
 def sparse_groups_plan(decoder: nn.Module, plan: dict[str, str]) -> dict[str, str]:
     """What sparse groups add to the tensor-parallel plan of a decoder: nothing if it splits no attention heads."""
-    if get_kv_heads_per_rank(plan, 2, 2) == 2:
+    splits_latent_heads = any(name.endswith(".kv_b_proj") and style == "colwise" for name, style in plan.items())
+    if not (shards_heads(plan) or splits_latent_heads):
         return {}
     names = [name for name, module in decoder.named_modules() if isinstance(module, SparseGroupsMixin)]
     return dict.fromkeys(map(replace_layer_number_by_wildcard, names), "sparse_groups")

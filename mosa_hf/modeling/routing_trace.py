@@ -30,7 +30,7 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     """
     mosa_routers(model)  # that there are any
     layers = {  # of the routers too that an adapter replaces, until it is disabled
-        module: layer_of(name) for name, module in model.named_modules() if isinstance(module, MosaRouter)
+        module: layer_of(name, model) for name, module in model.named_modules() if isinstance(module, MosaRouter)
     }
     selections: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers.values()}
     hooks = [

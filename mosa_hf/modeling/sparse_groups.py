@@ -8,7 +8,7 @@ as it is. `SparseGroupsMixin` routes before it, the cache layer keeps what is se
 """
 
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from .attention import LayerContext, LayerGroups
 from .configuration import SparseGroupsConfig
 from .forward_context import ForwardContext, context_of_place
 from .group_plan import SparseGroup
+from .latent_attention import LatentAttentionMixin
 from .layers import passes_keywords
 from .router import MosaRouter, active_module
 
@@ -67,6 +68,8 @@ class SparseGroupsMixin(FamilyAttention):
     mosa_plan: tuple[SparseGroup | None, ...]  # what the layer's groups are, wherever in the model it is
     mosa_groups: LayerGroups  # the same by index, in a parallel process of its own groups alone
     mosa_router: MosaRouter
+    passes_on: ClassVar[bool]  # whether the family's code hands the attention function what it does not know
+    cache_in_forward: type[CacheInForward] = CacheInForward
     mosa_layer: LayerContext | None = None  # while a family's code runs that hands the attention function nothing
 
     def __reduce__(self) -> tuple:
@@ -123,10 +126,10 @@ class SparseGroupsMixin(FamilyAttention):
         if cache is not None:
             cache.begin(layout, routed)
             assert past_key_values is not None
-            kwargs[name] = CacheInForward(past_key_values)
+            kwargs[name] = self.cache_in_forward(past_key_values)
         gates = [of_set(gate, own) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
-        if passes_keywords(type(self).__bases__[-1].forward, "attention_interface"):
+        if self.passes_on:
             output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
         else:
             self.mosa_layer = call
@@ -169,14 +172,17 @@ class SparseGroupsMixin(FamilyAttention):
 
 
 @cache
-def sparse_attention_class(base_class: type[nn.Module]) -> type[nn.Module]:
+def sparse_attention_class(base_class: Any) -> type[nn.Module]:
     """An attention class of Transformers with sparse groups: `MosaQwen3Attention` of `Qwen3Attention`."""
-    return type(f"Mosa{base_class.__name__}", (SparseGroupsMixin, base_class), {"__module__": __name__})
+    mixins = (LatentAttentionMixin, SparseGroupsMixin) if hasattr(base_class, "expand_kv") else (SparseGroupsMixin,)
+    passes_on = passes_keywords(cast(Any, base_class).forward, "attention_interface")
+    attributes = {"__module__": __name__, "passes_on": passes_on}
+    return type(f"Mosa{base_class.__name__}", (*mixins, base_class), attributes)
 
 
 def _blank_attention(base_class: type[nn.Module]) -> nn.Module:
     """An object of a class that `sparse_attention_class` makes, for pickle to fill."""
-    return object.__new__(sparse_attention_class(base_class))
+    return object.__new__(sparse_attention_class(cast(Any, base_class)))
 
 
 def warn_of_idle_routers() -> None:

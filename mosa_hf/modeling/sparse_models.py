@@ -5,7 +5,7 @@ import copy
 import inspect
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -24,7 +24,7 @@ from .devices import execution_device, offloaded_weights
 from .family import PREFIX, Family, family_of
 from .forward_context import ForwardContextMixin, shared_by_place
 from .group_plan import GroupPlan, SparseGroup
-from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, passes_keywords
+from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, num_places, passes_keywords
 from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
@@ -87,6 +87,12 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
         # Upstream looks for experts in the source of the class's own file.
         return cls.family.base_model_class._can_set_experts_implementation()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # All weights are initialised by upstream's own code, which knows what was loaded. Of other people's code
+        # upstream skips modules without parameters, of which some families initialise the buffers of others.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -95,7 +101,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
 
     def mosa_routers(self) -> dict[int, MosaRouter]:
         """Layer, counted from the first → its router in force, for the layers that have sparse groups."""
-        return {layer_of(name): router for name, router in named_routers(self)}
+        return {layer_of(name, self): router for name, router in named_routers(self)}
 
 
 class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
@@ -121,7 +127,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         last = self.config.num_hidden_layers - 1
         return [
             modules[place].mosa_plan if place in modules else (None,) * self.config.num_groups_of(min(place, last))
-            for place in range(len(layers_of(self) or ()))
+            for place in range(num_places(self))
         ]
 
     def update_config(self) -> None:
@@ -173,7 +179,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         )
         if position_ids is not None:  # else the family counts, some by the mask
             kwargs["position_ids"] = position_ids
-        shared = nullcontext()
+        shared: AbstractContextManager[None] = nullcontext()
         if self.drops_keywords:
             self.check_checkpointing()
             shared = shared_by_place(context)
@@ -247,7 +253,7 @@ def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) 
         for layer, module in attention_modules(decoder).items():
             plan = config.groups_of_layer(layer)
             if any(plan):
-                _set_class(module, sparse_attention_class(type(module)))
+                _set_class(module, sparse_attention_class(cast(Any, type(module))))
                 cast(SparseGroupsMixin, module).add_sparse_groups(config, plan)
         decoder.built_layers = decoder.layer_plans()
         decoder.packs_by_positions = makes_masks_of_positions(decoder.base_class.forward)

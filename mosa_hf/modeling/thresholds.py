@@ -95,7 +95,7 @@ def seen_logits(
                 "`batches` holds no tokens to calibrate on: pass at least one batch of two or more tokens."
             )
         if not seen.isfinite().all():
-            raise ValueError(f"The router of layer {layer_of(name)} gives logits that are not finite.")
+            raise ValueError(f"The router of layer {layer_of(name, model)} gives logits that are not finite.")
     return collected
 
 

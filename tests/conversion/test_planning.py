@@ -1,18 +1,20 @@
 """Plans by measured effect: derivatives against finite differences, what a search finds, and that it goes on."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from mosa_hf.conversion_scripts import plan as command
 
 from mosa_hf import ConversionConfig, GroupPlan, convert_model
+from mosa_hf.cli import plan as command
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.conversion.effects import Effects, divergence
 from mosa_hf.conversion.planning import WINDOWS, PlanningConfig, Rates, Setting, exchange, measured_texts, search_plan
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.group_plan import SparseGroup
+from mosa_hf.modeling.layers import output_projection_of
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
 
 TOKENS = 96
@@ -54,7 +56,7 @@ def test_a_model_in_training_is_measured_in_evaluation():
     assert all(module.training for module in effects.model.modules())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox", "deepseek_v3"])
 def test_effects_of_moves(family):
     """
     The derivative with respect to a gate between what a group's heads give and what they would give, by finite
@@ -68,8 +70,7 @@ def test_effects_of_moves(family):
     ids, expected = effects.texts[row : row + 1], effects.expected(row)
 
     def projections(model):
-        name = model.family.output_projection
-        return {each.layer_idx: getattr(each, name) for each in model.modules() if hasattr(each, "mosa_router")}
+        return {x.layer_idx: output_projection_of(x) for x in model.modules() if hasattr(x, "mosa_router")}
 
     def heads(model, layer):
         """What the layer's heads give."""
@@ -286,10 +287,11 @@ def test_texts():
 
 @QUIET
 def test_command(tmp_path, capsys):
-    source, text, destination = tmp_path / "source", tmp_path / "text.txt", tmp_path / "plan.json"
+    source, text, destination = tmp_path / "source", tmp_path / "text.jsonl", tmp_path / "plan.json"
     tiny_base().save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
-    text.write_text(" ".join(f"the {i}th word of a text that is long enough;" for i in range(80)))
+    rows = ({"text": f"the {i}th word of a text that is long enough;"} for i in range(80))
+    text.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = [str(source), str(destination), "--share", "0.5", "--text", str(text), "--texts", "2", "--rounds", "1"]
     arguments += ["--windows", "2", "--window-length", "64"]
     uniform, picture = tmp_path / "uniform.json", tmp_path / "plan.png"
@@ -308,7 +310,7 @@ def test_command(tmp_path, capsys):
     for wrong, message in (
         ([*arguments, "--tokens", "128"], "plan.json exists"),
         ([*arguments[:1], str(tmp_path / "other.json"), *arguments[2:], "--tokens", "9000"], "fewer than one window"),
-        ([*arguments[:1], str(tmp_path / "other.json"), "--share", "2", *arguments[4:]], "`share` must be above 0"),
+        ([*arguments[:1], str(tmp_path / "other.json"), "--share", "2", *arguments[4:]], "`--share` must be above 0"),
     ):
         with pytest.raises(SystemExit, match=f"mosa-plan: .*{message}"):
             command.main(wrong)

@@ -94,7 +94,8 @@ def test_ops(is_plain):
         valid, segment = position >= torch.tensor([[3], [0]]), position // 5
         evicted_at = (position + 3)[:, None].expand(-1, groups, -1).contiguous()
     selected = torch.rand(batch_size, groups, num_tokens) < 0.5
-    states = [learned(batch_size, groups, num_tokens, head_dim) for _ in range(2)]
+    sizes = (head_dim, head_dim if is_plain else head_dim + 3)  # of keys, of values
+    states = [learned(batch_size, groups, num_tokens, size) for size in sizes]
     optional = [None, None] if is_plain else [-torch.rand(batch_size, groups, num_tokens), learned(groups, heads)]
     numbers = [3, None, None] if is_plain else [3, 0.3, 2.0]
     query = learned(batch_size, groups, heads, num_tokens, head_dim)

@@ -243,4 +243,5 @@ opaque_sparse_attention = opaque_op(
     "Tensor query, Tensor key, Tensor value, Tensor? far_bias, Tensor? sinks, Tensor key_position, Tensor? valid, "
     "Tensor selected, Tensor? evicted_at, Tensor position, Tensor? segment, int window, float? scale, float? softcap",
     learn=(0, 1, 2, 3, 4),  # queries, keys, values, bias, sinks
+    channels=2,
 )

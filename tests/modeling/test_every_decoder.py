@@ -1,0 +1,144 @@
+"""
+Every decoder type of Transformers, tiny: it holds the contract of `testing.family_contract`, or is refused for a
+reason that is right. By default a few whose kinds differ; `make families` tries all.
+"""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import mosa_hf
+from mosa_hf import ConversionConfig, convert_model
+from mosa_hf.modeling import families
+from mosa_hf.modeling.families import CLASSES, class_named
+from mosa_hf.modeling.family import FAMILIES, family_of
+from testing.decoders import decoder_types, is_wrapper, tiny_decoder
+from testing.families import findings_of
+from testing.family_contract import difference, logits_of, tokens
+
+# Layers without names of arguments (nemotron), a decoder within the base model (opt), other names for layers (gpt2),
+# layers that share keys (gemma4), recurrent ones (falcon_h1, jamba, qwen3_next, lfm2), chunks (llama4), values of
+# another size (mimo_v2_flash), another family's class (exaone), renamed weights (phimoe).
+BY_DEFAULT = (
+    "exaone falcon_h1 gemma4_text gpt2 jamba lfm2 llama4_text mimo_v2_flash nemotron opt phimoe qwen3_next".split()
+)
+# Types that are no decoder with causal softmax attention of its own through Transformers' interface, or do more in it
+# than sparse groups know, by why.
+REFUSED = {
+    "encoder": "bart bert bert-generation big_bird bigbird_pegasus blenderbot blenderbot-small camembert "
+    "data2vec-text electra ernie marian mbart megatron-bert mvp pegasus plbart prophetnet rembert roberta "
+    "roberta-prelayernorm roc_bert roformer whisper xlm-roberta xlm-roberta-xl xmod",
+    "code of its own": "bloom cpmant falcon falcon_mamba gpt_neo gpt_neox_japanese mamba mamba2 mpt openai-gpt "
+    "reformer rwkv trocr xglm xlm xlnet xlstm",
+    "not of global attention": "axk2 deepseek_v32 dots3_note dots3_note_text glm_moe_dsa hy_v4 recurrent_gemma",
+    "does not work with them": "inkling2_loop_text inkling2_text inkling_text",
+    "twice": "diffllama",
+    "mask of its own": "doge",
+    "several times": "hrm_text",
+    "side by side": "jetmoe",
+    "cache of its own": "minimax",
+}
+REASONS = {model_type: reason for reason, types in REFUSED.items() for model_type in types.split()}
+
+
+def of_type(model_type: str):
+    return pytest.param(model_type, marks=() if model_type in BY_DEFAULT else pytest.mark.families)
+
+
+@pytest.mark.parametrize("model_type", [of_type(each) for each in decoder_types()])
+def test_type(model_type):
+    found = findings_of(model_type)
+    if is_wrapper(model_type):
+        assert found.reason is not None
+    elif model_type in REASONS:
+        assert found.reason is not None and REASONS[model_type] in found.reason
+    else:
+        assert found.reason is None and not found.failed
+
+
+@pytest.mark.parametrize("model_type", ["bert", "doge", "jetmoe", "llava", "mamba"])
+def test_what_cannot_be_computed_is_refused(model_type):
+    with pytest.raises(ValueError, match=f"{model_type!r} cannot have sparse groups: "):
+        family_of(model_type)
+
+
+@pytest.mark.parametrize("model_type", ["doge", "jetmoe"])
+def test_the_probe_finds_what_nobody_knew(model_type, monkeypatch):
+    monkeypatch.setattr(families, "REFUSED", {})
+    with pytest.raises(ValueError, match="cannot have sparse groups: (with every token selected|its attention does)"):
+        convert_model(tiny_decoder(model_type), ConversionConfig(sparsity=1, window=4))
+    del FAMILIES[model_type]
+
+
+def test_names_that_are_none():
+    for name in ("MosaNothingForCausalLM", "MosaBertModel", "MosaLlama", "Nothing"):
+        assert not hasattr(mosa_hf, name)
+    with pytest.raises(AttributeError, match="MosaBertModel.*encoder"):
+        class_named("MosaBertModel")
+    assert "mosa_nothing" not in CONFIG_MAPPING and "mosa" in CONFIG_MAPPING
+    with pytest.raises(ValueError, match="mosa_nothing"):
+        AutoConfig.for_model("mosa_nothing")
+
+
+def test_classes_are_made_when_they_are_asked_for():
+    assert "MosaHeliumModel" not in CLASSES
+    model_class = mosa_hf.MosaHeliumModel
+    assert model_class is FAMILIES["helium"].model_class is transformers.MosaHeliumModel
+    assert model_class.config_class.model_type == "mosa_helium" and "mosa_helium" in CONFIG_MAPPING
+
+
+FRESH = """
+import pickle, sys
+import torch
+{first}
+from transformers import AutoModelForCausalLM
+ids = torch.arange(3, 27)[None]
+expected = torch.load("expected.pt")
+models = {{
+    "saved": lambda: AutoModelForCausalLM.from_pretrained("saved", trust_remote_code={trust}),
+    "pickled": lambda: pickle.load(open("model.pkl", "rb")),
+}}
+for name in {names}:
+    assert torch.equal(models[name]().eval()(ids, use_cache=False).logits, expected), name
+"""
+
+
+@pytest.mark.parametrize("first", ["import mosa_hf", "from mosa_hf import MosaGlm4ForCausalLM", ""])
+def test_a_fresh_process_finds_the_classes(first, tmp_path):
+    """By the Auto class, by pickle, by name; and one that never imported this package, trusting code or by pickle."""
+    model = convert_model(tiny_decoder("glm4"), ConversionConfig(sparsity=1, window=4))
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
+    torch.save(model(torch.arange(3, 27)[None], use_cache=False).logits, tmp_path / "expected.pt")
+    code = FRESH.format(first=first, trust=not first, names=["saved", "pickled"] if first else ["saved"])
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+    if not first:
+        code = FRESH.format(first=first, trust=True, names=["pickled"])
+        subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=True)
+
+
+def test_gradient_checkpointing_where_layers_drop_keywords():
+    model = convert_model(tiny_decoder("nemotron"), ConversionConfig(sparsity=1, window=4)).train()
+    assert model.mosa_decoder.drops_keywords
+    model(tokens(), labels=tokens()).loss.backward()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="gradient_checkpointing_disable"):
+        model(tokens(), labels=tokens())
+
+
+def test_positions_are_the_familys(tmp_path):
+    """OPT counts them by the mask: nobody has to give them."""
+    stock = tiny_decoder("opt")
+    model = convert_model(stock, ConversionConfig(sparsity=1, window=4))
+    ids, mask = tokens(2), torch.ones(2, 24, dtype=torch.long)
+    mask[0, :7] = 0
+    ours, theirs = (logits_of(each, ids, attention_mask=mask) for each in (model, stock))
+    assert difference(ours[mask.bool()], theirs[mask.bool()]) < 1e-5
+    model.save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
