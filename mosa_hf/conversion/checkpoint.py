@@ -23,12 +23,13 @@ from transformers.utils.logging import tqdm
 
 from ..atomic_write import atomic_directory, check_absent
 from ..compat import dequantized_gguf
-from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.configuration import SparseGroupsConfig, is_composite, sparse_config_of
 from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
 from ..modeling.model_card import megabytes, model_card, plan_in_short
 from ..modeling.router_files import ROUTERS_NAME, load_routers, router_tensors, write_routers
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
+from .calibration import is_of_pictures
 from .configuration import ConversionConfig
 from .convert import convert_model
 from .default_text import default_text
@@ -48,11 +49,11 @@ WRAPPED = (
     (r"(^|\.)_fsdp_wrapped_module\.", "a model that FSDP wraps", "gather its state dict and save the model itself"),
     (r"^base_model\.model\.|\.lora_[AB]\b|\.base_layer\.", "a PEFT model", "save `model.merge_and_unload()`"),
     (r"^module\.", "a model that DDP, DataParallel or DeepSpeed wraps", "save what it wraps, `model.module`"),
-    (
-        r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
-        "a model of pictures and text",
-        "load it with its own class, and save its language model alone, with the config of that",
-    ),
+)
+OF_PICTURES = (
+    r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
+    "a model of pictures and text",
+    "put its own config beside the weights, or load it with its own class and save its language model alone",
 )
 # The same of names that a model has besides those that its config asks for.
 HEADS_OF_OTHERS = (
@@ -158,7 +159,7 @@ def convert_source(
     if isinstance(calibration, list | tuple) and calibration and isinstance(calibration[0], os.PathLike):
         calibration = read_text(calibration)
     record = {}
-    if is_text(calibration):
+    if is_text(calibration) and not is_of_pictures(calibration):
         calibration = Text([calibration] if isinstance(calibration, str) else calibration, "a text of one's own")
     if isinstance(calibration, Text):
         logger.info("Calibration text: %s, %s characters", calibration.name, f"{calibration.num_characters:,}")
@@ -174,10 +175,12 @@ def convert_source(
     converted = convert_model(model, conversion, input_ids)
     logger.info("Chose groups, fitted routers and set thresholds in %.0f s", time.perf_counter() - start)
     converted.config.dtype = dtype  # of the files, whatever it was loaded as
-    converted.config.mosa_conversion |= source.about()
+    sparse_config = sparse_config_of(converted.config)
+    assert sparse_config.mosa_conversion is not None
+    sparse_config.mosa_conversion |= source.about()
     if record:
-        converted.config.mosa_conversion["calibration"] |= record
-    logger.info("Decided: %s", plan_in_short(cast(SparseGroupsConfig, converted.config)).replace("\n", " "))
+        sparse_config.mosa_conversion["calibration"] |= record
+    logger.info("Decided: %s", plan_in_short(sparse_config).replace("\n", " "))
     return converted
 
 
@@ -213,7 +216,7 @@ def checked_model(source: Source) -> PreTrainedModel:
         "Read %s: %s, %d layers, %s of weights",
         source.name if source.commit is None else f"{source.name} ({source.commit[:12]})",
         config.model_type,
-        config.num_hidden_layers,
+        config.get_text_config(decoder=True).num_hidden_layers,
         megabytes(size),
     )
     return model
@@ -269,11 +272,11 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise FileNotFoundError(f"{directory} has no {CONFIG_NAME}: it is not a model directory.")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if not isinstance(config, SparseGroupsConfig):
+        if not isinstance(sparse_config_of(config), SparseGroupsConfig):
             family_of(config.model_type)
     except Exception as error:  # whatever a damaged file makes Transformers raise
         raise ValueError(f"{path} cannot be used: {error}") from error
-    if isinstance(config, SparseGroupsConfig):
+    if isinstance(sparse_config_of(config), SparseGroupsConfig):
         raise ValueError(f"{path}: a {config.model_type!r} model is a converted one already: convert its base.")
     return config
 
@@ -298,10 +301,10 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
                 "load them with Transformers and `save_pretrained`, which writes safetensors; then convert that."
             )
         raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
-    _check_names(headers, WRAPPED)
+    _check_names(headers, WRAPPED if is_composite(config) else (*WRAPPED, OF_PICTURES))
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
     layers = {int(place[1]) for name in headers if (place := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
-    if layers != set(range(config.num_hidden_layers)):
+    if not is_composite(config) and layers != set(range(config.num_hidden_layers)):  # else of all its parts
         raise ValueError(
             f"{path} says `num_hidden_layers` = {config.num_hidden_layers}, but the weights have layers "
             f"{min(layers, default=0)} to {max(layers, default=0)}."
@@ -373,9 +376,10 @@ def _check_names(headers: dict[str, TensorHeader], kinds: tuple[tuple[str, str, 
 
 
 def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:
-    """The class that a config names; the causal LM where it names none."""
+    """The class that a config names; where it names none, the causal LM, or that of pictures and text."""
     classes = {each.__name__: each for each in (family.base_model_class, *family.base_head_classes.values())}
-    name = (config.architectures or [family.base_head_classes["ForCausalLM"].__name__])[0]
+    usual = next(iter(family.base_head_classes.values()), family.base_model_class)
+    name = (config.architectures or [usual.__name__])[0]
     if name not in classes:
         raise ValueError(
             f"{directory / CONFIG_NAME}: the architecture {name} has no MoSA class; these have: {', '.join(classes)}."
@@ -421,14 +425,14 @@ def _write(converted: PreTrainedModel, source: Source, unfinished: Path, place: 
         target = unfinished / file.relative_to(source.path)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    config = cast(SparseGroupsConfig, converted.config)
+    config = converted.config
     config.architectures = [type(converted).__name__]
     _write_card(converted, source, unfinished, place)
     config.save_pretrained(unfinished)
 
 
 def _write_card(converted: PreTrainedModel, source: Source, unfinished: Path, place: str | None) -> None:
-    config = cast(SparseGroupsConfig, converted.config)
+    config = sparse_config_of(converted.config)
     base = (config.mosa_conversion or {}).get("source") or source.name
     card = model_card(config, type(converted).__name__, base, is_routers=False, place=place)
     (unfinished / CARD_NAME).write_text(card, encoding="utf-8")

@@ -36,6 +36,7 @@ COMPANIONS = (
     "*.tiktoken",
     "spiece.model",
     "chat_template*",
+    "*processor_config.json",
     f"{CHAT_TEMPLATE_DIR}/*",
     "LICENSE*",
     "NOTICE*",

@@ -51,9 +51,10 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
 
     Raises:
         ValueError: for a cache that is not of this model, holds half a call, or has layers that cannot be written; for
-            a model that is split over processes.
+            a model that is split over processes, or remembers of pictures where the next token stands.
     """
     decoder = caching_decoder(model)
+    check_positions(model)
     decoder.upgrade_cache(past_key_values)
     check_can_be_written(past_key_values)
     tensors: dict[str, torch.Tensor] = {}
@@ -131,6 +132,21 @@ def caching_decoder(model: nn.Module) -> ForwardContextMixin:
             "the model without `tp_plan`, or let it read the text again."
         )
     return decoder
+
+
+def check_positions(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: for a model that has read pictures, and remembers by how much positions are off since.
+    """
+    for module in model.modules():
+        deltas = getattr(module, "rope_deltas", None)
+        if isinstance(deltas, torch.Tensor) and bool((deltas != 0).any()):
+            raise ValueError(
+                f"{type(module).__name__} keeps of the pictures that it has read where the next token stands "
+                "(`rope_deltas`), which is no part of a cache: `save_cache` writes caches of text alone. Keep both by "
+                "`torch.save`."
+            )
 
 
 def fingerprint_of(decoder: ForwardContextMixin) -> dict[str, Any]:

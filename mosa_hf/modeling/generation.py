@@ -139,7 +139,7 @@ class MosaGenerationMixin(CausalLM):
         if shape is None:
             return None
         num_heads, head_dim = shape
-        num_layers = self.config.num_hidden_layers
+        num_layers = self.mosa_decoder.config.num_hidden_layers
         num_heads = [num_heads] * num_layers if isinstance(num_heads, int) else list(num_heads)
         for module in self.mosa_decoder.running_attention().values():
             if hasattr(module, "cache_spec"):

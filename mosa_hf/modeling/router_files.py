@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from ..atomic_write import atomic_directory
 from ..safetensors_files import file_headers
-from .configuration import SparseGroupsConfig
+from .configuration import SparseGroupsConfig, sparse_config_of
 from .family import Family, family_of
 from .loading import check_router_dtype, check_router_value
 from .model_card import model_card
@@ -57,10 +57,10 @@ def write_routers(
     check_has_sparse_groups(model)
     sparse = cast(SparsePreTrainedMixin, model)
     sparse.mosa_decoder.update_config()
-    config = sparse.config
-    base_model = base_model or base_name(config)
+    config = sparse_config_of(sparse.config)
+    base_model = base_model or base_name(sparse.config)
     content = {
-        "model_type": config.model_type,
+        "model_type": sparse.config.model_type,
         "base_model": base_model,
         "num_hidden_layers": config.num_hidden_layers,
         "num_groups": config.num_groups,
@@ -107,7 +107,7 @@ def _with_routers(
     settings = _read_settings(config_file, family.config_class.from_base(model.config)) | fields
     try:
         config = family.config_class.from_base(model.config, **settings)
-        config.check_read(fields.keys())
+        sparse_config_of(config).check_read(fields.keys())
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{config_file}: {error}") from error
     converted = with_sparse_groups(model, config)
@@ -193,9 +193,9 @@ def check_has_sparse_groups(model: PreTrainedModel) -> None:
         )
 
 
-def base_name(config: SparseGroupsConfig) -> str:
+def base_name(config: PreTrainedConfig) -> str:
     """Name or directory of the model that a model was converted from; empty if unknown."""
-    return (config.mosa_conversion or {}).get("source") or config.name_or_path or ""
+    return (sparse_config_of(config).mosa_conversion or {}).get("source") or config.name_or_path or ""
 
 
 def _live_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -224,7 +224,7 @@ def _router_file(directory: str | os.PathLike, name: str, hub: dict[str, Any]) -
     return path / name
 
 
-def _read_settings(path: Path, like: SparseGroupsConfig) -> dict[str, Any]:
+def _read_settings(path: Path, like: PreTrainedConfig) -> dict[str, Any]:
     """The `mosa_*` fields of a router folder, whose other entries have to describe a model `like` the one at hand."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -233,7 +233,8 @@ def _read_settings(path: Path, like: SparseGroupsConfig) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object.")
     for name in ("model_type", "num_hidden_layers", "num_groups", "hidden_size"):
-        if content.pop(name, None) != (expected := getattr(like, name)):
+        config = like if name == "model_type" else sparse_config_of(like)
+        if content.pop(name, None) != (expected := getattr(config, name)):
             raise ValueError(f"{path}: these routers are of another model; `{name}` of this one is {expected!r}.")
     content.pop("base_model", None)
     if unknown := sorted(content.keys() - set(MOSA_FIELDS)):
