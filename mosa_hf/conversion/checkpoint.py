@@ -176,12 +176,12 @@ def convert_source(
     converted = convert_model(model, conversion, input_ids)
     logger.info("Chose groups, fitted routers and set thresholds in %.0f s", time.perf_counter() - start)
     converted.config.dtype = dtype  # of the files, whatever it was loaded as
-    config = sparse_config_of(converted.config)
-    assert config.mosa_conversion is not None  # `convert_model` has written it
-    config.mosa_conversion |= source.about()
+    sparse_config = sparse_config_of(converted.config)
+    assert sparse_config.mosa_conversion is not None
+    sparse_config.mosa_conversion |= source.about()
     if record:
-        config.mosa_conversion["calibration"] |= record
-    logger.info("Decided: %s", plan_in_short(config).replace("\n", " "))
+        sparse_config.mosa_conversion["calibration"] |= record
+    logger.info("Decided: %s", plan_in_short(sparse_config).replace("\n", " "))
     return converted
 
 

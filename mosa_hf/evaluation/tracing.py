@@ -15,7 +15,7 @@ from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.forward_context import ForwardContext
 from ..modeling.group_plan import GroupPlan, SparseGroup
-from ..modeling.layers import layer_of
+from ..modeling.layers import decoder_of, layer_of
 from ..modeling.modes import evaluating
 from ..modeling.router import MosaRouter, named_routers
 from ..modeling.token_ids import check_token_ids
@@ -147,14 +147,14 @@ def trace_text(
     hooks = [router.register_forward_hook(record) for router in routers.values()]
     try:
         with evaluating(model):
-            model.base_model(input_ids=input_ids.to(input_device(model)), use_cache=False)
+            decoder_of(model)(input_ids=input_ids.to(input_device(model)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
     plan = GroupPlan.of_config(config).layers if isinstance(config, SparseGroupsConfig) else None
     groups = []
     for name, router in routers.items():
-        layer, (selected, until) = layer_of(name), routed[router]
+        layer, (selected, until) = layer_of(name, model), routed[router]
         own = _PAPERS * len(selected) if plan is None else plan[layer]
         sparse = [(i, group.window) for i, group in enumerate(own) if group is not None]
         groups += [
