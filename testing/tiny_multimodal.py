@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mosa_hf.modeling.family import family_of
+from mosa_hf.modeling.configuration import is_composite
+from mosa_hf.modeling.family import PREFIX, family_of
 
 from .tiny import LOCAL_LAYER, SHAPE, random_tokens, rope
 
@@ -386,6 +388,33 @@ PICTURES: dict[str, Any] = {
 TYPES = tuple(model_type for model_type in FIELDS if model_type not in ("mllama", "paligemma"))
 # How many tokens a picture is, where it is not 4.
 NUM_IMAGE_TOKENS = dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), 10)
+
+
+# What of those types is refused.
+REFUSED = {
+    "gemma3": "text; pictures, which are read both ways, are refused",
+    "mllama": "text; pictures, which layers of cross-attention read, are refused",
+    "paligemma": "refused: a prefix-LM, which reads its prompt both ways",
+}
+END_TO_END = "a picture and text, end to end"
+
+
+def vision_language_types() -> dict[str, str]:
+    """Every model type that `AutoModelForImageTextToText` loads: what of it was tested, or why it was not."""
+    found = {}
+    for model_type in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        if model_type.startswith(PREFIX):
+            continue
+        if model_type in FIELDS:
+            found[model_type] = REFUSED.get(model_type, END_TO_END)
+            continue
+        try:
+            is_around = is_composite(family_of(model_type).base_config_class)
+        except ValueError as error:
+            found[model_type] = f"refused: {str(error).split(': ', 1)[-1]}"
+        else:
+            found[model_type] = "not tested with a picture" if is_around else "text: it is a decoder"
+    return found
 
 
 def tiny_multimodal(model_type: str = "llava", head: str | None = "ForConditionalGeneration") -> PreTrainedModel:

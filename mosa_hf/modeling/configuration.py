@@ -235,6 +235,8 @@ class SparseGroupsConfig(RoutingConfig):
         """What keeps a layer from having sparse groups; None if nothing does."""
         if (modes := getattr(self, "kv_sharing_modes", None)) and modes[layer_idx] is not None:
             return "layers share its keys and values"
+        if layer_idx in (getattr(self, "cross_attention_layers", None) or ()):
+            return "its attention reads pictures"
         kind = get_layer_types_and_kwargs(self)[0][layer_idx]
         if "sliding" in kind or "chunked" in kind:
             return "its attention has a sliding window"

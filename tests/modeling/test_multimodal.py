@@ -48,7 +48,16 @@ from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import decoder_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.tiny import SENTENCES, byte_tokenizer, random_tokens
-from testing.tiny_multimodal import FIELDS, IMAGE, SPECIAL, TYPES, prompt, tiny_multimodal
+from testing.tiny_multimodal import (
+    END_TO_END,
+    FIELDS,
+    IMAGE,
+    SPECIAL,
+    TYPES,
+    prompt,
+    tiny_multimodal,
+    vision_language_types,
+)
 
 REPRESENTATIVES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
 EVERY_TYPE = pytest.mark.parametrize(
@@ -367,6 +376,21 @@ def test_its_language_model_alone(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "MosaQwen3_5ForCausalLM"
     assert difference(logits_of(loaded, {"input_ids": ids}), logits_of(model, {"input_ids": ids})) < 1e-5
+
+
+@pytest.mark.families
+def test_pictures_that_other_layers_read_are_refused():
+    model = convert_model(tiny_multimodal("mllama"), CONVERSION, random_tokens(2, 40))
+    with pytest.raises(ValueError, match="`cross_attention_states` would change attention scores"):
+        logits_of(model, prompt(model, "mllama"))
+    assert logits_of(model, prompt(model, "mllama", picture=False)).isfinite().all()
+
+
+@pytest.mark.families
+def test_every_type_is_accounted_for():
+    found = vision_language_types()
+    assert found.keys() >= set(FIELDS) and sum(each == END_TO_END for each in found.values()) >= 30
+    assert "prefix-LM" in found["paligemma"] and found["florence2"].startswith("refused: Transformers has no model")
 
 
 def test_pictures_are_where_they_are_said_to_be():
