@@ -4,7 +4,7 @@ VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 OLDEST ?= .venv-oldest
 
-.PHONY: demo test families tools notebooks test-oldest lint clean
+.PHONY: demo test families tools notebooks test-oldest lint docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -44,9 +44,19 @@ lint: $(VENV)/.mosa-hf-test
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
 
+# The pages as a site, in `site/`; a link that leads nowhere is an error.
+docs: $(VENV)/.mosa-hf-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV_PYTHON) -m mkdocs build --strict --quiet
+
+# What is uploaded, and whether an index would take it.
+dist: $(VENV)/.mosa-hf-dist
+	rm -rf dist
+	$(VENV_PYTHON) -m build
+	$(VENV_PYTHON) -m twine check --strict dist/*
+
 # Never removes VENV when it is yours.
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra of pyproject.toml, so that a second run installs nothing.

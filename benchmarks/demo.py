@@ -1,8 +1,9 @@
-"""`make demo`: SmolLM2-135M from its package, converted to MoSA, and what that did to quality, memory and speed.
+"""`make demo`: `mosa-convert` of SmolLM2-135M with no option, and what that did to quality, memory and speed.
 
-python -m benchmarks.demo [--groups 90] [--sparsity 8] [--window 512] [--keep DIRECTORY]
+python -m benchmarks.demo [--keep DIRECTORY] [options of mosa-convert, such as --dtype bfloat16 --window 256]
 
-With its defaults the converted model's row is that of "ours, window 512, sparsity 8" in `results/frontier.md`.
+The routers are fitted on the command's default text; those of "ours, window 512, sparsity 8" in `results/frontier.md`
+on documentation and literature.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from mosa_hf import ConversionConfig, convert_checkpoint
+from mosa_hf.cli import convert
+from mosa_hf.conversion import calibration_windows, default_text
 from mosa_hf.evaluation import Sample, Subject, evaluate, table, text_samples
 from testing import corpora, pretrained
 from testing.packages import SourceUnavailable
@@ -31,28 +33,23 @@ ORIGINAL, CONVERTED, BASELINE = "original", "MoSA", "first token + window, equal
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, default=90, help="of the 90 key/value groups, how many become sparse")
-    parser.add_argument("--sparsity", type=float, default=8, help="select one token in this many, over all groups")
-    parser.add_argument("--window", type=int, default=512, help="recent tokens that are always read")
     parser.add_argument("--keep", type=Path, help="directory to write the converted model to")
-    options = parser.parse_args(arguments)
+    options, others = parser.parse_known_args(arguments)
     start = time.perf_counter()
 
     source = pretrained.smollm2_directory()
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    original = AutoModelForCausalLM.from_pretrained(source)
-    conversion = ConversionConfig(groups=options.groups, sparsity=options.sparsity, window=options.window)
-    calibration = metrics.calibration(tokenizer)
     with tempfile.TemporaryDirectory() as scratch:
         destination = options.keep or Path(scratch) / "converted"
-        convert_checkpoint(source, destination, conversion, calibration)
+        convert.main([str(source), str(destination), *others])
         seconds = time.perf_counter() - start
         model = AutoModelForCausalLM.from_pretrained(destination)  # the model as its users will load it
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    original = AutoModelForCausalLM.from_pretrained(source)
+    calibration = calibration_windows(tokenizer, default_text().documents)
 
     result = compare(original, model, unseen_samples(tokenizer, calibration))
     print(
-        f"\nSmolLM2-135M-Instruct, {options.groups} of 90 key/value groups made sparse in {seconds:.0f} s "
-        f"(one token in {conversion.sparsity:g}, window {conversion.window})\n"
+        f"\nSmolLM2-135M-Instruct, converted in {seconds:.0f} s by mosa-convert {' '.join(others)}\n"
         f"{datetime.date.today()}, {os.cpu_count()} x {platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32\n"
     )

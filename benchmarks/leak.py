@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import transformers
 
 from mosa_hf import MosaConfig, MosaForCausalLM
+from testing.markdown import wrapped
 
 RESULTS = Path(__file__).parent / "results" / "leak.md"
 VOCAB_SIZE, LENGTH, BATCH_SIZE = 4, 16, 128
@@ -127,15 +128,15 @@ def main(arguments: list[str] | None = None) -> int:
     table = markdown(results)
     print(table)
     if options.output != "-":
-        Path(options.output).write_text(
+        text = (
             "# Does routing read the future?\n\n"
             f"`python -m benchmarks.leak --steps {options.steps}` on {datetime.date.today()}, {os.cpu_count()} x "
             f"{platform.machine()}, one thread, torch {torch.__version__}, Transformers "
             f"{transformers.__version__}.\n\n"
             f"Loss minus log {VOCAB_SIZE} on fresh uniformly random tokens, nats a token, ± its standard error. Only "
-            "what reads the future can be below 0 by more than noise.\n\n" + table,
-            encoding="utf-8",
+            "what reads the future can be below 0 by more than noise.\n\n" + table
         )
+        Path(options.output).write_text(wrapped(text), encoding="utf-8")
     return int(
         any(excess.leaks != (case == CASES[0]) for result in results.values() for case, excess in result.items())
     )

@@ -1,11 +1,11 @@
 """MoSA (Mixture of Sparse Attention) for Hugging Face Transformers. Importing this package registers the models."""
 
 from .cache import cache_bytes
-from .conversion import ConversionConfig, convert_checkpoint, convert_model, to_dense
+from .conversion import ConversionConfig, calibration_windows, convert_checkpoint, convert_model, to_dense
 from .kernels import use_backend
 from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel, families
 from .modeling.cache_files import load_cache, save_cache
-from .modeling.group_plan import GroupPlan
+from .modeling.group_plan import GroupPlan, SparseGroup
 from .modeling.router_files import load_routers, save_routers
 from .modeling.routing_callback import RoutingCallback
 from .modeling.routing_trace import trace_routing
@@ -24,8 +24,10 @@ __all__ = [
     "MosaForSequenceClassification",
     "MosaModel",
     "RoutingCallback",
+    "SparseGroup",
     "cache_bytes",
     "calibrate_thresholds",
+    "calibration_windows",
     "convert_checkpoint",
     "convert_model",
     "load_cache",

@@ -86,7 +86,7 @@ FIELDS: list[tuple[Any, str]] = [
     (
         0.0,
         "activation_dropout attention_dropout dropout hidden_dropout_prob attention_probs_dropout_prob "
-        "resid_pdrop embd_pdrop attn_pdrop embedding_dropout hidden_dropout",
+        "resid_pdrop embd_pdrop attn_pdrop embedding_dropout hidden_dropout residual_dropout",
     ),
     (None, "eos_token_id"),
     (False, "use_mamba_kernels"),

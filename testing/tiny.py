@@ -32,7 +32,6 @@ SENTENCES = " ".join(f"Boat number {i} left the harbour at {7 * i} and came back
 QUIET = pytest.mark.filterwarnings(
     "error::FutureWarning",
     "error:::mosa_hf",
-    "error:::conversion_scripts",
     "error:::benchmarks",
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning",  # PEFT asks for it
 )

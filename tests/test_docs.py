@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import mosa_hf
 from benchmarks.pretrain.page import Measured
 from benchmarks.pretrain.rows import read_rows
 from benchmarks.pretrain.runs import PRESETS, Run
+from testing.markdown import too_wide, unwrapped, wrapped
 from testing.tiny import tiny_base
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -70,6 +72,36 @@ def test_tables_are_whole(page):
             assert len({row.replace(r"\|", "").count("|") for row in rows}) == 1
 
 
+@pytest.mark.parametrize(
+    "page", [*sorted(DOCS.parent.glob("*.md")), *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name
+)
+def test_lines_fit_a_page(page):
+    """`python -m testing.markdown` wraps what does not; a table that is wider becomes a list."""
+    assert too_wide(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("*.md")), ids=lambda page: page.name)
+def test_prose_of_results_fits_a_page(page):
+    """Their tables are as wide as what was measured."""
+    wide = too_wide(page.read_text(encoding="utf-8"))
+    assert [line for line in wide if not line.startswith("|")] == []
+
+
+def test_wide_lines_are_found_and_wrapped():
+    word = "word " * 40
+    code = f"`python {'-m module ' * 20}`"
+    page = f"# Title\n\n{word}\n\n- item {word}\n- {code}\n\n```\n{word}\n```\n| {word} |\n"
+    assert len(too_wide(page)) == 3  # the paragraph, the item, the row
+    again = wrapped(page)
+    assert too_wide(again) == [f"| {word} |"]
+    assert wrapped(again) == again and " ".join(again.split()) == " ".join(page.split())
+    assert unwrapped(again).splitlines()[4] == f"- item {word.strip()}"
+    assert all(line[:2] in ("  ", "- ") for line in again.splitlines()[5:7])
+    assert wrapped("x" * 118 + " 1. y") == "x" * 118 + " 1.\ny"  # which would begin a list
+
+
+# Where the repository's files are for who reads the README elsewhere, as `pyproject.toml` says.
+HERE = re.compile(r"https://(?:github\.com/mosa-hf/mosa_hf/blob|raw\.githubusercontent\.com/mosa-hf/mosa_hf)/main/")
 FILE = re.compile(r"\b(?:benchmarks|conversion_scripts|docs|mosa_hf|testing|tests)/[\w./-]+\.(?:py|md|png)\b")
 
 
@@ -78,9 +110,28 @@ def test_files_that_pages_name_are_there():
     named = [
         (page.name, name)
         for page in (*root.glob("*.md"), *DOCS.glob("*.md"), *RESULTS.glob("*.md"))
-        for name in FILE.findall(page.read_text(encoding="utf-8"))
+        for name in FILE.findall(HERE.sub("", page.read_text(encoding="utf-8")))
     ]
     assert len(named) > 20 and [each for each in named if not (root / each[1]).exists()] == []
+
+
+def test_links_of_pages_lead_somewhere():
+    """`make docs` asks that of the site's own, with the places in them; this asks it of all, within a second."""
+    for page in (*DOCS.parent.glob("*.md"), *DOCS.glob("*.md")):
+        text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            assert "://" in link or (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
+
+
+def test_the_readmes_links_work_elsewhere():
+    """PyPI shows the page too: every link is absolute, and those into the repository lead to files that are there."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    links = re.findall(r"\]\(([^)\s]+)\)", (DOCS.parent / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 10 and all(link.startswith("https://") for link in links)
+    own = [link for link in links if "mosa-hf/mosa_hf" in link]
+    assert len(own) > 10 and project["urls"]["Source"] == "https://github.com/mosa-hf/mosa_hf"
+    for link in own:
+        assert HERE.match(link) and (DOCS.parent / HERE.sub("", link).partition("#")[0]).is_file(), link
 
 
 def test_leak_figures_are_those_of_the_result():
@@ -94,20 +145,24 @@ def test_leak_figures_are_those_of_the_result():
 
 
 def test_the_readme_quotes_the_frontier():
-    """Its first table has rows of the result, the original's among them, in their order."""
-    result, page = (path.read_text(encoding="utf-8").splitlines() for path in (FRONTIER, DOCS.parent / "README.md"))
-    start = next(i for i, line in enumerate(page) if line.startswith("|"))
-    quoted = list(itertools.takewhile(lambda line: line.startswith("|"), page[start:]))
-    rows = iter(line for line in result if line.startswith("|"))
-    assert all(line in rows for line in quoted)  # consumes `rows`
-    assert len(quoted) > 10 and quoted[2].startswith("| original | 1.000 |")
+    """Its table has rows of the result, the original's among them: bytes, perplexities, keys."""
+    results, quoted = rows_of(FRONTIER), rows_of(DOCS.parent / "README.md")
+    methods = {name: cells for name, cells in quoted.items() if name in results and name}
+    del methods["---"]
+    assert len(methods) == 5 and "original" in methods
+    assert len([name for name in methods if name.startswith("ours")]) == 2
+    for name, cells in methods.items():
+        result = results[name]
+        assert cells == [result[0], *result[3:5], result[7]]
 
 
 def test_the_evidence_is_that_of_the_result():
-    result, page = (path.read_text(encoding="utf-8") for path in (RESULTS / "pretrain.md", DOCS / "evidence.md"))
+    paths = RESULTS / "pretrain.md", DOCS / "evidence.md"
+    result, page = (unwrapped(path.read_text(encoding="utf-8")) for path in paths)
     headline = re.search(r"^## Headline\n(.*?)^## ", result, re.MULTILINE | re.DOTALL)[1]
-    table = "\n".join(line for line in headline.splitlines() if line.startswith("|"))
-    assert len(table.splitlines()) > 5 and table in page
+    own, quoted = (columns_of(text) for text in (headline, page))
+    assert len(quoted) > 5 and len(quoted["model"]) == 6
+    assert all(own[name] == cells for name, cells in quoted.items())
     answers = [re.findall(r"^\d\. .*$", text, re.MULTILINE) for text in (headline, page)]
     own, quoted = (re.findall(FIGURE, "\n".join(sentences)) for sentences in answers)
     assert len(answers[0]) == 3 and len(own) > 3 and quoted == own
@@ -115,6 +170,13 @@ def test_the_evidence_is_that_of_the_result():
         assert all(figure in page for figure in re.findall(FIGURE, line))
     found = set(re.findall(FIGURE, page))
     assert found <= set(re.findall(FIGURE, result)) | set(evidence()), "no others"
+
+
+def columns_of(page: str) -> dict[str, list[str]]:
+    """Of the first table of a page: head → the cells below it."""
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), page.splitlines())
+    rows = [line[1:-1].split("|") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return {head.strip(): [cell.strip() for cell in cells] for head, *cells in zip(*rows, strict=True)}
 
 
 FIGURE = r"[+-]?\d\.\d{4}(?: ± \d\.\d{4})?"
@@ -187,7 +249,7 @@ def evidence() -> list[str]:
 
 
 def test_the_evidence_has_these_figures():
-    page = (DOCS / "evidence.md").read_text(encoding="utf-8")
+    page = unwrapped((DOCS / "evidence.md").read_text(encoding="utf-8"))
     for figure in evidence():
         assert figure in page
 
@@ -229,8 +291,8 @@ def test_choices_have_the_figures_of_healing_and_decoding():
     quoted = paragraph(page, "benchmarks.healing")
     assert all(figure in quoted for figure in (*before[:2], *after[:2], *original[:2], "1,015,808"))
     steps = decoding_steps()
-    (row,) = (line for line in page.splitlines() if "benchmarks.speed.decode" in line)
-    assert all(steps["8192", name][1] in row for name in ("converted", "converted, static"))
+    (choice,) = (line for line in unwrapped(page).splitlines() if "benchmarks.speed.decode" in line)
+    assert all(steps["8192", name][1] in choice for name in ("converted", "converted, static"))
 
 
 def decoding_steps() -> dict[tuple[str, str], tuple[str, str]]:
@@ -252,9 +314,9 @@ def test_the_readme_quotes_the_timings():
     assert f"{min(ratios):.1f}" in quoted and f"{max(ratios):.1f}" in quoted
 
 
-def test_the_readmes_ways_of_loading(tmp_path, monkeypatch):
+def test_the_ways_of_loading(tmp_path, monkeypatch):
     """The original, a conversion, routers alone, and the folder of a healing."""
-    block = next(block for block in blocks_of(DOCS.parent / "README.md") if block.mark == "load")
+    block = next(block for block in BLOCKS if block.mark == "load")
     monkeypatch.chdir(tmp_path)
     base = tiny_base("llama")
     base.save_pretrained("path/to/base")
@@ -267,7 +329,7 @@ def test_the_readmes_ways_of_loading(tmp_path, monkeypatch):
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
     adapted.save_pretrained("healed")
     names, models = {}, ("original", "converted", "routers_only", "healed")
-    exec(compile(block.code, "README.md", "exec"), names)
+    exec(compile(block.code, block.page, "exec"), names)
     with torch.no_grad():
         logits = {name: names[name].eval()(text).logits for name in models}
         assert type(names["original"]) is LlamaForCausalLM

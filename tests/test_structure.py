@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -12,13 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("tests", "benchmarks", "testing", "conversion_scripts", "mosa_hf")
 # From top to bottom, what the picture has to say, whoever draws it anew.
-LAYERS = ["evaluation", "conversion", "modeling", "cache", "routing", "kernels"]
+LAYERS = ["cli", "evaluation", "conversion", "modeling", "cache", "routing", "kernels"]
 # What functions import: what not every user has.
 OPTIONAL = {
     ("mosa_hf/modeling/generation.py", "transformers.cli.serving.utils"): "servers alone have and need it",
     ("mosa_hf/registration.py", "transformers.cli.serving"): "servers alone have and need it",
     ("mosa_hf/modeling/group_plan.py", "matplotlib.figure"): "it comes with the extra `plot`",
     ("mosa_hf/modeling/parallel.py", "transformers.distributed.tensor_parallel"): "some builds of torch lack it",
+    ("mosa_hf/conversion/texts.py", "datasets"): "it comes with the extra `datasets`",
+    ("mosa_hf/conversion/texts.py", "pyarrow"): "the same",
+    ("mosa_hf/conversion/texts.py", "pyarrow.parquet"): "the same",
 }
 
 
@@ -70,7 +74,7 @@ def imports_of(path: Path, source: str) -> list[Import]:
 def module_name(path: Path) -> str:
     """By which files import it."""
     parts = path.parent.parts if path.name == "__init__.py" else path.with_suffix("").parts
-    return ".".join(parts).replace("conversion_scripts", "mosa_hf.conversion_scripts")  # as `pyproject.toml` says
+    return ".".join(parts)
 
 
 DRAWN = drawn()
@@ -118,7 +122,7 @@ def test_functions_import_what_is_optional():
     found = {
         (path.as_posix(), each.name.rpartition(".")[0])
         for path in IMPORTS
-        if path.parts[0] in ("mosa_hf", "conversion_scripts")
+        if path.parts[0] == "mosa_hf" and path.parts[1] != "cli"
         for each in IMPORTS[path]
         if each.in_function and file_of(each.name) is None
     }
@@ -127,7 +131,19 @@ def test_functions_import_what_is_optional():
 
 def test_functions_import_nothing_of_ours():
     ours = [(path, each) for path in PACKAGE for each in IMPORTS[path] if file_of(each.name)]
-    assert [(path, each.name) for path, each in ours if each.in_function] == []
+    assert [(path, each.name) for path, each in ours if each.in_function and path.parts[1] != "cli"] == []
+
+
+@pytest.mark.parametrize("command", ["convert", "evaluate", "heal", "plan", "trace"])
+def test_commands_read_their_options_before_they_import_anything_large(command):
+    """So that `--help` is quick wherever importing `mosa_hf` is."""
+    path = Path(f"mosa_hf/cli/{command}.py")
+    files = [path.with_name(f"{name}.py") for name in (command, "options", "healing_arguments")]
+    above = [each.name for file in files for each in IMPORTS[file] if not each.in_function]
+    large = [name for name in above if name.partition(".")[0] not in sys.stdlib_module_names]
+    assert {file_of(name) for name in large} <= {*files, Path("mosa_hf/__init__.py")}
+    later = {each.name.rpartition(".")[0] for each in IMPORTS[path] if each.in_function}
+    assert later == {f"mosa_hf.cli.run_{command}"}
 
 
 def test_no_modules_need_each_other():

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from mosa_hf.conversion_scripts.heal import heal
 from transformers import AutoTokenizer
 
+from mosa_hf.cli.run_heal import heal
 from testing import pretrained
 
 from .. import metrics

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mosa_hf.atomic_write import atomic_file
+from testing.markdown import wrapped
 
 PERPLEXITY = "perplexity"
 DIVERGENCE = "divergence from the original"
@@ -57,7 +58,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
     facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
     facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))
-    return PAGE.format(facts="\n".join(f"- {each}" for each in facts), table=table, steps=divergences(rows))
+    text = PAGE.format(facts="\n".join(f"- {each}" for each in facts), table=table, steps=divergences(rows))
+    return wrapped(text)
 
 
 def divergences(rows: list[dict[str, Any]]) -> str:

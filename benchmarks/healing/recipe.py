@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from mosa_hf.conversion_scripts.heal import HealingArguments
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from mosa_hf import ConversionConfig, convert_checkpoint, save_routers
 from mosa_hf.atomic_write import atomic_file
+from mosa_hf.cli.healing_arguments import HealingArguments
 from testing import corpora, pretrained
 
 from ..frontier.methods import Models

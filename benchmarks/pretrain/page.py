@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from mosa_hf.atomic_write import atomic_file
+from testing.markdown import wrapped
 
 from .runs import BY_THRESHOLD, FEWER, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
 
@@ -274,7 +275,7 @@ def page(studies: Studies, rows: list[Row]) -> str:
     parts = [PAGE.format(facts="\n".join(f"- {each}" for each in facts_of(rows)), worst=worst)]
     for name in studies:
         parts += section_of(name, studies, rows)
-    return "\n\n".join(parts) + "\n"
+    return wrapped("\n\n".join(parts) + "\n")
 
 
 def facts_of(rows: list[Row]) -> list[str]:

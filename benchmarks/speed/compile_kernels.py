@@ -30,6 +30,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 import mosa_hf.kernels  # noqa: E402
 from mosa_hf.kernels.triton_builds import KernelBuild  # noqa: E402
+from testing.markdown import wrapped  # noqa: E402
 
 RESULTS = Path(__file__).parent.parent / "results" / "kernels_compiled.md"
 # Target, and the shared memory that one block can have there, in bytes.
@@ -146,12 +147,13 @@ def main() -> int:
     if arguments.output != "-" and not arguments.in_turn:
         path = Path(arguments.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(
+        text = (
             "# Triton kernels, compiled ahead of time\n\n"
             f"`python -m benchmarks.speed.compile_kernels` on {datetime.date.today()}, Triton {triton.__version__}, "
             "bfloat16. Registers are those of one thread; no kernel may spill. Nothing here was run on a GPU.\n\n"
             + table
         )
+        path.write_text(wrapped(text), encoding="utf-8")
     unfit = [row for row in rows if not row.fits]
     for row in unfit:
         print(f"{row.kernel} does not fit {row.target}: {row}", file=sys.stderr)

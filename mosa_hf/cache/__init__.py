@@ -18,6 +18,7 @@ from .layer import (
     num_cached_tokens,
     num_overflowed,
     seen_tokens,
+    static_length,
     upgrade_cache,
     upstream_class,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "num_overflowed",
     "seen_tokens",
     "set_store_state",
+    "static_length",
     "store_state",
     "upgrade_cache",
     "upstream_class",

@@ -443,7 +443,7 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
     layer_class: type[CacheLayerMixin] = type(layer)
     capacities: list[int | None] = [None] * len(spec.sets)
     if isinstance(layer, StaticLayer):
-        length = max_cache_len if all(cache.is_sliding) else cache.get_max_length()
+        length = max_cache_len if all(cache.is_sliding) else static_length(cache)
         if length is None:
             raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
         capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
@@ -480,6 +480,11 @@ def upstream_class(layer: object) -> type:
 def is_upgraded(cache: Cache) -> bool:
     """Whether `upgrade_cache` has seen this cache."""
     return any(isinstance(layer, SparseLayer) for layer in cache.layers)
+
+
+def static_length(cache: Cache) -> int:
+    """Tokens that a static cache has room for; -1 if it grows. Upstream answers -1 for one of hybrid layers, too."""
+    return max((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=-1)
 
 
 def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:

@@ -6,9 +6,10 @@ sees when the token comes by. Importance is that of KVzip+ (arXiv 2505.23416, no
 means the same in every group of every layer, so one threshold can serve them all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..compat import CACHE
+from ..modeling.decoder_inputs import continued, decoder_inputs, has_pictures
 from ..modeling.devices import input_device
 from ..modeling.group_plan import GroupPlan
 from ..modeling.layers import attention_modules, check_numbered, decoder_of, output_projection_of
@@ -53,22 +55,20 @@ class _Regression:
     malloc from joining what those leave, and fragment the heap.
     """
 
-    def __init__(self, groups: list[int], num_windows: int, num_skipped: int):
-        self.groups, self.num_windows, self.num_skipped = groups, num_windows, num_skipped
-        self.done = 0  # windows of text so far
+    def __init__(self, groups: list[int], lengths: list[int], num_skipped: int):
+        self.groups, self.lengths, self.num_skipped = groups, lengths, num_skipped
+        self.done = 0  # tokens so far
         self.count = 0  # rows of the regression so far
         self.shift: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.gram: torch.Tensor | None = None
-        self.importance: torch.Tensor | None = None  # [N, T, G]
+        self.importance = torch.empty(sum(lengths), len(groups))
 
     def add(self, hidden_states: torch.Tensor, importance: torch.Tensor) -> None:
         """hidden_states [T, D], importance [T, G] of all the layer's groups, of one window of text."""
         importance = importance[:, self.groups].float()
-        if self.importance is None:
-            self.importance = torch.empty(self.num_windows, *importance.shape)
-        self.importance[self.done] = importance
-        self.done += 1
+        self.importance[self.done : self.done + len(importance)] = importance
+        self.done += len(importance)
         rows = torch.cat([hidden_states.float(), importance.clamp_min(FLOOR).log()], dim=1)[self.num_skipped :]
         if self.gram is None:
             # Any constant near the mean will do. Without it, float32 sums would lose what centring leaves.
@@ -172,7 +172,7 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 def _attention_modules(model: PreTrainedModel, layers: list[int]) -> list[nn.Module]:
     """The attention modules of some layers."""
     modules = attention_modules(decoder_of(model))
-    check_numbered(modules, model.config.num_hidden_layers)
+    check_numbered(modules, model.config.get_text_config(decoder=True).num_hidden_layers)
     if lacking := sorted(set(layers) - modules.keys()):
         raise ValueError(
             f"`model` ({type(model).__name__}) has no attention of Transformers' own in layer {lacking[0]}: "
@@ -192,18 +192,23 @@ def _values(module: nn.Module, layer: CacheLayerMixin, num_tokens: int) -> torch
     return (value if expand is None else expand(key, value)[1])[0]
 
 
-def _check_text(input_ids: torch.Tensor, most: int, ridge: float) -> None:
+def _check_text(length: int, most: int, ridge: float) -> None:
     if ridge <= 0:
         raise ValueError(f"`ridge` is {ridge}; pass a positive number, for channels can be collinear.")
-    if 2 * input_ids.shape[1] > most:
+    if 2 * length > most:
         raise ValueError(
-            f"`input_ids` has windows of {input_ids.shape[1]} tokens, which the model reads twice: pass windows of at "
+            f"`input_ids` has windows of {length} tokens, which the model reads twice: pass windows of at "
             f"most {most // 2} tokens, half of `max_position_embeddings`."
         )
 
 
 def fit_routers(
-    model: PreTrainedModel, input_ids: torch.Tensor, plan: GroupPlan, *, include_first: bool = True, ridge: float = 0.1
+    model: PreTrainedModel,
+    input_ids: torch.Tensor | Sequence[Any],
+    plan: GroupPlan,
+    *,
+    include_first: bool = True,
+    ridge: float = 0.1,
 ) -> list[RouterFit | None]:
     """Fit a router to every sparse group of a plan for a pretrained model; see `importance` for what it predicts.
 
@@ -211,7 +216,8 @@ def fit_routers(
         model: of a family in `families`, weights quantised or not. It is left as found: mode, attention
             implementation, hooks.
         input_ids: [N, T], N windows of T tokens of text like that which the model will read, without padding; or a
-            list of the token ids of each document, see `calibration_ids`.
+            list of the token ids of each document, see `calibration_ids`; or, of a model of pictures and text, a list
+            of what its processor makes of pictures and text, one by one.
             8 k tokens of several kinds are enough for a 135 M model.
         plan: which groups are sparse; it fits the model.
         include_first: the first token is always selected, and therefore no example for the regression.
@@ -228,17 +234,17 @@ def fit_routers(
             not finite.
     """
     layers = [layer for layer, groups in enumerate(plan.layers) if any(groups)]
-    input_ids = calibration_ids(input_ids, model.config)
-    _check_text(input_ids, model.config.max_position_embeddings, ridge)
+    config = model.config.get_text_config(decoder=True)
+    readings = _readings(model, input_ids)
+    lengths = [num_tokens_of(reading) for reading in readings]
+    _check_text(max(lengths), config.max_position_embeddings, ridge)
     modules = _attention_modules(model, layers)
     decoder = decoder_of(model)
-    device = input_device(model)
-    num_tokens = input_ids.shape[1]
     sparse = [[group for group, kind in enumerate(plan.layers[layer]) if kind is not None] for layer in layers]
-    regressions = [_Regression(groups, len(input_ids), int(include_first)) for groups in sparse]
+    regressions = [_Regression(groups, lengths, int(include_first)) for groups in sparse]
     grams: dict[int, torch.Tensor] = {}
     read: dict[int, torch.Tensor] = {}  # layer → what its attention received at the first reading
-    predicted: list[torch.Tensor] = []  # of each layer: [N, T, G]
+    predicted: list[torch.Tensor] = []  # of each layer: [tokens, G]
 
     def add(index, module, hidden_states, output):
         if index not in read:
@@ -262,23 +268,23 @@ def fit_routers(
     def route(index, module, hidden_states, output):
         weight, bias = solved[index]
         hidden_states = hidden_states[0].float()
-        predicted[index][row] = nn.functional.linear(
+        predicted[index][done : done + num_tokens] = nn.functional.linear(
             hidden_states, weight.to(hidden_states.device), bias.to(hidden_states.device)
         )
 
-    progress = logging.tqdm(total=2 * len(input_ids), desc="Fitting routers", unit="window")
+    progress = logging.tqdm(total=2 * len(readings), desc="Fitting routers", unit="window")
     with progress, frozen(decoder):
         implementation = decoder.config._attn_implementation
         decoder.set_attn_implementation("eager")
         with _hooks(modules, add):
-            for ids in input_ids.to(device):
-                cache = DynamicCache(config=model.config)
-                for _ in range(2):
-                    decoder(input_ids=ids[None], use_cache=True, **{CACHE: cache})
+            for reading, num_tokens in zip(readings, lengths, strict=True):  # the latter is read by `add`
+                cache = DynamicCache(config=config)
+                for inputs in (reading, continued(reading, num_tokens)):
+                    decoder(**inputs, use_cache=True, **{CACHE: cache})
                 progress.update()
         solved = []
         for layer, own in zip(layers, regressions, strict=True):
-            assert own.gram is not None and own.importance is not None
+            assert own.gram is not None
             if not own.gram.isfinite().all():
                 raise ValueError(
                     f"`model` gives activations that are not finite in layer {layer}; load it with "
@@ -289,12 +295,43 @@ def fit_routers(
             predicted.append(torch.empty_like(own.importance))
         decoder.set_attn_implementation(implementation)
         with _hooks(modules, route):
-            for row in range(len(input_ids)):  # read by `route`
-                decoder(input_ids=input_ids[row : row + 1].to(device), use_cache=False)
+            done = 0  # read by `route`
+            for reading, num_tokens in zip(readings, lengths, strict=True):
+                decoder(**reading, use_cache=False)
+                done += num_tokens
                 progress.update()
 
     fits: list[RouterFit | None] = [None] * len(plan.layers)
     for layer, (weight, bias), own, z in zip(layers, solved, regressions, predicted, strict=True):
-        assert own.importance is not None
-        fits[layer] = RouterFit(weight, bias, z, own.importance)
+        fits[layer] = RouterFit(weight, bias, _by_window(z, lengths), _by_window(own.importance, lengths))
     return fits
+
+
+def _readings(model: PreTrainedModel, calibration: torch.Tensor | Sequence[Any]) -> list[dict[str, Any]]:
+    """What the decoder is called with, for each window of a text, or for each text with pictures."""
+    if is_of_pictures(calibration):
+        return [decoder_inputs(model, each) for each in calibration]
+    input_ids = calibration_ids(calibration, model.config.get_text_config(decoder=True))
+    return [{"input_ids": ids[None]} for ids in input_ids.to(input_device(model))]
+
+
+def num_tokens_of(reading: dict[str, Any]) -> int:
+    tokens = reading["input_ids"] if reading.get("inputs_embeds") is None else reading["inputs_embeds"]
+    return tokens.shape[1]
+
+
+def is_of_pictures(calibration: Any) -> bool:
+    """Whether a calibration is a list of what a processor makes of pictures and text."""
+    is_list = isinstance(calibration, list | tuple) and len(calibration) > 0
+    return is_list and any(map(has_pictures, calibration))
+
+
+def _by_window(states: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """
+    `states` [tokens, G] as `[N, T, G]`. Windows of several lengths become one, which lacks the first tokens of all but
+    the first: those count for nothing.
+    """
+    if len(set(lengths)) == 1:
+        return states.view(len(lengths), lengths[0], -1)
+    windows = states.split(lengths)
+    return torch.cat([windows[0], *(each[1:] for each in windows[1:])])[None]

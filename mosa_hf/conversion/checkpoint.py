@@ -1,12 +1,14 @@
 """Conversion of a checkpoint on disk: the base's shards, linked and never rewritten, and a file of routers."""
 
 import json
+import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import torch
 from safetensors.torch import save_file
@@ -16,49 +18,42 @@ from transformers.core_model_loading import rename_source_key, revert_weight_con
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils.logging import tqdm
 
 from ..atomic_write import atomic_directory, check_absent
 from ..compat import dequantized_gguf
-from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.configuration import SparseGroupsConfig, is_composite, sparse_config_of
 from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
-from ..modeling.router_files import ROUTERS_NAME, load_routers, model_card, router_tensors, save_routers
+from ..modeling.model_card import megabytes, model_card, plan_in_short
+from ..modeling.router_files import ROUTERS_NAME, load_routers, router_tensors, write_routers
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
+from .calibration import is_of_pictures
 from .configuration import ConversionConfig
 from .convert import convert_model
+from .default_text import default_text
+from .publishing import check_can_publish, publish
+from .sources import ADAPTER_NAME, CARD_NAME, COMPANIONS, Loading, Source, check_loading, find_source
+from .texts import Text, read_text
 from .windows import calibration_windows, is_text
 
-# What goes along with a model's weights and config.
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.tiktoken",
-    "spiece.model",
-    "chat_template*",
-    f"{CHAT_TEMPLATE_DIR}/*",
-    "LICENSE*",
-    "NOTICE*",
-)
+logger = logging.getLogger(__name__)
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Buffers that old checkpoints hold and models compute themselves.
 RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
-ADAPTER_NAME = "adapter_config.json"  # PEFT's
 # What names of weights say of a model that was saved with something around it: pattern, what it is, and the remedy.
 WRAPPED = (
     (r"(^|\.)_orig_mod\.", "a model that `torch.compile` wraps", "save what it wraps, `model._orig_mod`"),
     (r"(^|\.)_fsdp_wrapped_module\.", "a model that FSDP wraps", "gather its state dict and save the model itself"),
     (r"^base_model\.model\.|\.lora_[AB]\b|\.base_layer\.", "a PEFT model", "save `model.merge_and_unload()`"),
     (r"^module\.", "a model that DDP, DataParallel or DeepSpeed wraps", "save what it wraps, `model.module`"),
-    (
-        r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
-        "a model of pictures and text",
-        "load it with its own class, and save its language model alone, with the config of that",
-    ),
+)
+OF_PICTURES = (
+    r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
+    "a model of pictures and text",
+    "put its own config beside the weights, or load it with its own class and save its language model alone",
 )
 # The same of names that a model has besides those that its config asks for.
 HEADS_OF_OTHERS = (
@@ -80,72 +75,182 @@ def convert_checkpoint(
     source: str | os.PathLike,
     destination: str | os.PathLike,
     conversion: ConversionConfig | None = None,
-    calibration: str | Sequence[Any] | torch.Tensor | None = None,
+    calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None = None,
     *,
     routers: str | os.PathLike | None = None,
     routers_only: bool = False,
     num_windows: int = 12,
     window_length: int = 1024,
+    push_to_hub: str | None = None,
+    **loading: Unpack[Loading],
 ) -> GroupPlan:
     """
-    Convert a checkpoint on disk. The weight files are hard links of the source's (copies where the file system has
-    none), byte for byte; beside them are the routers, an index, a config, and the source's tokenizer, if it has one.
-    The model is loaded only to fit routers on `calibration`.
+    Convert a checkpoint. The weight files are hard links of the source's (copies where the file system has none), byte
+    for byte; beside them are the routers, an index, a config, a model card, and the source's tokenizer, if it has one.
+    The model is loaded only to fit routers on `calibration`; that is not resumed if it is interrupted.
 
     Args:
-        source: directory with a config and safetensors weights; or a `.gguf` file, whose weights are dequantised and
-            saved.
+        source: directory with a config and safetensors weights; a `.gguf` file, whose weights are dequantised and
+            saved; or a name on the Hub (`find_source`).
         destination: directory to create. It appears when it is whole, or not at all.
         conversion: what to produce.
         calibration: what routers and thresholds are fitted on: a text, a list of texts or of chats, which are read
-            one after the other (`calibration_windows`); or token ids, as `convert_model` takes them. Not needed with
-            `routers`, nor where every sparsity is 1.
-        routers: directory that `save_routers` wrote, in place of `conversion` and `calibration`.
+            one after the other (`calibration_windows`); the `Path` of a file, or several; what `read_text` makes of
+            files and data sets; or token ids, as `convert_model` takes them. None: `default_text`, where anything is
+            to be fitted, which is so without `routers` and unless every sparsity is 1.
+        routers: directory that `save_routers` wrote, or its name on the Hub, in place of `conversion` and
+            `calibration`.
         routers_only: write the routers alone, as `save_routers` does.
         num_windows, window_length: how much of a text is read: windows, and tokens of one.
+        push_to_hub: name on the Hub to upload the directory to, once it is written.
+        loading: `revision`, `token`, `dtype` and `device_map` of the source, see `Loading`.
 
     Returns:
         What each group has become.
 
     Raises:
         FileExistsError: if `destination` exists.
-        FileNotFoundError: if the source, or a file that it lists, does not exist.
+        FileNotFoundError: if the source, or a file that it lists, does not exist, here or on the Hub.
+        PermissionError: for `push_to_hub` if nobody is logged in.
         ValueError: for damaged weights, weights that disagree with the config, pickled weights, an unsupported family,
             a plan that does not fit, a short text, or a text without a tokenizer.
     """
-    source, destination = Path(source), Path(destination)
+    check_loading(loading)
+    destination = Path(destination)
     check_absent(destination)
-    if not source.exists():
-        raise FileNotFoundError(f"{source} does not exist: give a model directory or a .gguf file.")
     if routers is not None and (conversion is not None or calibration is not None):
         raise ValueError("`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`.")
-    headers: dict[str, TensorHeader] = {}
-    if source.is_file():
-        model = _load_gguf(source)
-    else:
-        config = read_config(source)
-        model, headers = check_weights(source, config)
-    input_ids: Any = calibration  # once a tokenizer has read what is text
-    if calibration is not None:
-        if is_text(calibration):
-            input_ids = calibration_windows(_tokenizer(source), calibration, num_windows, window_length)
-        if headers:
-            model = type(model).from_pretrained(source, dtype="auto", use_safetensors=True)
-    if routers is not None:
-        converted = load_routers(model, routers)
-    else:
-        converted = convert_model(model, conversion or ConversionConfig(), input_ids)
-        converted.config.mosa_conversion["source"] = source.name
-    if routers_only:
-        save_routers(converted, destination)
-    else:
-        with atomic_directory(destination) as unfinished:
-            if headers:
-                _write(converted, source, headers, unfinished)
-            else:
-                converted.save_pretrained(unfinished)
-                _tokenizer(source).save_pretrained(unfinished)
+    if push_to_hub is not None:
+        check_can_publish(push_to_hub, loading.get("token"))
+    found = find_source(source, revision=loading.get("revision"), token=loading.get("token"))
+    converted = convert_source(
+        found, conversion, calibration, routers, num_windows=num_windows, window_length=window_length, **loading
+    )
+    write_converted(converted, found, destination, routers_only=routers_only, place=push_to_hub)
+    if push_to_hub is not None:
+        publish(destination, push_to_hub, loading.get("token"))
     return GroupPlan.of_config(converted.config)
+
+
+def convert_source(
+    source: Source,
+    conversion: ConversionConfig | None,
+    calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
+    routers: str | os.PathLike | None,
+    *,
+    num_windows: int,
+    window_length: int,
+    **loading: Unpack[Loading],
+) -> PreTrainedModel:
+    """
+    The converted model of files that are on this machine: its weights are loaded (not on the meta device) only where
+    routers are fitted. Args and errors are those of `convert_checkpoint`.
+    """
+    conversion = conversion or ConversionConfig()
+    is_file = source.path.is_file()
+    model = load_source(source, **loading) if is_file else checked_model(source)
+    dtype = model.config.dtype
+    if routers is not None:
+        return load_routers(model, routers, token=loading.get("token"))
+    if calibration is None and conversion.selects():
+        calibration = default_text()
+    if isinstance(calibration, os.PathLike):
+        calibration = [calibration]
+    if isinstance(calibration, list | tuple) and calibration and isinstance(calibration[0], os.PathLike):
+        calibration = read_text(calibration)
+    record = {}
+    if is_text(calibration) and not is_of_pictures(calibration):
+        calibration = Text([calibration] if isinstance(calibration, str) else calibration, "a text of one's own")
+    if isinstance(calibration, Text):
+        logger.info("Calibration text: %s, %s characters", calibration.name, f"{calibration.num_characters:,}")
+        record = {"text": calibration.name, "sha256": calibration.sha256}
+        documents = calibration.documents
+        calibration = calibration_windows(tokenizer_of(source.path), documents, num_windows, window_length)
+    if calibration is not None:
+        if not is_file:
+            model = _with_weights(type(model), source, loading)
+        logger.info("It computes in %s on %s", str(model.dtype).removeprefix("torch."), model.device)
+    start = time.perf_counter()
+    input_ids = cast(torch.Tensor | None, calibration)  # or a list of documents
+    converted = convert_model(model, conversion, input_ids)
+    logger.info("Chose groups, fitted routers and set thresholds in %.0f s", time.perf_counter() - start)
+    converted.config.dtype = dtype  # of the files, whatever it was loaded as
+    sparse_config = sparse_config_of(converted.config)
+    assert sparse_config.mosa_conversion is not None
+    sparse_config.mosa_conversion |= source.about()
+    if record:
+        sparse_config.mosa_conversion["calibration"] |= record
+    logger.info("Decided: %s", plan_in_short(sparse_config).replace("\n", " "))
+    return converted
+
+
+def write_converted(
+    converted: PreTrainedModel, source: Source, destination: Path, *, routers_only: bool, place: str | None = None
+) -> None:
+    """
+    Write what `convert_source` gave: a directory that appears when it is whole.
+
+    Args:
+        place: the name that it will have on the Hub, for its card.
+    """
+    with atomic_directory(destination) as unfinished:
+        if routers_only:
+            write_routers(converted, unfinished, place=place)
+        elif source.path.is_file():
+            converted.save_pretrained(unfinished)
+            tokenizer_of(source.path).save_pretrained(unfinished)
+            _write_card(converted, source, unfinished, place)
+        else:
+            _write(converted, source, unfinished, place)
+
+
+def checked_model(source: Source) -> PreTrainedModel:
+    """
+    The base model of a directory without its weights (on the meta device), once its files are found to be whole.
+    Errors are those of `read_config` and `check_weights`.
+    """
+    config = read_config(source.path)
+    model, headers = check_weights(source.path, config)
+    size = sum(file.stat().st_size for file in {header.file for header in headers.values() if header.file is not None})
+    logger.info(
+        "Read %s: %s, %d layers, %s of weights",
+        source.name if source.commit is None else f"{source.name} ({source.commit[:12]})",
+        config.model_type,
+        config.get_text_config(decoder=True).num_hidden_layers,
+        megabytes(size),
+    )
+    return model
+
+
+def load_source(source: Source, **loading: Unpack[Loading]) -> PreTrainedModel:
+    """
+    A base model with its weights, of the class that its config names.
+
+    Raises:
+        FileNotFoundError, ValueError: see `checked_model`.
+    """
+    if not source.path.is_file():
+        return _with_weights(type(checked_model(source)), source, loading)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": source.path.parent, "gguf_file": source.path.name}
+    family = family_of(AutoConfig.from_pretrained(**where).model_type)
+    options = _loading_options(loading)
+    options["dtype"] = torch.float32 if options["dtype"] == "auto" else options["dtype"]  # such a file names none
+    return family.base_head_classes["ForCausalLM"].from_pretrained(**where, **dequantized_gguf(), **options)
+
+
+def _with_weights(model_class: type[PreTrainedModel], source: Source, loading: Loading) -> PreTrainedModel:
+    start = time.perf_counter()
+    model = model_class.from_pretrained(source.path, use_safetensors=True, **_loading_options(loading))
+    logger.info("Loaded its weights in %.0f s", time.perf_counter() - start)
+    return model
+
+
+def _loading_options(loading: Loading) -> dict[str, Any]:
+    """What of it `from_pretrained` has to know of files that are on this machine."""
+    options: dict[str, Any] = {"dtype": loading.get("dtype") or "auto"}
+    if loading.get("device_map") is not None:
+        options["device_map"] = loading["device_map"]
+    return options
 
 
 def read_config(directory: Path) -> PreTrainedConfig:
@@ -167,11 +272,11 @@ def read_config(directory: Path) -> PreTrainedConfig:
         raise FileNotFoundError(f"{directory} has no {CONFIG_NAME}: it is not a model directory.")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        if not isinstance(config, SparseGroupsConfig):
+        if not isinstance(sparse_config_of(config), SparseGroupsConfig):
             family_of(config.model_type)
     except Exception as error:  # whatever a damaged file makes Transformers raise
         raise ValueError(f"{path} cannot be used: {error}") from error
-    if isinstance(config, SparseGroupsConfig):
+    if isinstance(sparse_config_of(config), SparseGroupsConfig):
         raise ValueError(f"{path}: a {config.model_type!r} model is a converted one already: convert its base.")
     return config
 
@@ -196,10 +301,10 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
                 "load them with Transformers and `save_pretrained`, which writes safetensors; then convert that."
             )
         raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
-    _check_names(headers, WRAPPED)
+    _check_names(headers, WRAPPED if is_composite(config) else (*WRAPPED, OF_PICTURES))
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
     layers = {int(place[1]) for name in headers if (place := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
-    if layers != set(range(config.num_hidden_layers)):
+    if not is_composite(config) and layers != set(range(config.num_hidden_layers)):  # else of all its parts
         raise ValueError(
             f"{path} says `num_hidden_layers` = {config.num_hidden_layers}, but the weights have layers "
             f"{min(layers, default=0)} to {max(layers, default=0)}."
@@ -271,9 +376,10 @@ def _check_names(headers: dict[str, TensorHeader], kinds: tuple[tuple[str, str, 
 
 
 def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> type[PreTrainedModel]:
-    """The class that a config names; the causal LM where it names none."""
+    """The class that a config names; where it names none, the causal LM, or that of pictures and text."""
     classes = {each.__name__: each for each in (family.base_model_class, *family.base_head_classes.values())}
-    name = (config.architectures or [family.base_head_classes["ForCausalLM"].__name__])[0]
+    usual = next(iter(family.base_head_classes.values()), family.base_model_class)
+    name = (config.architectures or [usual.__name__])[0]
     if name not in classes:
         raise ValueError(
             f"{directory / CONFIG_NAME}: the architecture {name} has no MoSA class; these have: {', '.join(classes)}."
@@ -281,14 +387,10 @@ def _base_class(family: Family, config: PreTrainedConfig, directory: Path) -> ty
     return classes[name]
 
 
-def _load_gguf(path: Path) -> PreTrainedModel:
-    where: dict[str, Any] = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    family = family_of(AutoConfig.from_pretrained(**where).model_type)
-    return family.base_head_classes["ForCausalLM"].from_pretrained(**where, **dequantized_gguf(), dtype=torch.float32)
-
-
-def _tokenizer(source: Path) -> PreTrainedTokenizerBase:
+def tokenizer_of(source: Path) -> PreTrainedTokenizerBase:
     """
+    The tokenizer of a model directory, or of a `.gguf` file.
+
     Raises:
         ValueError: if there is none.
     """
@@ -298,18 +400,20 @@ def _tokenizer(source: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     except Exception as error:  # Transformers raises many kinds
         raise ValueError(
-            f"{source} has no tokenizer that can be loaded ({error}): give the calibration as token ids [N, T]."
+            f"{source} has no tokenizer that can be loaded ({error}): save the model's tokenizer there, or, in "
+            "Python, give the calibration as token ids [N, T]."
         ) from error
 
 
-def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHeader], unfinished: Path) -> None:
+def _write(converted: PreTrainedModel, source: Source, unfinished: Path, place: str | None) -> None:
     """Fill the directory of a converted model; the config, without which nothing loads, comes last."""
+    headers = tensor_headers(source.path)
     files = sorted({header.file for header in headers.values() if header.file is not None})
     # Names that no `save_pretrained` into this directory will write to: it would write into the source's file.
     names: dict[Path | None, str] = {
         file: f"model-base-{i:05}-of-{len(files):05}.safetensors" for i, file in enumerate(files, 1)
     }
-    for file in logging.tqdm(files, desc="Linking weights", unit="file"):
+    for file in tqdm(files, desc="Linking weights", unit="file"):
         link_or_copy(file, unfinished / names[file])
     routers = router_tensors(converted)
     save_file(routers, unfinished / ROUTERS_NAME, metadata={"format": "pt"})
@@ -317,16 +421,21 @@ def _write(converted: PreTrainedModel, source: Path, headers: dict[str, TensorHe
     total = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (unfinished / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file in sorted({file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}):
-        target = unfinished / file.relative_to(source)
+    for file in sorted({file for pattern in COMPANIONS for file in source.path.glob(pattern) if file.is_file()}):
+        target = unfinished / file.relative_to(source.path)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
-    config = cast(SparseGroupsConfig, converted.config)
+    config = converted.config
     config.architectures = [type(converted).__name__]
-    base = (config.mosa_conversion or {}).get("source") or source.name
-    code = f'model = mosa_hf.{type(converted).__name__}.from_pretrained("path of this folder")'
-    (unfinished / "README.md").write_text(model_card(config, base, "Model", code), encoding="utf-8")
+    _write_card(converted, source, unfinished, place)
     config.save_pretrained(unfinished)
+
+
+def _write_card(converted: PreTrainedModel, source: Source, unfinished: Path, place: str | None) -> None:
+    config = sparse_config_of(converted.config)
+    base = (config.mosa_conversion or {}).get("source") or source.name
+    card = model_card(config, type(converted).__name__, base, is_routers=False, place=place)
+    (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def link_or_copy(source: Path, destination: Path) -> None:

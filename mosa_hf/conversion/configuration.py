@@ -56,3 +56,9 @@ class ConversionConfig:
             if len(set(pairs)) != len(pairs):
                 raise ValueError("`groups` names a (layer, group) pair twice.")
             object.__setattr__(self, "groups", pairs)
+
+    def selects(self) -> bool:
+        """Whether anything is selected, so that routers are to be fitted on a text: not where every sparsity is 1."""
+        if isinstance(self.plan, GroupPlan):
+            return any(group.sparsity != 1 for group in self.plan.sparse().values())
+        return self.sparsity != 1 or isinstance(self.groups, int)

@@ -1,20 +1,21 @@
 """Conversion of a pretrained model in memory: groups of its attention become sparse (docs/design.md, section 6)."""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from ..modeling.configuration import MosaConfig, SparseGroupsConfig
+from ..modeling.configuration import MosaConfig, SparseGroupsConfig, sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
 from ..modeling.sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, fits_of, mean_losses, one_threshold
-from .calibration import RouterFit, fit_routers
+from .calibration import RouterFit, fit_routers, is_of_pictures
+from .causality import check_reads_forwards
 from .configuration import ConversionConfig
 from .probe import check_computes_the_same
 from .windows import calibration_ids
@@ -23,7 +24,7 @@ from .windows import calibration_ids
 def convert_model(
     model: PreTrainedModel,
     conversion: ConversionConfig,
-    calibration: torch.Tensor | Sequence[torch.Tensor | Sequence[int]] | None = None,
+    calibration: torch.Tensor | Sequence[Any] | None = None,
     fits: list[RouterFit | None] | None = None,
 ) -> PreTrainedModel:
     """
@@ -31,11 +32,13 @@ def convert_model(
     to the model's own attention. `model` itself is left as it was.
 
     Args:
-        model: of a family in `mosa_hf.modeling.families`, with or without a head.
+        model: of a family in `mosa_hf.modeling.families`, with or without a head; or a model around such a decoder,
+            as of pictures and text, which gets sparse groups and is left as it is in all else.
         conversion: what to produce.
         calibration: token ids `[N, T]`, N windows of the text that routers and thresholds are fitted on, which
             `calibration_windows` makes of texts and chats; or a list of the token ids of each document, which are read
-            one after the other (`calibration_ids`). May be left out where every sparsity is 1 and nothing is selected.
+            one after the other (`calibration_ids`); or, of a model of pictures and text, a list of what its processor
+            makes of pictures and text, one by one. May be left out where every sparsity is 1 and nothing is selected.
         fits: what `fit_routers` gave for `candidate_plan` without a choice of groups, where several conversions of one
             model share it. Thresholds are set on `calibration` anyway.
 
@@ -49,11 +52,13 @@ def convert_model(
             the model; the message names the remedy.
     """
     check_convertible(model)
-    if calibration is not None:
-        calibration = calibration_ids(calibration, model.config)
+    check_reads_forwards(model)
+    of_pictures = is_of_pictures(calibration)
+    if calibration is not None and not of_pictures:
+        calibration = calibration_ids(calibration, model.config.get_text_config(decoder=True))
     family = family_of(model.config.model_type)
     family.sparse_class_of(type(model))
-    base_config = family.config_class.from_base(model.config)
+    base_config = sparse_config_of(family.config_class.from_base(model.config))
     candidates = candidate_plan(base_config, conversion)
     check_computes_the_same(model, candidates, family.config_class)
     if fits is not None:
@@ -68,12 +73,12 @@ def convert_model(
         plan = one_threshold(plan, candidates, fits)
 
     config = converted_config(model, plan, conversion)
-    config.mosa_conversion = {
+    sparse_config_of(config).mosa_conversion = {
         "source": model.config.name_or_path,
         "settings": _settings(conversion),
         "groups": [list(pair) for pair in plan.sparse_pairs()],
         "losses": losses,
-        "calibration": None if calibration is None else {"windows": len(calibration), "tokens": calibration.shape[1]},
+        "calibration": None if calibration is None else _amount(calibration),
     }
     converted = with_sparse_groups(model, config).eval()
     chosen = None if fits is None else fits_of(plan, candidates, fits)
@@ -85,7 +90,8 @@ def convert_model(
                 router.weight.copy_(chosen[layer].weight)
     if fits is not None and calibration is not None:
         # On the converted model: what its layers see differs a little from what the original's saw.
-        windows = logging.tqdm(calibration.split(1), desc="Setting thresholds", unit="window")
+        windows = calibration if of_pictures else cast(torch.Tensor, calibration).split(1)
+        windows = logging.tqdm(windows, desc="Setting thresholds", unit="window")
         calibrate_thresholds(converted, windows)
     return converted
 
@@ -95,7 +101,7 @@ def check_convertible(model: PreTrainedModel) -> None:
     Raises:
         ValueError: for a model that has routers already.
     """
-    config = model.config
+    config = model.config.get_text_config(decoder=True)
     if isinstance(config, SparseGroupsConfig):
         raise ValueError(
             f"{type(model).__name__} is converted already: convert its base, `mosa_hf.to_dense(model)`, or "
@@ -139,6 +145,12 @@ def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: Conver
     if GroupPlan.of_config(config) != plan:
         config = config_class.from_base(model.config, **fields, mosa_plan=plan.to_list())
     return config
+
+
+def _amount(calibration: torch.Tensor | Sequence[Any]) -> dict:
+    """How much was read: windows, and tokens of the longest."""
+    tokens = [each["input_ids"].shape[1] if isinstance(each, Mapping) else len(each) for each in calibration]
+    return {"windows": len(tokens), "tokens": max(tokens)}
 
 
 def _settings(conversion: ConversionConfig) -> dict:

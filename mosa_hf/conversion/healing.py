@@ -12,7 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..modeling.configuration import SparseGroupsConfig
-from ..modeling.group_plan import GroupPlan
+from ..modeling.kv_share import kv_share
 from ..modeling.layers import layer_of
 from ..modeling.router import MosaRouter, named_routers
 from ..modeling.routing_callback import selected_shares
@@ -25,7 +25,7 @@ from .windows import Chat, token_windows
 class TokenWindows(Dataset):
     """A text, several, or chats, as training examples: their `token_windows`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | Sequence[Chat], length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str | Chat], length: int):
         self.windows = token_windows(tokenizer, text, length)
 
     def __len__(self) -> int:
@@ -125,26 +125,8 @@ class HealingTrainer(Trainer):
             logs["selected"] = round(torch.cat(list(rates.values())).mean().item(), 4)
             config = getattr(self.model, "config", None)
             if isinstance(config, SparseGroupsConfig):
-                logs[f"kv_share_{self.cache_length}"] = round(kv_share(config, rates, self.cache_length), 4)
+                logs[f"kv_share_{self.cache_length}"] = round(kv_share(config, self.cache_length, rates), 4)
         super().log(logs, *args, **kwargs)
-
-
-def kv_share(config: SparseGroupsConfig, rates: dict[int, torch.Tensor], num_tokens: int) -> float:
-    """
-    The share of the keys and values of `num_tokens` tokens that a cache keeps: the mean of `SparseGroup.kept_share`.
-
-    Args:
-        rates: layer -> share of the tokens that each of its sparse groups selects, `[G]`.
-    """
-    kept = []
-    for layer, groups in enumerate(GroupPlan.of_config(config).layers):
-        selected = iter(rates[layer].tolist() if layer in rates else ())
-        dense = min(config.sliding_window / num_tokens, 1.0) if config.is_sliding(layer) else 1.0
-        kept += [
-            dense if group is None else group.kept_share(num_tokens, next(selected), config.mosa_cache_budget)
-            for group in groups
-        ]
-    return sum(kept) / len(kept)
 
 
 def teacher_of(model: PreTrainedModel) -> PreTrainedModel:

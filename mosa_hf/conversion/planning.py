@@ -10,7 +10,7 @@ out is measured, kept if the model's divergence from the original fell, and the 
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +30,7 @@ from .allocation import candidate_plan, of_groups
 from .calibration import RouterFit, fit_routers
 from .configuration import ConversionConfig
 from .effects import Effects
-from .windows import calibration_ids, calibration_windows
+from .windows import Chat, calibration_ids, calibration_windows
 
 # Two windows for each doubling.
 WINDOWS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -403,7 +403,7 @@ def search_plan(
 
 
 def measured_texts(
-    tokenizer: PreTrainedTokenizerBase, text: str, num_texts: int = 3, length: int = 4096
+    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str | Chat], num_texts: int = 3, length: int = 4096
 ) -> torch.Tensor:
     """
     What plans are measured on: stretches of a text, token ids `[N, length]`. The last of several is half as long and

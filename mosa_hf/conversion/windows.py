@@ -15,17 +15,15 @@ WINDOW_LENGTH = 1024  # of documents that are given as token ids
 Chat = Sequence[Mapping[str, Any]]  # messages with `role` and `content`
 
 
-def token_windows(
-    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | Sequence[Chat], length: int
-) -> torch.Tensor:
+def token_windows(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str | Chat], length: int) -> torch.Tensor:
     """
     All windows of `length` tokens of a text, one after the other: token ids `[N, T]`. What is left at the end is
     dropped.
 
     Args:
-        text: one text; or several, or chats, each a list of messages as the tokenizer's chat template takes them. They
-            are read one after the other, texts with an end-of-sequence token between them if the tokenizer has one,
-            so that a window may hold the end of one and the beginning of the next.
+        text: one text; or several texts or chats, each a list of messages as the tokenizer's chat template takes
+            them. They are read one after the other, texts with an end-of-sequence token after them if the tokenizer
+            has one, so that a window may hold the end of one and the beginning of the next.
 
     Raises:
         ValueError: for a text of less than one window, a window of no token, chats without a chat template, and what
@@ -44,7 +42,7 @@ def token_windows(
 
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Sequence[str] | Sequence[Chat],
+    text: str | Sequence[str | Chat],
     num_windows: int = 12,
     window_length: int = 1024,
 ) -> torch.Tensor:
@@ -60,7 +58,7 @@ def calibration_windows(
     return spread(token_windows(tokenizer, text, window_length), num_windows)
 
 
-def documents_of(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] | Sequence[Chat]) -> list[list[int]]:
+def documents_of(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str | Chat]) -> list[list[int]]:
     """Token ids of each text or chat; empty texts have none."""
     if isinstance(text, str):
         return [tokenizer(text, verbose=False)["input_ids"]]
@@ -69,19 +67,25 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str] |
     texts: list[Any] = list(text)
     if texts and all(isinstance(each, Mapping) and "role" in each for each in texts):  # a single chat
         texts = [texts]
-    if all(isinstance(each, str) for each in texts):
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        ids = [tokenizer(each, verbose=False)["input_ids"] for each in texts if each.strip()]
-        return [own if own[-1:] == end else own + end for own in ids[:-1]] + ids[-1:]
-    if not all(is_chat(each) for each in texts):
+    if not all(isinstance(each, str) or is_chat(each) for each in texts):
         raise ValueError(
             "`text` must be a text, or a list of texts, or of chats: lists of messages with `role` and `content`, as "
             'in `[row["messages"] for row in rows]`.'
         )
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and not all(isinstance(each, str) for each in texts):
         raise ValueError("`text` has chats, but the tokenizer has no `chat_template`: set it, or pass texts.")
-    ids = [tokenizer.apply_chat_template(list(each), tokenize=True, return_dict=False) for each in texts]
-    return cast(list[list[int]], ids)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents: list[list[int]] = []
+    texts = [each for each in texts if not isinstance(each, str) or each.strip()]
+    for number, each in enumerate(texts, 1):
+        if not isinstance(each, str):
+            own = tokenizer.apply_chat_template(list(each), tokenize=True, return_dict=False)
+        else:
+            own = tokenizer(each, verbose=False)["input_ids"]
+            if number < len(texts) and own[-1:] != end:
+                own = own + end
+        documents.append(cast(list[int], own))
+    return documents
 
 
 def is_chat(each: Any) -> bool:
@@ -90,7 +94,7 @@ def is_chat(each: Any) -> bool:
     return is_list and all(isinstance(message, Mapping) and "role" in message for message in each)
 
 
-def is_text(calibration: Any) -> TypeGuard[str | Sequence[str] | Sequence[Chat]]:
+def is_text(calibration: Any) -> TypeGuard[str | Sequence[str | Chat]]:
     """Whether a tokenizer has to read this: a text, texts or chats, not token ids."""
     if isinstance(calibration, str):
         return True

@@ -1,9 +1,13 @@
-"""What a model remembers of a long context, and what that takes: the part of `mosa-evaluate` that scripts may call."""
+"""
+What a model remembers of a long context, and what that takes: the parts of `mosa-evaluate` and `mosa-trace` that
+scripts may call.
+"""
 
 from .memory import CacheMemory, filled_cache
 from .report import PERPLEXITY, Subject, evaluate, summary, table
 from .samples import fact_samples, text_samples
 from .scoring import Continuation, Sample, Score, following, score
+from .tracing import TracedGroup, TracedText, trace_text
 
 __all__ = [
     "PERPLEXITY",
@@ -12,6 +16,8 @@ __all__ = [
     "Sample",
     "Score",
     "Subject",
+    "TracedGroup",
+    "TracedText",
     "evaluate",
     "fact_samples",
     "filled_cache",
@@ -20,4 +26,5 @@ __all__ = [
     "summary",
     "table",
     "text_samples",
+    "trace_text",
 ]

@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..atomic_write import atomic_file
-from ..cache import SparseLayer, set_store_state, store_state, upstream_class
+from ..cache import SparseLayer, set_store_state, static_length, store_state, upstream_class
 from .devices import execution_device
 from .fingerprint import model_fingerprint
 from .forward_context import ForwardContextMixin
@@ -51,9 +51,10 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
 
     Raises:
         ValueError: for a cache that is not of this model, holds half a call, or has layers that cannot be written; for
-            a model that is split over processes.
+            a model that is split over processes, or remembers of pictures where the next token stands.
     """
-    decoder = decoder_of(model)
+    decoder = caching_decoder(model)
+    check_positions(model)
     decoder.upgrade_cache(past_key_values)
     check_can_be_written(past_key_values)
     tensors: dict[str, torch.Tensor] = {}
@@ -66,7 +67,7 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
     about = {
         "version": VERSION,
         "model": fingerprint_of(decoder),
-        "max_cache_len": past_key_values.get_max_length() if is_static else None,
+        "max_cache_len": static_length(past_key_values) if is_static else None,
         "layers": plain,
     }
     text = json.dumps(about)
@@ -90,7 +91,7 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
         ValueError: naming the file, if it is damaged, is no such file, or belongs to a model of another class, or of
             other groups, weights or dtype.
     """
-    decoder, path = decoder_of(model), Path(path)
+    decoder, path = caching_decoder(model), Path(path)
     about, tensors = read_cache_file(path)
     check_fingerprint(path, about["model"], fingerprint_of(decoder))
     cache = empty_cache(about, decoder.config)
@@ -112,7 +113,7 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
 # Whose it is
 
 
-def decoder_of(model: nn.Module) -> ForwardContextMixin:
+def caching_decoder(model: nn.Module) -> ForwardContextMixin:
     """
     The part of a model that caches are made for, within adapters or other wrappers.
 
@@ -131,6 +132,21 @@ def decoder_of(model: nn.Module) -> ForwardContextMixin:
             "the model without `tp_plan`, or let it read the text again."
         )
     return decoder
+
+
+def check_positions(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: for a model that has read pictures, and remembers by how much positions are off since.
+    """
+    for module in model.modules():
+        deltas = getattr(module, "rope_deltas", None)
+        if isinstance(deltas, torch.Tensor) and bool((deltas != 0).any()):
+            raise ValueError(
+                f"{type(module).__name__} keeps of the pictures that it has read where the next token stands "
+                "(`rope_deltas`), which is no part of a cache: `save_cache` writes caches of text alone. Keep both by "
+                "`torch.save`."
+            )
 
 
 def fingerprint_of(decoder: ForwardContextMixin) -> dict[str, Any]:

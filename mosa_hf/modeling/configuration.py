@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers.cache_utils import get_layer_types_and_kwargs
@@ -317,10 +317,24 @@ class SparseGroupsConfig(RoutingConfig):
                 f"`mosa_router_hidden_size` must be at least 1, or None for linear routers, got "
                 f"{self.mosa_router_hidden_size}."
             )
-        if getattr(self, "use_bidirectional_attention", None):
-            raise ValueError("`use_bidirectional_attention` does not fit sparse groups, which are causal.")
+        # "vision" is of the layers with a sliding window, and of pictures alone.
+        if getattr(self, "use_bidirectional_attention", None) not in (None, False, "vision"):
+            raise ValueError(
+                "`use_bidirectional_attention` does not fit sparse groups, which are causal: encoders, and prefix-LMs "
+                "such as PaliGemma, read a text both ways."
+            )
         if self.mosa_plan is not None:
             self.check_plan(GroupPlan.from_list(self.mosa_plan))
+
+
+def is_composite(config: Any) -> bool:
+    """Whether a config, or a class of configs, is of a model around a language model."""
+    return "text_config" in (config.sub_configs or {})
+
+
+def sparse_config_of(config: PreTrainedConfig) -> SparseGroupsConfig:
+    """What says which groups of a model's decoder are sparse: the config itself, or the `text_config` in it."""
+    return cast(SparseGroupsConfig, config.get_text_config(decoder=True))
 
 
 @strict
@@ -438,4 +452,4 @@ def _validate_groups(config: MosaConfig, heads: str, key_value_heads: str) -> No
         )
 
 
-__all__ = ["MosaConfig", "RoutingConfig", "SparseGroupsConfig"]
+__all__ = ["MosaConfig", "RoutingConfig", "SparseGroupsConfig", "is_composite", "sparse_config_of"]

@@ -10,7 +10,6 @@ embeddings, experts, multipliers) is its own code. All of them are attributes of
 import inspect
 import sys
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
 from typing import Any, cast
 
@@ -24,14 +23,13 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from .configuration import SparseGroupsConfig
-from .family import FAMILIES, Family
+from .family import FAMILIES, PREFIX, Family
 from .generation import MosaGenerationMixin
 from .layers import calls_attention_interface
 from .router_files import RouterFilesMixin
 from .sparse_models import SparseModelMixin, SparsePreTrainedMixin
 
 CLASSES: dict[str, type] = {}  # every class that was made so far, by name
-PREFIX = "mosa_"  # of model types
 # Upstream's tables of classes by model type, as they are before ours are added.
 DECODERS = dict(modeling_auto.MODEL_MAPPING_NAMES)
 HEADS = {
@@ -84,7 +82,7 @@ def make_family(model_type: str) -> Family:
         attributes = {
             "__module__": __name__,
             "config_class": config_class,
-            "_can_record_outputs": _recordable(base),
+            "_can_record_outputs": recordable(base),
         }
         CLASSES[name] = type(name, (*mixins, *more, base), attributes)
         return CLASSES[name]
@@ -101,7 +99,7 @@ def make_family(model_type: str) -> Family:
         inner = _inner_decoder(base_model)
         family.inner_classes[inner] = made(inner, "Decoder", decoder)
     for head, names in HEADS.items():
-        base = _class(names.get(model_type)) or _of_config(base_config, head)
+        base = class_of(names.get(model_type)) or _of_config(base_config, head)
         if base is not None and _has_config(base, base_config):
             family.base_head_classes[head] = base
             family.head_classes[head] = made(base, head, wrapper)
@@ -141,7 +139,7 @@ def _decoder_config(model_type: str) -> type[PreTrainedConfig]:
 
 def _base_model(model_type: str, config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """Upstream's base model of a type; raises what `make_family` raises."""
-    base = _class(DECODERS.get(model_type)) or _text_model(config_class)
+    base = class_of(DECODERS.get(model_type)) or _text_model(config_class)
     if base is None or not _attention_classes(sys.modules[base.__module__]):
         raise ValueError(
             f"Models of type {model_type!r} cannot have sparse groups: their attention is code of its own, or none. "
@@ -176,7 +174,7 @@ def _of_config(config_class: type[PreTrainedConfig], suffix: str) -> type[PreTra
     )
 
 
-def _class(name: str | Sequence[str] | None) -> type[PreTrainedModel] | None:
+def class_of(name: str | Sequence[str] | None) -> type[PreTrainedModel] | None:
     """A model class of Transformers by the name that a table of its gives."""
     names = (name,) if isinstance(name, str) else name or ()
     return next((found for each in names if (found := getattr(transformers, each, None)) is not None), None)
@@ -188,8 +186,7 @@ def _has_config(model_class: type[PreTrainedModel], config_class: type[PreTraine
     return own is config_class or (own is not None and "text_config" not in (own.sub_configs or {}))
 
 
-@cache
-def _is_decoder(model_class: Any) -> bool:
+def _is_decoder(model_class: type[PreTrainedModel]) -> bool:
     """Whether a class runs the layers itself: whoever does makes their masks."""
     names = inspect.unwrap(model_class.forward).__code__.co_names
     return any(name.startswith("create_") and "mask" in name for name in names) or "layers" in names or "h" in names
@@ -207,7 +204,7 @@ def _attention_classes(module: Any) -> list[type]:
     return [each for each in vars(module).values() if isinstance(each, type) and calls_attention_interface(each)]
 
 
-def _recordable(base: type[PreTrainedModel]) -> dict:
+def recordable(base: type[PreTrainedModel]) -> dict:
     """What `output_hidden_states` and the like can record: all but attention weights, which sparse groups lack."""
     return {name: what for name, what in (base._can_record_outputs or {}).items() if name != "attentions"}
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration import SparseGroupsConfig
+PREFIX = "mosa_"  # of model types
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Family:
     name: str  # model type of the base
     base_config_class: type[PreTrainedConfig]
     base_model_class: type[PreTrainedModel]
-    config_class: type[SparseGroupsConfig]
+    config_class: type[Any]  # `SparseGroupsConfig` and the base's; of a model around a decoder, `MultimodalConfig`
     model_class: type[PreTrainedModel]
     base_head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)  # "ForCausalLM" → class
     head_classes: dict[str, type[PreTrainedModel]] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from ..cache import (
     note_seen,
     num_cached_tokens,
     seen_tokens,
+    static_length,
     upgrade_cache,
 )
 from ..kernels.capture import is_captured, is_exported
@@ -209,7 +210,7 @@ class ForwardContextMixin(Decoder):
         if past_key_values is None:
             return read_mask(attention_mask, batch_size, num_tokens)
         if past_key_values.is_compileable:
-            needed, capacity = past_length + num_tokens, past_key_values.get_max_length()
+            needed, capacity = past_length + num_tokens, static_length(past_key_values)
             if needed > capacity and not all(past_key_values.is_sliding):
                 raise ValueError(
                     f"The static cache has a capacity of {capacity} tokens, not {needed}: raise `max_cache_len`."

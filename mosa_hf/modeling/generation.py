@@ -11,7 +11,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from ..cache import num_overflowed
+from ..cache import num_overflowed, static_length
 from ..compat import CACHE, takes_cache
 from .configuration import RoutingConfig
 from .forward_context import CachingAttention, ForwardContextMixin
@@ -122,9 +122,9 @@ class MosaGenerationMixin(CausalLM):
         cache = model_kwargs.get(CACHE)
         if cache is None:
             return
-        if cache.is_compileable and 0 <= cache.get_max_length() < max_cache_length and not all(cache.is_sliding):
+        if cache.is_compileable and 0 <= static_length(cache) < max_cache_length and not all(cache.is_sliding):
             raise ValueError(
-                f"The static cache has a capacity of {cache.get_max_length()} tokens, but this call may need "
+                f"The static cache has a capacity of {static_length(cache)} tokens, but this call may need "
                 f"{max_cache_length}: raise `max_cache_len`, or lower `max_new_tokens`."
             )
         self._generation_cache = cache
@@ -139,7 +139,7 @@ class MosaGenerationMixin(CausalLM):
         if shape is None:
             return None
         num_heads, head_dim = shape
-        num_layers = self.config.num_hidden_layers
+        num_layers = self.mosa_decoder.config.num_hidden_layers
         num_heads = [num_heads] * num_layers if isinstance(num_heads, int) else list(num_heads)
         for module in self.mosa_decoder.running_attention().values():
             if hasattr(module, "cache_spec"):
@@ -163,5 +163,5 @@ class MosaGenerationMixin(CausalLM):
         """
         if attention_mask is None or past_key_values is None:
             return attention_mask
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        missing = static_length(past_key_values) - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)

@@ -75,11 +75,12 @@ class GroupPlan:
     @classmethod
     def of_config(cls, config: Any) -> "GroupPlan":
         """
-        The plan of a model with sparse groups.
+        The plan of a model with sparse groups, or of the language model in it.
 
         Raises:
             ValueError: if the config's is of another number of layers.
         """
+        config = config.get_text_config(decoder=True)
         if config.mosa_plan is not None and len(config.mosa_plan) != config.num_hidden_layers:
             raise ValueError(
                 f"`mosa_plan` names the groups of {len(config.mosa_plan)} layers, but `num_hidden_layers` is "

@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast, overload
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .configuration import is_composite
+
 # What families call the projection of an attention module from heads to hidden states.
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj", "Wo", "wo", "output_linear", "final_linear")
 
@@ -36,7 +38,7 @@ def is_attention(module: nn.Module) -> bool:
         getattr(module, "layer_idx", None) is not None
         and getattr(module, "is_causal", True) is not False
         and type(module).__module__.startswith(("transformers.", "mosa_hf."))
-        and calls_attention_interface(type(module))
+        and calls_attention_interface(cast(Any, type(module)))
     )
 
 
@@ -69,11 +71,15 @@ def layers_of(decoder: nn.Module) -> nn.ModuleList | None:
 
 def decoder_of(model: nn.Module) -> PreTrainedModel:
     """
-    The part of a model that runs the layers: mostly `model.base_model`.
+    The part of a model that runs the layers: mostly `model.base_model`. Of a model around a language model it is a
+    part of that.
 
     Raises:
         ValueError: if none has layers with attention that can be sparse.
     """
+    outer = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), None)
+    if outer is not None and is_composite(outer.config):
+        model = outer.get_decoder()  # what looks at pictures has layers, too
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and layers_of(module) is not None:
             return module

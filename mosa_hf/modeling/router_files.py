@@ -17,10 +17,10 @@ from transformers.utils.hub import cached_file
 
 from ..atomic_write import atomic_directory
 from ..safetensors_files import file_headers
-from .configuration import SparseGroupsConfig
+from .configuration import SparseGroupsConfig, sparse_config_of
 from .family import Family, family_of
-from .group_plan import GroupPlan
 from .loading import check_router_dtype, check_router_value
+from .model_card import model_card
 from .router import named_routers
 from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 
@@ -29,23 +29,6 @@ ROUTERS_CONFIG_NAME = "mosa_config.json"
 MOSA_FIELDS = tuple(field.name for field in fields(SparseGroupsConfig) if field.name.startswith("mosa_"))
 OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download", "proxies")  # same for base and routers
 LATER_FIELDS = ("mosa_router_hidden_size",)  # that older folders lack, and of which they mean the default
-
-CARD = """---
-{base_model}library_name: transformers
-tags:
-- mosa
----
-
-# {title}
-
-{what} for [MoSA](https://arxiv.org/abs/2505.00315) sparse attention: {groups} of {all_groups} key/value groups keep
-the tokens that their routers select, and the last few, instead of all.
-
-```python
-import mosa_hf  # pip install mosa-hf
-{code}
-```
-"""
 
 
 def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_model: str | None = None) -> None:
@@ -66,16 +49,18 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
         write_routers(model, unfinished, base_model)
 
 
-def write_routers(model: PreTrainedModel, directory: Path, base_model: str | None = None) -> None:
-    """The files of `save_routers`, into a directory that exists."""
+def write_routers(
+    model: PreTrainedModel, directory: Path, base_model: str | None = None, place: str | None = None
+) -> None:
+    """The files of `save_routers`, into a directory that exists; `place`: the name that it will have on the Hub."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_has_sparse_groups(model)
     sparse = cast(SparsePreTrainedMixin, model)
     sparse.mosa_decoder.update_config()
-    config = sparse.config
-    base_model = base_model or base_name(config)
+    config = sparse_config_of(sparse.config)
+    base_model = base_model or base_name(sparse.config)
     content = {
-        "model_type": config.model_type,
+        "model_type": sparse.config.model_type,
         "base_model": base_model,
         "num_hidden_layers": config.num_hidden_layers,
         "num_groups": config.num_groups,
@@ -83,9 +68,8 @@ def write_routers(model: PreTrainedModel, directory: Path, base_model: str | Non
         **{name: getattr(config, name) for name in MOSA_FIELDS},
     }
     save_file(router_tensors(model), directory / ROUTERS_NAME, metadata={"format": "pt"})
-    base = base_model or "the base model"
-    code = f'model = mosa_hf.{type(model).__name__}.from_pretrained("{base}", routers="path of this folder")'
-    (directory / "README.md").write_text(model_card(config, base_model, "Routers", code), encoding="utf-8")
+    card = model_card(config, type(model).__name__, base_model, is_routers=True, place=place)
+    (directory / "README.md").write_text(card, encoding="utf-8")
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     (directory / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
 
@@ -98,14 +82,16 @@ def load_routers(model: PreTrainedModel, directory: str | os.PathLike, **fields:
         model: the base model, or one with sparse groups, whose routers are then left out.
         directory: that `save_routers` wrote, its weight file, or its name on the Hub.
         fields: `mosa_*` fields of the config that shall differ from those saved with the routers, such as
-            `mosa_gate_slope=1.0` to train them.
+            `mosa_gate_slope=1.0` to train them. And how the Hub is asked: `token`, `cache_dir` and the others that
+            `from_pretrained` has for that.
 
     Raises:
         FileNotFoundError: if there is no such directory, or a file of it is missing.
         ValueError: for damaged files, for routers of another model, and for `fields` that are unknown, out of range
             or would change nothing.
     """
-    return _with_routers(model, directory, fields, {})
+    hub = {name: fields.pop(name) for name in OF_THE_HUB if name in fields}
+    return _with_routers(model, directory, fields, hub)
 
 
 def _with_routers(
@@ -121,7 +107,7 @@ def _with_routers(
     settings = _read_settings(config_file, family.config_class.from_base(model.config)) | fields
     try:
         config = family.config_class.from_base(model.config, **settings)
-        config.check_read(fields.keys())
+        sparse_config_of(config).check_read(fields.keys())
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{config_file}: {error}") from error
     converted = with_sparse_groups(model, config)
@@ -207,23 +193,9 @@ def check_has_sparse_groups(model: PreTrainedModel) -> None:
         )
 
 
-def base_name(config: SparseGroupsConfig) -> str:
+def base_name(config: PreTrainedConfig) -> str:
     """Name or directory of the model that a model was converted from; empty if unknown."""
-    return (config.mosa_conversion or {}).get("source") or config.name_or_path or ""
-
-
-def model_card(config: SparseGroupsConfig, base_model: str, what: str, code: str) -> str:
-    """Text of a README.md whose front matter names the base model."""
-    plan = GroupPlan.of_config(config)
-    name = Path(base_model).name
-    return CARD.format(
-        base_model=f"base_model: {json.dumps(base_model)}\n" if base_model else "",
-        title=f"{what}: {name} with sparse attention" if name else what,
-        what=what,
-        groups=len(plan.sparse_pairs()),
-        all_groups=sum(map(len, plan.layers)),
-        code=code,
-    )
+    return (sparse_config_of(config).mosa_conversion or {}).get("source") or config.name_or_path or ""
 
 
 def _live_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -252,7 +224,7 @@ def _router_file(directory: str | os.PathLike, name: str, hub: dict[str, Any]) -
     return path / name
 
 
-def _read_settings(path: Path, like: SparseGroupsConfig) -> dict[str, Any]:
+def _read_settings(path: Path, like: PreTrainedConfig) -> dict[str, Any]:
     """The `mosa_*` fields of a router folder, whose other entries have to describe a model `like` the one at hand."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -261,7 +233,8 @@ def _read_settings(path: Path, like: SparseGroupsConfig) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object.")
     for name in ("model_type", "num_hidden_layers", "num_groups", "hidden_size"):
-        if content.pop(name, None) != (expected := getattr(like, name)):
+        config = like if name == "model_type" else sparse_config_of(like)
+        if content.pop(name, None) != (expected := getattr(config, name)):
             raise ValueError(f"{path}: these routers are of another model; `{name}` of this one is {expected!r}.")
     content.pop("base_model", None)
     if unknown := sorted(content.keys() - set(MOSA_FIELDS)):

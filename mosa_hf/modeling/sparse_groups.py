@@ -182,7 +182,7 @@ def sparse_attention_class(base_class: Any) -> type[nn.Module]:
 
 def _blank_attention(base_class: type[nn.Module]) -> nn.Module:
     """An object of a class that `sparse_attention_class` makes, for pickle to fill."""
-    return object.__new__(sparse_attention_class(base_class))
+    return object.__new__(sparse_attention_class(cast(Any, base_class)))
 
 
 def warn_of_idle_routers() -> None:

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..compat import CACHE, takes_cache
-from .configuration import SparseGroupsConfig
+from .configuration import SparseGroupsConfig, is_composite, sparse_config_of
 from .devices import execution_device, offloaded_weights
-from .family import Family, family_of
+from .family import PREFIX, Family, family_of
 from .forward_context import ForwardContextMixin, shared_by_place
 from .group_plan import GroupPlan, SparseGroup
 from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, num_places, passes_keywords
@@ -53,9 +54,10 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
     family: ClassVar[Family]  # `families` sets it
 
     def __init__(self, config: SparseGroupsConfig, *args, **kwargs):
-        config.fit_layers()
-        if config.output_attentions:
-            config.check_attentions()
+        own = sparse_config_of(config)
+        own.fit_layers()
+        if own.output_attentions:
+            own.check_attentions()
         super().__init__(config, *args, **kwargs)
         add_sparse_groups(self, config)
 
@@ -95,7 +97,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MosaRouter):
-            init_router(module, getattr(self.config, "initializer_range", 0.02))
+            init_router(module, getattr(sparse_config_of(self.config), "initializer_range", 0.02))
 
     def mosa_routers(self) -> dict[int, MosaRouter]:
         """Layer, counted from the first → its router in force, for the layers that have sparse groups."""
@@ -230,7 +232,7 @@ def _blank_model(model_type: str, class_name: str) -> PreTrainedModel:
 
 def freeze_idle_routers(model: SparsePreTrainedMixin) -> None:
     """Loading makes new parameters, which all want gradients: freeze the routers again that none reaches."""
-    if not model.config.mosa_gate_slope:
+    if not sparse_config_of(model.config).mosa_gate_slope:
         for router in model.mosa_routers().values():
             router.requires_grad_(False)
 
@@ -240,18 +242,18 @@ def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) 
     Give a model of a class in `families`, whose modules are still the base family's, its sparse groups: its decoder
     and the attention modules of the layers that have any become their MoSA classes, with new routers.
     """
-    decoder = decoder_of(model)
+    decoder, config = decoder_of(model), sparse_config_of(config)
     around = [each for each in model.modules() if isinstance(each, PreTrainedModel) and decoder in each.modules()]
     for each in around:
-        if not isinstance(each, SparsePreTrainedMixin):
-            _set_class(each, model.family.sparse_class_of(type(each)))
+        if not isinstance(each, SparsePreTrainedMixin):  # a decoder in another model is of a family of its own
+            _set_class(each, family_of(each.config.model_type.removeprefix(PREFIX)).sparse_class_of(type(each)))
     decoder = cast(SparseModelMixin, decoder)
     is_new = not any(isinstance(module, SparseGroupsMixin) for module in decoder.modules())
     if is_new:
         for layer, module in attention_modules(decoder).items():
             plan = config.groups_of_layer(layer)
             if any(plan):
-                _set_class(module, sparse_attention_class(type(module)))
+                _set_class(module, sparse_attention_class(cast(Any, type(module))))
                 cast(SparseGroupsMixin, module).add_sparse_groups(config, plan)
         decoder.built_layers = decoder.layer_plans()
         decoder.packs_by_positions = makes_masks_of_positions(decoder.base_class.forward)
@@ -267,7 +269,7 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
     those of `model`, see `_shared_copy`. `model` is left as it was.
 
     Args:
-        model: of a family in `families`, base model or with any head.
+        model: of a family in `families`, base model or with any head; or a model around one.
         config: `family.config_class.from_base(model.config, ...)`.
 
     Raises:
@@ -286,8 +288,7 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
 
 def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
     """The base family's model that shares the weights of `model`, which is left as it was: only routers go."""
-    family = model.family
-    base = _shared_copy(model, model.config.to_base(), family.base_class_of(type(model)))
+    base = _shared_copy(model, model.config.to_base(), model.family.base_class_of(type(model)))
     decoder = cast(SparseModelMixin, decoder_of(base))
     del decoder.built_layers, decoder.packs_by_positions, decoder.drops_keywords
     for module in decoder.modules():
@@ -296,11 +297,11 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
             for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope"):
                 delattr(module, name)
             _set_class(module, type(module).__bases__[-1])
-            module.config = base.config
+            module.config = sparse_config_of(base.config)  # of the base: without fields of ours
     around = [each for each in base.modules() if isinstance(each, PreTrainedModel) and decoder in each.modules()]
     for each in reversed(around):
         if isinstance(each, SparsePreTrainedMixin):
-            _set_class(each, family.base_class_of(type(each)))
+            _set_class(each, each.family.base_class_of(type(each)))
         each.__dict__.pop("_keep_in_fp32_modules_strict", None)
         each.post_init()
     return base
@@ -315,11 +316,17 @@ def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedMod
     memo: dict[int, Any] = {id(tensor): own_parameter(tensor) for tensor in model.parameters()}
     memo |= {id(tensor): tensor for tensor in model.buffers()}
     memo |= {id(weights): weights for weights in offloaded_weights(model)}
-    memo[id(model.config)] = config
+    memo |= {id(old): new for old, new in zip(_configs(model.config), _configs(config), strict=True)}
     result = copy.deepcopy(model, memo)
     decoder_of(result).__dict__.pop("_cache_made_for", None)  # of other groups
     _set_class(result, model_class)
     return result
+
+
+def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A model's config, and those of its parts that it holds."""
+    parts = [getattr(config, name) for name in config.sub_configs] if is_composite(config) else []
+    return [config, *(each for each in parts if each is not None)]
 
 
 def own_parameter(parameter: nn.Parameter) -> nn.Parameter:

@@ -1,12 +1,14 @@
 """Thresholds from text: sets every group's θ so that it selects one token in its ρ (docs/design.md, section 3)."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .decoder_inputs import decoder_inputs, has_pictures
 from .devices import input_device
 from .forward_context import ForwardContext
 from .layers import decoder_of, layer_of
@@ -31,7 +33,8 @@ def calibrate_thresholds(
     Args:
         model: any MoSA model.
         batches: token ids `[B, T]`, or `[T]` of one document, as tensors or lists; or mappings with `input_ids` and
-            perhaps `attention_mask`. One pass is made.
+            perhaps `attention_mask`; or, of a model of pictures and text, what its processor makes of one picture and
+            text. One pass is made.
 
     Raises:
         ValueError: if the model has no MoSA heads, `batches` are none or hold no tokens of its vocabulary, or logits
@@ -73,8 +76,11 @@ def seen_logits(
             router.inference_routing = "expert_choice"
         with evaluating(model):
             for batch in batches:
-                inputs = read_batch(batch, model.config)
-                inputs = {name: states.to(device) for name, states in inputs.items()}
+                if has_pictures(batch):
+                    inputs = decoder_inputs(model, cast(Mapping, batch))
+                else:
+                    inputs = read_batch(batch, model.config.get_text_config(decoder=True))
+                    inputs = {name: states.to(device) for name, states in inputs.items()}
                 decoder_of(model)(**inputs, use_cache=False)
     finally:
         for hook in hooks:

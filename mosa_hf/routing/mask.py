@@ -31,6 +31,10 @@ class TokenMask(NamedTuple):
     seen: torch.Tensor | None = None
 
 
+class NotCausal(ValueError):
+    """A mask lets tokens read others than sparse groups can."""
+
+
 def read_mask(
     attention_mask: Any,
     batch_size: int,
@@ -174,7 +178,7 @@ def _read_pairs(mask: torch.Tensor, num_tokens: int, past_length: int, past_seen
     # What padding reads counts for nothing, as long as it says nothing else of the tokens.
     is_idle = ~valid & (~(differs_from(readable) & visible).any(2) | visible.all(2))
     if not bool((is_right | is_idle).all()):
-        raise ValueError(f"`attention_mask` is 4-D and says more than can be honoured. {POSSIBLE}")
+        raise NotCausal(f"`attention_mask` is 4-D and says more than can be honoured. {POSSIBLE}")
     all_valid = bool(valid.all())
     seen = None if past_seen is None and all_valid else torch.cat((past, valid), dim=1)
     return TokenMask(None if all_valid else valid, segment, seen)

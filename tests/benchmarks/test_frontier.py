@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import demo, metrics
-from benchmarks.frontier import measuring, page
+from benchmarks.frontier import measuring, page, picture
 from benchmarks.frontier.methods import Method, Models, digest_of
 from benchmarks.frontier.results import Results
 from benchmarks.frontier.tasks import Size, Suite, unseen_slices
@@ -181,3 +182,11 @@ def test_methods_of_this_process(tmp_path, models, monkeypatch):
 def test_what_is_recorded_has_no_paths_of_this_machine(tmp_path):
     command = origin_of("benchmarks.frontier", ["--converted", str(tmp_path), "--ours", "512/8"])["command"]
     assert command == f"python -m benchmarks.frontier --converted {tmp_path.name} --ours 512/8"
+
+
+def test_the_readmes_picture_is_made_of_the_rows(tmp_path):
+    output = tmp_path / "frontier.png"
+    picture.main(["--output", str(output)])
+    assert output.read_bytes().startswith(b"\x89PNG")
+    size, committed = (Image.open(path).size for path in (output, picture.ROOT / "docs" / "images" / "frontier.png"))
+    assert size == committed

@@ -13,6 +13,7 @@ from benchmarks.frontier.tasks import Size, word_runs
 from benchmarks.healing import __main__ as command
 from benchmarks.healing import recipe as healed
 from testing import corpora, pretrained
+from testing.markdown import unwrapped
 from testing.tiny import byte_tokenizer, tiny_base
 
 SIZE = Size(prompt=150, scored=50, slices=1, windows=2, window=60, characters=None)
@@ -69,7 +70,7 @@ def test_it_heals_scores_and_goes_on(work):
     longer = run(work, replace(RECIPE, steps=8))  # the first of these steps still has the rate of the last one
     assert longer[: len(rows)] == rows
     assert {row["parameters"]["tokens"] for row in longer[len(rows) :]} == {320, 384, 448, 512}
-    page = (work.parent / "heal.md").read_text()
+    page = unwrapped((work.parent / "heal.md").read_text())
     table = [line for line in page.splitlines() if line.startswith("|")]
     assert len(table) == 10 and table[2].startswith("| original |  | 1.000 |")
     assert f"| {scored['healed', 5, 256]:.3f} |" in table[5] and table[5].startswith("| window 5, sparsity 4 | 256 |")

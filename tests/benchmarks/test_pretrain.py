@@ -21,6 +21,7 @@ from benchmarks.pretrain.model import StrideRouter, build, decoded, evaluate, re
 from benchmarks.pretrain.runs import HEADLINE, MATCH, PRESETS, SPARSITY, Run, headline, in_order
 from mosa_hf import MosaConfig, trace_routing
 from testing import corpora, packages
+from testing.markdown import unwrapped
 from testing.tiny import QUIET
 
 RESULTS = Path(command.__file__).parents[1] / "results"
@@ -280,7 +281,7 @@ def test_what_the_leak_explains(tmp_path):
         if seed:
             measured(threshold, 3.001 + 9 * noise, 3.0 + 9 * noise)
     pretrain_page.write(studies, rows, tmp_path)
-    page = (tmp_path / "pretrain.md").read_text()
+    page = unwrapped((tmp_path / "pretrain.md").read_text())
     sentences = re.findall(r"^\d\. (.*)$", page, re.MULTILINE)
     assert len(sentences) == 3
     assert "is -0.1000 ± 0.0248 nats" in sentences[0] and sentences[0].endswith("below it.")  # 4.303 · 0.01 / √3

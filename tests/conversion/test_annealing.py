@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from mosa_hf.conversion_scripts import heal
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils.data import TensorDataset
 from transformers import TrainerCallback
 
 from mosa_hf import ConversionConfig, convert_model
+from mosa_hf.cli import heal
 from mosa_hf.conversion.annealing import RateAnnealing
 from mosa_hf.conversion.healing import HealingTrainer, teacher_of
 from mosa_hf.modeling.router_files import ROUTERS_NAME

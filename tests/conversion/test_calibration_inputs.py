@@ -58,7 +58,10 @@ def test_chats_are_read_through_the_template(tokenizer):
     assert calibration_windows(tokenizer, CHATS[1], window_length=18).tolist() == [ids_of(tokenizer, said[-18:])]
     with pytest.raises(ValueError, match="has chats, but the tokenizer has no `chat_template`"):
         calibration_windows(byte_tokenizer(), CHATS, window_length=8)
-    for wrong in ([{"messages": CHATS[0]}], [TEXTS[0], CHATS[0]], [[1, 2, 3]]):
+    mixed = calibration_windows(tokenizer, [TEXTS[0], CHATS[0]], window_length=40)
+    expected = [*ids_of(tokenizer, TEXTS[0]), tokenizer.eos_token_id, *ids_of(tokenizer, said)]
+    assert mixed.tolist() == [expected[:40]]
+    for wrong in ([{"messages": CHATS[0]}], [TEXTS[0], [1, 2]], [[1, 2, 3]]):
         with pytest.raises(ValueError, match=r'or of chats: lists of messages .*row\["messages"\] for row in rows'):
             calibration_windows(tokenizer, wrong, window_length=8)
     for wrong in (3, {"text": TEXTS}):

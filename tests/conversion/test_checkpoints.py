@@ -22,10 +22,12 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 import mosa_hf
+from benchmarks.metrics import formula_bytes
 from mosa_hf import (
     ConversionConfig,
     GroupPlan,
     MosaLlamaForCausalLM,
+    cache_bytes,
     convert_checkpoint,
     convert_model,
     load_routers,
@@ -35,6 +37,7 @@ from mosa_hf import (
 )
 from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
+from mosa_hf.modeling.kv_share import planned_bytes
 from testing.tiny import byte_tokenizer, random_tokens, tiny_base
 
 # Llama's names; others, one of which changes on disk; a layer with a sliding window; fused projections; experts, which
@@ -165,6 +168,26 @@ def test_routers_do_not_depend_on_the_head(tmp_path):
     )
 
 
+def test_routers_are_fitted_in_another_dtype(base, tmp_path):
+    """Which the files do not get, nor the config that says how they are loaded."""
+    for name, options in {"own": {}, "half": {"dtype": "bfloat16", "device_map": "cpu"}}.items():
+        convert_checkpoint(base, tmp_path / name, CONVERSION, TEXT, **options)
+    own, half = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("own", "half"))
+    assert half.dtype == torch.float32 and half.config.dtype == torch.float32
+    weights = [torch.cat([each.weight for each in model.mosa_routers().values()]) for model in (own, half)]
+    assert 1e-6 < (weights[0] - weights[1]).abs().max() < 0.1 * weights[0].abs().max()
+
+
+def test_bytes_of_a_plan_are_those_of_a_cache(base, tmp_path):
+    """As far as routers select what the plan says: of the calibration text."""
+    convert_checkpoint(base, tmp_path / "converted", CONVERSION, TEXT)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    before, after = planned_bytes(model.config, TEXT.shape[1])
+    assert before == sum(cache_bytes(filled_cache(to_dense(model), TEXT[:1])).values())
+    held = [formula_bytes(model, row[None]) for row in TEXT]  # what routers select, without positions and free room
+    assert sum(held) / len(held) == pytest.approx(after, rel=0.1)
+
+
 def test_plans_in_every_form(base, tmp_path):
     """Windows and rates differ by group, and thresholds follow each group's own rate."""
     PLAN.save(tmp_path / "plan.json")
@@ -209,7 +232,7 @@ def test_routers_folder(base, routers, tmp_path):
     other = tmp_path / "published"
     save_routers(MosaLlamaForCausalLM.from_pretrained(base, routers=routers), other, base_model="someone/their-model")
     card = (other / "README.md").read_text()
-    assert card.startswith('---\nbase_model: "someone/their-model"\n') and "9 of 9" not in card and "6 of 6" in card
+    assert card.startswith("---\nbase_model: someone/their-model\n") and "9 of 9" not in card and "6 of 6" in card
     assert json.loads((other / "mosa_config.json").read_text())["base_model"] == "someone/their-model"
     assert (other / "mosa_routers.safetensors").read_bytes() == (routers / "mosa_routers.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match="exists: remove it"):

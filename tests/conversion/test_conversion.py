@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mosa_hf.conversion_scripts import convert as command
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForQuestionAnswering
 
@@ -22,6 +21,7 @@ from mosa_hf import (
     load_routers,
     trace_routing,
 )
+from mosa_hf.cli import convert as command
 from mosa_hf.conversion import calibration_windows, convert_to_native
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
@@ -223,12 +223,19 @@ def test_the_command(source, tmp_path):
     "arguments, message",
     [
         (["source", "source"], "exists: remove it"),
-        (["nowhere", "new"], "nowhere does not exist"),
-        (["source", "new"], "`calibration` is needed"),
+        (["./nowhere", "new"], "nowhere does not exist"),
+        (["source", "new", "--windows=0"], "`--windows` must be at least 1"),
+        (["source", "new", "--groups=99"], "`--groups=99`: the model has 6 key/value groups"),
+        (["source", "new", "--sparsity=0.5"], "`--sparsity` must be a finite number of at least 1"),
+        (["source", "new", "--calibration", "no.jsonl"], "no.jsonl does not exist"),
+        (["source", "new", "--revision=x"], "`--revision` is of a model on the Hub"),
         (["source", "new", "--plan", "missing.json"], "missing.json"),
         (["source", "new", "--plan", "broken.json"], "broken.json: Expecting"),
         (["source", "new", "--routers", "source"], "source has no mosa_config.json"),
-        (["source", "new", "--routers", "source", "--window=3"], "`routers` bring their own plan"),
+        (
+            ["source", "new", "--routers", "source", "--window=3"],
+            "`--routers` bring their own plan.*leave out `--plan`",
+        ),
         (["source", "new", "--calibration", "broken.json"], "has 1 tokens, fewer than one window of 1024"),
     ],
 )

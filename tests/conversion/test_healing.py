@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from mosa_hf.conversion_scripts import heal
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.multiprocessing import get_context, start_processes
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from mosa_hf import ConversionConfig, GroupPlan, MosaLlamaForCausalLM, cache_bytes, convert_model, trace_routing
-from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, kv_share, mean_divergence, teacher_of
+from mosa_hf.cli import heal
+from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, mean_divergence, teacher_of
 from mosa_hf.modeling.group_plan import SparseGroup
+from mosa_hf.modeling.kv_share import kv_share
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
 
 from ..modeling.test_training import windows_of_bytes
@@ -201,15 +202,15 @@ def test_checkpoints_of_another_healing_are_refused(tmp_path):
 
     run("first")
     with pytest.raises(
-        SystemExit, match=r"checkpoint-1 is of a healing with another `learn`, `lora_rank`: set another"
+        SystemExit, match=r"checkpoint-1 is of a healing with another `--learn`, `--lora_rank`: set another"
     ):
         run("second", "--learn full --lora_rank 8")
     (tmp_path / "text.txt").write_text("Another text, which says no more. " * 60)
-    with pytest.raises(SystemExit, match="with another `text`:"):
+    with pytest.raises(SystemExit, match="with another `--text`:"):
         run("second")
     other = convert_model(tiny_base(), ConversionConfig(sparsity=4, window=5), random_tokens(4, 64))
     other.save_pretrained(tmp_path / "converted")
-    with pytest.raises(SystemExit, match="with another `model`, `plan`, `text`:"):
+    with pytest.raises(SystemExit, match="with another `--model`, `plan`, `--text`:"):
         run("second")
     assert not (tmp_path / "second").exists()
 
@@ -286,5 +287,5 @@ def test_share_of_keys_and_values():
     rates = {layer: call.float().mean((0, 1)) for layer, (call,) in selected.items()}
     dense = model.config.num_hidden_layers * model.config.num_key_value_heads * ids.shape[1] * 2 * 4
     held = sum(cache_bytes(cache).values()) / (dense * model.config.head_dim)
-    assert kv_share(model.config, rates, ids.shape[1]) == pytest.approx(held, rel=0.1)
-    assert kv_share(model.config, rates, 8) == pytest.approx(1)
+    assert kv_share(model.config, ids.shape[1], rates) == pytest.approx(held, rel=0.1)
+    assert kv_share(model.config, 8, rates) == pytest.approx(1)

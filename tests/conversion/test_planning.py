@@ -1,12 +1,13 @@
 """Plans by measured effect: derivatives against finite differences, what a search finds, and that it goes on."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
-from mosa_hf.conversion_scripts import plan as command
 
 from mosa_hf import ConversionConfig, GroupPlan, convert_model
+from mosa_hf.cli import plan as command
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.conversion.effects import Effects, divergence
@@ -286,10 +287,11 @@ def test_texts():
 
 @QUIET
 def test_command(tmp_path, capsys):
-    source, text, destination = tmp_path / "source", tmp_path / "text.txt", tmp_path / "plan.json"
+    source, text, destination = tmp_path / "source", tmp_path / "text.jsonl", tmp_path / "plan.json"
     tiny_base().save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
-    text.write_text(" ".join(f"the {i}th word of a text that is long enough;" for i in range(80)))
+    rows = ({"text": f"the {i}th word of a text that is long enough;"} for i in range(80))
+    text.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     arguments = [str(source), str(destination), "--share", "0.5", "--text", str(text), "--texts", "2", "--rounds", "1"]
     arguments += ["--windows", "2", "--window-length", "64"]
     uniform, picture = tmp_path / "uniform.json", tmp_path / "plan.png"
@@ -308,7 +310,7 @@ def test_command(tmp_path, capsys):
     for wrong, message in (
         ([*arguments, "--tokens", "128"], "plan.json exists"),
         ([*arguments[:1], str(tmp_path / "other.json"), *arguments[2:], "--tokens", "9000"], "fewer than one window"),
-        ([*arguments[:1], str(tmp_path / "other.json"), "--share", "2", *arguments[4:]], "`share` must be above 0"),
+        ([*arguments[:1], str(tmp_path / "other.json"), "--share", "2", *arguments[4:]], "`--share` must be above 0"),
     ):
         with pytest.raises(SystemExit, match=f"mosa-plan: .*{message}"):
             command.main(wrong)

@@ -7,8 +7,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from conversion_scripts import evaluate as command
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, save_routers
+from mosa_hf.cli import evaluate as command
+from mosa_hf.cli.run_evaluate import identity
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import (
     CacheMemory,
@@ -296,6 +297,35 @@ def test_command(folders, capsys):
     assert given[1] == rows[4]
 
 
+def test_command_reads_rows(folders, capsys):
+    """As it reads a file of text."""
+    (folders / "boats.jsonl").write_text(json.dumps({"text": SENTENCES}) + "\n")
+    sizes = ["--context", "200", "--scored", "20", "--slices", "2"]
+    text = ["--text", str(folders / "boats.txt"), str(folders / "boats.jsonl")]
+    command.main([str(folders / "original"), *text, *sizes, "--output", str(folders / "rows.json")])
+    rows = json.loads((folders / "rows.json").read_text())["rows"]
+    assert [row["task"] for row in rows] == ["perplexity, boats.txt", "perplexity, boats.jsonl"]
+    assert rows[0]["perplexity"] == rows[1]["perplexity"]
+
+
+def test_command_writes_the_model_card(folders, capsys):
+    """What was measured is in the card in place of "not measured", and the files of the model are as they were."""
+    before, card = (folders / "routers" / "README.md").read_text(), folders / "routers" / "README.md"
+    sizes = ["--context", "200", "--scored", "20", "--slices", "1"]
+    text = ["--text", str(folders / "boats.txt")]
+    known = identity([str(folders / "routers")])
+    command.main([str(folders / "original"), "--routers", str(folders / "routers"), *text, *sizes, "--card"])
+    shown, after = capsys.readouterr().out.partition("Wrote it into")[0].strip(), card.read_text()
+    assert shown in after and "Not measured here" in before and "Not measured here" not in after
+    assert "1 slices of each text, 20 tokens scored after 200" in after
+    assert [part for part in before.split("## ") if part not in after.split("## ")] == [
+        next(part for part in before.split("## ") if part.startswith("What it loses"))
+    ]
+    assert identity([str(folders / "routers")]) == known
+    with pytest.raises(SystemExit, match="mosa-evaluate: .*README.md"):
+        command.main([str(folders / "original"), *text, *sizes, "--card"])
+
+
 def test_command_on_what_healing_writes(folders, capsys):
     """A folder of routers and an adapter, on its base or by itself: the original has no adapter."""
     on_base = evaluated(folders, capsys, folders / "original", "--routers", folders / "healed")
@@ -325,10 +355,10 @@ def test_command_names_what_is_wrong(arguments, message, folders, monkeypatch):
 
 def test_a_changed_folder_is_another_model(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    before = command.identity([str(tmp_path)])
-    assert command.identity([str(tmp_path)]) == before != command.identity(["someone/model"])
+    before = identity([str(tmp_path)])
+    assert identity([str(tmp_path)]) == before != identity(["someone/model"])
     (tmp_path / "config.json").write_text('{"a": 1}')
-    assert command.identity([str(tmp_path)]) != before
+    assert identity([str(tmp_path)]) != before
 
 
 def test_an_interrupted_command_says_what_is_kept(folders, capsys, monkeypatch):

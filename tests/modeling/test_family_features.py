@@ -227,7 +227,7 @@ def test_kernels_are_given_what_scores_need(family, option, operation, monkeypat
         assert options.pop(option) is not None
         return getattr(kernels, operation)(*args, **options)
 
-    monkeypatch.setattr(attention, "backend", lambda query: kernels._replace(**{operation: dropping}))
+    monkeypatch.setattr(attention, "backend", lambda *_: kernels._replace(**{operation: dropping}))
     logits = logits_of(sparse(original(family), family, 1))
     error = (logits - logits_with_everything(family)["original"]).abs().amax((0, 2))
     prompt, tokens = error.split((PREFILL, len(error) - PREFILL))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from setuptools import find_packages
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -34,11 +35,12 @@ from ..public_names import STUB, stub
 
 
 def test_every_package_is_installed():
-    """The list in pyproject.toml, by which wheels are made, names each folder of modules."""
+    """By what pyproject.toml says, wheels hold every folder of modules, and nothing from beside the package."""
     root = Path(__file__).parents[2]
-    listed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
-    found = {".".join(path.parent.relative_to(root).parts) for path in root.glob("mosa_hf/**/__init__.py")}
-    assert set(listed) == found | {"mosa_hf.conversion_scripts"}
+    setuptools = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    installed = find_packages(str(root), **setuptools["packages"]["find"])
+    found = {".".join(path.parent.relative_to(root).parts) for path in root.glob("mosa_hf/**/*.py")}
+    assert set(installed) == found
 
 
 def test_type_checkers_see_the_public_names():
@@ -96,7 +98,7 @@ import sys, torch, transformers, mosa_hf
 from transformers import AutoModel, AutoModelForCausalLM
 for each in (transformers, sys.modules["transformers"]):  # two, as upstream executes it again: tools hold either
     assert each.MosaForCausalLM is mosa_hf.MosaForCausalLM
-    assert each.MosaLlamaForSequenceClassification is mosa_hf.MosaLlamaForSequenceClassification
+    assert mosa_hf.MosaLlamaForSequenceClassification is each.MosaLlamaForSequenceClassification
 for path in sys.argv[1:]:
     input_ids, logits = torch.arange(1, 31)[None], []
     for kwargs in ({}, *({"attn_implementation": name} for name in ("mosa", "sdpa", "eager"))):

@@ -1,0 +1,65 @@
+"""What `mosa-convert` does, see `convert.py`."""
+
+import argparse
+from pathlib import Path
+from typing import cast
+
+from ..atomic_write import check_absent
+from ..conversion import ConversionConfig, find_source, read_text
+from ..conversion.checkpoint import convert_source, write_converted
+from ..conversion.publishing import check_can_publish, publish
+from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.group_plan import GroupPlan, check_can_plot
+from ..modeling.kv_share import planned_bytes
+from ..modeling.model_card import LENGTHS, megabytes
+from .options import loading_of
+
+
+def run(options: argparse.Namespace) -> None:
+    destination = Path(options.destination)
+    check_absent(destination)
+    if options.plot_plan:
+        check_can_plot()
+    if options.push_to_hub:
+        check_can_publish(options.push_to_hub, options.token)
+    given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.routers is not None and (given or options.calibration):
+        raise ValueError("`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`.")
+    conversion = ConversionConfig(**given)
+    calibration = read_text(options.calibration) if options.calibration else None
+    loading = loading_of(options)
+    source = find_source(options.source, revision=options.revision, token=options.token)
+    converted = convert_source(
+        source,
+        conversion,
+        calibration,
+        options.routers,
+        num_windows=options.windows,
+        window_length=options.window_length,
+        **loading,
+    )
+    write_converted(converted, source, destination, routers_only=options.routers_only, place=options.push_to_hub)
+    config = cast(SparseGroupsConfig, converted.config)
+    plan = GroupPlan.of_config(config)
+    if options.save_plan:
+        plan.save(options.save_plan)
+    if options.plot_plan:
+        plan.plot(options.plot_plan)
+    print(plan)
+    if options.push_to_hub:
+        print(f"Uploaded to {publish(destination, options.push_to_hub, options.token)}.")
+    use = "`from_pretrained(base, routers=...)`" if options.routers_only else "`AutoModelForCausalLM.from_pretrained`"
+    print(f"Wrote {destination}. Load it with `import mosa_hf` and {use}.")
+    print(cache_line(config))
+    where = f"{options.source} --routers {destination}" if options.routers_only else str(destination)
+    print(f"Next, to see what it remembers: mosa-evaluate {where} --text YOUR_TEXT --facts 2")
+
+
+def cache_line(config: SparseGroupsConfig) -> str:
+    """What a cache holds before and after, by the plan."""
+    parts = []
+    for length in LENGTHS:
+        before, after = planned_bytes(config, length)
+        parts.append(f"{length // 1024} k tokens {megabytes(before)} -> {megabytes(after)}")
+    return f"A sequence's cache, by the plan: {', '.join(parts)}"

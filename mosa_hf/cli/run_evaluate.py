@@ -1,0 +1,118 @@
+"""What `mosa-evaluate` does, see `evaluate.py`."""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import mosa_hf
+
+from ..atomic_write import atomic_file
+from ..conversion import read_text, to_dense
+from ..conversion.sources import CARD_NAME
+from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
+from ..modeling.model_card import with_measured
+from ..modeling.router_files import load_routers
+from ..modeling.sparse_models import SparsePreTrainedMixin
+
+
+def run(options: argparse.Namespace) -> None:
+    card = Path(options.routers or options.model) / CARD_NAME
+    text = with_measured(card.read_text(encoding="utf-8"), "") if options.card else ""  # raises before the long work
+    result = measured(options)
+    print(table(result["rows"]))
+    if options.card:
+        with atomic_file(card) as unfinished:
+            unfinished.write_text(with_measured(text, in_words(result)), encoding="utf-8")
+        print(f"Wrote it into {card}.")
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """For a model card: the table, and how it was measured."""
+    settings, versions = result["settings"], result["versions"]
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return (
+        f"{table(result['rows'])}\n\n`mosa-evaluate`, {result['date']}: {settings['slices']} slices of each text, "
+        f"{settings['scored']} tokens scored after {settings['context']};\n{settings['dtype']} dtype, {used}.\n"
+    )
+
+
+def measured(options: argparse.Namespace) -> dict[str, Any]:
+    hub = {name: value for name in ("revision", "token") if (value := getattr(options, name)) is not None}
+    tokenizer = AutoTokenizer.from_pretrained(folders_of(options.model)[-1], **hub)
+    read = [read_text(name) for name in options.text]
+    texts = {text.name: text.as_string(tokenizer) for text in read}
+    if len(texts) < len(read):
+        raise ValueError("Two texts have one file name, which the table tells them by: rename one.")
+    samples = []
+    for name, text in texts.items():
+        samples += text_samples(tokenizer, name, text, options.context, options.scored, options.slices)
+    if options.facts:
+        samples += fact_samples(tokenizer, next(iter(texts.values())), options.context, options.facts)
+    settings = {**vars(options), "text": list(texts)}
+    del settings["output"], settings["token"]
+    about = {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {each.__name__: each.__version__ for each in (mosa_hf, transformers, torch)},
+        "settings": settings,
+    }
+    return evaluate(subjects(options), samples, options.output, about)
+
+
+def subjects(options: argparse.Namespace) -> list[Subject]:
+    """What the model is compared with, if anything, and the model."""
+    used = folders_of(options.model)
+    base, original = load(used[-1], options, options.revision), None
+    model = base if options.routers is None else load_routers(base, options.routers, token=options.token)
+    if options.original is not None:
+        original = Subject("original", load(options.original, options), identity([options.original]))
+    elif options.routers is not None:
+        original = Subject("original", base, identity(used))
+    elif isinstance(model, SparsePreTrainedMixin):
+        original = Subject("its weights, dense", to_dense(model), identity(used))
+    if options.routers is not None:
+        used = [options.routers, *used]
+    if is_adapter(used[0]):
+        model = cast(PreTrainedModel, PeftModel.from_pretrained(model, used[0]))
+    own = Subject(Path(used[0]).name, model.eval(), identity(used))
+    return [own] if original is None else [original, own]
+
+
+def load(name: str, options: argparse.Namespace, revision: str | None = None) -> PreTrainedModel:
+    where = {} if revision is None else {"revision": revision}
+    return AutoModelForCausalLM.from_pretrained(
+        name, dtype=options.dtype, device_map=options.device_map or "auto", token=options.token, **where
+    ).eval()
+
+
+def is_adapter(folder: str) -> bool:
+    return (Path(folder) / ADAPTER_CONFIG_NAME).is_file()
+
+
+def folders_of(name: str) -> list[str]:
+    """A model's directory, or name on the Hub; before it an adapter's, if that is what `name` is."""
+    if is_adapter(name):
+        return [name, PeftConfig.from_pretrained(name).base_model_name_or_path]
+    return [name]
+
+
+def identity(folders: list[str]) -> str:
+    """What tells the files of directories from others, without reading them; of names on the Hub, the names."""
+    files = [
+        [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
+        for folder in map(Path, folders)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != CARD_NAME  # which computes nothing
+    ]
+    return hashlib.sha256(json.dumps([*folders, *files]).encode()).hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""What `mosa-heal` does, see `heal.py`."""
+
+import json
+from logging import getLogger
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..atomic_write import atomic_directory, atomic_file, check_absent
+from ..conversion import Text, read_text
+from ..conversion.annealing import RateAnnealing
+from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
+from ..conversion.windows import spread
+from ..modeling.fingerprint import model_fingerprint
+from ..modeling.group_plan import GroupPlan
+from ..modeling.router_files import check_has_sparse_groups, write_routers
+from ..modeling.sparse_models import SparsePreTrainedMixin
+from .healing_arguments import HealingArguments
+
+logger = getLogger(__name__)
+
+RATE_WINDOWS = 8  # of the text, on which rates are measured that are to fall
+ABOUT_NAME = "healing.json"  # in `--output_dir`: what its checkpoints are of
+
+
+def parse(arguments: list[str], description: str) -> tuple[HealingArguments, TrainingArguments]:
+    """What was typed; `--help-all` lists all of it and ends the command."""
+    kinds: Any = (HealingArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, prog="mosa-heal", description=description)
+    parser.add_argument("--help-all", action="help", help="show these arguments, Transformers' too")
+    return cast(tuple[HealingArguments, TrainingArguments], parser.parse_args_into_dataclasses(arguments))
+
+
+def heal(healing: HealingArguments, training: TrainingArguments) -> None:
+    destination = Path(healing.destination)
+    check_absent(destination)
+    text = read_text(healing.text, healing.text_characters)
+    logger.info("Text: %s, %s characters", text.name, f"{text.num_characters:,}")
+    # Routers that learn get a gradient, and thresholds that follow them.
+    gate = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.99} if healing.learn == "routers" else {}
+    hub = {name: value for name in ("revision", "token") if (value := getattr(healing, name)) is not None}
+    model = AutoModelForCausalLM.from_pretrained(healing.model, dtype=healing.dtype, **hub, **gate)
+    check_has_sparse_groups(model)
+    tokenizer = AutoTokenizer.from_pretrained(healing.model, **hub)
+    checkpoint = last_checkpoint(Path(str(training.output_dir)), about(healing, model, text), training.should_save)
+    model.requires_grad_(healing.learn == "full")
+    for router in cast(SparsePreTrainedMixin, model).mosa_routers().values():
+        router.requires_grad_(healing.learn == "routers")
+    teacher, student = teacher_of(model), cast(PreTrainedModel, model)
+    examples = TokenWindows(tokenizer, text.documents, healing.window_length)
+    callbacks = []
+    if healing.anneal_steps:  # measured before anything learns, so that a run that goes on has the same thresholds
+        text_of_rates = logging.tqdm(spread(examples.windows, RATE_WINDOWS).split(1), desc="Reading rates")
+        callbacks.append(RateAnnealing(model, text_of_rates, healing.anneal_steps))
+    set_seed(training.seed)  # adapters start at random
+    if healing.learn == "lora":
+        student = cast(
+            PreTrainedModel, get_peft_model(model, LoraConfig(r=healing.lora_rank, target_modules="all-linear"))
+        )
+    trainer = HealingTrainer(
+        student,
+        teacher,
+        args=training,
+        train_dataset=examples,
+        callbacks=callbacks,
+        top_k=healing.top_k,
+        cache_length=healing.cache_length,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        model.config.mosa_gate_slope, model.config.mosa_threshold_momentum = 0.0, 1.0
+        with atomic_directory(destination) as unfinished:
+            if healing.learn == "full":
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+            else:
+                if healing.learn == "lora":
+                    student.save_pretrained(unfinished)
+                write_routers(model, unfinished, healing.model)
+        print(f"Wrote {destination}.")
+
+
+def about(healing: HealingArguments, model: PreTrainedModel, text: Text) -> dict[str, Any]:
+    """What a checkpoint of a healing belongs to."""
+    settings = ("learn", "lora_rank", "window_length", "anneal_steps", "top_k")
+    return {
+        "model": model_fingerprint(model),
+        "plan": GroupPlan.of_config(model.config).to_list(),
+        "text": text.sha256[:16],
+        **{name: getattr(healing, name) for name in settings},
+    }
+
+
+def last_checkpoint(directory: Path, about: dict[str, Any], writes: bool) -> str | None:
+    """
+    The checkpoint in `directory` to go on from. What it is `about` is noted there for the next time, by the process
+    that `writes`.
+
+    Raises:
+        ValueError: for one of another healing.
+    """
+    checkpoint = get_last_checkpoint(directory) if directory.is_dir() else None
+    path = directory / ABOUT_NAME
+    if checkpoint is not None and path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name, value in about.items() if known.get(name) != value]:
+            raise ValueError(
+                f"{checkpoint} is of a healing with another `{'`, `'.join(changed)}`: set another `--output_dir`, or "
+                "remove this one."
+            )
+    if writes:
+        with atomic_file(path) as unfinished:
+            unfinished.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return checkpoint

@@ -1,0 +1,26 @@
+"""What `mosa-trace` does, see `trace.py`."""
+
+import argparse
+
+from transformers import AutoTokenizer
+
+from ..conversion import read_text
+from ..evaluation import trace_text
+from ..modeling.router_files import load_routers
+from .run_evaluate import load
+
+
+def run(options: argparse.Namespace) -> None:
+    """Trace the text of `options`, write the page, and say so."""
+    hub = {name: value for name in ("revision", "token") if (value := getattr(options, name)) is not None}
+    text = read_text(options.text)  # before a model is loaded
+    tokenizer = AutoTokenizer.from_pretrained(options.model, **hub)
+    model = load(options.model, options, options.revision)
+    if options.routers is not None:
+        model = load_routers(model, options.routers, token=options.token)
+    traced = trace_text(model, tokenizer, text.as_string(tokenizer), options.tokens)
+    traced.save(options.html)
+    last = len(traced.pieces) - 1
+    share = traced.in_cache(last)[:, : last + 1].float().mean()
+    print(f"After {last + 1:,} tokens, {len(traced.groups)} sparse groups hold {share:.1%} of what they have read.")
+    print(f"Wrote {options.html}: open it in a browser.")
