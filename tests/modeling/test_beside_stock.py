@@ -122,10 +122,7 @@ def test_lora(model_type):
     """A step, and merged; the same weights are adapted as of the stock model."""
     adapted = {}
     for name, model in {"stock": stock(model_type), "sparse": sparse(model_type)}.items():
-        # Not of stock models either: mamba's kernels do not call the one, and the other's output is no tensor.
-        config = LoraConfig(
-            target_modules="all-linear", exclude_modules=["out_proj", "router"], task_type="CAUSAL_LM", r=4
-        )
+        config = LoraConfig(target_modules=r".*\.(q_proj|v_proj|q_b_proj|kv_b_proj)", task_type="CAUSAL_LM", r=4)
         adapted[name] = get_peft_model(copy.deepcopy(model), config)
     names = [
         {each for each, parameter in model.named_parameters() if parameter.requires_grad} for model in adapted.values()
