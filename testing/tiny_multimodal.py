@@ -51,6 +51,18 @@ QWEN3_5_TEXT = {
     "linear_num_value_heads": 4,
     **rope(mrope_section=[1, 1, 0], partial_rotary_factor=0.5),
 }
+SAM = {
+    **VISION,
+    "output_channels": 16,
+    "patch_size": 8,
+    "image_size": 64,
+    "window_size": 2,
+    "global_attn_indexes": [1],
+    "initializer_range": 0.02,
+    "mlp_dim": 48,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GLM_TEXT = {**TEXT, **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)}
 GLM_TOKENS = {
     "image_start_token_id": START,
     "image_end_token_id": END,
@@ -128,7 +140,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
     "glm4v": {
         "vision_config": {**QWEN_VISION, "image_size": 56},
-        "text_config": {**TEXT, **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)},
+        "text_config": GLM_TEXT,
         **GLM_TOKENS,
     },
     "gemma3": {
@@ -205,21 +217,114 @@ FIELDS: dict[str, dict[str, Any]] = {
         "downsample_factor": 1,
     },
     "got_ocr2": {
-        "vision_config": {
-            **VISION,
-            "output_channels": 16,
-            "patch_size": 8,
-            "image_size": 64,
-            "window_size": 2,
-            "global_attn_indexes": [1],
-            "initializer_range": 0.02,
-            "mlp_dim": 48,
-        },
+        "vision_config": SAM,
         "text_config": _qwen2(),
         "image_token_id": IMAGE,
         "image_seq_length": 4,
     },
     "deepseek_vl": {"vision_config": SIGLIP, "text_config": _llama(), "image_token_id": IMAGE},
+    "deepseek_vl_hybrid": {
+        "vision_config": SIGLIP,
+        "high_res_vision_config": {"model_type": "sam_vision_model", **SAM},
+        "text_config": _llama(),
+        "image_token_id": IMAGE,
+    },
+    "ernie4_5_vl_moe": {
+        "vision_config": {name: value for name, value in QWEN_VISION.items() if name != "out_hidden_size"},
+        "text_config": {
+            **MROPE,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": [16, 16],
+            "moe_layer_start_index": 1,
+        },
+        **GLM_TOKENS,
+    },
+    "exaone4_5": {
+        "vision_config": {
+            **QWEN_VISION,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+            "num_key_value_heads": 2,
+        },
+        "text_config": {"model_type": "exaone4", **TEXT, **LOCAL_LAYER},
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+    },
+    "glm46v": {"vision_config": {**QWEN_VISION, "image_size": 56}, "text_config": GLM_TEXT, **GLM_TOKENS},
+    "glm_ocr": {"vision_config": {**QWEN_VISION, "image_size": 56}, "text_config": GLM_TEXT, **GLM_TOKENS},
+    "glm4v_moe": {
+        "vision_config": {**QWEN_VISION, "image_size": 56},
+        "text_config": {
+            **GLM_TEXT,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        **GLM_TOKENS,
+    },
+    "idefics2": {
+        "vision_config": VISION,
+        "perceiver_config": {
+            "hidden_size": 32,
+            "resampler_n_latents": 4,
+            "resampler_depth": 1,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 8,
+            "num_key_value_heads": 2,
+        },
+        "text_config": {"model_type": "mistral", **TEXT, "sliding_window": None},
+        "image_token_id": IMAGE,
+    },
+    "llava_next_video": {
+        "vision_config": CLIP,
+        "text_config": _llama(),
+        "image_token_index": IMAGE,
+        "video_token_index": VIDEO,
+        "image_grid_pinpoints": [[28, 28]],
+    },
+    "qianfan_ocr": {
+        "vision_config": {**VISION, "image_size": [56, 56], "patch_size": [14, 14]},
+        "text_config": {"model_type": "qwen3", **TEXT},
+        "image_token_id": IMAGE,
+        "downsample_ratio": 0.5,
+    },
+    "qwen3_5_moe": {
+        "vision_config": QWEN3_VISION,
+        "text_config": {**QWEN3_5_TEXT, **EXPERTS, "shared_expert_intermediate_size": 16},
+        **QWEN_TOKENS,
+    },
+    "qwen3_vl_moe": {
+        "vision_config": {**QWEN3_VISION, "deepstack_visual_indexes": [0]},
+        "text_config": {**MROPE, **EXPERTS},
+        **QWEN_TOKENS,
+    },
+    "video_llama_3": {
+        "vision_config": {name: value for name, value in VISION.items() if name != "image_size"},
+        "text_config": _qwen2(),
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+    },
+    "mllama": {
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+            "max_num_tiles": 1,
+            "supported_aspect_ratios": [[1, 1]],
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+        },
+        "text_config": {**TEXT, "num_hidden_layers": 4, "cross_attention_layers": [1]},
+        "image_token_index": IMAGE,
+    },
     "paligemma": {
         "vision_config": {**SIGLIP, "projection_dim": 32},
         "text_config": {"model_type": "gemma", **TEXT},
@@ -239,19 +344,33 @@ def patches(side: int = 14) -> dict[str, torch.Tensor]:
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
+def tiles() -> dict[str, torch.Tensor]:
+    """A picture as a whole and in one part."""
+    return {"pixel_values": pixels()[:, None].expand(1, 2, -1, -1, -1), "image_sizes": torch.tensor([[28, 28]])}
+
+
 # What the model is given of a picture that makes four tokens, by type; those that are missing: `pixels()`.
 PICTURES: dict[str, Any] = {
-    "qwen2_vl": patches,
-    "qwen2_5_vl": patches,
-    "glm4v": patches,
-    "qwen3_vl": lambda: patches(16),
-    "qwen3_5": lambda: patches(16),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "exaone4_5"), patches),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), lambda: patches(16)),
     "mistral3": lambda: {"pixel_values": pixels(), "image_sizes": torch.tensor([[28, 28]])},
     "internvl": lambda: {"pixel_values": pixels(56)},
-    "llava_next": lambda: {"pixel_values": pixels()[:, None].expand(1, 2, -1, -1, -1), **SIZES},
-    "llava_onevision": lambda: {"pixel_values": pixels()[:, None].expand(1, 2, -1, -1, -1), **SIZES},
-    "idefics3": lambda: {"pixel_values": pixels()[:, None]},
-    "smolvlm": lambda: {"pixel_values": pixels()[:, None]},
+    "qianfan_ocr": lambda: {"pixel_values": pixels(56)},
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), tiles),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), lambda: {"pixel_values": pixels()[:, None]}),
+    "deepseek_vl_hybrid": lambda: {"pixel_values": pixels(), "high_res_pixel_values": pixels(64)},
+    "ernie4_5_vl_moe": lambda: {**patches(), "pixel_values": patches()["pixel_values"][:, :588]},
+    "video_llama_3": lambda: {
+        **patches(),
+        "pixel_values": patches()["pixel_values"][:, :588],
+        "image_merge_sizes": torch.tensor([2]),
+    },
+    "mllama": lambda: {
+        "pixel_values": pixels()[:, None, None],
+        "aspect_ratio_ids": torch.ones(1, 1, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(1, 1, 1, dtype=torch.long),
+        "cross_attention_mask": torch.ones(1, 24, 1, 1, dtype=torch.long),
+    },
     "got_ocr2": lambda: {"pixel_values": pixels(64)},
     "lfm2_vl": lambda: {
         "pixel_values": torch.randn(1, 4, 588, generator=torch.Generator().manual_seed(3)),
@@ -263,11 +382,10 @@ PICTURES: dict[str, Any] = {
         "image_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)[None],
     },
 }
-SIZES = {"image_sizes": torch.tensor([[28, 28]])}
 # Those that can have sparse groups.
-TYPES = tuple(model_type for model_type in FIELDS if model_type != "paligemma")
+TYPES = tuple(model_type for model_type in FIELDS if model_type not in ("mllama", "paligemma"))
 # How many tokens a picture is, where it is not 4.
-NUM_IMAGE_TOKENS = {"llava_next": 10, "llava_onevision": 10}
+NUM_IMAGE_TOKENS = dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), 10)
 
 
 def tiny_multimodal(model_type: str = "llava", head: str | None = "ForConditionalGeneration") -> PreTrainedModel:

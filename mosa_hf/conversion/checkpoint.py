@@ -53,7 +53,7 @@ WRAPPED = (
 OF_PICTURES = (
     r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
     "a model of pictures and text",
-    "put its own config beside the weights, or load it with its own class and save its language model alone",
+    "load it with its own class, and save it with the config of that, or its language model alone",
 )
 # The same of names that a model has besides those that its config asks for.
 HEADS_OF_OTHERS = (
@@ -96,8 +96,9 @@ def convert_checkpoint(
         conversion: what to produce.
         calibration: what routers and thresholds are fitted on: a text, a list of texts or of chats, which are read
             one after the other (`calibration_windows`); the `Path` of a file, or several; what `read_text` makes of
-            files and data sets; or token ids, as `convert_model` takes them. None: `default_text`, where anything is
-            to be fitted, which is so without `routers` and unless every sparsity is 1.
+            files and data sets; or token ids, or pictures with text, as `convert_model` takes them. None:
+            `default_text`, where anything is to be fitted, which is so without `routers` and unless every sparsity
+            is 1.
         routers: directory that `save_routers` wrote, or its name on the Hub, in place of `conversion` and
             `calibration`.
         routers_only: write the routers alone, as `save_routers` does.
@@ -314,7 +315,7 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
     _check_names(headers, WRAPPED if is_composite(config) else (*WRAPPED, OF_PICTURES))
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
     layers = {int(place[1]) for name in headers if (place := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
-    if not is_composite(config) and layers != set(range(config.num_hidden_layers)):  # else of all its parts
+    if not is_composite(config) and layers != set(range(config.num_hidden_layers)):  # else there are several kinds
         raise ValueError(
             f"{path} says `num_hidden_layers` = {config.num_hidden_layers}, but the weights have layers "
             f"{min(layers, default=0)} to {max(layers, default=0)}."

@@ -3,21 +3,24 @@
 from collections.abc import Mapping
 
 import torch
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs
 
-from .configuration import SparseGroupsConfig
+from .configuration import GLOBAL, SparseGroupsConfig
 from .group_plan import GroupPlan
 
 
 def kv_share(config: SparseGroupsConfig, num_tokens: int, rates: Mapping[int, torch.Tensor] | None = None) -> float:
     """
-    The share of the keys and values of `num_tokens` tokens that a cache keeps: the mean of `SparseGroup.kept_share`.
+    The share of the keys and values of `num_tokens` tokens that a cache keeps: the mean of `SparseGroup.kept_share`,
+    over the layers that have keys and values of their own.
 
     Args:
         rates: layer → share of the tokens that each of its sparse groups selects, `[G]`; None: what the plan says.
     """
     kept = []
-    for layer, groups in enumerate(GroupPlan.of_config(config).layers):
+    plan = GroupPlan.of_config(config).layers
+    for layer in _caching_layers(config):
+        groups = plan[layer]
         selected = iter(() if rates is None else rates[layer].tolist() if layer in rates else ())
         kept += [
             _dense_share(config, layer, num_tokens)
@@ -34,19 +37,40 @@ def planned_bytes(config: SparseGroupsConfig, num_tokens: int) -> tuple[int, int
     layers with a sliding window keep that alone, and of the model with sparse groups, if it selects what its plan
     says.
     """
-    size = num_tokens * _bytes_of_a_token(config)
-    layers = range(config.num_hidden_layers)
-    dense = sum(_dense_share(config, layer, num_tokens) for layer in layers) / len(layers)
-    return round(size * dense), round(size * kv_share(config, num_tokens))
+    before, after = 0.0, 0.0
+    plan = GroupPlan.of_config(config).layers
+    for layer in _caching_layers(config):
+        size = num_tokens * _bytes_of_a_token(config, layer)
+        dense = _dense_share(config, layer, num_tokens)
+        kept = [
+            dense if group is None else group.kept_share(num_tokens, None, config.mosa_cache_budget)
+            for group in plan[layer]
+        ]
+        before += size * dense
+        after += size * sum(kept) / len(kept)
+    return round(before), round(after)
+
+
+def _caching_layers(config: SparseGroupsConfig) -> list[int]:
+    """The layers that have keys and values of their own: no recurrent ones, nor those that read another layer's."""
+    kinds = get_layer_types_and_kwargs(config)[0]
+    return [layer for layer, kind in enumerate(kinds) if kind in GLOBAL or "sliding" in kind or "chunked" in kind]
 
 
 def _dense_share(config: SparseGroupsConfig, layer: int, num_tokens: int) -> float:
-    return min(config.sliding_window / num_tokens, 1.0) if config.is_sliding(layer) else 1.0
+    kind = get_layer_types_and_kwargs(config)[0][layer]
+    if kind in GLOBAL:
+        return 1.0
+    own = config.per_layer_config[layer] if config.is_heterogeneous else config
+    return min((own.attention_chunk_size if "chunked" in kind else own.sliding_window) / num_tokens, 1.0)
 
 
-def _bytes_of_a_token(config: PreTrainedConfig) -> int:
-    """In all layers and groups, if they keep it."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _bytes_of_a_token(config: SparseGroupsConfig, layer: int) -> int:
+    """In all groups of a layer, if they keep it."""
+    own = config.per_layer_config[layer] if config.is_heterogeneous else config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "float32")
-    numbers = config.num_hidden_layers * config.num_groups * 2 * head_dim
-    return numbers * dtype.itemsize
+    if getattr(own, "kv_lora_rank", None):  # of latent attention, whose heads share what is cached
+        return (own.kv_lora_rank + own.qk_rope_head_dim) * dtype.itemsize
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    value_dim = getattr(own, "v_head_dim", None) or head_dim
+    return config.num_groups_of(layer) * (head_dim + value_dim) * dtype.itemsize

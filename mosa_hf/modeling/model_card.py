@@ -16,6 +16,7 @@ PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "image-text-to-text",
 }
 LENGTHS = (4096, 32768)  # of caches whose bytes are named
 PLACE = "path of this folder"

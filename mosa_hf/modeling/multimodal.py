@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -49,6 +49,16 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
 
     text_config: Any
 
+    def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            text = _base_class(type(self))().text_config
+            self.text_config = family_of(text.model_type).config_class.from_base(text)
+        elif isinstance(self.text_config, dict):
+            own = type(self).sub_configs["text_config"]
+            fixed = issubclass(own, PreTrainedConfig)  # else what the dict names
+            self.text_config = (own if fixed else CONFIG_MAPPING[self.text_config["model_type"]])(**self.text_config)
+        super().__post_init__(**kwargs)
+
     @classmethod
     def from_base(cls, config: PreTrainedConfig, **fields) -> "MultimodalConfig":
         """
@@ -66,8 +76,7 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
 
     def to_base(self) -> PreTrainedConfig:
         """The configuration of the base model."""
-        base_class = next(each for each in type(self).__mro__[1:] if each.__dict__.get("model_type"))
-        return _with_text(base_class, self, self.text_config.to_base())
+        return _with_text(_base_class(type(self)), self, self.text_config.to_base())
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -90,6 +99,10 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
                 f"type '{PREFIX}...', not a {type(self.text_config).__name__}: "
                 f"`{type(self).__name__}.from_base(config)` makes it of the base model's."
             )
+
+
+def _base_class(config_class: type) -> type[PreTrainedConfig]:
+    return next(each for each in config_class.__mro__[1:] if each.__dict__.get("model_type"))
 
 
 def _with_text(config_class: type, config: PreTrainedConfig, text: PreTrainedConfig) -> Any:
@@ -157,6 +170,9 @@ def make_multimodal(model_type: str) -> Family:
         return families.CLASSES[name]
 
     family = Family(model_type, base_config, base_model, config_class, made(base_model))
+    if generating is base_model:  # which some types have alone
+        family.base_head_classes["ForConditionalGeneration"] = base_model
+        family.head_classes["ForConditionalGeneration"] = family.model_class
     for head, base in base_heads.items():
         known = (base_model, *family.base_head_classes.values())
         if base is not None and base not in known and base.config_class is base_config:
@@ -168,13 +184,15 @@ def make_multimodal(model_type: str) -> Family:
 
 def _parts(base_config: type[PreTrainedConfig]) -> dict[str, dict[str, Any]]:
     """The attribute of a config class that says of which class its parts are, with that of the decoder's own."""
-    parts = dict(base_config.sub_configs_defaults)
-    spec = copy.copy(parts["text_config"])
-    if issubclass(spec.config_class, PreTrainedConfig):
-        spec.config_class = family_of(spec.config_class.model_type).config_class
-    spec.model_type = PREFIX + spec.model_type
-    parts["text_config"] = cast(SubConfigSpec, spec)
-    return {"sub_configs_defaults": parts}
+    own = base_config.sub_configs["text_config"]
+    if issubclass(own, PreTrainedConfig):  # else the config says which
+        own = family_of(own.model_type).config_class
+    specs = getattr(base_config, "sub_configs_defaults", None)
+    if specs is None:  # of older versions of Transformers
+        return {"sub_configs": {**base_config.sub_configs, "text_config": own}}
+    spec = copy.copy(specs["text_config"])
+    spec.config_class, spec.model_type = own, PREFIX + spec.model_type
+    return {"sub_configs_defaults": {**specs, "text_config": spec}}
 
 
 def explaining(base_forward: Callable) -> Callable:
