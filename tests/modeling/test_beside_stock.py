@@ -109,7 +109,7 @@ def test_crop(model_type):
     )
 
 
-@each_type
+@pytest.mark.parametrize("model_type", [pytest.param(x, marks=pytest.mark.families) for x in TYPES])
 def test_compiled(model_type):
     torch._dynamo.reset()
     for model in (same(model_type), sparse(model_type)):
