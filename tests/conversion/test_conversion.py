@@ -147,14 +147,12 @@ def test_models_that_cannot_be_converted():
         convert_model(tiny_base(), ConversionConfig())
     with pytest.raises(
         ValueError,
-        match="`groups=7`: the model has 6 key/value groups that can be sparse, in 3 layers with global attention",
+        match="`groups=7`: the model has 6 key/value groups that can be sparse, in 3 layers with global",
     ):
         convert_model(tiny_base(), ConversionConfig(groups=7, sparsity=1))
     with pytest.raises(ValueError, match=r"`groups` names \[\(3, 0\)\]"):
         convert_model(tiny_base(), ConversionConfig(groups=((3, 0),), sparsity=1))
-    with pytest.raises(
-        ValueError, match=r"`groups` names \[\(1, 0\)\].*layers \[1\] stay dense: its attention has a sliding"
-    ):
+    with pytest.raises(ValueError, match=r"`groups` names \[\(1, 0\)\].*layers \[1\] stay dense: its attention has"):
         convert_model(tiny_base("gemma3_text"), ConversionConfig(groups=((1, 0),), sparsity=1))
     with pytest.raises(ValueError, match="needed to rank groups"):
         convert_model(tiny_base(), ConversionConfig(groups=2, sparsity=1))

@@ -17,16 +17,13 @@ from transformers import DynamicCache, PreTrainedModel
 from mosa_hf import ConversionConfig, convert_model
 from mosa_hf.compat import CACHE
 from mosa_hf.modeling.family import family_of
+from testing.decoders import BESIDE_STOCK as TYPES
 from testing.decoders import classes_of, tiny_decoder
 from testing.family_contract import GREEDY, difference, logits_of, sparse_model, tokens
 
 from .test_parallel import in_two_processes, load
 
 BY_DEFAULT = ("deepseek_v3", "falcon_h1", "gemma4_text", "qwen3_next")
-TYPES = (
-    "deepseek_v3 exaone4 falcon_h1 gemma4_text glm4_moe granitemoehybrid lfm2 llama4_text ministral3 qwen3_5_text "
-    "qwen3_next seed_oss".split()
-)
 IDS = tokens(2, 16)
 MODES: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
