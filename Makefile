@@ -10,9 +10,10 @@ OLDEST ?= .venv-oldest
 demo: $(VENV)/.mosa-hf-gguf
 	$(VENV_PYTHON) -m benchmarks.demo
 
-# Everything but what needs the extra `tools` or starts tools' own commands, in two processes.
+# Everything but what needs the extra `tools` or starts tools' own commands, and the families that others stand for, in
+# two processes.
 test: lint
-	$(VENV_PYTHON) -m pytest -q -m "not tools" --no-loadscope-reorder
+	$(VENV_PYTHON) -m pytest -q -m "not tools and not families" --no-loadscope-reorder
 
 # The contract of every decoder and vision-language type that Transformers has, and docs/families.md, which says what
 # was found. Takes about ten minutes.

@@ -1,18 +1,9 @@
 """MoSA (Mixture of Sparse Attention) for Hugging Face Transformers. Importing this package registers the models."""
 
-from .cache import cache_bytes
-from .conversion import ConversionConfig, calibration_windows, convert_checkpoint, convert_model, to_dense
-from .kernels import use_backend
-from .modeling import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel, families
-from .modeling.cache_files import load_cache, save_cache
-from .modeling.group_plan import GroupPlan, SparseGroup
-from .modeling.router_files import load_routers, save_routers
-from .modeling.routing_callback import RoutingCallback
-from .modeling.routing_trace import trace_routing
-from .modeling.thresholds import calibrate_thresholds
-from .registration import register
-
-register()
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -40,8 +31,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> type:
-    """`MosaLlamaConfig`, `MosaLlamaModel`, `MosaLlamaForCausalLM`, and so on for every decoder of Transformers."""
+def __getattr__(name: str) -> Any:
+    """The public names, and `MosaLlamaConfig`, `MosaLlamaForCausalLM`, ... of every decoder of Transformers."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    api = import_module(".api", __name__)
+    if name in __all__:
+        return getattr(api, name)
     if name.startswith("Mosa"):
-        return families.class_named(name)
+        return import_module(".modeling.families", __name__).class_named(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The commands `mosa-...` read what is typed before they import what takes seconds; what they then run imports it.
+if not Path(sys.argv[0]).stem.startswith("mosa-"):
+    import_module(".api", __name__)

@@ -130,6 +130,11 @@ LATENT += "glm_moe_dsa hy_v4 kimi_linear minicpm3 mistral4 sarvam_mla youtu"
 OWN |= dict.fromkeys(LATENT.split(), {"num_key_value_heads": HEADS})
 
 
+# Those that tests put through everything that a model can do beside the stock model, besides those of `tiny`.
+BESIDE_STOCK = tuple(
+    "deepseek_v3 exaone4 falcon_h1 gemma4_text glm4_moe granitemoehybrid lfm2 llama4_text ministral3 qwen3_5_text "
+    "qwen3_next seed_oss".split()
+)
 # Upstream's table, without what is ours.
 CAUSAL_LMS = {
     model_type: name for model_type, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if "mosa" not in model_type

@@ -4,6 +4,7 @@ Which decoder types of Transformers can have sparse groups, found by trying each
 """
 
 import argparse
+import textwrap
 import traceback
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,9 +17,10 @@ from transformers.utils import logging
 
 from mosa_hf.atomic_write import atomic_file
 
-from .decoders import decoder_types, is_wrapper
+from .decoders import BESIDE_STOCK, decoder_types, is_wrapper
 from .family_contract import CHECKS, Findings, check_decoder
 from .tiny import FAMILIES
+from .tiny_multimodal import TYPES
 
 HEAD = """# Which models can have sparse groups
 
@@ -31,8 +33,8 @@ This table is written by `make families` (Transformers {version}, torch {torch})
 of every type for which Transformers has a causal LM. Each that passes was compared with the original at ρ = 1, with a
 cache and without; read at once and token by token; generated from with a cache and without; saved and loaded by its
 Auto class; padded on the left; and converted with routers fitted to a text. "More" marks those that the tests put
-through everything else that a model can do: static caches, beams, prompt lookup, `crop`, compilation, LoRA, training,
-tensor parallelism where Transformers has a plan.
+through everything else that a model can do, beside the original: static caches, beams, prompt lookup, `crop`,
+compilation, LoRA, training, tensor parallelism where Transformers has a plan.
 
 {passed} of {decoders} decoder types pass. Layers: those that can be sparse, of the tiny model's. The others keep what
 bounds their cache already (a sliding window, a recurrent state), or share keys and values.
@@ -40,6 +42,18 @@ bounds their cache already (a sliding window, a recurrent state), or share keys 
 | type | layers | more |
 |---|---|---|
 {table}
+
+## Models of pictures and text
+
+`convert_model` and `mosa-convert` take them whole: the language model gets sparse groups, all else stays. Tiny models
+of these {num_multimodal} types were compared with the original at ρ = 1, generated from with a cache and without,
+saved and loaded by their Auto classes, converted with routers fitted to a text, and trained, each with a picture
+(`tests/modeling/test_multimodal.py`):
+
+{multimodal}.
+
+Gemma 3 lets the tokens of a picture read each other both ways, in layers with sparse groups too: it reads text alone,
+and a picture is refused. Prefix-LMs (PaliGemma) are refused.
 
 ## Refused, and why
 
@@ -72,8 +86,9 @@ def page(found: list[Findings]) -> str:
     """The text of docs/families.md."""
     decoders = [each for each in found if not (each.reason and is_wrapper(each.model_type))]
     passed = [each for each in decoders if each.passes]
+    more = {*FAMILIES, *BESIDE_STOCK}
     table = [
-        f"| {each.model_type} | {each.layers[0]} of {each.layers[1]} | {'x' if each.model_type in FAMILIES else ''} |"
+        f"| {each.model_type} | {each.layers[0]} of {each.layers[1]} | {'x' if each.model_type in more else ''} |"
         for each in passed
     ]
     refused = [f"| {each.model_type} | {_reason(each)} |" for each in decoders if not each.passes]
@@ -84,6 +99,8 @@ def page(found: list[Findings]) -> str:
         decoders=len(decoders),
         table="\n".join(table),
         refused="\n".join(refused),
+        num_multimodal=len(TYPES),
+        multimodal="\n".join(textwrap.wrap(", ".join(TYPES), 119)),
     )
 
 

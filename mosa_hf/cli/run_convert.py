@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import cast
 
+from ..api import ConversionConfig
 from ..atomic_write import check_absent
-from ..conversion import ConversionConfig, find_source, read_text
+from ..conversion import find_source, read_text
 from ..conversion.checkpoint import convert_source, write_converted
 from ..conversion.publishing import check_can_publish, publish
 from ..modeling.configuration import SparseGroupsConfig

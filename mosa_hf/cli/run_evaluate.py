@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import mosa_hf
 
+from ..api import load_routers, to_dense
 from ..atomic_write import atomic_file
-from ..conversion import read_text, to_dense
+from ..conversion import read_text
 from ..conversion.sources import CARD_NAME
 from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
 from ..modeling.model_card import with_measured
-from ..modeling.router_files import load_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
 
 

@@ -17,13 +17,13 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..api import GroupPlan
 from ..atomic_write import atomic_directory, atomic_file, check_absent
 from ..conversion import Text, read_text
 from ..conversion.annealing import RateAnnealing
 from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
 from ..conversion.windows import spread
 from ..modeling.fingerprint import model_fingerprint
-from ..modeling.group_plan import GroupPlan
 from ..modeling.router_files import check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
 from .healing_arguments import HealingArguments

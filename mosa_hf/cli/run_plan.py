@@ -5,8 +5,9 @@ import logging
 import shlex
 import shutil
 
+from ..api import calibration_windows
 from ..atomic_write import check_absent
-from ..conversion import calibration_windows, default_text, find_source, read_text
+from ..conversion import default_text, find_source, read_text
 from ..conversion.checkpoint import load_source, tokenizer_of
 from ..conversion.planning import Found, PlanningConfig, measured_texts, search_plan
 from ..modeling.group_plan import check_can_plot

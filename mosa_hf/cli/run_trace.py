@@ -4,9 +4,9 @@ import argparse
 
 from transformers import AutoTokenizer
 
+from ..api import load_routers
 from ..conversion import read_text
 from ..evaluation import trace_text
-from ..modeling.router_files import load_routers
 from .run_evaluate import load
 
 

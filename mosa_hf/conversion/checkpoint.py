@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from safetensors.torch import save_file
@@ -155,27 +155,16 @@ def convert_source(
         return load_routers(model, routers, token=loading.get("token"))
     if calibration is None and conversion.selects():
         calibration = default_text()
-    if isinstance(calibration, os.PathLike):
-        calibration = [calibration]
-    if isinstance(calibration, list | tuple) and calibration and isinstance(calibration[0], os.PathLike):
-        calibration = read_text(calibration)
-    record = {}
-    if is_text(calibration) and not is_of_pictures(calibration):
-        calibration = Text([calibration] if isinstance(calibration, str) else calibration, "a text of one's own")
-    if isinstance(calibration, Text):
-        logger.info("Calibration text: %s, %s characters", calibration.name, f"{calibration.num_characters:,}")
-        record = {"text": calibration.name, "sha256": calibration.sha256}
-        documents = calibration.documents
-        calibration = calibration_windows(tokenizer_of(source.path), documents, num_windows, window_length)
-    if calibration is not None:
+    input_ids, record = _calibration(source, calibration, num_windows, window_length)
+    if input_ids is not None:
         if not is_file:
             model = _with_weights(type(model), source, loading)
         logger.info("It computes in %s on %s", str(model.dtype).removeprefix("torch."), model.device)
     start = time.perf_counter()
-    input_ids = cast(torch.Tensor | None, calibration)  # or a list of documents
     converted = convert_model(model, conversion, input_ids)
     logger.info("Chose groups, fitted routers and set thresholds in %.0f s", time.perf_counter() - start)
-    converted.config.dtype = dtype  # of the files, whatever it was loaded as
+    if dtype is not None or loading.get("dtype", "auto") != "auto":
+        converted.config.dtype = dtype  # of the files, whatever it was loaded as
     sparse_config = sparse_config_of(converted.config)
     assert sparse_config.mosa_conversion is not None
     sparse_config.mosa_conversion |= source.about()
@@ -183,6 +172,27 @@ def convert_source(
         sparse_config.mosa_conversion["calibration"] |= record
     logger.info("Decided: %s", plan_in_short(sparse_config).replace("\n", " "))
     return converted
+
+
+def _calibration(
+    source: Source,
+    calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
+    num_windows: int,
+    window_length: int,
+) -> tuple[Any, dict[str, str]]:
+    """What `convert_model` takes of a calibration text in any form, and what is recorded of the text."""
+    if isinstance(calibration, os.PathLike):
+        calibration = [calibration]
+    if isinstance(calibration, list | tuple) and calibration and isinstance(calibration[0], os.PathLike):
+        calibration = read_text(calibration)
+    if is_text(calibration) and not is_of_pictures(calibration):
+        calibration = Text([calibration] if isinstance(calibration, str) else calibration, "a text of one's own")
+    if not isinstance(calibration, Text):
+        return calibration, {}
+    logger.info("Calibration text: %s, %s characters", calibration.name, f"{calibration.num_characters:,}")
+    tokenizer = tokenizer_of(source.path)
+    input_ids = calibration_windows(tokenizer, calibration.documents, num_windows, window_length)
+    return input_ids, {"text": calibration.name, "sha256": calibration.sha256}
 
 
 def write_converted(

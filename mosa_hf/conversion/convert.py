@@ -60,6 +60,8 @@ def convert_model(
     family.sparse_class_of(type(model))
     base_config = sparse_config_of(family.config_class.from_base(model.config))
     candidates = candidate_plan(base_config, conversion)
+    if calibration is None and fits is None:
+        choose_groups(conversion, candidates, None)  # raises what a text is needed for
     check_computes_the_same(model, candidates, family.config_class)
     if fits is not None:
         if calibration is None:

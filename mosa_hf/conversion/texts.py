@@ -33,7 +33,7 @@ class Text:
     @property
     def sha256(self) -> str:
         """Of the documents."""
-        return hashlib.sha256(json.dumps([*self.documents]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([*self.documents], default=str).encode()).hexdigest()
 
     @property
     def num_characters(self) -> int:

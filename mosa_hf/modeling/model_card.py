@@ -66,6 +66,7 @@ def model_card(
     groups, name = GroupPlan.of_config(config), Path(base_model).name
     what, base, place = "Routers" if is_routers else "Model", base_model or "the base model", place or PLACE
     arguments = f'"{base}", routers="{place}"' if is_routers else f'"{place}"'
+    typed = [f'"{each}"' if " " in each else each for each in (base, place)]
     return CARD.format(
         front_matter=_front_matter(config, class_name, base_model, is_routers).to_yaml(),
         title=f"{what}: {name} with sparse attention" if name else what,
@@ -75,9 +76,9 @@ def model_card(
         all_groups=sum(map(len, groups.layers)),
         code=f"model = mosa_hf.{class_name}.from_pretrained({arguments})",
         plan=plan_in_short(config),
-        measure=f"mosa-evaluate {base} --routers {place} --text FILE"
+        measure=f"mosa-evaluate {typed[0]} --routers {typed[1]} --text FILE"
         if is_routers
-        else f"mosa-evaluate {place} --text FILE",
+        else f"mosa-evaluate {typed[1]} --text FILE",
         calibration=calibration_in_short(config),
     )
 

@@ -224,7 +224,7 @@ def test_activations_that_are_not_finite(model, input_ids):
 
 def test_model_with_replaced_attention(model, input_ids):
     model.model.layers[0].self_attn = torch.nn.Identity()
-    with pytest.raises(ValueError, match="`model`.*has no LlamaAttention in layer 0"):
+    with pytest.raises(ValueError, match="`model`.*has no attention of Transformers' own in layer 0"):
         fit_routers(model, input_ids, ALIKE)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaForQuestionAnswering
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, LlamaForQuestionAnswering
 
 from mosa_hf import (
     ConversionConfig,
@@ -141,21 +141,22 @@ def test_impossible_conversions(fields, message):
 
 def test_models_that_cannot_be_converted():
     lossless = ConversionConfig(sparsity=1)
-    with pytest.raises(ValueError, match="'gpt2' cannot have sparse groups; supported: .*llama.*families.py"):
-        convert_model(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)), lossless)
+    with pytest.raises(ValueError, match="'bert' cannot have sparse groups: it is an encoder, or has one"):
+        convert_model(BertLMHeadModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2)), lossless)
     with pytest.raises(ValueError, match="`calibration` is needed to fit routers"):
         convert_model(tiny_base(), ConversionConfig())
     with pytest.raises(
-        ValueError, match="`groups=7`: the model has 6 key/value groups that can be sparse, 2 in each of 3"
+        ValueError,
+        match="`groups=7`: the model has 6 key/value groups that can be sparse, in 3 layers with global",
     ):
         convert_model(tiny_base(), ConversionConfig(groups=7, sparsity=1))
     with pytest.raises(ValueError, match=r"`groups` names \[\(3, 0\)\]"):
         convert_model(tiny_base(), ConversionConfig(groups=((3, 0),), sparsity=1))
-    with pytest.raises(ValueError, match=r"`groups` names \[\(1, 0\)\].*layers \[1\] have a sliding window"):
+    with pytest.raises(ValueError, match=r"`groups` names \[\(1, 0\)\].*layers \[1\] stay dense: its attention has"):
         convert_model(tiny_base("gemma3_text"), ConversionConfig(groups=((1, 0),), sparsity=1))
     with pytest.raises(ValueError, match="needed to rank groups"):
         convert_model(tiny_base(), ConversionConfig(groups=2, sparsity=1))
-    with pytest.raises(ValueError, match="Every layer has a sliding window"):
+    with pytest.raises(ValueError, match="nothing to convert: of every layer, its attention has a sliding window"):
         convert_model(tiny_base("gemma3_text", layer_types=["sliding_attention"] * 3), lossless)
     with pytest.raises(ValueError, match="leaves every group dense"):
         convert_model(tiny_base(), ConversionConfig(plan=GroupPlan(((None, None),) * 3)))

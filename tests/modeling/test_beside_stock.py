@@ -17,16 +17,13 @@ from transformers import DynamicCache, PreTrainedModel
 from mosa_hf import ConversionConfig, convert_model
 from mosa_hf.compat import CACHE
 from mosa_hf.modeling.family import family_of
+from testing.decoders import BESIDE_STOCK as TYPES
 from testing.decoders import classes_of, tiny_decoder
 from testing.family_contract import GREEDY, difference, logits_of, sparse_model, tokens
 
 from .test_parallel import in_two_processes, load
 
 BY_DEFAULT = ("deepseek_v3", "falcon_h1", "gemma4_text", "qwen3_next")
-TYPES = (
-    "deepseek_v3 exaone4 falcon_h1 gemma4_text glm4_moe granitemoehybrid lfm2 llama4_text ministral3 qwen3_5_text "
-    "qwen3_next seed_oss".split()
-)
 IDS = tokens(2, 16)
 MODES: dict[str, dict[str, Any]] = {
     "static": {"cache_implementation": "static"},
@@ -109,7 +106,7 @@ def test_crop(model_type):
     )
 
 
-@each_type
+@pytest.mark.parametrize("model_type", [pytest.param(x, marks=pytest.mark.families) for x in TYPES])
 def test_compiled(model_type):
     torch._dynamo.reset()
     for model in (same(model_type), sparse(model_type)):
@@ -122,10 +119,7 @@ def test_lora(model_type):
     """A step, and merged; the same weights are adapted as of the stock model."""
     adapted = {}
     for name, model in {"stock": stock(model_type), "sparse": sparse(model_type)}.items():
-        # Not of stock models either: mamba's kernels do not call the one, and the other's output is no tensor.
-        config = LoraConfig(
-            target_modules="all-linear", exclude_modules=["out_proj", "router"], task_type="CAUSAL_LM", r=4
-        )
+        config = LoraConfig(target_modules=r".*\.(q_proj|v_proj|q_b_proj|kv_b_proj)", task_type="CAUSAL_LM", r=4)
         adapted[name] = get_peft_model(copy.deepcopy(model), config)
     names = [
         {each for each, parameter in model.named_parameters() if parameter.requires_grad} for model in adapted.values()

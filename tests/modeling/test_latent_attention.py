@@ -306,6 +306,8 @@ def test_a_cache_holds_latents(budget, tmp_path):
     for layer, window in ((0, WINDOW), (2, 0)):
         memory = cache.layers[layer].stores[0].memory
         assert memory.states["key"].shape[1] == width and memory.states["value"].shape[1] == 0
+        sizes = {name: own.untyped_storage().nbytes() for name, own in memory.states.items()}
+        assert sizes["key"] == len(memory.states["key"]) * width * 4 and sizes["value"] == 0
         num_selected = memory.length - window
         assert 2 < num_selected.min() and num_selected.max() <= (budget or 25)
         num_free = (memory.capacity - memory.length).sum()

@@ -60,7 +60,7 @@ def test_auto_classes(form):
     assert type(AutoModelForSequenceClassification.from_config(config)) is form.classifier_class
     for each in (form.config_class, form.model_class, form.causal_lm_class, form.classifier_class):
         assert getattr(transformers, each.__name__) is each  # where tools look them up
-    assert {mosa_hf.MosaConfig, mosa_hf.MosaForCausalLM} <= {vars(mosa_hf)[name] for name in mosa_hf.__all__}
+    assert {mosa_hf.MosaConfig, mosa_hf.MosaForCausalLM} <= {getattr(mosa_hf, name) for name in mosa_hf.__all__}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen2", "gemma2"])

@@ -25,13 +25,11 @@ def sparse_decode(
         return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
     key, value, filled = packed.padded_view()
     if softcap is None and sinks is None:
-        # The batch that fused attention sees is rows x groups; its heads share the group's keys.
-        num_heads = query.shape[2]
-        query, key, value = query.flatten(0, 1)[:, :, None], key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
-        key, value = (states.expand(-1, num_heads, -1, -1) for states in (key, value))
+        # Fused attention sees a batch of rows x groups, and the heads, which share a group's keys, as its queries.
+        rows, key, value = (states.flatten(0, 1)[:, None] for states in (query, key, value))
         mask = filled.flatten(0, 1)[:, None, None]
-        heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-        return once(heads).view(*packed.start.shape, num_heads, -1)
+        heads = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        return once(heads).reshape(*query.shape[:-1], -1)
     scores = scaled(query[:, :, :, None], key, scale, softcap)[:, :, :, 0]  # [B, G, R, S]
     scores = scores.masked_fill(~filled[:, :, None], -torch.inf)
     return softmax(scores, sinks).to(value.dtype) @ value
