@@ -59,7 +59,7 @@ def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
     length = input_ids.shape[1]
     dense = sparse = num_sparse = 0
     for layer, groups in enumerate(GroupPlan.of_config(model.config).layers):
-        kept = min(length, model.config.sliding_window) if model.config.is_sliding(layer) else length
+        kept = min(length, model.config.sliding_window) if model.config.stays_dense(layer) else length
         dense += kept * groups.count(None)
         for i, group in enumerate(group for group in groups if group is not None):
             far = torch.cat(selected[layer], dim=1)[0, : max(length - group.window, 0), i]

@@ -18,7 +18,7 @@ WINDOW, EXPERTS, ACTIVE, EXPERT_FFN, STATE = 16, 4, 2, 16, 8
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 
 # What fields of a configuration are called, by what they say.
-FIELDS: list[tuple[Any, str]] = [
+SIZES: list[tuple[Any, str]] = [
     (VOCABULARY, "vocab_size unpadded_vocab_size vocab_size_per_layer_input"),
     (
         WIDTH,
@@ -91,7 +91,7 @@ FIELDS: list[tuple[Any, str]] = [
     (None, "eos_token_id"),
     (False, "use_mamba_kernels"),
 ]
-SMALL = {name: value for value, names in FIELDS for name in names.split()}
+SMALL = {name: value for value, names in SIZES for name in names.split()}
 
 BOUNDED = ("sliding", "chunked", "linear", "conv", "mamba", "recurrent", "hybrid_sliding")  # layer types
 

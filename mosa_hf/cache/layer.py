@@ -21,7 +21,7 @@ from ..compat import QuantizedLayer
 from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
-from .growth import static_capacity
+from .fixed_memory import static_capacity
 from .store import SparseStore
 from .undo import MAX_UNDO
 

@@ -5,7 +5,7 @@ import torch
 from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues
 from ..routing.budget import evicted_at, lowest_score, within_budget
 from .calls import CallLog
-from .growth import FixedMemory
+from .fixed_memory import FixedMemory
 from .memory import EntryMemory, Rows
 from .recent import cropped, extended, of_ring, of_selected
 from .undo import UndoRecord

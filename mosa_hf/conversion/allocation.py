@@ -23,7 +23,7 @@ def candidate_plan(config: SparseGroupsConfig, conversion: ConversionConfig) -> 
     """
     num_layers = config.num_hidden_layers
     num_groups = [config.num_groups_of(layer) for layer in range(num_layers)]
-    dense = config.sliding_layers()
+    dense = config.dense_layers()
     if conversion.plan is not None:
         assert isinstance(conversion.plan, GroupPlan)  # a path has been read
         config.check_plan(conversion.plan)

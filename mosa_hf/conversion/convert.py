@@ -17,7 +17,7 @@ from .allocation import candidate_plan, choose_groups, fits_of, mean_losses, one
 from .calibration import RouterFit, fit_routers, is_of_pictures
 from .causality import check_reads_forwards
 from .configuration import ConversionConfig
-from .probe import check_computes_the_same
+from .exactness import check_computes_the_same
 from .windows import calibration_ids
 
 
@@ -47,7 +47,7 @@ def convert_model(
         `config.mosa_conversion` records groups, losses and settings.
 
     Raises:
-        ValueError: unsupported family, or one whose attention computes what sparse groups do not know (`probe`), a
+        ValueError: unsupported family, or one whose attention computes what sparse groups do not know (`exactness`), a
             model that is converted already, impossible group choice, or a calibration that is missing or no text of
             the model; the message names the remedy.
     """

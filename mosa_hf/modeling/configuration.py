@@ -227,7 +227,7 @@ class SparseGroupsConfig(RoutingConfig):
         layer = self.per_layer_config[layer_idx] if self.is_heterogeneous else self
         return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
 
-    def is_sliding(self, layer_idx: int) -> bool:
+    def stays_dense(self, layer_idx: int) -> bool:
         """Whether a layer has to stay dense, see `why_dense`."""
         return self.why_dense(layer_idx) is not None
 
@@ -242,7 +242,7 @@ class SparseGroupsConfig(RoutingConfig):
             return "its attention has a sliding window"
         return None if kind in GLOBAL else f"it is of type {kind!r}, not of global attention"
 
-    def sliding_layers(self) -> list[int]:
+    def dense_layers(self) -> list[int]:
         """
         The layers that have to stay dense.
 
@@ -255,14 +255,14 @@ class SparseGroupsConfig(RoutingConfig):
                 f"`layer_types` names {len(types)} layers, but the model has {self.num_hidden_layers}: set "
                 "`config.layer_types` to those of its layers."
             )
-        return [layer for layer in range(self.num_hidden_layers) if self.is_sliding(layer)]
+        return [layer for layer in range(self.num_hidden_layers) if self.stays_dense(layer)]
 
     def check_plan(self, plan: GroupPlan) -> None:
         """
         Raises:
             ValueError: for a plan that does not fit, see `GroupPlan.validate`.
         """
-        self.sliding_layers()  # what it raises
+        self.dense_layers()  # what it raises
         layers = range(self.num_hidden_layers)
         plan.validate([self.num_groups_of(i) for i in layers], [self.why_dense(i) for i in layers])
 
@@ -286,7 +286,7 @@ class SparseGroupsConfig(RoutingConfig):
         """What each key/value group of a layer is; None: dense."""
         if self.mosa_plan is not None:
             return GroupPlan.from_list(self.mosa_plan).layers[layer_idx]
-        if self.is_sliding(layer_idx):
+        if self.stays_dense(layer_idx):
             return (None,) * self.num_groups_of(layer_idx)
         group = SparseGroup(window=self.mosa_window, sparsity=self.mosa_sparsity)
         return (group,) * self.num_groups_of(layer_idx)

@@ -38,8 +38,8 @@ HEADS = {
     "ForTokenClassification": dict(modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
     "ForQuestionAnswering": dict(modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
 }
-# Types whose attention does more than its calls tell. Conversion would find it out of each (`conversion.probe`), but
-# nothing would of a model that is built from a configuration.
+# Types whose attention does more than its calls tell, and why they are refused. Conversion would find it out
+# (`conversion.exactness`), but nothing would of a model that is built from a configuration.
 REFUSED = {
     "diffllama": "its layers call the attention function twice, and subtract",
     "doge": "its attention adds a mask of its own to the scores",

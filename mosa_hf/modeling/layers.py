@@ -34,12 +34,11 @@ def calls_attention_interface(module_class: Any) -> bool:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module of a decoder is the causal self-attention of a layer, by Transformers' own code or ours."""
-    return (
-        getattr(module, "layer_idx", None) is not None
-        and getattr(module, "is_causal", True) is not False
-        and type(module).__module__.startswith(("transformers.", "mosa_hf."))
-        and calls_attention_interface(cast(Any, type(module)))
-    )
+    if getattr(module, "layer_idx", None) is None or not calls_attention_interface(cast(Any, type(module))):
+        return False
+    if type(module).__module__.startswith("mosa_hf."):  # if it is not causal any more, its attention refuses that
+        return True
+    return type(module).__module__.startswith("transformers.") and getattr(module, "is_causal", True) is not False
 
 
 @cache

@@ -18,7 +18,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, DynamicLayer, D
 from mosa_hf import cache_bytes, trace_routing
 from mosa_hf.cache import GroupSet, SparseLayer, SparseSpec, num_overflowed, upgrade_cache
 from mosa_hf.cache.dense import SLACK, PreallocatedDynamicLayer
-from mosa_hf.cache.growth import static_capacity
+from mosa_hf.cache.fixed_memory import static_capacity
 from mosa_hf.cache.undo import MAX_UNDO
 
 from ..conftest import FORMS, MIXED_LAYERS, PLAN, SHAPE, native_form, sparse_form, tiny_model

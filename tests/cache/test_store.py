@@ -26,7 +26,7 @@ from mosa_hf.cache import (
     store_state,
     upgrade_cache,
 )
-from mosa_hf.cache.growth import static_capacity
+from mosa_hf.cache.fixed_memory import static_capacity
 from mosa_hf.cache.memory import SLACK
 from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
 from mosa_hf.routing import CallLayout, TokenMask

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mosa_hf.cache.calls import CallLog
-from mosa_hf.cache.growth import FixedMemory
+from mosa_hf.cache.fixed_memory import FixedMemory
 from mosa_hf.cache.memory import SLACK, EntryMemory
 from mosa_hf.cache.undo import MAX_UNDO, UndoRecord
 

@@ -46,7 +46,7 @@ WRAPPERS = {
     "module._orig_mod.": "a model that `torch.compile` wraps",
     "_fsdp_wrapped_module.": "a model that FSDP wraps: gather its state dict",
     "base_model.model.": "a PEFT model: save `model.merge_and_unload()`",
-    "language_model.": "a model of pictures and text: put its own config beside the weights",
+    "language_model.": "a model of pictures and text: load it with its own class",
     "model.language_model.": "a model of pictures and text",
 }
 

@@ -131,7 +131,7 @@ def test_lora(model_type):
     optimizer.step()
     after = logits_of(model.eval(), IDS)
     assert difference(after, logits_of(sparse(model_type), IDS)) > 1e-3
-    assert difference(logits_of(model.merge_and_unload(), IDS), after) < 1e-4
+    assert difference(logits_of(model.merge_and_unload(), IDS), after) < 1e-3
 
 
 @each_type

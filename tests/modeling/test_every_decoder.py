@@ -62,14 +62,14 @@ def test_type(model_type):
         assert found.reason is None and not found.failed
 
 
-@pytest.mark.parametrize("model_type", ["bert", "doge", "jetmoe", "llava", "mamba"])
+@pytest.mark.parametrize("model_type", ["bert", "doge", "jetmoe", "mamba"])
 def test_what_cannot_be_computed_is_refused(model_type):
     with pytest.raises(ValueError, match=f"{model_type!r} cannot have sparse groups: "):
         family_of(model_type)
 
 
 @pytest.mark.parametrize("model_type", ["doge", "jetmoe"])
-def test_the_probe_finds_what_nobody_knew(model_type, monkeypatch):
+def test_a_comparison_finds_what_nobody_knew(model_type, monkeypatch):
     monkeypatch.setattr(families, "REFUSED", {})
     with pytest.raises(ValueError, match="cannot have sparse groups: (with every token selected|its attention does)"):
         convert_model(tiny_decoder(model_type), ConversionConfig(sparsity=1, window=4))

@@ -44,7 +44,7 @@ def graded_plan(config) -> list:
     """Layers with sets of groups of several windows and with dense groups, but for those with a sliding window."""
     layers, kinds = [], list(KINDS)
     for layer_idx in range(config.num_hidden_layers):
-        if config.is_sliding(layer_idx):
+        if config.stays_dense(layer_idx):
             layers.append([None] * config.num_groups)
         else:
             kind = kinds.pop(0)
@@ -112,7 +112,7 @@ def test_every_head_runs(family):
 def test_sliding_layers_stay_dense(family):
     base, row = shared_base(family), family_of(family)
     config = row.config_class.from_base(base.config, mosa_sparsity=4)
-    sliding = [layer for layer in range(3) if config.is_sliding(layer)]
+    sliding = [layer for layer in range(3) if config.stays_dense(layer)]
     assert sliding == [
         layer for layer, kind in enumerate(getattr(base.config, "layer_types", None) or []) if "sliding" in kind
     ]
@@ -135,7 +135,7 @@ def test_calls_in_chunks_equal_one(family, padding, budget):
     assert (rates < 1).all() and 0.2 < rates.mean() < 0.6
     assert difference(logits, logits_of(shared_base(family))) > 1e-2
     # Upstream's sliding windows count padding in the midst of a row.
-    has_sliding = any(map(model.config.is_sliding, range(3)))
+    has_sliding = any(map(model.config.stays_dense, range(3)))
     check_parity(model, "left" if has_sliding else padding)
 
 

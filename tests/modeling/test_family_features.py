@@ -199,7 +199,8 @@ def logits_with_everything(family: str) -> dict[str, torch.Tensor]:
 
 
 def test_every_family_has_cases():
-    assert FEATURES.keys() == set(FAMILIES)
+    latent = {"deepseek_v3", "glm4_moe_lite"}  # whose features `test_latent_attention` shows
+    assert FEATURES.keys() == set(FAMILIES) - latent
 
 
 @pytest.mark.parametrize(("family", "feature"), CASES)

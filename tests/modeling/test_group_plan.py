@@ -87,7 +87,7 @@ def test_plans_and_models():
     with pytest.raises(ValueError, match="groups of layer 1 sparse, but its attention has a sliding window"):
         PLAN.validate([2] * 3, [None, "its attention has a sliding window", None])
     sliding = MosaGemma2Config(**shape, mosa_window=64, mosa_sparsity=2.5)  # every other layer of Gemma 2 slides
-    dense = [layer for layer in range(3) if sliding.is_sliding(layer)]
+    dense = [layer for layer in range(3) if sliding.stays_dense(layer)]
     assert dense == [0, 2]
     assert tuple(map(sliding.groups_of_layer, range(3))) == GroupPlan.uniform(3, 2, FAR, dense).layers
 
