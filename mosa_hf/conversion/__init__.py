@@ -1,17 +1,36 @@
 """A base model becomes one with sparse groups, and learns again what that cost: what scripts may call."""
 
-from .annealing import RateAnnealing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .checkpoint import convert_checkpoint
 from .configuration import ConversionConfig
 from .convert import convert_model, to_dense
 from .default_text import default_text
-from .healing import HealingTrainer, TokenWindows, teacher_of
-from .kvzap import load_kvzap
-from .native import convert_to_native
-from .planning import Found, PlanningConfig, measured_texts, search_plan
 from .sources import Loading, find_source
 from .texts import Text, read_text
 from .windows import calibration_windows
+
+if TYPE_CHECKING:
+    from .annealing import RateAnnealing
+    from .healing import HealingTrainer, TokenWindows, teacher_of
+    from .kvzap import load_kvzap
+    from .native import convert_to_native
+    from .planning import Found, PlanningConfig, measured_texts, search_plan
+
+# What takes longer to import than a user of the package, who needs none of it, should wait.
+LATER = {
+    "RateAnnealing": "annealing",
+    "HealingTrainer": "healing",
+    "TokenWindows": "healing",
+    "teacher_of": "healing",
+    "load_kvzap": "kvzap",
+    "convert_to_native": "native",
+    "Found": "planning",
+    "PlanningConfig": "planning",
+    "measured_texts": "planning",
+    "search_plan": "planning",
+}
 
 __all__ = [
     "ConversionConfig",
@@ -35,3 +54,9 @@ __all__ = [
     "teacher_of",
     "to_dense",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATER:
+        return getattr(import_module(f".{LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
