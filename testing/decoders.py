@@ -112,19 +112,20 @@ OWN: dict[str, dict[str, Any]] = {  # by type, what the names of fields do not s
     },
     "gemma3n_text": {**SHARING, "activation_sparsity_pattern": [0.0] * 6},
     "gemma4_text": SHARING,
+    "gemma4_unified_text": {"layer_types": ["full_attention", "sliding_attention"] * 2},
     "gpt_bigcode": {"multi_query": True},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": 4, "head_dim": 4, "num_key_value_heads": 4},
-    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 # Windows of their own in all layers, which their checkpoints mostly lack.
 OWN |= dict.fromkeys(
-    ("doge", "minimax", "ministral3", "mistral", "mixtral", "moshi", "phi3", "phimoe", "starcoder2"),
+    ("doge", "minimax", "ministral3", "mistral", "mixtral", "phi3", "phi4_multimodal", "phimoe", "starcoder2"),
     {"sliding_window": None},
 )
+INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 2}
+OWN |= dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), {f"indexer_{name}": size for name, size in INDEXER.items()})
 LATENT = "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots3_note dots3_note_text glm4_moe_lite "
 LATENT += "glm_moe_dsa hy_v4 kimi_linear minicpm3 mistral4 sarvam_mla youtu"
 OWN |= dict.fromkeys(LATENT.split(), {"num_key_value_heads": HEADS})
@@ -174,7 +175,7 @@ def small_config(model_type: str, config_class: type[PreTrainedConfig] | None = 
     types, count = getattr(config, "layer_types", None), config.num_hidden_layers
     if types is None or "layer_types" not in names:
         return config
-    if any(kind.startswith(BOUNDED) for kind in types) and not {"full_attention", "hybrid"} & set(types):
+    if all(kind.startswith(BOUNDED) for kind in types) and not {"full_attention", "hybrid"} & set(types):
         kinds = [types[0], "hybrid" if types[0].startswith("hybrid") else "full_attention"]
         return config_class(**fields | {"layer_types": (kinds * count)[:count]})
     if len(types) != count:

@@ -4,6 +4,7 @@ Which decoder types of Transformers can have sparse groups, found by trying each
 """
 
 import argparse
+import re
 import textwrap
 import traceback
 from collections.abc import Iterable
@@ -36,7 +37,7 @@ Auto class; padded on the left; and converted with routers fitted to a text. "Mo
 through everything else that a model can do, beside the original: static caches, beams, prompt lookup, `crop`,
 compilation, LoRA, training, tensor parallelism where Transformers has a plan.
 
-{passed} of {decoders} decoder types pass. Layers: those that can be sparse, of the tiny model's. The others keep what
+Of {decoders} types that have a causal LM and are no model around one, {passed} pass. Layers: those that can be sparse, of the tiny model's. The others keep what
 bounds their cache already (a sliding window, a recurrent state), or share keys and values.
 
 | type | layers | more |
@@ -57,8 +58,6 @@ and a picture is refused. Prefix-LMs (PaliGemma) are refused.
 
 ## Refused, and why
 
-| type | reason |
-|---|---|
 {refused}
 """
 
@@ -91,7 +90,14 @@ def page(found: list[Findings]) -> str:
         f"| {each.model_type} | {each.layers[0]} of {each.layers[1]} | {'x' if each.model_type in more else ''} |"
         for each in passed
     ]
-    refused = [f"| {each.model_type} | {_reason(each)} |" for each in decoders if not each.passes]
+    reasons: dict[str, list[str]] = {}
+    for each in decoders:
+        if not each.passes:
+            reasons.setdefault(_reason(each), []).append(each.model_type)
+    refused = [
+        textwrap.fill(f"- {', '.join(types)}: {reason}", 119, subsequent_indent="  ", break_on_hyphens=False)
+        for reason, types in sorted(reasons.items(), key=lambda item: -len(item[1]))
+    ]
     return HEAD.format(
         version=transformers.__version__,
         torch=torch.__version__.split("+")[0],
@@ -108,7 +114,12 @@ def _reason(findings: Findings) -> str:
     """Why a type is refused, in a few words."""
     if findings.reason is None:
         return "not tested: " + "; ".join(f"{name} {what}" for name, what in findings.failed.items())[:100]
-    return findings.reason.split(": ", 1)[-1].split(". ")[0].rstrip(".").replace("|", "/")[:150]
+    return (
+        re.sub(r" \(\w+Error: (.*)", r"; \1", findings.reason.split(": ", 1)[-1])
+        .split(". ")[0]
+        .split(": ")[0]
+        .rstrip(".")
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -220,11 +220,11 @@ class SparseGroupsConfig(RoutingConfig):
 
     def num_groups_of(self, layer_idx: int) -> int:
         """Key/value groups of a layer: heads that a cache has of it."""
-        if getattr(self, "kv_lora_rank", None):  # of latent attention, whose heads share what is cached
-            return 1
-        if getattr(self, "multi_query", False):
-            return 1
         layer = self.per_layer_config[layer_idx] if self.is_heterogeneous else self
+        if getattr(layer, "kv_lora_rank", None):  # of latent attention, whose heads share what is cached
+            return 1
+        if getattr(layer, "multi_query", False):
+            return 1
         return getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads
 
     def stays_dense(self, layer_idx: int) -> bool:

@@ -41,11 +41,16 @@ HEADS = {
 # Types whose attention does more than its calls tell, and why they are refused. Conversion would find it out
 # (`conversion.exactness`), but nothing would of a model that is built from a configuration.
 REFUSED = {
+    "blt": "it has several decoders, one within the other",
     "diffllama": "its layers call the attention function twice, and subtract",
     "doge": "its attention adds a mask of its own to the scores",
     "hrm_text": "it runs its layers several times, with another layer of the cache each time",
     "jetmoe": "the query heads that read one key/value head do not stand side by side",
     "minimax": "it wants a cache of its own",
+    "musicgen": "its layers read the states of an encoder",
+    "musicgen_melody": "its layers read the states of an encoder",
+    "zamba": "its layers share one attention module",
+    "zamba2": "its layers share one attention module",
 }
 
 
