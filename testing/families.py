@@ -37,8 +37,9 @@ Auto class; padded on the left; and converted with routers fitted to a text. "Mo
 through everything else that a model can do, beside the original: static caches, beams, prompt lookup, `crop`,
 compilation, LoRA, training, tensor parallelism where Transformers has a plan.
 
-Of {decoders} types that have a causal LM and are no model around one, {passed} pass. Layers: those that can be sparse, of the tiny model's. The others keep what
-bounds their cache already (a sliding window, a recurrent state), or share keys and values.
+Of {decoders} types that have a causal LM and are no model around one, {passed} pass. Layers: those that can be sparse,
+of the tiny model's. The others keep what bounds their cache already (a sliding window, a recurrent state), or share
+keys and values.
 
 | type | layers | more |
 |---|---|---|
