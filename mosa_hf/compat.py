@@ -1,4 +1,4 @@
-"""What differs between the versions of Transformers that this package supports, 5.16 to 5.24."""
+"""What differs between the versions of Transformers that this package supports, 5.19 to 5.24."""
 
 import inspect
 from collections.abc import Callable

@@ -145,6 +145,8 @@ def tiny_base(family: str = "llama", head: str | None = "ForCausalLM", seed: int
     torch.manual_seed(seed)
     model_class = row.base_head_classes[head] if head else row.base_model_class
     model = model_class(row.base_config_class(**{**SHAPE, **FIELDS.get(family, {}), **fields}))
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation("eager")  # what older versions do not choose by themselves has no softcap
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:  # which start at 0 or 1, or nearly

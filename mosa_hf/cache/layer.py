@@ -270,7 +270,9 @@ class FirstLayer(MixedLayer):
 
 
 def _check_stores(layers: Sequence[object], tokens_to_remove: int) -> None:
-    """Raise a RuntimeError if a store of `layers` cannot forget so many tokens; upstream refuses positive numbers."""
+    """Raise a RuntimeError if a store of `layers` cannot forget so many tokens, a ValueError for a positive number."""
+    if tokens_to_remove > 0:  # which older versions take for the length that is to be left
+        raise ValueError("`crop` with a positive value is not possible: pass minus the number of tokens to take back.")
     stores = [store for layer in layers if isinstance(layer, SparseLayer) for store in layer.stores]
     if any(store.is_fixed for store in stores):
         raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")

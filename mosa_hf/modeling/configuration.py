@@ -233,7 +233,7 @@ class SparseGroupsConfig(RoutingConfig):
 
     def why_dense(self, layer_idx: int) -> str | None:
         """What keeps a layer from having sparse groups; None if nothing does."""
-        if (modes := getattr(self, "kv_sharing_modes", None)) and modes[layer_idx] is not None:
+        if self._shares_keys(layer_idx):
             return "layers share its keys and values"
         if layer_idx in (getattr(self, "cross_attention_layers", None) or ()):
             return "its attention reads pictures"
@@ -241,6 +241,17 @@ class SparseGroupsConfig(RoutingConfig):
         if "sliding" in kind or "chunked" in kind:
             return "its attention has a sliding window"
         return None if kind in GLOBAL else f"it is of type {kind!r}, not of global attention"
+
+    def _shares_keys(self, layer_idx: int) -> bool:
+        """Whether a layer reads the keys and values of an earlier one, or a later one may read this one's."""
+        if (modes := getattr(self, "kv_sharing_modes", None)) is not None:
+            return modes[layer_idx] is not None
+        if not (
+            num_shared := getattr(self, "num_kv_shared_layers", None)
+        ):  # of the last layers; before Transformers 5.21
+            return False
+        first, types = self.num_hidden_layers - num_shared, cast(Any, self).layer_types
+        return layer_idx >= first or types[layer_idx] not in types[layer_idx + 1 : first]
 
     def dense_layers(self) -> list[int]:
         """

@@ -12,6 +12,7 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     StoppingCriteria,
+    cache_utils,
     set_seed,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -29,6 +30,9 @@ STRATEGIES = {
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
     "beam_sampling": {"do_sample": True, "num_beams": 3},
 }
+HAS_FP8 = pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this version quantises by packages that are not here"
+)
 FP8 = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
 
 
@@ -374,6 +378,7 @@ def silence_dense_heads(model) -> None:
                 torch.nn.init.zeros_(groups[:, group])
 
 
+@HAS_FP8
 def test_quantised_cache_leaves_the_sparse_part_alone(form):
     """Only the dense heads' keys and values are rounded: a model whose dense heads say nothing loses nothing."""
     model, options = form.model(), {"return_dict_in_generate": True, "output_logits": True}
@@ -396,6 +401,7 @@ ALL_SPARSE = [[each or PLAN[1][0] for each in layer] for layer in PLAN]
     [native_form(num_attention_heads=0, num_key_value_heads=0), sparse_form(mosa_plan=ALL_SPARSE)],
     ids=["native", "sparse"],
 )
+@HAS_FP8
 def test_quantised_cache_of_layers_without_dense_heads(form: Form):
     """There is nothing to quantise, beams included."""
     model = form.model()
