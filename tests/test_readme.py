@@ -43,7 +43,7 @@ def test_the_first_example_runs(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(topics, "specialnames", SENTENCES[:600])  # thousands of bytes would take long
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
-    before, after = re.findall(r"^(\w+), \d+ MB:", printed, re.MULTILINE)
+    before, after = re.findall(r"^(\w+), \d+\.\d MB:", printed, re.MULTILINE)
     assert (before, after) == ("original", "converted")
 
 
