@@ -7,36 +7,13 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ConversionConfig",
-    "GroupPlan",
-    "MosaConfig",
-    "MosaForCausalLM",
-    "MosaForSequenceClassification",
-    "MosaModel",
-    "RoutingCallback",
-    "SparseGroup",
-    "cache_bytes",
-    "calibrate_thresholds",
-    "calibration_windows",
-    "convert_checkpoint",
-    "convert_model",
-    "load_cache",
-    "load_routers",
-    "save_cache",
-    "save_routers",
-    "to_dense",
-    "trace_routing",
-    "use_backend",
-]
-
 
 def __getattr__(name: str) -> Any:
     """The public names, and `MosaLlamaConfig`, `MosaLlamaForCausalLM`, ... of every decoder of Transformers."""
-    if name.startswith("__"):
+    if name.startswith("__") and name != "__all__":
         raise AttributeError(name)
     api = import_module(".api", __name__)
-    if name in __all__:
+    if name == "__all__" or name in api.__all__:
         return getattr(api, name)
     if name.startswith("Mosa"):
         return import_module(".modeling.families", __name__).class_named(name)

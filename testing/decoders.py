@@ -13,6 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mosa_hf.modeling.configuration import is_composite
+
 WIDTH, HEADS, GROUPS, HEAD_DIM, LAYERS, FFN, VOCABULARY, LENGTH = 32, 4, 2, 8, 4, 48, 256, 512
 WINDOW, EXPERTS, ACTIVE, EXPERT_FFN, STATE = 16, 4, 2, 16, 8
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
@@ -157,8 +159,7 @@ def classes_of(model_type: str) -> tuple[type[PreTrainedConfig], type[PreTrained
 
 def is_wrapper(model_type: str) -> bool:
     """Whether a type is a model around a language model."""
-    config_class, model_class = classes_of(model_type)
-    return "text_config" in (getattr(config_class, "sub_configs", None) or {})
+    return is_composite(classes_of(model_type)[0])
 
 
 def small_config(model_type: str, config_class: type[PreTrainedConfig] | None = None) -> PreTrainedConfig:

@@ -14,6 +14,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from .group_plan import GroupPlan, SparseGroup
 from .remote_code import InstalledCodeConfigMixin
 
+OF_THE_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")  # of what `to_dict` gives
 # Upstream's types of layers whose attention reads all tokens, alone or beside a recurrent part.
 GLOBAL = ("full_attention", "hybrid")
 # What `per_layer_config` of the native model may set: the rest is the whole model's.
@@ -190,10 +191,7 @@ class SparseGroupsConfig(RoutingConfig):
         Raises:
             ValueError: for a base whose config asks for attention weights that it would lose.
         """
-        values = config.to_dict()
-        for name in ("model_type", "architectures", "auto_map", "transformers_version"):
-            values.pop(name, None)
-        own = cls(**{**values, **fields})
+        own = cls(**{**fields_of(config), **fields})
         own._attn_implementation_internal = config._attn_implementation
         own._experts_implementation_internal = getattr(config, "_experts_implementation", None)
         own.name_or_path = config.name_or_path
@@ -203,11 +201,8 @@ class SparseGroupsConfig(RoutingConfig):
 
     def to_base(self) -> PreTrainedConfig:
         """The configuration of the base model: the same, without the `mosa_*` fields."""
-        base_class = next(each for each in type(self).__mro__[1:] if each.__dict__.get("model_type"))
-        values = {name: value for name, value in self.to_dict().items() if not name.startswith("mosa_")}
-        for name in ("model_type", "architectures", "auto_map", "transformers_version"):
-            values.pop(name, None)
-        base = base_class(**values)
+        values = {name: value for name, value in fields_of(self).items() if not name.startswith("mosa_")}
+        base = base_config_class(type(self))(**values)
         base._attn_implementation_internal = self._attn_implementation
         base._experts_implementation_internal = getattr(self, "_experts_implementation", None)
         base.name_or_path = self.name_or_path
@@ -233,11 +228,15 @@ class SparseGroupsConfig(RoutingConfig):
 
     def why_dense(self, layer_idx: int) -> str | None:
         """What keeps a layer from having sparse groups; None if nothing does."""
+        return self._why_dense(layer_idx, get_layer_types_and_kwargs(self)[0])
+
+    def _why_dense(self, layer_idx: int, kinds: list[str]) -> str | None:
+        """`why_dense`, of layers of these types, which take a while to find."""
         if self._shares_keys(layer_idx):
             return "layers share its keys and values"
         if layer_idx in (getattr(self, "cross_attention_layers", None) or ()):
             return "its attention reads pictures"
-        kind = get_layer_types_and_kwargs(self)[0][layer_idx]
+        kind = kinds[layer_idx]
         if "sliding" in kind or "chunked" in kind:
             return "its attention has a sliding window"
         return None if kind in GLOBAL else f"it is of type {kind!r}, not of global attention"
@@ -246,9 +245,8 @@ class SparseGroupsConfig(RoutingConfig):
         """Whether a layer reads the keys and values of an earlier one, or a later one may read this one's."""
         if (modes := getattr(self, "kv_sharing_modes", None)) is not None:
             return modes[layer_idx] is not None
-        if not (
-            num_shared := getattr(self, "num_kv_shared_layers", None)
-        ):  # of the last layers; before Transformers 5.21
+        num_shared = getattr(self, "num_kv_shared_layers", None)  # of the last layers; before Transformers 5.21
+        if not num_shared:
             return False
         first, types = self.num_hidden_layers - num_shared, cast(Any, self).layer_types
         return layer_idx >= first or types[layer_idx] not in types[layer_idx + 1 : first]
@@ -260,22 +258,33 @@ class SparseGroupsConfig(RoutingConfig):
         Raises:
             ValueError: if `layer_types` is of other layers.
         """
+        self._check_layer_types()
+        return [layer for layer, reason in enumerate(self._reasons()) if reason is not None]
+
+    def _check_layer_types(self) -> None:
+        """
+        Raises:
+            ValueError: if `layer_types` is of other layers.
+        """
         types = getattr(self, "layer_types", None)
         if types is not None and len(types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` names {len(types)} layers, but the model has {self.num_hidden_layers}: set "
                 "`config.layer_types` to those of its layers."
             )
-        return [layer for layer in range(self.num_hidden_layers) if self.stays_dense(layer)]
+
+    def _reasons(self) -> list[str | None]:
+        """`why_dense` of each layer."""
+        kinds = get_layer_types_and_kwargs(self)[0]
+        return [self._why_dense(layer, kinds) for layer in range(self.num_hidden_layers)]
 
     def check_plan(self, plan: GroupPlan) -> None:
         """
         Raises:
             ValueError: for a plan that does not fit, see `GroupPlan.validate`.
         """
-        self.dense_layers()  # what it raises
-        layers = range(self.num_hidden_layers)
-        plan.validate([self.num_groups_of(i) for i in layers], [self.why_dense(i) for i in layers])
+        self._check_layer_types()
+        plan.validate([self.num_groups_of(i) for i in range(self.num_hidden_layers)], self._reasons())
 
     def fit_layers(self) -> None:
         """
@@ -295,12 +304,17 @@ class SparseGroupsConfig(RoutingConfig):
 
     def groups_of_layer(self, layer_idx: int) -> tuple[SparseGroup | None, ...]:
         """What each key/value group of a layer is; None: dense."""
+        return self.layer_groups()[layer_idx]
+
+    def layer_groups(self) -> tuple[tuple[SparseGroup | None, ...], ...]:
+        """`groups_of_layer` of each layer."""
         if self.mosa_plan is not None:
-            return GroupPlan.from_list(self.mosa_plan).layers[layer_idx]
-        if self.stays_dense(layer_idx):
-            return (None,) * self.num_groups_of(layer_idx)
+            return GroupPlan.from_list(self.mosa_plan).layers
         group = SparseGroup(window=self.mosa_window, sparsity=self.mosa_sparsity)
-        return (group,) * self.num_groups_of(layer_idx)
+        return tuple(
+            (group if reason is None else None,) * self.num_groups_of(layer)
+            for layer, reason in enumerate(self._reasons())
+        )
 
     def has_attentions(self, layer_idx: int) -> bool:
         return not any(self.groups_of_layer(layer_idx))
@@ -338,6 +352,16 @@ class SparseGroupsConfig(RoutingConfig):
             )
         if self.mosa_plan is not None:
             self.check_plan(GroupPlan.from_list(self.mosa_plan))
+
+
+def base_config_class(config_class: type) -> type[PreTrainedConfig]:
+    """The class of Transformers that one of ours was made of."""
+    return next(each for each in config_class.__mro__[1:] if each.__dict__.get("model_type"))
+
+
+def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says, without what belongs to its class."""
+    return {name: value for name, value in config.to_dict().items() if name not in OF_THE_CLASS}
 
 
 def is_composite(config: Any) -> bool:

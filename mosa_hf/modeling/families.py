@@ -22,7 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-from .configuration import SparseGroupsConfig
+from .configuration import SparseGroupsConfig, is_composite
 from .family import FAMILIES, PREFIX, Family
 from .generation import MosaGenerationMixin
 from .layers import calls_attention_interface
@@ -131,7 +131,7 @@ def _decoder_config(model_type: str) -> type[PreTrainedConfig]:
     if model_type in REFUSED:
         raise refuse(REFUSED[model_type])
     config = CONFIG_MAPPING[model_type]
-    if "text_config" in (config.sub_configs or {}):
+    if is_composite(config):
         raise refuse(
             "it is a model around a language model, and that has the attention; `mosa_hf.convert_model` takes it whole"
         )
@@ -188,7 +188,7 @@ def class_of(name: str | Sequence[str] | None) -> type[PreTrainedModel] | None:
 def _has_config(model_class: type[PreTrainedModel], config_class: type[PreTrainedConfig]) -> bool:
     """Whether a class is one of a decoder's, not of a model around it whose config has parts."""
     own = model_class.config_class
-    return own is config_class or (own is not None and "text_config" not in (own.sub_configs or {}))
+    return own is config_class or (own is not None and not is_composite(own))
 
 
 def _is_decoder(model_class: type[PreTrainedModel]) -> bool:

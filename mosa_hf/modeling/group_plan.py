@@ -87,7 +87,7 @@ class GroupPlan:
                 f"{config.num_hidden_layers}. Where layers were taken out of a model or added to it, "
                 "`model.base_model.update_config()` writes the plan of those that it has."
             )
-        return cls(tuple(map(config.groups_of_layer, range(config.num_hidden_layers))))
+        return cls(config.layer_groups())
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "GroupPlan":

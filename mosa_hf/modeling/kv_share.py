@@ -19,11 +19,12 @@ def kv_share(config: SparseGroupsConfig, num_tokens: int, rates: Mapping[int, to
     """
     kept = []
     plan = GroupPlan.of_config(config).layers
-    for layer in _caching_layers(config):
+    for layer, kind in _caching_layers(config).items():
         groups = plan[layer]
+        dense = _dense_share(config, layer, kind, num_tokens)
         selected = iter(() if rates is None else rates[layer].tolist() if layer in rates else ())
         kept += [
-            _dense_share(config, layer, num_tokens)
+            dense
             if group is None
             else group.kept_share(num_tokens, None if rates is None else next(selected), config.mosa_cache_budget)
             for group in groups
@@ -39,9 +40,9 @@ def planned_bytes(config: SparseGroupsConfig, num_tokens: int) -> tuple[int, int
     """
     before, after = 0.0, 0.0
     plan = GroupPlan.of_config(config).layers
-    for layer in _caching_layers(config):
+    for layer, kind in _caching_layers(config).items():
         size = num_tokens * _bytes_of_a_token(config, layer)
-        dense = _dense_share(config, layer, num_tokens)
+        dense = _dense_share(config, layer, kind, num_tokens)
         kept = [
             dense if group is None else group.kept_share(num_tokens, None, config.mosa_cache_budget)
             for group in plan[layer]
@@ -51,14 +52,16 @@ def planned_bytes(config: SparseGroupsConfig, num_tokens: int) -> tuple[int, int
     return round(before), round(after)
 
 
-def _caching_layers(config: SparseGroupsConfig) -> list[int]:
-    """The layers that have keys and values of their own: no recurrent ones, nor those that read another layer's."""
-    kinds = get_layer_types_and_kwargs(config)[0]
-    return [layer for layer, kind in enumerate(kinds) if kind in GLOBAL or "sliding" in kind or "chunked" in kind]
+def _caching_layers(config: SparseGroupsConfig) -> dict[int, str]:
+    """
+    Layer → its type, of those that have keys and values of their own: no recurrent ones, nor those that read another
+    layer's.
+    """
+    kinds = enumerate(get_layer_types_and_kwargs(config)[0])
+    return {layer: kind for layer, kind in kinds if kind in GLOBAL or "sliding" in kind or "chunked" in kind}
 
 
-def _dense_share(config: SparseGroupsConfig, layer: int, num_tokens: int) -> float:
-    kind = get_layer_types_and_kwargs(config)[0][layer]
+def _dense_share(config: SparseGroupsConfig, layer: int, kind: str, num_tokens: int) -> float:
     if kind in GLOBAL:
         return 1.0
     own = config.per_layer_config[layer] if config.is_heterogeneous else config

@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from ..routing.mask import NotCausal
 from . import families
-from .configuration import SparseGroupsConfig, is_composite, sparse_config_of
+from .configuration import SparseGroupsConfig, base_config_class, fields_of, is_composite, sparse_config_of
 from .family import PREFIX, Family, family_of
 from .generation import MosaGenerationMixin
 from .remote_code import InstalledCodeConfigMixin
@@ -36,7 +36,6 @@ HEADS = {
     **families.HEADS,
 }
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that say which tokens are of a picture
-OF_THE_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")  # of what `to_dict` gives
 
 if TYPE_CHECKING:  # what the mixin relies on
     ConfigBase = PreTrainedConfig
@@ -51,7 +50,7 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
 
     def __post_init__(self, **kwargs):
         if self.text_config is None:
-            text = _base_class(type(self))().text_config
+            text = base_config_class(type(self))().text_config
             self.text_config = family_of(text.model_type).config_class.from_base(text)
         elif isinstance(self.text_config, dict):
             own = type(self).sub_configs["text_config"]
@@ -76,7 +75,7 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
 
     def to_base(self) -> PreTrainedConfig:
         """The configuration of the base model."""
-        return _with_text(_base_class(type(self)), self, self.text_config.to_base())
+        return _with_text(base_config_class(type(self)), self, self.text_config.to_base())
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -101,15 +100,10 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
             )
 
 
-def _base_class(config_class: type) -> type[PreTrainedConfig]:
-    return next(each for each in config_class.__mro__[1:] if each.__dict__.get("model_type"))
-
-
 def _with_text(config_class: type, config: PreTrainedConfig, text: PreTrainedConfig) -> Any:
     """A `config_class` of what `config` says, but for its decoder's part."""
-    values = {name: value for name, value in config.to_dict().items() if name not in OF_THE_CLASS}
     parts = {name: copy.deepcopy(getattr(config, name)) for name in config.sub_configs if name != "text_config"}
-    result = config_class(**{**values, **parts, "text_config": text})
+    result = config_class(**{**fields_of(config), **parts, "text_config": text})
     for name in ("_attn_implementation", "_experts_implementation"):
         internal = f"{name}_internal"
         setattr(result, internal, getattr(config, name, None))

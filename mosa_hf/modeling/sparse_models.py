@@ -243,15 +243,16 @@ def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) 
     and the attention modules of the layers that have any become their MoSA classes, with new routers.
     """
     decoder, config = decoder_of(model), sparse_config_of(config)
-    around = [each for each in model.modules() if isinstance(each, PreTrainedModel) and decoder in each.modules()]
+    around = _around(decoder, model)
     for each in around:
         if not isinstance(each, SparsePreTrainedMixin):  # a decoder in another model is of a family of its own
             _set_class(each, family_of(each.config.model_type.removeprefix(PREFIX)).sparse_class_of(type(each)))
     decoder = cast(SparseModelMixin, decoder)
     is_new = not any(isinstance(module, SparseGroupsMixin) for module in decoder.modules())
     if is_new:
+        plans = config.layer_groups()
         for layer, module in attention_modules(decoder).items():
-            plan = config.groups_of_layer(layer)
+            plan = plans[layer]
             if any(plan):
                 _set_class(module, sparse_attention_class(cast(Any, type(module))))
                 cast(SparseGroupsMixin, module).add_sparse_groups(config, plan)
@@ -261,6 +262,11 @@ def add_sparse_groups(model: SparsePreTrainedMixin, config: SparseGroupsConfig) 
         decoder.drops_keywords = not all(passes_keywords(each.forward) for each in (decoder.base_class, *layers))
     for each in reversed(around if is_new else around[:1]):  # from the inside out, as they are built
         each.post_init()
+
+
+def _around(decoder: PreTrainedModel, model: nn.Module) -> list[PreTrainedModel]:
+    """The decoder of a model and what wraps it, from the outside in."""
+    return [each for each in model.modules() if isinstance(each, PreTrainedModel) and decoder in each.modules()]
 
 
 def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> PreTrainedModel:
@@ -298,8 +304,7 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
                 delattr(module, name)
             _set_class(module, type(module).__bases__[-1])
             module.config = sparse_config_of(base.config)  # of the base: without fields of ours
-    around = [each for each in base.modules() if isinstance(each, PreTrainedModel) and decoder in each.modules()]
-    for each in reversed(around):
+    for each in reversed(_around(decoder, base)):
         if isinstance(each, SparsePreTrainedMixin):
             _set_class(each, each.family.base_class_of(type(each)))
         each.__dict__.pop("_keep_in_fp32_modules_strict", None)
