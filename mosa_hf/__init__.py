@@ -12,6 +12,8 @@ def __getattr__(name: str) -> Any:
     """The public names, and `MosaLlamaConfig`, `MosaLlamaForCausalLM`, ... of every decoder of Transformers."""
     if name.startswith("__") and name != "__all__":
         raise AttributeError(name)
+    if name in ("conversion", "evaluation"):  # packages with public names of their own
+        return import_module(f".{name}", __name__)
     api = import_module(".api", __name__)
     if name == "__all__" or name in api.__all__:
         return getattr(api, name)

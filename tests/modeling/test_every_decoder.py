@@ -112,6 +112,7 @@ models = {{
 }}
 for name in {names}:
     assert torch.equal(models[name]().eval()(ids, use_cache=False).logits, expected), name
+assert "mosa_hf.conversion" not in sys.modules  # what runs a model does not wait for what makes one
 """
 
 
