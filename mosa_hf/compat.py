@@ -9,12 +9,16 @@ import torch
 import transformers
 from transformers import cache_utils, modeling_utils
 from transformers.distributed import tensor_parallel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 
 # The name of a cache among the arguments of models and layers: "past_key_values" until Transformers 5.24 renamed it.
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 # What quantised layers of a cache have in common: until 5.21 there was but one kind.
 QuantizedLayer: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+
+# Until upstream refused it, "sdpa" attention left a softcap out in silence.
+SDPA_IGNORES_SOFTCAP = "softcap" not in sdpa_attention_forward.__code__.co_consts
 
 
 def takes_cache(function: Callable) -> Callable:
@@ -27,6 +31,12 @@ def takes_cache(function: Callable) -> Callable:
         return function(*args, **kwargs)
 
     return wrapper
+
+
+def supports_sdpa(model_class: type[modeling_utils.PreTrainedModel]) -> bool:
+    """Whether "sdpa" computes a family's attention: not that of Gemma 2, whatever its class says in older versions."""
+    softcap = getattr(model_class.config_class, "attn_logit_softcapping", None)  # a dataclass's default
+    return model_class._supports_sdpa and not (SDPA_IGNORES_SOFTCAP and softcap is not None)
 
 
 def dequantized_gguf() -> dict[str, Any]:

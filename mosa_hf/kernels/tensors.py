@@ -128,24 +128,24 @@ def join(*parts: KeyValues | None) -> KeyValues:
     given = [part for part in parts if part is not None]
     true = [torch.ones_like(part.position, dtype=torch.bool) for part in given]
     scores = [part.score for part in given if part.score is not None]
-
-    def cat(states: list[torch.Tensor | None], missing: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([x if x is not None else other for x, other in zip(states, missing, strict=True)], dim=2)
-
     evicted_at = None
     if any(part.evicted_at is not None for part in given):
-        evicted_at = cat(
-            [part.evicted_at for part in given], [torch.full_like(part.position, NEVER) for part in given]
-        )
+        never = [torch.full_like(part.position, NEVER) for part in given]
+        evicted_at = _cat([part.evicted_at for part in given], never)
     return KeyValues(
         torch.cat([part.key for part in given], dim=2),
         torch.cat([part.value for part in given], dim=2),
         torch.cat([part.position for part in given], dim=2),
-        cat([part.valid for part in given], true),
-        cat([part.selected for part in given], true),
+        _cat([part.valid for part in given], true),
+        _cat([part.selected for part in given], true),
         evicted_at,
         torch.cat(scores, dim=2) if len(scores) == len(given) else None,
     )
+
+
+def _cat(states: list[torch.Tensor | None], missing: list[torch.Tensor]) -> torch.Tensor:
+    """`states` [B, G, S] in one, those that are None replaced."""
+    return torch.cat([x if x is not None else other for x, other in zip(states, missing, strict=True)], dim=2)
 
 
 def gather_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

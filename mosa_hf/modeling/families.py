@@ -22,6 +22,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
+from ..compat import supports_sdpa
 from .configuration import SparseGroupsConfig, is_composite
 from .family import FAMILIES, PREFIX, Family
 from .generation import MosaGenerationMixin
@@ -88,6 +89,7 @@ def make_family(model_type: str) -> Family:
             "__module__": __name__,
             "config_class": config_class,
             "_can_record_outputs": recordable(base),
+            "_supports_sdpa": supports_sdpa(base),
         }
         CLASSES[name] = type(name, (*mixins, *more, base), attributes)
         return CLASSES[name]
