@@ -12,7 +12,7 @@ from ..conversion.publishing import check_can_publish, publish
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.group_plan import GroupPlan, check_can_plot
 from ..modeling.kv_share import planned_bytes
-from ..modeling.model_card import LENGTHS, megabytes
+from ..modeling.model_card import LENGTHS, auto_class_name, megabytes
 from .options import loading_of
 
 
@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> None:
     print(plan)
     if options.push_to_hub:
         print(f"Uploaded to {publish(destination, options.push_to_hub, options.token)}.")
-    use = "`from_pretrained(base, routers=...)`" if options.routers_only else "`AutoModelForCausalLM.from_pretrained`"
+    auto = auto_class_name(config, type(converted).__name__)
+    use = "`from_pretrained(base, routers=...)`" if options.routers_only else f"`{auto}.from_pretrained`"
     print(f"Wrote {destination}. Load it with `import mosa_hf` and {use}.")
     print(cache_line(config))
     where = f"{options.source} --routers {destination}" if options.routers_only else str(destination)

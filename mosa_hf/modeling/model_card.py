@@ -18,6 +18,7 @@ PIPELINES = {
     "ForQuestionAnswering": "question-answering",
     "ForConditionalGeneration": "image-text-to-text",
 }
+SEVERAL_TASKS = ("AutoModelForMultimodalLM", "AutoModelForPreTraining")
 LENGTHS = (4096, 32768)  # of caches whose bytes are named
 PLACE = "path of this folder"
 
@@ -65,6 +66,7 @@ def model_card(
     """
     groups, name = GroupPlan.of_config(config), Path(base_model).name
     what, base, place = "Routers" if is_routers else "Model", base_model or "the base model", place or PLACE
+    auto = auto_class_name(config, class_name)
     arguments = f'"{base}", routers="{place}"' if is_routers else f'"{place}"'
     typed = [f'"{each}"' if " " in each else each for each in (base, place)]
     return CARD.format(
@@ -74,13 +76,21 @@ def model_card(
         losses=LOSSES,
         groups=len(groups.sparse_pairs()),
         all_groups=sum(map(len, groups.layers)),
-        code=f"model = mosa_hf.{class_name}.from_pretrained({arguments})",
+        code=f"model = mosa_hf.{class_name}.from_pretrained({arguments})"
+        if is_routers
+        else f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({arguments})",
         plan=plan_in_short(config),
         measure=f"mosa-evaluate {typed[0]} --routers {typed[1]} --text FILE"
         if is_routers
         else f"mosa-evaluate {typed[1]} --text FILE",
         calibration=calibration_in_short(config),
     )
+
+
+def auto_class_name(config: SparseGroupsConfig, class_name: str) -> str:
+    """Of the Auto class that loads a model of this class; of several the one of its task."""
+    found = [auto for auto, name in config.remote_classes.items() if name == class_name]
+    return next((auto for auto in found if auto not in SEVERAL_TASKS), found[0])
 
 
 def with_measured(card: str, measured: str) -> str:
