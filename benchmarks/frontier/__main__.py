@@ -13,8 +13,7 @@ the code of kvpress read it in full and prune it once.
 Rows are appended to `frontier.jsonl` as they are measured, and a row that is there is not measured again: stop it when
 you like and run it again. `frontier.md` and `frontier.png` show them.
 
-All of it is meant to take less than half an hour on two quiet cores. It needs matplotlib; kvpress gets an environment
-of its own, in the cache of `testing/packages.py`.
+It needs matplotlib; kvpress gets an environment of its own, in the cache of `testing/packages.py`.
 """
 
 import argparse
@@ -49,14 +48,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--routers", nargs="*", default=[], type=Path, metavar="DIRECTORY", help="`save_routers`'s")
     parser.add_argument("--plan", nargs="*", default=[], type=Path, metavar="FILE", help="`GroupPlan.save`'s")
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="such as original, ours, SnapKV; all by default")
-    parser.add_argument("--slices", type=int, help="of each text")
+    parser.add_argument("--passages", type=int, help="of each text")
     parser.add_argument("--contexts", type=int, help="with facts, of each kind")
     parser.add_argument("--smoke", action="store_true", help="tiny settings, which say nothing but that it runs")
     parser.add_argument("--output", type=Path, help="directory of the results; for --smoke a temporary one")
     options = parser.parse_args(arguments)
 
     size = SMOKE if options.smoke else Size()
-    chosen = {name: value for name in ("slices", "contexts") if (value := getattr(options, name)) is not None}
+    chosen = {name: value for name in ("passages", "contexts") if (value := getattr(options, name)) is not None}
     size = replace(size, **chosen)
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or (Path(scratch) if options.smoke else Path(__file__).parent.parent / "results")

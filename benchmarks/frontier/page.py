@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from mosa_hf.atomic_write import atomic_file
 from mosa_hf.evaluation import PERPLEXITY
+from mosa_hf.evaluation.report import cell, change
 
 OMITTED = ("calibration",)  # parameters that rows have and labels do without
 
@@ -66,12 +67,13 @@ def page(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> str:
     }
     head = ["", *kinds, "prompt", *tasks]
     lines = [head, ["---", *["---:"] * len(kinds), "---", *["---:"] * len(tasks)]]
+    original = next((own for own in methods if next(iter(own.values()))["method"] == "original"), {})
     for own in methods:
         first = next(iter(own.values()))
         freed = "" if first["frees_memory"] else " (masked)"
         cells = [label(first["method"], first["parameters"])]
         cells += [f"{share(own, kind):.3f}{freed}" for kind in kinds.values()]
-        lines.append([*cells, first["prompt"]] + [_cell(task, own.get(task)) for task in tasks])
+        lines.append([*cells, first["prompt"]] + [_cell(own.get(task), original.get(task)) for task in tasks])
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
     for name in ("date", "machine"):
@@ -82,8 +84,10 @@ def page(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> str:
 
 PAGE = """# Memory against quality
 
-SmolLM2-135M-Instruct. Perplexity of the tokens that follow a context, on texts that calibration never saw. Facts:
-answers that greedy decoding gives, out of how many, and the mean log-probability of a token of the right answer.
+SmolLM2-135M-Instruct. Perplexity of the tokens that follow a context, on passages that calibration never saw
+(`testing/passages.py`); in brackets the change against the original and its standard error from passage to passage.
+Facts: answers that greedy decoding gives, out of how many, with a 95 % interval of their share, and the mean
+log-probability of a token of the right answer.
 
 KV bytes are those of live tensors at the end of what is scored, as a share of the original's at the same length; texts
 are longer than contexts with facts, so a window is a smaller share of them.
@@ -101,12 +105,13 @@ StreamingLLM in full.
 """
 
 
-def _cell(task: str, row: dict[str, Any] | None) -> str:
+def _cell(row: dict[str, Any] | None, original: dict[str, Any] | None) -> str:
+    """Of a table; a perplexity with its change against the original's, passage by passage."""
     if row is None:
         return ""
-    if task.startswith(PERPLEXITY):
-        return f"{row['perplexity']:.2f}"
-    return f"{row['right']}/{row['answers']}, {row['log_probability']:.2f}"
+    if original is not None and "losses" in row and row is not original:
+        row = row | change(original["losses"], row["losses"])
+    return cell(row)
 
 
 def draw(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> Figure:

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mosa_hf.evaluation import Score, summary
+from mosa_hf.evaluation import PERPLEXITY, Score, summary
+from mosa_hf.evaluation.report import losses
 
 from .methods import Method
 from .tasks import Suite
@@ -59,6 +60,7 @@ def make_rows(
                 "task": task,
                 "share": result["kv_bytes"] / (length * bytes_per_token),
                 **result,
+                **({"losses": losses(task, scores)} if task.startswith(PERPLEXITY) else {}),
                 "prompt": method.prompt,
                 "frees_memory": method.frees_memory,
                 "settings": suite.all_settings,

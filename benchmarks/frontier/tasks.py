@@ -9,29 +9,36 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mosa_hf.conversion import calibration_windows
-from mosa_hf.evaluation import PERPLEXITY, Sample, following, retrieval
+from mosa_hf.evaluation import Sample, retrieval, text_samples
 from testing import corpora
+from testing.passages import NUM_PASSAGES, Passage, passages
 
-TEXTS = ("debian_handbook", "python_docs")  # the first has contexts for facts too
-RUN_IN_COMMON = 12  # words in a row that a slice of text must not share with the calibration text
+RUN_IN_COMMON = 12  # words in a row that a passage must not share with the calibration text
+FACTS_IN = "documentation"  # the text that facts are strewn in
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is read. Tokens: `prompt` before `scored` ones, `context` with facts, `window` of calibration text."""
+    """
+    How much is read. Tokens: `prompt` before `scored` ones, `context` with facts, `window` of calibration text.
+
+    texts: of `testing.passages`; so many `passages` of each.
+    contexts: of each kind of facts.
+    characters: of each text that is healed on, and that facts are strewn in; None: all.
+    """
 
     prompt: int = 3072
     scored: int = 512
-    slices: int = 2  # of each text
+    texts: tuple[str, ...] = ("documentation", "code")
+    passages: int = NUM_PASSAGES
     context: int = 3000
-    contexts: int = 2  # of each kind of facts
+    contexts: int = 2
     windows: int = 12
     window: int = 1024
-    characters: int | None = None  # of each text that is measured on; None: all
+    characters: int | None = None
 
 
-SMOKE = Size(prompt=192, scored=32, slices=1, context=500, contexts=1, windows=2, window=128, characters=200_000)
+SMOKE = Size(prompt=192, scored=32, passages=1, context=500, contexts=1, windows=2, window=128, characters=200_000)
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def suites(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -
         seen: token ids `[N, T]` of the calibration text.
     """
     found = continuations_of_texts(tokenizer, seen, size)
-    text = corpora.text(TEXTS[0])[: size.characters]
+    text = corpora.text(FACTS_IN)[: size.characters]
     for make in (retrieval.needles, retrieval.key_values):
         samples = retrieval.several(make, tokenizer, text, size.context, size.contexts)
         found.append(Suite({"context": size.context, "contexts": size.contexts}, samples))
@@ -68,25 +75,46 @@ def suites(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -
 
 
 def continuations_of_texts(tokenizer: PreTrainedTokenizerBase, seen: torch.Tensor, size: Size) -> list[Suite]:
-    """Perplexity of each of `TEXTS`; see `suites`."""
+    """
+    Perplexity of passages of each of the texts; see `suites`.
+
+    Raises:
+        ValueError: if the calibration text has part of a passage.
+    """
     found = []
-    for name in TEXTS:
-        slices = unseen_slices(tokenizer, corpora.text(name)[: size.characters], seen, size)
-        settings = {"prompt": size.prompt, "scored": size.scored, "slices": len(slices)}
-        found.append(Suite(settings, [following(row, size.prompt, f"{PERPLEXITY}, {name}") for row in slices]))
+    for name in size.texts:
+        chosen = some_of(passages(name), size.passages)
+        check_unseen(chosen, tokenizer.batch_decode(seen))
+        samples = [sample_of(tokenizer, each, size.prompt, size.scored) for each in chosen]
+        settings = {"prompt": size.prompt, "scored": size.scored, "passages": [each.name for each in chosen]}
+        found.append(Suite(settings, samples))
     return found
 
 
-def unseen_slices(tokenizer: PreTrainedTokenizerBase, text: str, seen: torch.Tensor, size: Size) -> torch.Tensor:
-    """Token ids `[slices, prompt + 1 + scored]`, spread over `text`, that share no run of words with `seen` [N, T]."""
-    runs = set().union(*map(word_runs, tokenizer.batch_decode(seen)))
-    windows = calibration_windows(tokenizer, text, 8 * size.slices, size.prompt + 1 + size.scored)
-    texts = tokenizer.batch_decode(windows)
-    unseen = [row for row, words in zip(windows, texts, strict=True) if runs.isdisjoint(word_runs(words))]
-    if not unseen:
-        raise ValueError("All of the text has passages in common with the calibration text: measure on another one.")
-    num_slices = min(size.slices, len(unseen))
-    return torch.stack([unseen[int((i + 0.5) * len(unseen) / num_slices)] for i in range(num_slices)])
+def some_of(passages: list[Passage], number: int) -> list[Passage]:
+    """`number` of them, at even distances."""
+    number = min(number, len(passages))
+    return [passages[i * len(passages) // number] for i in range(number)]
+
+
+def sample_of(tokenizer: PreTrainedTokenizerBase, passage: Passage, prompt: int, scored: int) -> Sample:
+    """The beginning of a passage: `prompt` tokens, and `scored` after them, see `evaluation.text_samples`."""
+    (sample,) = text_samples(tokenizer, passage.text, passage.content, prompt, scored, slices=1)
+    return sample
+
+
+def check_unseen(passages: list[Passage], seen: list[str]) -> None:
+    """
+    Raises:
+        ValueError: naming the first passage that has a run of words in common with what was `seen`.
+    """
+    runs = set().union(*map(word_runs, seen))
+    for each in passages:
+        if not runs.isdisjoint(word_runs(each.content)):
+            raise ValueError(
+                f"Passage {each.name} of {each.text!r} has {RUN_IN_COMMON} words in a row in common with the "
+                "calibration text: calibrate on another one."
+            )
 
 
 def word_runs(text: str) -> set[tuple[str, ...]]:

@@ -91,7 +91,9 @@ def run(options: argparse.Namespace, recipe: Recipe, size: Size, output: Path, o
         measure_here(methods(work, recipe), asked, results, origin)
     except KeyboardInterrupt:
         print("Stopped. What was measured is kept; the same command goes on from there.")
-    page.write(list(results.rows.values()), output)
+    # Rows of other passages, as of an earlier version, stay in the file.
+    shown = [row for row in results.rows.values() if row["task"] == page.DIVERGENCE or asked_of(row, asked)]
+    page.write(shown, output)
     print((output / "heal.md").read_text(encoding="utf-8"))
 
 

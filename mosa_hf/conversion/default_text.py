@@ -1,21 +1,22 @@
 """
 The text that routers are fitted on where none is given: half documentation, half what programs write. It needs no
-network. The documentation is Python's own language reference, as it ships with the interpreter; the other half is
-generated here, for routers that saw prose alone lose more of what is looked up in JSON, tables and logs.
+network and is the same on every machine, so that routers are, too. The documentation is this project's own, as it was
+when it was taken; the other half is generated here, for routers that saw prose alone lose more of what is looked up in
+JSON, tables and logs.
 """
 
 import json
-import platform
 import random
 from collections.abc import Callable, Sequence
-from pydoc_data.topics import topics
+from importlib.resources import files
 from typing import TypeVar
 
 from .texts import Text
 
 SEED = 20261129
-# Of what is generated; about as many tokens as the reference has, which takes about twice the characters a token.
-GENERATED_CHARACTERS = 210_000
+PROSE = "default_prose.txt"  # beside this file; it stays as it is when the documentation changes
+# Of what is generated; about as many tokens as the prose has, which takes about twice the characters a token.
+GENERATED_CHARACTERS = 56_000
 SYLLABLES = (
     *("ba", "cor", "del", "en", "fi", "gra", "hol", "is", "jun", "kel", "lo", "mar", "nis", "or", "pel", "qua", "ri"),
     *("sol", "ta", "ul", "ven", "wes", "yar", "zim"),
@@ -48,19 +49,14 @@ Item = TypeVar("Item")
 
 
 def default_text() -> Text:
-    """
-    Two documents: the reference, and what is generated. The second is the same everywhere; the first differs between
-    versions of Python, so the text's name says which.
-    """
-    version = platform.python_version()
-    name = f"mosa_hf's default: Python {version}'s language reference, and generated JSON, CSV, logs, code and lists"
-    return Text(documents=(reference(), generated_text(GENERATED_CHARACTERS)), name=name)
+    """Two documents: the prose, and what is generated."""
+    name = "mosa_hf's default: documentation, and generated JSON, CSV, logs, code and lists"
+    return Text(documents=(prose(), generated_text(GENERATED_CHARACTERS)), name=name)
 
 
-def reference() -> str:
-    """The topics of `help()`, each once."""
-    # Keys that share a topic hold the same text: keep the first.
-    return "\n\n".join(dict.fromkeys(topics[key].strip() for key in sorted(topics)))
+def prose() -> str:
+    """Pages of this project's documentation, in Markdown."""
+    return files(__package__).joinpath(PROSE).read_text(encoding="utf-8")
 
 
 def generated_text(num_characters: int, seed: int = SEED) -> str:

@@ -102,17 +102,36 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"model": name, "task": task, **summary(task, scores)}
             row["share"] = row["kv_bytes"] / summary(task, first)["kv_bytes"]
             if task.startswith(PERPLEXITY):
-                # How much less probable a token is than to the first model, slice by slice: they share the text.
-                losses = [
-                    (ours.log_probability - own.log_probability) / own.tokens
-                    for ours, own in zip(_of(task, first), _of(task, scores), strict=True)
-                ]
-                mean = statistics.fmean(losses)
-                row["change"] = math.expm1(mean)
-                if len(losses) > 1:
-                    row["standard_error"] = math.exp(mean) * statistics.stdev(losses) / len(losses) ** 0.5
+                row |= change(losses(task, first), losses(task, scores))
             rows.append(row)
     return rows
+
+
+def losses(task: str, scores: list[Score]) -> list[float]:
+    """Mean loss of a token, of each sample of a task."""
+    return [-each.log_probability / each.tokens for each in _of(task, scores)]
+
+
+def change(before: list[float], after: list[float]) -> dict[str, float]:
+    """
+    What two models' `losses` on the same slices make of the second one's perplexity: its `change` as a share, and, of
+    several slices, the `standard_error` of that. Slices are compared one by one: what is easy or hard about a text is
+    so for both.
+    """
+    differences = [ours - own for own, ours in zip(before, after, strict=True)]
+    mean = statistics.fmean(differences)
+    found = {"change": math.expm1(mean)}
+    if len(differences) > 1:
+        found["standard_error"] = math.exp(mean) * statistics.stdev(differences) / len(differences) ** 0.5
+    return found
+
+
+def interval(right: int, answers: int) -> tuple[float, float]:
+    """Wilson's interval, of 95 %, of the share of right answers, where so many out of so many were."""
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, weight = right / answers, z * z / answers
+    centre, half = share + weight / 2, z * math.sqrt(share * (1 - share) / answers + weight / (4 * answers))
+    return max((centre - half) / (1 + weight), 0.0), min((centre + half) / (1 + weight), 1.0)
 
 
 def summary(task: str, scores: list[Score]) -> dict[str, float]:
@@ -146,16 +165,18 @@ def table(rows: list[dict[str, Any]]) -> str:
                 statistics.fmean(own[task][what] for task in kind) for what in ("length", "kv_bytes", "share")
             )
             head += [f"KV bytes, {length:.0f} tokens", *kind]
-            cells += [f"{held:,.0f} ({share:.3f})", *(_cell(own[task]) for task in kind)]
+            cells += [f"{held:,.0f} ({share:.3f})", *(cell(own[task]) for task in kind)]
         lines.append(cells)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *lines]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _cell(row: dict[str, Any]) -> str:
+def cell(row: dict[str, Any]) -> str:
+    """Of a table: perplexity and its change, or answers with their interval and the log-probability of a token."""
     if "perplexity" not in row:
-        return f"{row['right']}/{row['answers']}, {row['log_probability']:.2f}"
-    if row["change"] == 0:
+        low, high = interval(row["right"], row["answers"])
+        return f"{row['right']}/{row['answers']} ({low:.0%}–{high:.0%}), {row['log_probability']:.2f}"
+    if row.get("change", 0) == 0:
         return f"{row['perplexity']:.2f}"
     error = f" ± {row['standard_error']:.1%}" if "standard_error" in row else ""
     return f"{row['perplexity']:.2f} ({row['change']:+.1%}{error})"

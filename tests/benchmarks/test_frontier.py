@@ -1,20 +1,22 @@
 """The evaluation of memory against quality: what it measures on, what it measures again, and what it shows."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from benchmarks import demo, metrics
-from benchmarks.frontier import measuring, page, picture
+from benchmarks.frontier import measuring, page, picture, tasks
 from benchmarks.frontier.methods import Method, Models, digest_of
 from benchmarks.frontier.results import Results
-from benchmarks.frontier.tasks import Size, Suite, unseen_slices
+from benchmarks.frontier.tasks import Size, Suite, continuations_of_texts
 from benchmarks.provenance import origin_of
 from benchmarks.speed import decode
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, save_routers, trace_routing
 from mosa_hf.evaluation import CacheMemory, Continuation, Sample, following, score
+from testing.passages import Passage, cut
 from testing.tiny import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
 ORIGIN = {
@@ -32,17 +34,23 @@ def models() -> dict:
     return {"original": original, "converted": converted}
 
 
-def test_slices_share_no_run_of_words_with_what_was_seen():
-    tokenizer = text_tokenizer()
-    seen = torch.tensor([tokenizer(SENTENCES[: len(SENTENCES) // 2])["input_ids"]])
-    size = Size(prompt=900, scored=99, slices=4)
-    slices = unseen_slices(tokenizer, SENTENCES, seen, size)
-    assert 1 <= len(slices) <= 4 and slices.shape[1] == 1000
-    for text in tokenizer.batch_decode(slices):
-        assert SENTENCES.index(text) >= len(SENTENCES) // 2 - 100  # but for the first words of it
-    everything = torch.tensor([tokenizer(SENTENCES)["input_ids"]])
-    with pytest.raises(ValueError, match="in common"):
-        unseen_slices(tokenizer, SENTENCES, everything, size)
+def test_a_passage_with_words_of_what_was_seen_is_refused(monkeypatch):
+    tokenizer, halves = text_tokenizer(), (SENTENCES[: len(SENTENCES) // 2], SENTENCES[len(SENTENCES) // 2 :])
+    own = [Passage("documentation", content) for content in cut(SENTENCES.replace(". ", ".\n"), 4, 6000)]
+    monkeypatch.setattr(tasks, "passages", lambda name: own)
+    size = Size(prompt=200, scored=50, texts=("documentation",), passages=4)
+    for half, first_in_common in ((halves[0], own[0]), (halves[1], own[2])):
+        seen = torch.tensor([tokenizer(half)["input_ids"]])
+        with pytest.raises(ValueError, match=f"Passage {first_in_common.name} of 'documentation' has 12 words"):
+            continuations_of_texts(tokenizer, seen, size)
+    unseen = random_tokens(1, 100)
+    (suite,) = continuations_of_texts(tokenizer, unseen, size)
+    assert suite.settings["passages"] == [each.name for each in own]
+    for sample, each in zip(suite.samples, own, strict=True):  # their beginnings
+        assert len(sample.context) == 200 and sample.continuations[0].answers == [(1, 51)]
+        assert sample.context + sample.continuations[0].ids == tokenizer(each.content)["input_ids"][:251]
+    (fewer,) = continuations_of_texts(tokenizer, unseen, replace(size, passages=2))
+    assert fewer.samples == suite.samples[::2] and fewer.all_settings != suite.all_settings
 
 
 def test_random_selection_has_the_rates_of_the_groups_that_it_replaces(models):

@@ -9,14 +9,18 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModelForCausalLM
 
+from benchmarks.frontier import tasks
 from benchmarks.frontier.tasks import Size, word_runs
 from benchmarks.healing import __main__ as command
 from benchmarks.healing import recipe as healed
 from testing import corpora, pretrained
 from testing.markdown import unwrapped
+from testing.passages import Passage
 from testing.tiny import byte_tokenizer, tiny_base
 
-SIZE = Size(prompt=150, scored=50, slices=1, windows=2, window=60, characters=None)
+SIZE = Size(
+    prompt=150, scored=50, texts=("debian_handbook", "python_docs"), passages=1, windows=2, window=60, characters=None
+)
 RECIPE = healed.Recipe(window=5, sparsity=4, steps=4, tokens=32, save_steps=2, scored=(2,), elsewhere=(("9/4", 0.5),))
 ORIGIN = {
     "command": "python -m benchmarks.healing run",
@@ -38,6 +42,7 @@ def text_of(name: str) -> str:
 def work(tmp_path, monkeypatch):
     monkeypatch.setattr(healed, "PIECE", 300)
     monkeypatch.setattr(corpora, "text", text_of)
+    monkeypatch.setattr(tasks, "passages", lambda name: [Passage(name, text_of(name)[2000:3000])])
     monkeypatch.setattr(pretrained, "smollm2_directory", lambda: tmp_path / "base")
     tiny_base().save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")

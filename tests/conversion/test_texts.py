@@ -107,9 +107,11 @@ def test_the_default_text_is_half_generated_and_always_the_same():
     text, again = default_text(), default_text()
     assert text == again and text.sha256 == again.sha256
     documentation, generated = text.documents
-    assert "lambda" in documentation and f"Python {sys.version.split()[0]}" in text.name
-    # Of whatever Python: it takes nothing but `random()` from the standard library's generator.
-    assert hashlib.sha256(generated.encode()).hexdigest().startswith("0b728ef1d65e875a")
+    # The same on every machine: prose that is never edited, and what takes nothing but `random()` from the standard
+    # library's generator.
+    for own, digest in ((documentation, "a770b87f9cb92772"), (generated, "ff02f0d77303105a")):
+        assert hashlib.sha256(own.encode()).hexdigest().startswith(digest)
+    assert hashlib.sha256(generated_text(210_000).encode()).hexdigest().startswith("0b728ef1d65e875a")
     state = random.getstate()
     assert generated_text(1000) != generated_text(1000, seed=1) and random.getstate() == state
     for make in KINDS:

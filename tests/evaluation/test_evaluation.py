@@ -1,6 +1,7 @@
 """What models remember of a context: what is scored, what is asked, and the command that shows it."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from mosa_hf.evaluation import (
     table,
     text_samples,
 )
+from mosa_hf.evaluation.report import cell, change, interval
 from mosa_hf.modeling.router_files import write_routers
 from testing.tiny import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
 
@@ -111,6 +113,24 @@ def test_a_text_that_is_too_short_is_refused():
         retrieval.needles(byte_tokenizer(), "One sentence. Another.", 3000, seed=0)
     with pytest.raises(ValueError, match="200 tokens have no room for a sentence of the text beside the facts"):
         fact_samples(byte_tokenizer(), SENTENCES, 200, 1)
+
+
+def test_intervals():
+    """Wilson's, as Newcombe (Statistics in Medicine 17, 1998) tabulates it; and what a difference is worth."""
+    for right, answers, expected in (
+        (81, 263, (0.2553, 0.3662)),
+        (15, 148, (0.0624, 0.1605)),
+        (0, 20, (0.0, 0.1611)),
+        (1, 29, (0.0061, 0.1718)),
+    ):
+        assert interval(right, answers) == pytest.approx(expected, abs=5e-5)
+    assert interval(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
+    found = change([1.0, 3.0], [1.1, 3.3])
+    assert found["change"] == pytest.approx(math.exp(0.2) - 1)
+    assert found["standard_error"] == pytest.approx(math.exp(0.2) * 0.1)  # of the mean of 0.1 and 0.3
+    assert change([1.0], [1.0]) == {"change": 0.0}
+    assert cell({"right": 13, "answers": 24, "log_probability": -0.426}) == "13/24 (35%–72%), -0.43"
+    assert cell({"perplexity": 9.5, **found}) == "9.50 (+22.1% ± 12.2%)"
 
 
 # --- a user's texts ---
