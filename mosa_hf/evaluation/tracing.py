@@ -139,7 +139,7 @@ def trace_text(
         until = None
         if budget is not None:
             call: ForwardContext = args[1]
-            score = router.score(output[0], call.layout).transpose(1, 2)
+            score = router.score(output[0], call.layout.first).transpose(1, 2)
             position = torch.arange(logits.shape[-1], device=logits.device).expand_as(selected)
             until = evicted_at(score, position, selected, budget)
         routed[router] = selected[0].cpu(), None if until is None else until[0].cpu()

@@ -73,7 +73,7 @@ class MosaHeads(nn.Module):
         if call.router_logits is not None:  # the first ones, if checkpointing computes them again
             call.router_logits.setdefault(router, logits)
         needs_score = self.budget is not None or (cache is not None and cache.needs_score)
-        score = router.score(logits, layout) if needs_score else None
+        score = router.score(logits, layout.first) if needs_score else None
         if cache is not None:
             cache.begin(layout, [Routed(selected, score)])
         cos, sin = (x.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1) for x in position_embeddings)

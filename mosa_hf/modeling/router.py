@@ -15,7 +15,6 @@ from transformers.utils import logging
 
 from ..cache import SparseLayer
 from ..kernels.capture import is_exported
-from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .configuration import RoutingConfig
 from .forward_context import ForwardContext
@@ -115,7 +114,7 @@ class MosaRouter(nn.Module):
         Raises:
             ValueError: in an export, for what is only there to train, or for expert choice.
         """
-        logits = self._logits(hidden_states)
+        logits = self.logits(hidden_states)
         layout = call.layout.to(logits.device)
         valid, segment, first = layout.valid, layout.segment, layout.first if self.include_first else None
         if all(self.keeps_all):  # nothing to choose, whatever the thresholds are
@@ -134,18 +133,22 @@ class MosaRouter(nn.Module):
             selected, _ = choice = self._choose(logits.detach(), valid, first, segment)
         if follows:
             self._follow(logits.detach(), choice if moves else None, call)
-        threshold = call.thresholds.get(self, self.threshold)
         if self.routing == "threshold":
-            if any(self.keeps_all):
-                keeps_all = torch.tensor(self.keeps_all, device=logits.device)
-                threshold = threshold.masked_fill(keeps_all, -torch.inf)
+            threshold = self.all_kept(call.thresholds.get(self, self.threshold))
             selected = select_by_threshold(logits.detach(), threshold, valid, first)
         return logits, selected
 
-    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def all_kept(self, threshold: torch.Tensor) -> torch.Tensor:
+        """`threshold` [G], which every logit reaches in groups that select all tokens."""
+        if not any(self.keeps_all):
+            return threshold
+        return threshold.masked_fill(torch.tensor(self.keeps_all, device=threshold.device), -torch.inf)
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`[..., G]` of `hidden_states` `[..., D]`, in float32 at least."""
         if torch.is_autocast_enabled(hidden_states.device.type):
             with torch.autocast(hidden_states.device.type, enabled=False):
-                return self._logits(hidden_states)
+                return self.logits(hidden_states)
         if self.weight.dtype not in PRECISE and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"Routers have been rounded to {self.weight.dtype}, past `model.to`: tokens whose score is close to a "
@@ -246,16 +249,17 @@ class MosaRouter(nn.Module):
                 "logs the shares."
             )
 
-    def score(self, logits: torch.Tensor, layout: CallLayout) -> torch.Tensor:
+    def score(self, logits: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
         """
-        What a cache budget compares, `[B, T, G]`: logits, inf for a token that is never evicted.
+        What a cache budget compares, `[..., G]` like `logits`: these, inf for a token that is never evicted. `first`:
+        `[...]` bool, the first tokens of sequences; None: none is among these.
 
         Rounded to bfloat16: a repeated token has the same logit, and float32's last bits, which differ between a
         prefill and a single step, must not decide which of the two is evicted.
         """
         score = logits.detach().bfloat16().float()
-        if self.include_first and layout.first is not None:
-            score = score.masked_fill(layout.first.to(score.device)[..., None], torch.inf)
+        if self.include_first and first is not None:
+            score = score.masked_fill(first.to(score.device)[..., None], torch.inf)
         return score
 
 

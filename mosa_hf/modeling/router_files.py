@@ -100,19 +100,44 @@ def _with_routers(
     """`load_routers`; `hub`: how the Hub is asked for a folder, see `OF_THE_HUB`."""
     if unknown := sorted(fields.keys() - set(MOSA_FIELDS)):
         raise ValueError(f"{', '.join(unknown)}: no such field; there are {', '.join(MOSA_FIELDS)}.")
-    config_file, weights_file = (_router_file(directory, name, hub) for name in (ROUTERS_CONFIG_NAME, ROUTERS_NAME))
     if isinstance(model, SparsePreTrainedMixin):
         model = without_sparse_groups(model)
-    family = family_of(model.config.model_type)
-    settings = _read_settings(config_file, family.config_class.from_base(model.config)) | fields
-    try:
-        config = family.config_class.from_base(model.config, **settings)
-        sparse_config_of(config).check_read(fields.keys())
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"{config_file}: {error}") from error
+    config, weights_file = read_routers(family_of(model.config.model_type), model.config, directory, fields, hub)
     converted = with_sparse_groups(model, config)
     _set_router_tensors(converted, weights_file)
     return converted
+
+
+def read_routers(
+    family: Family,
+    base: PreTrainedConfig,
+    directory: str | os.PathLike,
+    fields: dict[str, Any] | None = None,
+    hub: dict[str, Any] | None = None,
+) -> tuple[Any, Path]:
+    """
+    What a folder of routers makes of a base model.
+
+    Args:
+        base: the base model's config.
+        directory, fields: see `load_routers`.
+        hub: how the Hub is asked for a folder, see `OF_THE_HUB`.
+
+    Returns:
+        the config with sparse groups, and the file with the routers' tensors.
+
+    Raises:
+        FileNotFoundError, ValueError: see `load_routers`.
+    """
+    hub, fields = hub or {}, fields or {}
+    config_file, weights_file = (_router_file(directory, name, hub) for name in (ROUTERS_CONFIG_NAME, ROUTERS_NAME))
+    settings = _read_settings(config_file, family.config_class.from_base(base)) | fields
+    try:
+        config = family.config_class.from_base(base, **settings)
+        sparse_config_of(config).check_read(fields.keys())
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"{config_file}: {error}") from error
+    return config, weights_file
 
 
 if TYPE_CHECKING:

@@ -115,7 +115,7 @@ class SparseGroupsMixin(FamilyAttention):
         follows = bool(self.mosa_gate_slope) and past_key_values is None
         logits, selected = self.mosa_router(hidden_states, mosa_context, follows=follows)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
-        score = router.score(logits, layout) if needs_score else None
+        score = router.score(logits, layout.first) if needs_score else None
         gate = self._gate(logits, selected, mosa_context)
 
         def of_set(states, columns):
