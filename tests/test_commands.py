@@ -28,6 +28,7 @@ GIVEN = {"evaluating.md": "converted", "tracing.md": "smollm2-mosa"}
 # Where commands run that are not ours, or that take long.
 ELSEWHERE = {
     "python -m benchmarks.frontier": "tests/benchmarks/test_frontier.py",
+    "python -m benchmarks.frontier.baselines": "benchmarks/frontier/measuring.py",  # which starts it, for kvpress
     "python -m benchmarks.frontier.picture": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.healing": "tests/benchmarks/test_healing.py",
     "python -m benchmarks.leak": "tests/benchmarks/test_leak.py",
