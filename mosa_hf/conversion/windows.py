@@ -62,6 +62,22 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str | 
     """Token ids of each text or chat; empty texts have none."""
     if isinstance(text, str):
         return [tokenizer(text, verbose=False)["input_ids"]]
+    texts = [each for each in _texts_or_chats(tokenizer, text) if not isinstance(each, str) or each.strip()]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    documents: list[list[int]] = []
+    for number, each in enumerate(texts, 1):
+        if not isinstance(each, str):
+            own = tokenizer.apply_chat_template(list(each), tokenize=True, return_dict=False)
+        else:
+            own = tokenizer(each, verbose=False)["input_ids"]
+            if number < len(texts) and own[-1:] != end:
+                own = own + end
+        documents.append(cast(list[int], own))
+    return documents
+
+
+def _texts_or_chats(tokenizer: PreTrainedTokenizerBase, text: Any) -> list[Any]:
+    """The items of a list of texts or chats; raises for what is none, or what the tokenizer cannot read."""
     if isinstance(text, Mapping) or not hasattr(text, "__iter__"):
         raise ValueError(f"`text` is a {type(text).__name__}; pass a text, or a list of texts or of chats.")
     texts: list[Any] = list(text)
@@ -74,18 +90,7 @@ def documents_of(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str | 
         )
     if tokenizer.chat_template is None and not all(isinstance(each, str) for each in texts):
         raise ValueError("`text` has chats, but the tokenizer has no `chat_template`: set it, or pass texts.")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    documents: list[list[int]] = []
-    texts = [each for each in texts if not isinstance(each, str) or each.strip()]
-    for number, each in enumerate(texts, 1):
-        if not isinstance(each, str):
-            own = tokenizer.apply_chat_template(list(each), tokenize=True, return_dict=False)
-        else:
-            own = tokenizer(each, verbose=False)["input_ids"]
-            if number < len(texts) and own[-1:] != end:
-                own = own + end
-        documents.append(cast(list[int], own))
-    return documents
+    return texts
 
 
 def is_chat(each: Any) -> bool:

@@ -118,14 +118,7 @@ def trace_text(
     """
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"`max_tokens` must be at least 1, got {max_tokens}.")
-    routers = dict(named_routers(model))
-    if not routers:
-        raise ValueError(f"{type(model).__name__} has no MoSA heads: there is nothing that it selects.")
-    if any(router.inference_routing != "threshold" for router in routers.values()):
-        raise ValueError(
-            "`mosa_inference_routing` is 'expert_choice', which selects from a whole text: no cache is filled by it. "
-            "Load the model with `mosa_inference_routing='threshold'`."
-        )
+    routers = _routers_by_thresholds(model)
     input_ids, pieces = _tokens(tokenizer, text, max_tokens)
     if not pieces:
         raise ValueError("`text` has no tokens.")
@@ -163,6 +156,19 @@ def trace_text(
         ]
     dense = [(layer, i) for layer, own in enumerate(plan or ()) for i, group in enumerate(own) if group is None]
     return TracedText(getattr(config, "_name_or_path", "") or type(model).__name__, pieces, groups, dense)
+
+
+def _routers_by_thresholds(model: PreTrainedModel) -> dict[str, MosaRouter]:
+    """The routers of a model by name; raises if there are none, and if they read later tokens."""
+    routers = dict(named_routers(model))
+    if not routers:
+        raise ValueError(f"{type(model).__name__} has no MoSA heads: there is nothing that it selects.")
+    if any(router.inference_routing != "threshold" for router in routers.values()):
+        raise ValueError(
+            "`mosa_inference_routing` is 'expert_choice', which selects from a whole text: no cache is filled by it. "
+            "Load the model with `mosa_inference_routing='threshold'`."
+        )
+    return routers
 
 
 _PAPERS = (SparseGroup(window=0, sparsity=1.0),)  # of the paper's heads: what a group of theirs has beside a router

@@ -146,14 +146,7 @@ class ForwardContextMixin(Decoder):
                 cannot be exported; a mask that says more than padding and packing, and whatever else would make
                 attention another than causal.
         """
-        if not getattr(self.config, "is_causal", True):
-            raise ValueError(f"`is_causal` is False, of the config or of this call. {POSSIBLE}")
-        check_options(options)
-        if not is_captured():
-            warn_of_own_implementation(self.config._attn_implementation or "sdpa")
-        check_mapped(attention_mask, bool(use_cache) or past_key_values is not None)
-        if is_exported():
-            check_export(past_key_values, use_cache)
+        self._check_arguments(attention_mask, past_key_values, use_cache, options)
         batch_size, num_tokens = tokens.shape[:2]
         masks, attention_mask = attention_mask, self._mask_of_sparse_layers(attention_mask)
         may_be_packed = masks is None and past_key_values is None and not use_cache and self.packs_by_positions
@@ -185,6 +178,23 @@ class ForwardContextMixin(Decoder):
             if past_key_values is not None:
                 note_seen(past_key_values, mask.seen)
         return ForwardContext(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
+
+    def _check_arguments(
+        self,
+        attention_mask: torch.Tensor | dict | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        """What can be refused before anything is computed of it."""
+        if not getattr(self.config, "is_causal", True):
+            raise ValueError(f"`is_causal` is False, of the config or of this call. {POSSIBLE}")
+        check_options(options)
+        if not is_captured():
+            warn_of_own_implementation(self.config._attn_implementation or "sdpa")
+        check_mapped(attention_mask, bool(use_cache) or past_key_values is not None)
+        if is_exported():
+            check_export(past_key_values, use_cache)
 
     def _mask_of_sparse_layers(self, attention_mask: torch.Tensor | Mapping | None) -> torch.Tensor | None:
         """The mask that layers with sparse groups or MoSA heads read, which have global attention."""
