@@ -2,14 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import cast
 
 from ..api import ConversionConfig
 from ..atomic_write import check_absent
 from ..conversion import find_source, read_text
 from ..conversion.checkpoint import convert_source, write_converted
 from ..conversion.publishing import check_can_publish, publish
-from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
 from ..modeling.group_plan import GroupPlan, check_can_plot
 from ..modeling.kv_share import planned_bytes
 from ..modeling.model_card import LENGTHS, auto_class_name, megabytes
@@ -41,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
         **loading,
     )
     write_converted(converted, source, destination, routers_only=options.routers_only, place=options.push_to_hub)
-    config = cast(SparseGroupsConfig, converted.config)
+    config = sparse_config_of(converted.config)
     plan = GroupPlan.of_config(config)
     if options.save_plan:
         plan.save(options.save_plan)
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     print(plan)
     if options.push_to_hub:
         print(f"Uploaded to {publish(destination, options.push_to_hub, options.token)}.")
-    auto = auto_class_name(config, type(converted).__name__)
+    auto = auto_class_name(type(converted))
     use = "`from_pretrained(base, routers=...)`" if options.routers_only else f"`{auto}.from_pretrained`"
     print(f"Wrote {destination}. Load it with `import mosa_hf` and {use}.")
     print(cache_line(config))

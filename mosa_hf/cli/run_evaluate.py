@@ -13,7 +13,13 @@ import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 import mosa_hf
 
@@ -22,6 +28,7 @@ from ..atomic_write import atomic_file
 from ..conversion import read_text
 from ..conversion.sources import CARD_NAME
 from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
+from ..modeling.configuration import is_composite
 from ..modeling.model_card import with_measured
 from ..modeling.sparse_models import SparsePreTrainedMixin
 
@@ -90,10 +97,19 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
 
 
 def load(name: str, options: argparse.Namespace, revision: str | None = None) -> PreTrainedModel:
-    where = {} if revision is None else {"revision": revision}
-    return AutoModelForCausalLM.from_pretrained(
-        name, dtype=options.dtype, device_map=options.device_map or "auto", token=options.token, **where
+    where = {"token": options.token} | ({} if revision is None else {"revision": revision})
+    auto_class = auto_class_of(name, **where)
+    return auto_class.from_pretrained(
+        name, dtype=options.dtype, device_map=options.device_map or "auto", **where
     ).eval()
+
+
+def auto_class_of(name: str, **hub: str | None) -> Any:
+    """The Auto class that loads a language model, or one of pictures and text, which reads text alone as well."""
+    config_class = type(AutoConfig.from_pretrained(name, **hub))
+    if is_composite(config_class) and config_class in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def is_adapter(folder: str) -> bool:

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
@@ -27,6 +26,7 @@ from ..modeling.fingerprint import model_fingerprint
 from ..modeling.router_files import check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
 from .healing_arguments import HealingArguments
+from .run_evaluate import auto_class_of
 
 logger = getLogger(__name__)
 
@@ -50,7 +50,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     # Routers that learn get a gradient, and thresholds that follow them.
     gate = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.99} if healing.learn == "routers" else {}
     hub = {name: value for name in ("revision", "token") if (value := getattr(healing, name)) is not None}
-    model = AutoModelForCausalLM.from_pretrained(healing.model, dtype=healing.dtype, **hub, **gate)
+    model = auto_class_of(healing.model, **hub).from_pretrained(healing.model, dtype=healing.dtype, **hub, **gate)
     check_has_sparse_groups(model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model, **hub)
     checkpoint = last_checkpoint(Path(str(training.output_dir)), about(healing, model, text), training.should_save)

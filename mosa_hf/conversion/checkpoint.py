@@ -445,7 +445,7 @@ def _write(converted: PreTrainedModel, source: Source, unfinished: Path, place: 
 def _write_card(converted: PreTrainedModel, source: Source, unfinished: Path, place: str | None) -> None:
     config = sparse_config_of(converted.config)
     base = (config.mosa_conversion or {}).get("source") or source.name
-    card = model_card(config, type(converted).__name__, base, is_routers=False, place=place)
+    card = model_card(config, type(converted), base, is_routers=False, place=place)
     (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
 
 

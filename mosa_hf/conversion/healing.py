@@ -67,10 +67,11 @@ class HealingTrainer(Trainer):
         cache_length: int = 4096,
         **kwargs,
     ):
-        if model.config.vocab_size != teacher.config.vocab_size:
+        own, others = (each.config.get_text_config(decoder=True).vocab_size for each in (model, teacher))
+        if own != others:
             raise ValueError(
-                f"`teacher` has a vocabulary of {teacher.config.vocab_size} tokens, the model of "
-                f"{model.config.vocab_size}: pass the model that it was converted from."
+                f"`teacher` has a vocabulary of {others} tokens, the model of {own}: pass the model that it was "
+                "converted from."
             )
         for name, number in (("top_k", 1 if top_k is None else top_k), ("cache_length", cache_length)):
             if number < 1:

@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..atomic_write import atomic_file
+from ..modeling.configuration import is_composite
 from ..modeling.family import family_of
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.group_plan import GroupPlan, SparseGroup
@@ -388,8 +389,13 @@ def search_plan(
         directory: for what is known so far, so that a search that was interrupted goes on.
 
     Raises:
-        ValueError: for a share that no plan meets, or the directory of another search.
+        ValueError: for a share that no plan meets, the directory of another search, or a model of pictures and text.
     """
+    if is_composite(type(model.config)):
+        raise ValueError(
+            f"Plans are searched for language models alone, and {type(model).__name__} has one within: search with a "
+            "checkpoint of that, and convert the whole by the plan that is found."
+        )
     config = family_of(model.config.model_type).config_class.from_base(model.config)
     candidates = candidate_plan(config, ConversionConfig(include_first=planning.include_first))
     calibration = calibration_ids(calibration, model.config)

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCardData
+from transformers.modeling_utils import PreTrainedModel
 
 from .configuration import SparseGroupsConfig
 from .group_plan import GroupPlan
 from .kv_share import planned_bytes
+from .remote_code import InstalledCodeConfigMixin
 
 # By the end of a class' name.
 PIPELINES = {
@@ -52,21 +54,26 @@ compares it with its original on your texts, and with `--card` writes the result
 
 
 def model_card(
-    config: SparseGroupsConfig, class_name: str, base_model: str, *, is_routers: bool, place: str | None = None
+    config: SparseGroupsConfig,
+    model_class: type[PreTrainedModel],
+    base_model: str,
+    *,
+    is_routers: bool,
+    place: str | None = None,
 ) -> str:
     """
     The text of a README.md.
 
     Args:
         config: of the model; what its conversion recorded of base and text is named.
-        class_name: of the model.
+        model_class: of the model; around a decoder, or that alone.
         base_model: name of the base model; empty if unknown.
         is_routers: whether the folder has routers alone, not the model.
         place: name on the Hub that the folder will have; None: it is a folder.
     """
     groups, name = GroupPlan.of_config(config), Path(base_model).name
     what, base, place = "Routers" if is_routers else "Model", base_model or "the base model", place or PLACE
-    auto = auto_class_name(config, class_name)
+    auto, class_name = auto_class_name(model_class), model_class.__name__
     arguments = f'"{base}", routers="{place}"' if is_routers else f'"{place}"'
     typed = [f'"{each}"' if " " in each else each for each in (base, place)]
     return CARD.format(
@@ -87,9 +94,10 @@ def model_card(
     )
 
 
-def auto_class_name(config: SparseGroupsConfig, class_name: str) -> str:
+def auto_class_name(model_class: type[PreTrainedModel]) -> str:
     """Of the Auto class that loads a model of this class; of several the one of its task."""
-    found = [auto for auto, name in config.remote_classes.items() if name == class_name]
+    classes = cast(type[InstalledCodeConfigMixin], model_class.config_class).remote_classes
+    found = [auto for auto, name in classes.items() if name == model_class.__name__]
     return next((auto for auto in found if auto not in SEVERAL_TASKS), found[0])
 
 

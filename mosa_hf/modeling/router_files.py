@@ -68,7 +68,7 @@ def write_routers(
         **{name: getattr(config, name) for name in MOSA_FIELDS},
     }
     save_file(router_tensors(model), directory / ROUTERS_NAME, metadata={"format": "pt"})
-    card = model_card(config, type(model).__name__, base_model, is_routers=True, place=place)
+    card = model_card(config, type(model), base_model, is_routers=True, place=place)
     (directory / "README.md").write_text(card, encoding="utf-8")
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     (directory / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
