@@ -4,6 +4,10 @@ Memory against quality: what is lost for how many bytes of keys and values, by c
     python -m benchmarks.frontier
     python -m benchmarks.frontier --converted DIRECTORY --routers DIRECTORY --plan FILE
     python -m benchmarks.frontier --smoke
+    python -m benchmarks.frontier --model NAME-or-folder
+
+The last is of any model, by tasks that need one which retrieves, and has options of its own (`--model NAME --help`,
+`any_model.py`). The others are of SmolLM2, the quick model, beside rivals.
 
 SmolLM2-135M-Instruct reads a context; then the log-probability of what follows it is measured on unseen texts, and
 whether facts in the context are found again (`mosa_hf/evaluation/retrieval.py`). Each method is measured as it would
@@ -28,7 +32,7 @@ from transformers import AutoTokenizer
 from testing import pretrained
 
 from ..provenance import origin_of
-from . import page
+from . import any_model, page
 from .measuring import measure_baselines, measure_here
 from .methods import Method, Models, kvpress_methods
 from .results import Results
@@ -40,6 +44,8 @@ WINDOWS = (1344, 896, 576)  # 0.375, 0.25 and 0.16 of the tokens
 
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
+    if any(word.partition("=")[0] == "--model" for word in arguments):
+        return any_model.main(arguments)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.frontier", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -77,10 +77,21 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
     """
     logits = _tokens(plan, candidates, fits, "predicted")
     least = 1 / next(fit.predicted.shape[1] for fit in fits if fit is not None)  # a token of each window
-    rates = (logits >= _threshold(plan, logits)).float().mean(1).clamp(min=least).tolist()
+    wanted = sum(1 / group.sparsity for group in plan.sparse().values())
+    rates = torch.full((len(logits),), least)
+    more = torch.ones(len(logits), dtype=torch.bool)  # that select more than the least
+    while more.any():
+        # What groups get that would select nothing, the others do without.
+        share = max((wanted - least * int((~more).sum())) / int(more.sum()), least)
+        threshold = highest_share(logits[more].view(-1, 1), [max(1 / share, 1.0)])
+        found = (logits >= threshold).float().mean(1)
+        if not (starved := more & (found < least)).any():
+            rates[more] = found[more]
+            break
+        more &= ~starved
     sparse = {
         pair: SparseGroup(group.window, max(round(1 / rate, 2), 1.0))
-        for (pair, group), rate in zip(plan.sparse().items(), rates, strict=True)
+        for (pair, group), rate in zip(plan.sparse().items(), rates.tolist(), strict=True)
     }
     return plan.with_sparse(sparse)
 
@@ -102,7 +113,7 @@ def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]
         else:
             assert fit is not None
             parts = (fit.weight[kept], fit.bias[kept], fit.predicted[..., kept], fit.importance[..., kept])
-            own.append(RouterFit(*parts))
+            own.append(RouterFit(*parts, fit.offset))
     return own
 
 

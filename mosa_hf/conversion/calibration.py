@@ -2,8 +2,8 @@
 
 The model reads a text twice. What the second reading takes from a token of the first one, relative to what else there
 is, is the token's importance; a router is fitted by ridge regression to predict it, from what the attention layer
-sees when the token comes by. Importance is that of KVzip+ (arXiv 2505.23416, normalised as in arXiv 2601.07891). It
-means the same in every group of every layer, so one threshold can serve them all.
+sees when the token comes by. Importance is that of KVzip+ (arXiv 2505.23416, normalised as in arXiv 2601.07891), on a
+scale that groups of all layers share (`layer_offsets`), so one threshold can serve them all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +22,22 @@ from ..compat import CACHE
 from ..modeling.decoder_inputs import continued, decoder_inputs, has_pictures
 from ..modeling.devices import input_device
 from ..modeling.group_plan import GroupPlan
-from ..modeling.layers import attention_modules, check_numbered, decoder_of, output_projection_of
+from ..modeling.layers import (
+    attention_modules,
+    check_numbered,
+    decoder_of,
+    layers_of,
+    num_places,
+    output_projection_of,
+)
 from ..modeling.modes import evaluating
 from .windows import calibration_ids
 
 # Least importance before the logarithm. A token below it is as good as never read; without the floor its logarithm,
 # arbitrarily far down, would dominate the squared error.
 FLOOR = 1e-9
+# By how much a layer's importance may gain on that of the median layer, before the exponential: see `layer_offsets`.
+MOST_OFFSET = 1.0
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,14 @@ class RouterFit:
     bias: [G].
     predicted: [N, T, G], what the routers say of the calibration text.
     importance: [N, T, G], what they should have said, before the logarithm.
+    offset: what of `layer_offsets` is in the logarithms of all these.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
     predicted: torch.Tensor
     importance: torch.Tensor
+    offset: torch.Tensor
 
 
 class _Regression:
@@ -124,6 +135,23 @@ def importance(
     return (strongest * squared.clamp_min(0).sqrt()).amax(1).T
 
 
+def layer_offsets(log_ratios: torch.Tensor) -> torch.Tensor:
+    """
+    What is added to the logarithm of importance before groups of different layers are compared, `[L]`.
+
+    KVzip+ divides by the norm of what the attention module receives, which is normalised: what a layer adds to a
+    residual that has grown counts as much as if it had not. The ratio of the two norms says how much less it is. No
+    ratio counts below the median layer's: the last layers, whose residual is by far the largest, would keep next to
+    nothing, which costs perplexity and wins no retrieval. And none counts more than `MOST_OFFSET` above it: the first
+    layer reads embeddings, which are tiny in some models, and would take what all others need.
+
+    Args:
+        log_ratios: `[L]`, mean of log(‖attention input‖ / ‖layer input‖) over the tokens, of each layer.
+    """
+    median = log_ratios.quantile(0.5)
+    return log_ratios.clamp(median, median + MOST_OFFSET)
+
+
 def output_gram(projection: nn.Module, num_heads: int, head_dim: int, like: torch.Tensor) -> torch.Tensor:
     """
     W_O times its transpose for each head, `[H, d, d]` float32, of an output projection of whatever kind: it is asked
@@ -155,6 +183,40 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _layer_ratios(decoder: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]:
+    """
+    Place of a layer → mean of log(‖attention input‖ / ‖layer input‖) over all tokens that are read meanwhile, of every
+    layer with attention, sparse or not. It is there at the end.
+    """
+    layers, modules = layers_of(decoder), attention_modules(decoder)
+    assert layers is not None
+    in_each = num_places(decoder) // len(layers)
+    total, count = {place: torch.zeros(2) for place in modules}, dict.fromkeys(modules, 0)
+
+    def hook(place, row):
+        def call(module, args, kwargs):
+            states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            norm = states.detach().float().norm(dim=-1)
+            norm = norm.masked_fill(norm == 0, 1)  # padding's embedding
+            total[place][row] += norm.log().mean().cpu() * norm.shape[-1]
+            count[place] += row * norm.shape[-1]
+
+        return call
+
+    handles = []
+    for place, module in modules.items():
+        for row, each in enumerate((layers[place // in_each], module)):
+            handles.append(each.register_forward_pre_hook(hook(place, row), with_kwargs=True))
+    ratios: dict[int, torch.Tensor] = {}
+    try:
+        yield ratios
+    finally:
+        for handle in handles:
+            handle.remove()
+    ratios |= {place: (own[1] - own[0]) / max(count[place], 1) for place, own in total.items()}
 
 
 @contextmanager
@@ -276,7 +338,7 @@ def fit_routers(
     with progress, frozen(decoder):
         implementation = decoder.config._attn_implementation
         decoder.set_attn_implementation("eager")
-        with _hooks(modules, add):
+        with _hooks(modules, add), _layer_ratios(decoder) as ratios:
             for reading, num_tokens in zip(readings, lengths, strict=True):  # the latter is read by `add`
                 cache = DynamicCache(config=config)
                 for inputs in (reading, continued(reading, num_tokens)):
@@ -302,8 +364,12 @@ def fit_routers(
                 progress.update()
 
     fits: list[RouterFit | None] = [None] * len(plan.layers)
+    offsets = layer_offsets(torch.stack(list(ratios.values())))
+    offset_of = dict(zip(ratios, offsets, strict=True))
     for layer, (weight, bias), own, z in zip(layers, solved, regressions, predicted, strict=True):
-        fits[layer] = RouterFit(weight, bias, _by_window(z, lengths), _by_window(own.importance, lengths))
+        offset = offset_of[layer]
+        measured = _by_window(own.importance * offset.exp(), lengths)
+        fits[layer] = RouterFit(weight, bias + offset, _by_window(z + offset, lengths), measured, offset)
     return fits
 
 

@@ -21,7 +21,7 @@ def text_samples(
     """
     if min(context, scored, slices) < 1:
         raise ValueError(f"`context`, `scored` and `slices` must be at least 1, got {context}, {scored}, {slices}.")
-    start = _start(tokenizer)
+    start = start_of(tokenizer)
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     length = context + 1 + scored - len(start)
     if len(ids) < length:
@@ -42,7 +42,7 @@ def fact_samples(tokenizer: PreTrainedTokenizerBase, text: str, context: int, co
     Raises:
         ValueError: for a text that is too short, and for contexts with no room for it beside the facts.
     """
-    start = _start(tokenizer)
+    start = start_of(tokenizer)
     return [
         Sample(start + sample.context, sample.continuations)
         for make in (retrieval.needles, retrieval.key_values)
@@ -50,7 +50,7 @@ def fact_samples(tokenizer: PreTrainedTokenizerBase, text: str, context: int, co
     ]
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text: some models are lost without it."""
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if ids[0] == tokenizer.bos_token_id else []

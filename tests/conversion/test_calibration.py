@@ -1,6 +1,7 @@
 """Routers and thresholds from text: against a slow transcription of the definition, and what is left behind."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mosa_hf import ConversionConfig, GroupPlan, calibrate_thresholds, convert_model
 from mosa_hf.conversion.allocation import choose_groups, mean_losses, one_threshold
-from mosa_hf.conversion.calibration import FLOOR, fit_routers
+from mosa_hf.conversion.calibration import FLOOR, fit_routers, layer_offsets
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.thresholds import highest_share
 from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
@@ -90,6 +91,46 @@ def slow_fit(model, input_ids, layer, group, include_first):
     return torch.stack(found), weight, bias, torch.stack([rows @ weight + bias for rows in features])
 
 
+def slow_offsets(model, input_ids):
+    """What log importance gets before layers are compared, in layers' order; float64."""
+    ratios = torch.zeros(len(model.model.layers), dtype=torch.float64)
+    for row in input_ids:
+        twice = torch.cat((row, row))[None]
+        received = model(twice, output_hidden_states=True).hidden_states  # by each layer, in order
+        for layer, module in enumerate(model.model.layers):
+            normalised = module.input_layernorm(received[layer])[0].double()
+            for own, before in zip(normalised, received[layer][0].double(), strict=True):
+                ratios[layer] += (own.norm() / before.norm()).log() / twice.numel() / len(input_ids)
+    middle = ratios.sort().values[[(len(ratios) - 1) // 2, len(ratios) // 2]].mean()
+    return ratios, torch.stack([min(max(ratio, middle), middle + 1) for ratio in ratios])
+
+
+def test_offsets_lie_between_the_median_layers_and_one_above():
+    """Of Qwen2.5-Coder-0.5B, three layers; of gemma-3-270m, whose embeddings are tiny; of an even number of layers."""
+    for ratios, expected in (
+        ([1.77, 0.77, -0.57], [1.77, 0.77, 0.77]),
+        ([2.78, -4.10, -6.31], [-3.10, -4.10, -4.10]),
+        ([0.0, 3.0, 1.0, 2.0], [1.5, 2.5, 1.5, 2.0]),
+    ):
+        torch.testing.assert_close(layer_offsets(torch.tensor(ratios)), torch.tensor(expected))
+
+
+@torch.no_grad()
+def test_layers_are_compared_on_the_scale_of_their_residual(model, input_ids):
+    """A layer whose input is a hundred times as large, and normalised to the same, has less to say about it."""
+    before = fit_routers(model, input_ids, ALIKE, ridge=RIDGE)
+    model.model.layers[0].mlp.down_proj.weight *= 100  # what the second layer receives; its attention hardly sees it
+    after = fit_routers(model, input_ids, ALIKE, ridge=RIDGE)
+    gap_before, gap_after = (float(fits[0].offset - fits[1].offset) for fits in (before, after))
+    ratios, offsets = slow_offsets(model, input_ids)
+    assert gap_after == pytest.approx(float(offsets[0] - offsets[1]), abs=1e-4) and gap_after >= gap_before
+    assert gap_after == 1 < float(ratios[0] - ratios[1]) / 2  # between the median's and one above
+    normalised = [replace(fit, predicted=fit.predicted - fit.offset) for fit in after]
+    plans = (one_threshold(ALIKE, ALIKE, fits) for fits in (normalised, after))
+    shares = [sum(1 / kind.sparsity for kind in plan.layers[0]) for plan in plans]
+    assert shares[1] > 1.1 * shares[0]
+
+
 @pytest.mark.parametrize("include_first, plan", [(True, MIXED), (False, ALIKE)])
 @torch.no_grad()
 def test_matches_the_definition(model, input_ids, include_first, plan):
@@ -98,11 +139,15 @@ def test_matches_the_definition(model, input_ids, include_first, plan):
     )  # not part of what a value writes
     fits = fit_routers(model, input_ids[:2], plan, include_first=include_first, ridge=RIDGE)
     assert len(fits) == 2
+    _, offsets = slow_offsets(model, input_ids[:2])
     for layer, (fit, groups) in enumerate(zip(fits, plan.layers, strict=True)):
         sparse = [group for group in range(2) if groups[group] is not None]
         assert fit.weight.shape == (len(sparse), 48) and fit.importance.shape == (2, LENGTH, len(sparse))
         for i, group in enumerate(sparse):
             importance, weight, bias, predicted = slow_fit(model, input_ids[:2], layer, group, include_first)
+            offset = offsets[layer]
+            importance, bias, predicted = importance * offset.exp(), bias + offset, predicted + offset
+            torch.testing.assert_close(fit.offset.double(), offset, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(fit.importance[..., i].double(), importance, rtol=1e-3, atol=1e-7)
             torch.testing.assert_close(fit.weight[i].double(), weight, rtol=1e-2, atol=1e-3)
             torch.testing.assert_close(fit.bias[i].double(), bias, rtol=1e-2, atol=1e-2)
@@ -146,6 +191,16 @@ def test_one_threshold_serves_all_groups(model, input_ids):
     torch.testing.assert_close(torch.tensor(rates), (logits >= threshold).float().mean(0), rtol=0.02, atol=1 / LENGTH)
     everything = GroupPlan.uniform(2, 2, SparseGroup(8, 1))
     assert one_threshold(everything, ALIKE, fits) == everything
+
+
+def test_what_groups_get_that_would_select_nothing_the_others_do_without(model, input_ids):
+    fits = fit_routers(model, input_ids, ALIKE)
+    fits[1].predicted[...] -= 100.0
+    rates = torch.tensor(
+        [[1 / kind.sparsity for kind in groups] for groups in one_threshold(ALIKE, ALIKE, fits).layers]
+    )
+    torch.testing.assert_close(rates[1], torch.full((2,), 1 / LENGTH), rtol=1e-3, atol=0)  # a token of each window
+    assert float(rates.sum()) / 4 == pytest.approx(1 / FEW.sparsity, rel=0.03)
 
 
 def test_groups_that_lose_less_come_first(model, input_ids):

@@ -153,14 +153,21 @@ def unequal_base():
     return model
 
 
-def searched(directory=None, planning=SEARCH):
+def searched(directory=None, planning=SEARCH, fits=None):
     texts = random_tokens(3, 2 * TOKENS, seed=5)
-    return search_plan(unequal_base(), planning, random_tokens(6, 96), texts, directory=directory)
+    return search_plan(unequal_base(), planning, random_tokens(6, 96), texts, fits=fits, directory=directory)
+
+
+def misleading_fits():
+    """Routers of the model's groups that compare layers on a wrong scale, which a search has to find out."""
+    fits = fit_routers(unequal_base(), random_tokens(6, 96), GroupPlan.uniform(4, 2, SparseGroup(8, 4)))
+    return [replace(fit, predicted=fit.predicted - fit.offset) for fit in fits]
 
 
 def test_search_beats_the_best_uniform_plan():
     """At the same bytes, also on texts that it never saw, and as conversion makes the model."""
-    found = searched()
+    found = searched(fits=misleading_fits())
+    assert searched(planning=replace(SEARCH, rounds=0)).divergence < 0.5 * found.uniform_divergence  # the right scale
     assert 0.39 < found.share <= 0.4
     assert found.divergence < 0.8 * found.uniform_divergence
     assert len({kind.window for groups in found.uniform.layers for kind in groups}) == 1

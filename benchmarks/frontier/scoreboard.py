@@ -1,0 +1,158 @@
+"""The lines that `any_model.py` measured, as a table and a picture."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mosa_hf.atomic_write import atomic_file
+from mosa_hf.evaluation.report import cell, change, interval
+
+TELLS_APART = ("base", "method", "parameters", "task", "length", "index", "questions")
+
+
+def key(line: dict[str, Any]) -> str:
+    """What tells a line from others."""
+    return json.dumps([line[name] for name in TELLS_APART], sort_keys=True)
+
+
+def lines(path: Path) -> dict[str, dict[str, Any]]:
+    """Of a file that may not exist yet; the last one may be half, of a run that was killed."""
+    found = {}
+    whole = path.read_text(encoding="utf-8") if path.exists() else ""
+    if whole and not whole.endswith("\n"):
+        whole = whole[: whole.rfind("\n") + 1]
+        with atomic_file(path) as unfinished:
+            unfinished.write_text(whole, encoding="utf-8")
+    for line in map(json.loads, whole.splitlines()):
+        found[key(line)] = line
+    return found
+
+
+def write(path: Path, name: str) -> str:
+    """The table beside a file of lines, and the picture; returns the former."""
+    found = list(lines(path).values())
+    if not found:
+        return "Nothing is measured yet."
+    text = page(found, name, path.with_suffix(".png").name)
+    with atomic_file(path.with_suffix(".md")) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    with atomic_file(path.with_suffix(".png")) as unfinished:
+        draw(found).savefig(unfinished, format="png", dpi=110)
+    return text
+
+
+def label(line: dict[str, Any]) -> str:
+    given = line["parameters"]
+    settings = f", window {given['window']}, sparsity {given['sparsity']:g}" if "window" in given else ""
+    return line["method"] + settings
+
+
+def cells(found: list[dict[str, Any]], length: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """
+    Label → task → what `report.cell` shows, at one length: answers, or a perplexity with its change against the
+    original's on the passages that both have read. And under "KV bytes" the `share` of the original's, on average.
+    """
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in found:
+        if line["length"] == length:
+            grouped.setdefault((label(line), line["task"]), []).append(line)
+    original = {
+        (line["task"], line["index"]): line
+        for line in found
+        if line["length"] == length and line["method"] == "original"
+    }
+    shares: dict[str, list[float]] = {}
+    for (name, task), own in grouped.items():
+        if "loss" in own[0]:
+            losses = [line["loss"] for line in own]
+            row = {"perplexity": math.exp(sum(losses) / len(losses)), "passages": len(losses)}
+            if own[0]["method"] != "original":
+                row |= change([original[task, line["index"]]["loss"] for line in own], losses)
+        else:
+            answers = [answer for line in own for answer in line["answers"]]
+            row = {
+                "right": sum(answer["found"] for answer in answers),
+                "answers": sum(answer["of"] for answer in answers),
+                "log_probability": sum(answer["log_probability"] for answer in answers)
+                / sum(answer["tokens"] for answer in answers),
+            }
+        table.setdefault(name, {})[task] = row
+        shares.setdefault(name, []).extend(
+            line["kv_bytes"] / original[task, line["index"]]["kv_bytes"] for line in own
+        )
+    for name, own_shares in shares.items():
+        table[name]["KV bytes"] = {"share": sum(own_shares) / len(own_shares)}
+    return table
+
+
+def page(found: list[dict[str, Any]], name: str, picture: str) -> str:
+    """Markdown."""
+    parts = []
+    for length in sorted({line["length"] for line in found}):
+        table = cells(found, length)
+        tasks = list(dict.fromkeys(task for own in table.values() for task in own if task != "KV bytes"))
+        rows = [["", "KV bytes", *tasks], ["---", *["---:"] * (len(tasks) + 1)]]
+        for own_name, own in table.items():
+            shown = [cell(own[task]) if task in own else "" for task in tasks]
+            rows.append([own_name, f"{own['KV bytes']['share']:.3f}", *shown])
+        numbers = [row["passages"] for own in table.values() for row in own.values() if "passages" in row]
+        drawn = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        few = f"\nPassages of each text: {min(numbers)} to {max(numbers)}.\n" if numbers else ""
+        parts.append(f"## {length} tokens\n\n{drawn}\n{few}")
+    about = [f"`{command}`" for command in sorted({line["command"] for line in found})]
+    about += ["; ".join(sorted({line[what] for line in found})) for what in ("date", "machine")]
+    versions = sorted({f"{package} {version}" for line in found for package, version in line["versions"].items()})
+    return PAGE.format(
+        name=name,
+        about="\n".join(f"- {each}" for each in [*about, ", ".join(versions)]),
+        tables="\n".join(parts),
+        picture=picture,
+    )
+
+
+PAGE = """# Memory against quality: {name}
+
+Six tasks after the templates of RULER, by a generator of our own: references that greedy decoding gives, out of how
+many, with a 95 % interval of their share (which takes answers about one context for independent), and the mean
+log-probability of a token of the right answer. Perplexity of 512 tokens of passages that calibration never saw; in
+brackets the change against the original and its standard error from passage to passage. KV bytes are those of live
+tensors, as a share of the original's after the same tokens, on average. "sink + window" keeps the first token and a
+window of as many bytes as the first conversion takes of each context. The prompt is read as sparsely as all else.
+
+{about}
+
+{tables}
+![Answers and their intervals]({picture})
+"""
+
+
+def draw(found: list[dict[str, Any]]) -> Figure:
+    """Of each length: the share of right answers of each task, with intervals, a mark for each method."""
+    lengths = sorted({line["length"] for line in found})
+    figure = Figure(figsize=(7.5, 3.2 * len(lengths)), layout="constrained")
+    for axes, length in zip(figure.subplots(len(lengths), 1, squeeze=False)[:, 0], lengths, strict=True):
+        table = cells(found, length)
+        tasks = list(dict.fromkeys(task for own in table.values() for task, row in own.items() if "answers" in row))
+        for i, (name, own) in enumerate(table.items()):
+            rows = [(place, own[task]) for place, task in enumerate(tasks) if task in own]
+            shares = [row["right"] / row["answers"] for _, row in rows]
+            bounds = [interval(row["right"], row["answers"]) for _, row in rows]
+            errors = [
+                [max(share - low, 0) for share, (low, _) in zip(shares, bounds, strict=True)],
+                [max(high - share, 0) for share, (_, high) in zip(shares, bounds, strict=True)],
+            ]
+            places = [place + 0.15 * (i - (len(table) - 1) / 2) for place, _ in rows]
+            named = f"{name} ({own['KV bytes']['share']:.2f} of the bytes)"
+            marks = {"fmt": "os^Dv"[i % 5], "markersize": 5, "capsize": 2, "label": named}
+            if rows:
+                axes.errorbar(places, shares, yerr=errors, **marks)
+        axes.set(title=f"{length} tokens", ylim=(-0.03, 1.03), xlim=(-0.6, max(len(tasks), 1) - 0.4))
+        axes.set_xticks(range(len(tasks)), tasks, fontsize=8)
+        axes.grid(alpha=0.3)
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[0].legend(fontsize=7)
+    return figure

@@ -1,0 +1,157 @@
+"""The evaluation of any model: what its contexts hold, what counts as an answer, that it goes on, what it shows."""
+
+import json
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks.frontier import __main__ as command
+from benchmarks.frontier import any_model, ruler, scoreboard
+from benchmarks.frontier.asking import ask
+from mosa_hf.evaluation import filled_cache
+from testing.passages import Passage
+from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
+
+
+def of_a_needle(context: str, prompt: str) -> list[str]:
+    """What the only needle with the key says."""
+    (key,) = set(re.findall(r"for (\S+) mentioned", prompt))
+    return re.findall(rf"One of the special magic \w+ for {key} is: (\S+)\.", context)
+
+
+def of_a_value(context: str, prompt: str) -> list[str]:
+    """All variables that lead to the value, wherever they stand."""
+    (value,) = set(re.findall(r"the value (\d+)", prompt))
+    said = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)", context))
+
+    def value_of(name):
+        return value_of(said[name]) if name in said else name
+
+    return [name for name in said if value_of(name) == value]
+
+
+def most_common(words: list[str], number: int) -> list[str]:
+    counted = Counter(words).most_common(number + 1)
+    assert counted[number - 1][1] > counted[number][1]  # there is no doubt about it
+    return [word for word, _ in counted[:number]]
+
+
+RIGHT = {
+    **dict.fromkeys(("niah_single_1", "niah_multikey_2", "niah_multikey_3"), of_a_needle),
+    "vt": of_a_value,
+    "cwe": lambda context, prompt: most_common(re.findall(r"\d+\. (\w+)", context), 10),
+    "fwe": lambda context, prompt: most_common(re.findall(r"\b[a-z]{6}\b", context.partition("words. ")[2]), 3),
+}
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_contexts_hold_what_is_asked(task):
+    tokenizer, length = text_tokenizer(), 6000
+    reading = ruler.reading(tokenizer, task, length, 0, 4)
+    longest = max(len(each.prompt) + each.max_new_tokens for each in reading.questions)
+    assert 0.9 * length < len(reading.context) + longest <= length
+    assert reading == ruler.reading(tokenizer, task, length, 0, 4) != ruler.reading(tokenizer, task, length, 1, 4)
+    assert len(reading.questions) == (1 if task in ("cwe", "fwe") else 4)
+    context = tokenizer.decode(reading.context)
+    for each in reading.questions:
+        answer, prompt = tokenizer.decode(each.answer), tokenizer.decode(each.prompt)
+        assert all(reference in answer for reference in each.references)
+        assert not any(reference in prompt for reference in each.references)  # nothing is found by repeating
+        assert sorted(each.references) == sorted(RIGHT[task](context, prompt))
+
+
+def test_what_a_length_has_no_room_for():
+    with pytest.raises(ValueError, match="300 tokens have no room for what cwe asks"):
+        ruler.reading(byte_tokenizer(), "cwe", 300, 0, 1)
+
+
+def test_answers_are_those_of_greedy_decoding():
+    model, tokenizer, context = tiny_base(vocab_size=256), byte_tokenizer(), random_tokens(1, 40, seed=2)
+    model.generation_config.eos_token_id = None
+    prompt = [5, 6, 7]
+    decoded = model.generate(torch.cat([context, torch.tensor([prompt])], 1), max_new_tokens=12, do_sample=False)
+    decoded = decoded[0, 43:].tolist()
+    cache = filled_cache(model, context)
+    wrong = [(decoded[0] + 1) % 256, *decoded[1:4]]
+
+    def question(answer, references, most):
+        return ruler.Question(prompt, answer, references, most)
+
+    early, late = (tokenizer.decode(part) for part in (decoded[:4], decoded[6:12]))
+    right = ask(model, tokenizer, cache, question(decoded[:4], (early,), 12))
+    assert (right.found, right.of, right.tokens) == (1, 1, 4)
+    with torch.no_grad():
+        ids = torch.cat([context, torch.tensor([prompt + decoded[:4]])], 1)
+        expected = model(ids, use_cache=False).logits[0, 42:46].log_softmax(-1)[range(4), decoded[:4]].sum()
+    assert right.log_probability == pytest.approx(float(expected), abs=1e-4)
+    # Not what was expected, but with some of the references in it, later on.
+    some = ask(model, tokenizer, cache, question(wrong, (late, "not in it"), 12))
+    assert (some.found, some.of) == (1, 2) and some.log_probability < right.log_probability
+    assert late not in tokenizer.decode(decoded[:11])
+    assert ask(model, tokenizer, cache, question(wrong, (late,), 11)).found == 0
+    model.generation_config.eos_token_id = decoded[11]  # what comes after the end is no answer
+    assert ask(model, tokenizer, cache, question(wrong, (late,), 12)).found == 0
+    assert cache.get_seq_length() == 40
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch) -> list[str]:
+    """Of a tiny model, by the command."""
+    monkeypatch.setenv("MOSA_HF_CACHE", str(tmp_path / "cache"))
+    own = [Passage("code", SENTENCES[i * 900 :][:2000]) for i in range(2)]
+    monkeypatch.setattr(any_model, "passages", lambda name: own)
+    monkeypatch.setattr(any_model, "NAMES", {"code": "one two"})
+    monkeypatch.setattr(any_model, "PROMPTS", {1500: 300})
+    monkeypatch.setattr(any_model, "SCORED", 40)
+    tiny_base(vocab_size=256, max_position_embeddings=2048).save_pretrained(tmp_path / "tiny")
+    byte_tokenizer().save_pretrained(tmp_path / "tiny")
+    where = ["--model", str(tmp_path / "tiny"), "--output", str(tmp_path), "--lengths", "1500", "4096"]
+    asked = ["--tasks", "niah_single_1", "code", "--contexts", "2", "--questions", "2"]
+    return [*where, "--ours", "64/8", "512/8", *asked]
+
+
+def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch, capsys):
+    board, read = tmp_path / "frontier-tiny.jsonl", []
+    original = any_model.Asked.read_by
+
+    def stopping(self, tokenizer, model):
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        read.append((self.task, self.index))
+        return original(self, tokenizer, model)
+
+    def counting(self, tokenizer, model):
+        read.append((self.task, self.index))
+        return original(self, tokenizer, model)
+
+    monkeypatch.setattr(any_model.Asked, "read_by", stopping)
+    command.main(options)
+    assert "Left out, since the model reads 2048 tokens at most: 4096" in capsys.readouterr().out
+    # Both kinds come before the second of one; each is read by all methods.
+    assert read == [("niah_single_1", 0)] * 4 + [("code", 0)] * 2
+    half = board.read_text()
+    assert len(half.splitlines()) == 6
+    board.write_text(half + half.splitlines()[0][:50])  # killed while it wrote
+    monkeypatch.setattr(any_model.Asked, "read_by", counting)
+    command.main(options)
+    assert len(read) == 16 and board.read_text().startswith(half)
+    rows = [json.loads(line) for line in board.read_text().splitlines()]
+    assert len(rows) == 16 == len(scoreboard.lines(board))
+    command.main(options)
+    assert len(read) == 16  # all of it is there
+
+    methods = ("original", "ours", "sink + window", "default")
+    originals, ours, windows, defaults = ([row for row in rows if row["method"] == each] for each in methods)
+    assert len(originals) == len(ours) == len(windows) == len(defaults) == 4
+    assert all(row["command"].startswith("python -m benchmarks.frontier") for row in rows)
+    for row, own in zip(windows, ours, strict=True):  # as many bytes as the first conversion, on the same contexts
+        assert row["digest"] == own["digest"] and row["kv_bytes"] == pytest.approx(own["kv_bytes"], rel=0.15)
+    page = board.with_suffix(".md").read_text()
+    table = [line for line in page.splitlines() if line.startswith("|")]
+    assert table[0] == "|  | KV bytes | niah_single_1 | code |" and len(table) == 6
+    assert table[2].startswith("| original | 1.000 | ") and "/4 (" in table[2]
+    assert table[3].startswith("| ours, window 64, sparsity 8 | 0.") and "±" in table[3]
+    assert "Passages of each text: 2 to 2." in page and str(tmp_path) not in page
+    assert board.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
