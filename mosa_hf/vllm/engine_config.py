@@ -16,7 +16,6 @@ from .spec import Reserve
 
 CONNECTOR, CONNECTOR_MODULE = "ArenaConnector", "mosa_hf.vllm.feedback"
 ROUTERS = "mosa_routers"  # of `--hf-overrides`: the folder of routers for a base model
-ATTENTION_OP = "vllm::mosa_attention"
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,6 @@ class ConvertedConfig(VerifyAndUpdateConfig):
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR, kv_connector_module_path=CONNECTOR_MODULE, kv_role="kv_both"
         )
-        compilation = vllm_config.compilation_config
-        if vllm_config.device_config.device_type != "cpu" and compilation.splitting_ops is None:
-            # CUDA graphs hold what is between attention layers.
-            compilation.splitting_ops = [*compilation._attention_ops, ATTENTION_OP]
 
 
 def check(vllm_config: VllmConfig) -> None:

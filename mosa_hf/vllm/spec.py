@@ -32,6 +32,10 @@ class GroupShape:
         """Entries of a request of `num_tokens` tokens, if it selects all of them."""
         return num_tokens if self.most is None else min(num_tokens, self.most)
 
+    def least_of(self, num_tokens: int) -> int:
+        """Entries of a request of `num_tokens` tokens that cannot be dropped."""
+        return num_tokens if self.rate == 1 else min(num_tokens, self.window)
+
     def expected(self, num_tokens: int, slack: float) -> float:
         """Blocks of a request of `num_tokens` tokens, if it selects `slack` times as many as it should."""
         if self.rate == 1:
@@ -55,12 +59,14 @@ class ArenaSpec(AttentionSpec):
     Args:
         ranks: of each tensor-parallel worker, the groups of all its layers.
         num_rows: requests that may hold blocks at once.
+        max_len: tokens of a request at most.
         reserve: how much the scheduler sets aside, see `ArenaManager`.
         slack: how many times the planned rate a group may select, for "rate" and for what vLLM reports.
     """
 
     ranks: tuple[tuple[GroupShape, ...], ...]
     num_rows: int
+    max_len: int
     reserve: Reserve = "feedback"
     slack: float = 1.5
 
@@ -80,6 +86,10 @@ class ArenaSpec(AttentionSpec):
         """Blocks of a request of `num_tokens` tokens that selects every token."""
         return _worst_blocks(self.ranks, num_tokens)
 
+    def later_blocks(self, num_tokens: int) -> int:
+        """Blocks that a request of `num_tokens` tokens will still take up to `max_len`, if it selects no more."""
+        return _later_blocks(self.ranks, self.max_len, num_tokens)
+
     def expected_blocks(self, num_tokens: int) -> int:
         """Blocks of a request of `num_tokens` tokens that selects as planned, with slack."""
         return _expected_blocks(self.ranks, self.slack, num_tokens)
@@ -94,6 +104,14 @@ class ArenaSpec(AttentionSpec):
 @cache
 def _worst_blocks(ranks: tuple[tuple[GroupShape, ...], ...], num_tokens: int) -> int:
     return max(sum(_blocks(each.most_of(num_tokens)) for each in groups) for groups in ranks)
+
+
+@cache
+def _later_blocks(ranks: tuple[tuple[GroupShape, ...], ...], max_len: int, num_tokens: int) -> int:
+    return max(
+        sum(_blocks(each.least_of(max_len)) - _blocks(each.least_of(num_tokens)) for each in groups)
+        for groups in ranks
+    )
 
 
 @cache
@@ -189,6 +207,14 @@ class ArenaManager(SingleTypeKVCacheManager):
             blocks = min(holding.report.blocks(num_tokens, spec.num_groups()), spec.worst_blocks(num_tokens))
         return max(blocks, 1)
 
+    def allotted(self, holding: Holding | None, num_tokens: int) -> tuple[int, bool]:
+        """`target`, at most all blocks there are; and whether these might not do, so that there will be no more."""
+        spec, target = self.kv_cache_spec, self.target(holding, num_tokens)
+        # All of them in time: what cannot be dropped has to find a place up to the last token.
+        if spec.reserve != "rate" and target + spec.later_blocks(num_tokens) > self.num_blocks:
+            return self.num_blocks, True
+        return min(target, self.num_blocks), False
+
     @property
     def num_blocks(self) -> int:
         """That there are for requests: vLLM keeps one for itself."""
@@ -201,7 +227,7 @@ class ArenaManager(SingleTypeKVCacheManager):
         held = 0 if holding is None else len(holding.blocks)
         if apply_admission_cap:  # whether the whole prompt will fit, which nobody knows yet
             return max(min(self.kv_cache_spec.expected_blocks(num_tokens), self.num_blocks) - held, 0)
-        return max(min(self.target(holding, num_tokens), self.num_blocks) - held, 0)
+        return max(self.allotted(holding, num_tokens)[0] - held, 0)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args, **kwargs) -> list[KVCacheBlock]:
         holding = self.holdings.get(request_id)
@@ -209,8 +235,7 @@ class ArenaManager(SingleTypeKVCacheManager):
         if holding is None:
             self.num_serials += 1
             holding = self.holdings[request_id] = Holding(self.rows.pop(), self.num_serials)
-        target = self.target(holding, num_tokens)
-        is_last, target = target > self.num_blocks, min(target, self.num_blocks)
+        target, is_last = self.allotted(holding, num_tokens)
         missing = target - len(holding.blocks)
         if missing > 0:
             holding.blocks += self.block_pool.get_new_blocks(missing)

@@ -39,7 +39,7 @@ class Server:
         )
 
     def wait(self) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while True:
             try:
                 self.client.models.list()
@@ -91,7 +91,7 @@ def server(tmp_path_factory):
     with open(root / "log", "w") as log:
         found = Server(
             root / "model", log, "--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "16",
-            "--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(8 << 20),
+            "--max-num-batched-tokens", "256", "--kv-cache-memory-bytes", str(8 << 20), "--enforce-eager",
         )  # fmt: skip
         try:
             found.wait()

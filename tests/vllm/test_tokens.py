@@ -1,10 +1,19 @@
 """Greedy tokens are those of `generate`, whatever vLLM does with the requests."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from vllm import SamplingParams
 
-from .serving import PLAN, check_nothing_held, count_preemptions, engine, generated, random_prompts, save_tiny, served
+from mosa_hf import save_routers, to_dense
 
-BLOCK_BYTES = 32 * 2 * 32 * 4  # 32 entries of a key and a value of 32 numbers
+from .serving import NEW_TOKENS, PLAN, check_nothing_held, engine, generated, random_prompts, save_tiny, served
+
 PROMPTS = random_prompts(1, 5, 40, 70, 150, 333, 600)
 
 
@@ -21,16 +30,6 @@ def test_chunks(llama, chunk):
     path, expected = llama
     with engine(path, max_num_batched_tokens=chunk) as llm:
         assert served(llm, PROMPTS) == expected
-        check_nothing_held(llm)
-
-
-@pytest.mark.parametrize("num_blocks", [110, 140])
-def test_preemption(llama, num_blocks):
-    path, expected = llama
-    with engine(path, kv_cache_memory_bytes=num_blocks * BLOCK_BYTES, max_model_len=640) as llm:
-        counts = count_preemptions(llm)
-        assert served(llm, PROMPTS[3:] * 4) == expected[3:] * 4
-        assert sum(counts) > 0
         check_nothing_held(llm)
 
 
@@ -79,3 +78,68 @@ def test_budgets(tmp_path, chunk):
     with engine(tmp_path, max_num_batched_tokens=chunk) as llm:
         assert served(llm, PROMPTS) == expected
         check_nothing_held(llm)
+
+
+def test_windows_and_routers_alone(llama, tmp_path):
+    """A folder of routers beside the base model that they are of."""
+    model = AutoModelForCausalLM.from_pretrained(llama[0])
+    save_routers(model, tmp_path / "routers")
+    to_dense(model).save_pretrained(tmp_path / "base")
+    routers = {"architectures": ["MosaLlamaForCausalLM"], "mosa_routers": str(tmp_path / "routers")}
+    with engine(tmp_path / "base", hf_overrides=routers) as llm:
+        assert served(llm, PROMPTS) == llama[1]
+
+
+def test_compiled(llama):
+    path, expected = llama
+    with engine(path, enforce_eager=False) as llm:
+        assert served(llm, PROMPTS) == expected
+
+
+def test_bfloat16(llama):
+    """Log-probabilities of what vLLM writes, beside those of Transformers in the same precision."""
+    path, _ = llama
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    with engine(path, dtype="bfloat16") as llm:
+        settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], settings, use_tqdm=False)
+    for prompt, output in zip(PROMPTS, outputs, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        own = torch.tensor(
+            [each[token].logprob for each, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        )
+        torch.testing.assert_close(own, expected, rtol=0, atol=2e-2)
+
+
+def test_tensor_parallel(tmp_path, llama):
+    """Two processes, a key/value head each, whose groups keep different tokens of the same arenas."""
+    path, expected = llama
+    script = tmp_path / "serve.py"
+    script.write_text(TENSOR_PARALLEL)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
+    command = [sys.executable, str(script), str(path), str(tmp_path / "prompts.json"), str(tmp_path / "answers.json")]
+    subprocess.run(command, env=environment, check=True, stdin=subprocess.DEVNULL, timeout=600)
+    assert json.loads((tmp_path / "answers.json").read_text()) == expected
+
+
+TENSOR_PARALLEL = """
+import json, sys
+from pathlib import Path
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    path, prompts, answers = sys.argv[1:]
+    llm = LLM(
+        path, dtype="float32", max_model_len=1024, enforce_eager=True, max_num_seqs=8, skip_tokenizer_init=True,
+        max_num_batched_tokens=256, kv_cache_memory_bytes=8 << 20, tensor_parallel_size=2,
+    )
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in json.loads(Path(prompts).read_text())],
+        SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False),
+    )
+    Path(answers).write_text(json.dumps([list(each.outputs[0].token_ids) for each in outputs]))
+"""

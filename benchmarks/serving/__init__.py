@@ -1,0 +1,1 @@
+"""Converted models in vLLM beside their original, at equal cache memory."""
