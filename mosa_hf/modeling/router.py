@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..cache import SparseLayer
 from ..kernels.capture import is_exported
+from ..kernels.tensors import constant
 from ..routing.layout import CallLayout
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .configuration import RoutingConfig
@@ -137,8 +138,7 @@ class MosaRouter(nn.Module):
         threshold = call.thresholds.get(self, self.threshold)
         if self.routing == "threshold":
             if any(self.keeps_all):
-                keeps_all = torch.tensor(self.keeps_all, device=logits.device)
-                threshold = threshold.masked_fill(keeps_all, -torch.inf)
+                threshold = threshold.masked_fill(constant(self.keeps_all, logits.device), -torch.inf)
             selected = select_by_threshold(logits.detach(), threshold, valid, first)
         return logits, selected
 
