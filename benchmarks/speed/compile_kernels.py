@@ -2,8 +2,9 @@
 Compiles every Triton kernel ahead of time for GPUs that need not be there, and tells what each one takes of them.
 
 `python -m benchmarks.speed.compile_kernels` prints a table and writes it to `benchmarks/results/kernels_compiled.md`;
-with `--output -` it prints only. `--in-turn` compiles each kernel for one target instead of all and prints only, in a
-third of the time. It fails if a kernel spills registers or needs more shared memory than a block can have.
+with `--output -` it prints only, and with `--only` it keeps the page's other rows. `--in-turn` compiles each
+kernel for one target instead of all and prints only, in less time. It fails if a kernel spills registers or needs more
+shared memory than a block can have.
 """
 
 import argparse
@@ -36,7 +37,11 @@ RESULTS = Path(__file__).parent.parent / "results" / "kernels_compiled.md"
 # Target, and the shared memory that one block can have there, in bytes.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_86": (GPUTarget("cuda", 86, 32), 99 * 1024),
+    "sm_89": (GPUTarget("cuda", 89, 32), 99 * 1024),
     "sm_90a": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 
@@ -124,6 +129,19 @@ def compile_all(targets: list[str], only: str = "", in_turn: bool = False) -> It
                 yield compile_build(build, target)
 
 
+def with_earlier(rows: list[Compiled], path: Path) -> list[Compiled]:
+    """`rows`, and those of the page at `path` that were compiled before, in the order of what there is to compile."""
+    found = {(row.kernel, row.target): row for row in rows}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 6 and cells[1] in TARGETS:
+            kernel, target, *numbers, memory = cells
+            earlier = Compiled(kernel, target, *map(int, numbers), round(float(memory) * 1024), TARGETS[target][1])
+            found.setdefault((kernel, target), earlier)
+    wanted = [(build.name, target) for build in production_builds() for target in TARGETS]
+    return [found[each] for each in wanted if each in found]
+
+
 def markdown(rows: list[Compiled]) -> str:
     lines = ["| kernel | target | warps | registers | spills | shared memory, KiB |", "|---|---|---:|---:|---:|---:|"]
     lines += [
@@ -134,6 +152,20 @@ def markdown(rows: list[Compiled]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_page(rows: list[Compiled], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = markdown(with_earlier(rows, path))
+    text = (
+        "# Triton kernels, compiled ahead of time\n\n"
+        f"`python -m benchmarks.speed.compile_kernels` on {datetime.date.today()}, Triton {triton.__version__}, "
+        "bfloat16 where no other dtype is named. Registers are those of one thread. Nothing here was run on a "
+        "GPU.\n\n" + table
+    )
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(wrapped(text), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -141,19 +173,12 @@ def main() -> int:
     parser.add_argument("--in-turn", action="store_true", help="compile each kernel for one of the targets, in turn")
     parser.add_argument("--output", default=str(RESULTS), help="file for the table; '-' for none")
     arguments = parser.parse_args()
-    rows = list(compile_all(arguments.targets, arguments.only, arguments.in_turn))
-    table = markdown(rows)
-    print(table)
-    if arguments.output != "-" and not arguments.in_turn:
-        path = Path(arguments.output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = (
-            "# Triton kernels, compiled ahead of time\n\n"
-            f"`python -m benchmarks.speed.compile_kernels` on {datetime.date.today()}, Triton {triton.__version__}, "
-            "bfloat16. Registers are those of one thread; no kernel may spill. Nothing here was run on a GPU.\n\n"
-            + table
-        )
-        path.write_text(wrapped(text), encoding="utf-8")
+    rows, path = [], Path(arguments.output)
+    for row in compile_all(arguments.targets, arguments.only, arguments.in_turn):
+        rows.append(row)
+        if arguments.output != "-" and not arguments.in_turn:  # as soon as it is known: all of them take an hour
+            write_page(rows, path)
+    print(markdown(rows))
     unfit = [row for row in rows if not row.fits]
     for row in unfit:
         print(f"{row.kernel} does not fit {row.target}: {row}", file=sys.stderr)

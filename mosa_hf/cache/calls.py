@@ -45,15 +45,6 @@ class CallLog:
         """Tokens of every row, if it is known that there has been no padding."""
         return self.max_tokens if not self.is_fixed and all(mask is None for mask in self.masks) else None
 
-    def stored_length(self) -> int | None:
-        """How many tokens the memory knows of in every row; None if rows differ, or only the device can tell."""
-        if (length := self.common_length) is not None:
-            return length
-        if torch.compiler.is_compiling() or self.num_stored.device.type != "cpu":
-            return None
-        lengths = set(self.num_stored.tolist())
-        return lengths.pop() if len(lengths) == 1 else None
-
     def begin(self, mask: torch.Tensor | None, num_columns: int) -> None:
         """A call begins, with padding where `mask` [B, T] is False."""
         if mask is None and self.masks and self.masks[-1] is None:

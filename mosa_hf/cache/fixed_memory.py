@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.tensors import Entries, PackedKeyValues
 from .memory import EntryMemory
 
 
@@ -29,7 +30,7 @@ class FixedMemory(EntryMemory):
             for states in self.tensors():
                 torch._dynamo.mark_static_address(states)
 
-    def _places(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _places(self, length: torch.Tensor, num_entries: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
         start = torch.arange(length.numel(), device=length.device).view_as(length) * self.max_length
         return start, torch.full_like(length, self.max_length), length.numel() * self.max_length
 
@@ -39,12 +40,22 @@ class FixedMemory(EntryMemory):
     def replaced(self, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return counts.copy_(new)
 
-    def set_length(self, length: torch.Tensor) -> None:
+    def make_room(
+        self, kept: PackedKeyValues | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor
+    ) -> None:
+        if stays is not None:
+            self._keep(kept, stays, offset, length)
+        self._set_length(length, self.max_length)
+
+    def _set_length(self, length: torch.Tensor, longest: int) -> None:
         self.length.copy_(length)
         self.last_read = None
 
-    def lengthen(self, new: torch.Tensor | int) -> None:
-        self.length.add_(new)
+    def _ask(self, length: torch.Tensor) -> tuple[int, int, int | None]:
+        return 0, self.max_length, None
+
+    def lengthen(self, new: torch.Tensor | int | None) -> None:
+        Entries.lengthen(self, new)
         self.last_read = None
 
     def reserve_one(self) -> None:

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from ..compat import QuantizedLayer
+from ..kernels import is_free
 from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.layout import CallLayout
 from .dense import PreallocatedDynamicLayer
@@ -157,7 +158,7 @@ class SparseLayer(MixedLayer):
             of_call: what `CacheInForward` says and no other caller knows of.
 
         Returns:
-            keys and values of the dense groups `[B, G_dense, S, d]`.
+            keys and values of the dense groups `[B, G_dense, S, d]`; of all groups in a first call within all windows.
 
         Raises:
             ValueError: for the keys and values of another model, whose tokens no router has looked at.
@@ -174,8 +175,11 @@ class SparseLayer(MixedLayer):
         for store, groups in zip(self.stores, self.sparse_groups, strict=True):
             key, value = (layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states))
             self._read.append(store.extend(key, value))
-        key_states, value_states = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
-        return super().update(key_states, value_states, *args, **kwargs)
+        dense = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
+        held = super().update(*dense, *args, **kwargs)
+        # A first call within all windows is plain attention of all groups, which any implementation computes.
+        is_first = key_states.shape[2] > 1 and all(store.holds_only(key_states.shape[2]) for store in self.stores)
+        return (key_states, value_states) if is_first and is_free() else held
 
     def readable(self) -> list[PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]]:
         """What the call's queries may read, of each set of groups; see `SparseStore.extend`."""

@@ -4,16 +4,18 @@ from typing import Any
 
 import torch
 
-from ..kernels.tensors import NEVER, PackedKeyValues
+from ..kernels.tensors import NEVER, Entries, PackedKeyValues, Rows
 
-Rows = dict[str, torch.Tensor]  # what some entries hold, by name
 SLACK = 64  # one free entry for so many that a range holds: little memory against a copy of all for each new entry
 
 
-class EntryMemory:
+# A GPU that had to be asked how full ranges are would be waited for: it is asked every so many tokens.
+GPU_SLACK, MIN_FREE = 40, 24
+
+
+class EntryMemory(Entries):
     """
-    One range of consecutive entries for each row and group, all in one flat memory, which grows when a range is full.
-    Its last entry is the *null entry*, which is in no range: what is written there counts for nothing.
+    Entries in memory that grows when a range is full.
 
     Args:
         key, value: `[B, ., ., d]`, what entries are like.
@@ -24,22 +26,20 @@ class EntryMemory:
     is_fixed = False
     stride: int | None = None  # see `PackedKeyValues`
     limit = NEVER  # at most so many selected entries has a range
-    # Bounds that are known without asking the device.
+    # Bounds that are known without asking the device: `max_length`, and
     free = 0  # at least so many more entries fit into every range
-    max_length = 0  # at most so many entries has a range
+    max_length = 0
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor, num_groups: int, has_position: bool, has_score: bool):
-        self.length = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)  # [B, G] of each range
-        self.num_selected = torch.zeros_like(self.length)  # [B, G] int64, selected entries, only with a budget
-        self.num_evicted = torch.zeros_like(self.length)  # [B, G] int64, by the budget
-        # What is held of every entry, [N + 1, ...] by name. Position and score count for selected ones only.
+        self.length = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)
+        self.num_selected, self.num_evicted = torch.zeros_like(self.length), torch.zeros_like(self.length)
         self.states = {"key": key.new_zeros(0, key.shape[-1]), "value": value.new_zeros(0, value.shape[-1])}
         if has_position:
             self.states["position"] = self.length.new_zeros(0, dtype=torch.int32)
         self.states["selected"] = self.length.new_zeros(0, dtype=torch.bool)
         if has_score:  # of bfloat16's precision; in the model's dtype, because exporters turn a cache into that
             self.states["score"] = key.new_zeros(0, dtype=torch.promote_types(key.dtype, torch.bfloat16))
-        self._allocate(self.length)
+        self._allocate(self.length, self.length.numel() * _slack(key.device))
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of the memory would be pickled as memory of their own, into which nobody writes.
@@ -52,19 +52,34 @@ class EntryMemory:
 
     # Where ranges lie, and how they grow
 
-    def _allocate(self, length: torch.Tensor) -> None:
-        """Empty memory for ranges of `length` [B, G] entries."""
-        self.start, self.capacity, self.null = self._places(length)  # [B, G], [B, G], and the null entry
+    def _allocate(self, length: torch.Tensor, num_entries: int | None = None) -> None:
+        """Empty memory for ranges of `length` [B, G] entries; `num_entries` in all, if that is known."""
+        # [B, G], [B, G], and the null entry
+        self.start, self.capacity, self.null = self._places(length, num_entries)
         self.states = {name: own.new_zeros(self.null + 1, *own.shape[1:]) for name, own in self.states.items()}
         self.free = 0
-        self.last_read: PackedKeyValues | None = (
-            None  # what `read` returned on a CPU, until a range gets longer, or moves
-        )
+        # What `read` returned on a CPU, until a range gets longer, or moves.
+        self.last_read: PackedKeyValues | None = None
 
-    def _places(self, length: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _places(self, length: torch.Tensor, num_entries: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
         """First entries and capacities `[B, G]` for ranges of `length` [B, G] entries; and how many entries in all."""
-        capacity = length + length // SLACK + 1
-        return capacity.flatten().cumsum(0).view_as(length) - capacity, capacity, int(capacity.sum())
+        capacity = _capacity(length)
+        num_entries = int(capacity.sum()) if num_entries is None else num_entries
+        return capacity.flatten().cumsum(0).view_as(length) - capacity, capacity, num_entries
+
+    def _ask(self, length: torch.Tensor) -> tuple[int, int, int | None]:
+        """
+        Of ranges of `length` [B, G] entries: how many more fit into every one, how long the longest is, and how many
+        entries new memory for them has. A GPU is asked once.
+        """
+        if not length.numel():
+            return 1, 0, 0
+        # Of other rows than there were, it is not asked how many fit.
+        room = self.capacity - length if self.capacity.shape == length.shape else length
+        if length.device.type == "cpu":
+            return int(room.min()), int(length.max()), None
+        free, longest, num_entries = torch.stack((room.min(), length.max(), _capacity(length).sum())).tolist()
+        return free, longest, num_entries
 
     def may_change(self, states: torch.Tensor) -> bool:
         """Whether `states`, of what is held, may be written to."""
@@ -74,28 +89,41 @@ class EntryMemory:
         """`new`, which may be written to `counts`."""
         return new
 
-    def set_length(self, length: torch.Tensor) -> None:
-        """Ranges have `length` [B, G] entries now."""
-        self.length, self.last_read = length, None
-        if length.numel():
-            self.max_length = int(length.max())
-            self.free = int((self.capacity - length).min())
+    def make_room(
+        self, kept: PackedKeyValues | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor
+    ) -> None:
+        """
+        Ranges get `length` [B, G] entries. Behind the first `offset` of each, those of `kept` that `stays` [B, G, S]
+        names (None: all) are held; the others are left to the caller.
+        """
+        free, longest, num_entries = self._ask(length)
+        if free < 0 or stays is not None or not self.may_change(self.states["key"]):
+            self._keep(kept, stays, offset, length, num_entries)
+            free = self._least_free(length)
+        self.length, self.max_length, self.free, self.last_read = length, longest, free, None
 
-    def lengthen(self, new: torch.Tensor | int) -> None:
-        """`new` [B, G] entries more, one of each range at most."""
-        self.length.add_(new)
+    def _set_length(self, length: torch.Tensor, longest: int) -> None:
+        """New ranges have `length` [B, G] entries, the longest one so many."""
+        self.length, self.max_length, self.free, self.last_read = length, longest, self._least_free(length), None
+
+    def _least_free(self, length: torch.Tensor) -> int:
+        """At least so many more entries than `length` [B, G] fit into ranges that have just been made for those."""
+        return int((self.capacity - length).min()) if length.device.type == "cpu" and length.numel() else GPU_SLACK
+
+    def lengthen(self, new: torch.Tensor | int | None) -> None:
+        super().lengthen(new)
         self.free, self.max_length, self.last_read = self.free - 1, self.max_length + 1, None
 
     def reserve_one(self) -> None:
         """Make room for one more entry in every range."""
         if self.free > 0:
             return
-        length = self.length + 1
-        free = int((self.capacity - length).min())
-        if free < 0:
-            self._move(length)
-            free = int((self.capacity - length).min())
-        self.free, self.max_length = free + 1, int(self.length.max())
+        longer = self.length + 1
+        free, longest, num_entries = self._ask(longer)
+        if free < (0 if longer.device.type == "cpu" else MIN_FREE):
+            self._move(longer, num_entries)
+            free = self._least_free(longer)
+        self.free, self.max_length = free + 1, longest - 1
 
     def reserve(self, num_more: int) -> None:
         """Move the ranges to memory of their own, with room for `num_more` entries in each."""
@@ -105,27 +133,34 @@ class EntryMemory:
     def repack(self, entries: torch.Tensor, stays: torch.Tensor) -> None:
         """Hold those of `entries` [B, G, S] that stay, in their order, in new memory."""
         length = stays.sum(-1)
-        self._lay_out(entries, stays, length)
-        self.set_length(length)
+        _, longest, num_entries = self._ask(length)
+        self._lay_out(entries, stays, length, num_entries)
+        self._set_length(length, longest)
         if "score" in self.states:
             entries, filled = self.slots()
             self.num_selected = (self.states["selected"][entries] & filled).sum(-1)
 
-    def _lay_out(self, entries: torch.Tensor, stays: torch.Tensor, length: torch.Tensor) -> None:
+    def _lay_out(
+        self, entries: torch.Tensor, stays: torch.Tensor, length: torch.Tensor, num_entries: int | None = None
+    ) -> None:
         """Those of `entries` [B, G, S] that stay, in new memory for ranges of `length` [B, G] entries, or fewer."""
         old = self.states
-        self._allocate(length)
-        target, source = (self.start[..., None] + stays.cumsum(-1) - 1)[stays], entries[stays]
+        self._allocate(length, num_entries)
+        target = self.start[..., None] + stays.cumsum(-1) - 1
+        if stays.device.type == "cpu":
+            target, source = target[stays], entries[stays]
+        else:  # which would have to count them
+            target, source = torch.where(stays, target, self.null).flatten(), entries.flatten()
         for name, own in self.states.items():
             own.index_copy_(0, target, old[name].index_select(0, source))
 
-    def _move(self, length: torch.Tensor) -> None:
-        """The ranges as they are, in new memory for `length` [B, G] entries."""
+    def _move(self, length: torch.Tensor, num_entries: int | None) -> None:
+        """The ranges as they are, in new memory for `length` [B, G] entries, `num_entries` in all."""
         if length.device.type != "cpu":
-            self._lay_out(*self.slots(), length)
+            self._lay_out(*self.slots(), length, num_entries)
             return
         old, old_start = self.states, self.start
-        self._allocate(length)
+        self._allocate(length, num_entries)
         ranges = [x.flatten().tolist() for x in (old_start, self.start, self.length)]
         for source, target, num in zip(*ranges, strict=True):  # in a third of the time that indices take
             for name, own in self.states.items():
@@ -139,20 +174,6 @@ class EntryMemory:
         self.repack(entries[rows], filled[rows])
 
     # What ranges hold
-
-    def packed(self, max_length: int, offset: int = 0, num_before: torch.Tensor | None = None) -> PackedKeyValues:
-        """The entries behind the first `offset` of each range, of which it has `num_before` [B, 1] so far."""
-        start, length = self.start, self.length
-        if num_before is not None:
-            start, length = start + offset, length - num_before
-        if not torch.compiler.is_compiling() and length.device.type == "cpu":
-            max_length = int(length.max()) if length.numel() else 0
-        key, value = self.states["key"], self.states["value"]
-        return PackedKeyValues(key, value, start, length, max_length, self.stride, offset)
-
-    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ranges, padded: entries `[B, G, S]` int64 and which of them are filled."""
-        return self.packed(self.max_length).slots()
 
     def behind(self, offset: int, num_before: torch.Tensor) -> PackedKeyValues | None:
         """`packed`; None if there are none, as far as that is known without asking the device."""
@@ -171,23 +192,8 @@ class EntryMemory:
         self.last_read = packed._replace(parts=packed.split())
         return self.last_read
 
-    def gather(self, entries: torch.Tensor) -> Rows:
-        """A copy of what `entries` [B, G] hold, `[B * G, ...]` by name."""
-        entries = entries.flatten()
-        return {name: own.index_select(0, entries) for name, own in self.states.items()}
-
-    def put(self, entries: torch.Tensor, **rows: torch.Tensor) -> None:
-        """Let `entries` [B, G] hold `rows` [B * G, ...], by name."""
-        entries = entries.flatten()
-        for name, new in rows.items():
-            own = self.states[name]
-            own.index_copy_(0, entries, new if new.dtype == own.dtype else new.to(own.dtype))
-
     def remove(self, entry: torch.Tensor, where: torch.Tensor) -> None:
-        """Remove an `entry` [B, G] of each range `where` [B, G] is True: the last one takes its place."""
-        last = torch.where(where, self.start + self.length - 1, self.null)
-        self.put(torch.where(where, entry, self.null), **self.gather(last))
-        self.length.sub_(where.long())
+        super().remove(entry, where)
         self.last_read = None
 
     def deselect(self, entries: torch.Tensor) -> None:
@@ -195,25 +201,28 @@ class EntryMemory:
 
     def write(self, target: torch.Tensor, writes: torch.Tensor, rows: Rows) -> None:
         """Write the slots of `rows` [B, G, S, ...], by name, to the entries `target` [B, G, S], where `writes`."""
-        is_compiling = torch.compiler.is_compiling()  # no shape may depend on data then
-        index = torch.where(writes, target, self.null) if is_compiling else target[writes]
+        # No shape may depend on data in a graph, and a GPU would be waited for.
+        is_whole = torch.compiler.is_compiling() or target.device.type != "cpu"
+        index = torch.where(writes, target, self.null) if is_whole else target[writes]
         for name, own in self.states.items():
-            new = (rows[name] if is_compiling else rows[name][writes]).to(own.dtype)
+            new = (rows[name] if is_whole else rows[name][writes]).to(own.dtype)
             if self.may_change(own):
                 own.index_put_((index,), new.detach())
             else:
                 self.states[name] = own.index_put((index,), new)
 
-    def keep(
-        self, kept: PackedKeyValues | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor
+    def _keep(
+        self,
+        kept: PackedKeyValues | None,
+        stays: torch.Tensor | None,
+        offset: int,
+        length: torch.Tensor,
+        num_entries: int | None = None,
     ) -> None:
-        """
-        Hold the entries `kept` where `stays` [B, G, S] (None: all), behind the first `offset` of each range, in memory
-        for ranges of `length` [B, G] entries. The first ones are left to the caller.
-        """
+        """Of `make_room`: hold what is kept, in memory for ranges of `length` [B, G] entries."""
         old = self.states
         if not self.is_fixed:
-            self._allocate(length)
+            self._allocate(length, num_entries)
         if kept is None:
             return
         entries, filled = kept.slots()
@@ -222,6 +231,15 @@ class EntryMemory:
         for name, own in list(self.states.items()):
             rows = old[name].index_select(0, entries.flatten()).unflatten(0, entries.shape)
             own.index_put_((target,), rows)
+
+
+def _capacity(length: torch.Tensor) -> torch.Tensor:
+    """Entries `[B, G]` that new ranges have for `length` [B, G]."""
+    return length + length // SLACK + _slack(length.device)
+
+
+def _slack(device: torch.device) -> int:
+    return 1 if device.type == "cpu" else GPU_SLACK
 
 
 def may_change(states: torch.Tensor) -> bool:

@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 
-from ..kernels.tensors import KeyValues, gather_slots
+from ..kernels.tensors import KeyValues, Rows, gather_slots
 from ..routing.layout import padding_first
-from .memory import EntryMemory, Rows
+from .memory import EntryMemory
 
 # `Rows` here are [B, G, S, ...] by name, of tokens selected or not. Empty slots are on the left; position < 0 there.
 

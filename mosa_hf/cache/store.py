@@ -2,11 +2,13 @@
 
 import torch
 
-from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues
-from ..routing.budget import evicted_at, lowest_score, within_budget
+from ..kernels import backend
+from ..kernels.append_token.reference import Token
+from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues, Rows
+from ..routing.budget import evicted_at, within_budget
 from .calls import CallLog
 from .fixed_memory import FixedMemory
-from .memory import EntryMemory, Rows
+from .memory import EntryMemory
 from .recent import cropped, extended, of_ring, of_selected
 from .undo import UndoRecord
 
@@ -23,6 +25,8 @@ class SparseStore:
 
     Of a model call: `begin` (what the routers said), `extend` (what its queries may read), `evict` when they have.
 
+    `is_over`: whether selected tokens are more than the budget allows; None: only the device knows.
+
     Args:
         window: tokens that a query reads whether selected or not; 0: none.
         budget: `mosa_cache_budget`: how many selected tokens a row and group remembers, those in the window included;
@@ -30,6 +34,8 @@ class SparseStore:
         capacity: of fixed memory, how many selected tokens there is room for, those in the window included; more are
             evicted as by a budget. None: memory grows.
     """
+
+    is_over: bool | None = None
 
     def __init__(self, window: int, budget: int | None = None, capacity: int | None = None):
         self.window = window
@@ -104,11 +110,10 @@ class SparseStore:
         """
         calls, (selected, score, valid) = self._begun()
         memory = self._allocate(key, value, key.shape[1]) if self.memory is None else self.memory
-        is_single = key.shape[2] == 1 and self.recent is None and not self.record_past
-        if is_single and memory.may_change(memory.states["key"]) and memory.may_change(memory.length):
+        if self.takes_one_token():
             if torch.is_grad_enabled():  # else nothing reaches a graph
                 key, value = key.detach(), value.detach()
-            self._append_token(memory, calls, key.flatten(0, 2), value.flatten(0, 2))
+            self._append_token(memory, calls, key[:, :, 0], value[:, :, 0])
             return memory.read()
         new = {"key": key, "value": value, "selected": selected} | ({} if score is None else {"score": score})
         kept = self._kept(memory, calls)
@@ -122,6 +127,17 @@ class SparseStore:
         evicted, kept = self._evictions(recent, kept)
         key, value, position, selected = (recent[name] for name in ("key", "value", "position", "selected"))
         return KeyValues(key, value, position, filled, selected, evicted, recent.get("score")), kept
+
+    def takes_one_token(self) -> bool:
+        """Whether the call's only token can be added to memory as it is."""
+        _, (selected, _, _) = self._begun()
+        memory, is_single = self.memory, selected.shape[2] == 1 and self.recent is None and not self.record_past
+        may_change = memory is None or (memory.may_change(memory.states["key"]) and memory.may_change(memory.length))
+        return is_single and may_change
+
+    def holds_only(self, num_columns: int) -> bool:
+        """Whether the call of so many tokens is the first, and its queries read them all; asks no device."""
+        return self.calls is not None and self.calls.max_tokens == num_columns <= self.window
 
     def _begun(self) -> tuple[CallLog, Routing]:
         if self.calls is None or self.routed is None:
@@ -163,6 +179,14 @@ class SparseStore:
         evicted, kept = self._evictions(recent, kept)
         return kept, evicted
 
+    def remember(self, new: KeyValues) -> PackedKeyValues:
+        """Append a call's only token, where `takes_one_token`; all that it reads, itself included."""
+        calls, (selected, _, _) = self._begun()
+        memory = self._allocate(new.key, new.value, selected.shape[1]) if self.memory is None else self.memory
+        self._append_token(memory, calls, new.key[:, :, 0], new.value[:, :, 0])
+        self.routed = None
+        return memory.read()
+
     def append(self, new: KeyValues | None, groups: torch.Tensor | None = None) -> None:
         """
         Append the filled slots of `new`, selected tokens of the call, and evict what the budget does not allow.
@@ -188,86 +212,28 @@ class SparseStore:
     # One token
 
     def _append_token(self, memory: EntryMemory, calls: CallLog, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Add a token `[B * G, d]` to every row but those in which it is padding."""
+        """Add a token `[B, G, d]` to every row but those in which it is padding."""
         _, (selected, score, valid) = self._begun()
-        selected, valid = selected[..., 0], None if valid is None else valid[:, 0]
+        token = Token(
+            key,
+            value,
+            selected[..., 0],
+            None if score is None else score[..., 0],
+            None if valid is None else valid[:, 0],
+        )
         memory.reserve_one()
-        record = UndoRecord(selected.shape[1]) if self._can_note() else None
-        entry = self._entry_of_token(memory, calls, selected, valid, record)
-        rows = {"key": key, "value": value, "selected": selected.flatten()}
-        # Of tokens that are not selected, neither position nor score is ever looked at.
-        is_ranked = "position" in memory.states and _may_be_any(selected)
-        if is_ranked:
-            rows["position"] = calls.num_stored[:, None].expand_as(selected).flatten()
-        if is_ranked and score is not None:
-            rows["score"] = score.flatten()
-        memory.put(entry, **rows)
-        calls.add_one(valid)
-        if "score" in rows:
-            memory.num_selected.add_(selected)
-            self._evict_lowest(memory, calls, record)
+        if not memory.may_change(memory.num_evicted):
+            memory.num_evicted = memory.num_evicted.clone()
+        notes, common = self._can_note(), calls.common_length if valid is None else None
+        taken = backend(key).append_token(memory, token, calls.num_stored, self.window, self.budget, notes, common)
+        if calls.max_tokens < self.window:  # no ring is full
+            taken = taken._replace(overwritten=None)
+        calls.add_one(token.valid)
+        record = UndoRecord(selected.shape[1], *taken) if notes else None
+        if record is not None and record.is_evicted is not None:
+            record.num_final = calls.num_final
+            calls.num_final = torch.where(record.is_evicted.any(-1), calls.num_stored, calls.num_final)
         calls.note(record)
-
-    def _entry_of_token(
-        self,
-        memory: EntryMemory,
-        calls: CallLog,
-        selected: torch.Tensor,
-        valid: MaybeTensor,
-        record: UndoRecord | None,
-    ) -> torch.Tensor:
-        """The entry `[B, G]` for a new token. The token that leaves the window for it is kept if it is selected."""
-        start, null = memory.start, memory.null
-        if not self.window:
-            entry = torch.where(selected, start + memory.length, null)
-            memory.lengthen(selected)
-            return entry
-        length = calls.stored_length() if valid is None else None
-        if length is not None:  # the same entry of every range
-            entry, is_full = start + length % self.window, None
-            if length < self.window:
-                memory.lengthen(1)
-                return entry
-        else:
-            entry = start + (calls.num_stored % self.window)[:, None]
-            is_full = (calls.num_stored >= self.window)[:, None]
-        overwritten = None
-        if record is not None and calls.max_tokens >= self.window:
-            record.overwritten = overwritten = memory.gather(entry)
-            leaving = overwritten["selected"]
-        else:
-            leaving = memory.states["selected"].index_select(0, entry.flatten())
-        leaving = added = leaving.view_as(entry)
-        if is_full is not None:
-            leaving, added = leaving & is_full, leaving | ~is_full
-            if valid is not None:
-                leaving, added = leaving & valid[:, None], added & valid[:, None]
-                entry = torch.where(valid[:, None], entry, null)
-        keeps = _may_be_any(leaving)
-        if keeps:
-            overwritten = memory.gather(entry) if overwritten is None else overwritten
-            memory.put(torch.where(leaving, start + memory.length, null), **overwritten)
-        if keeps or is_full is not None:
-            memory.lengthen(added)
-        return entry
-
-    def _evict_lowest(self, memory: EntryMemory, calls: CallLog, record: UndoRecord | None) -> None:
-        """Where a range has one selected token more than the budget allows: evict the lowest score."""
-        if self.budget is None or not _may_be_any(over := memory.num_selected > self.budget):  # [B, G]
-            return
-        states = memory.states
-        entries, filled = memory.slots()
-        selected = states["selected"][entries] & filled
-        slot = lowest_score(states["score"][entries], states["position"][entries], selected)  # [B, G]
-        entry = torch.where(over, memory.start + slot, memory.null)
-        if record is not None:
-            record.evicted, record.is_evicted, record.num_final = memory.gather(entry), over, calls.num_final
-            calls.num_final = torch.where(over.any(-1), calls.num_stored, calls.num_final)
-        # In the window it stays, no longer selected; a kept entry is removed.
-        states["selected"].index_fill_(0, entry.flatten(), False)
-        memory.remove(entry, over & (slot >= self.window))
-        memory.num_selected.sub_(over.long())
-        memory.num_evicted = memory.replaced(memory.num_evicted, memory.num_evicted + over)
 
     # What `crop` can undo
 
@@ -305,6 +271,7 @@ class SparseStore:
             return None, kept
         ranked, entries = _after_kept(self.memory, kept, recent)
         evicted = evicted_at(**ranked, budget=self.budget)
+        self.is_over = None if torch.compiler.is_compiling() else evicted is not None
         if evicted is None:
             return None, kept
         num_kept = evicted.shape[-1] - recent["score"].shape[-1]
@@ -333,20 +300,16 @@ class SparseStore:
         joins = selected & ~in_ring  # what the kept entries get
         num_kept = torch.zeros_like(memory.length) if kept is None else kept.length
         num_kept = num_kept if stays is None else stays.sum(-1)
-        length = num_ring + num_kept + joins.sum(-1)
-        fits = memory.may_change(memory.states["key"]) and stays is None
-        if not fits or bool((length > memory.capacity).any()):
-            memory.keep(kept, stays, self.window, length)
+        memory.make_room(kept, stays, self.window, num_ring + num_kept + joins.sum(-1))
         start = memory.start[..., None]
         target = start + (num_ring + num_kept)[..., None] + joins.cumsum(-1) - 1
         if self.window:
             target = torch.where(in_ring, start + position % self.window, target)
         memory.write(target, joins | in_ring, recent | {"selected": selected})
         memory.num_selected = memory.replaced(memory.num_selected, num_kept + selected.sum(-1))
-        memory.set_length(length)
         calls.settle()
         calls.note(record)
-        self.recent = None
+        self.recent = self.is_over = None
 
     def _evict_many(
         self,
@@ -359,8 +322,10 @@ class SparseStore:
         """Which of the kept entries the budget leaves (None: all), and which of the recent tokens stay selected."""
         ranked, entries = _after_kept(memory, kept, recent)
         selected = ranked["selected"]
-        is_sure = not torch.compiler.is_compiling()
-        if self.budget is None or (is_sure and not bool((selected.sum(-1) > self.budget).any())):
+        is_over = self.is_over
+        if is_over is None and not torch.compiler.is_compiling() and self.budget is not None:
+            is_over = bool((selected.sum(-1) > self.budget).any())
+        if self.budget is None or is_over is False:
             return None, recent["selected"]
         alive = within_budget(**ranked, budget=self.budget)
         evicted = selected & ~alive
@@ -415,7 +380,7 @@ class SparseStore:
         may_exceed = self.record_past and self.budget is not None and not calls.records  # the kept entries the budget
         if self.recent is None and memory is not None and may_exceed:
             self.recent = of_ring(memory, calls.num_stored, min(self.window, calls.max_tokens), self.window)
-        calls.pending_columns = 0
+        calls.pending_columns, self.is_over = 0, None
         self._commit(is_final=True)
 
     def _undo(self, memory: EntryMemory, calls: CallLog, num_columns: int) -> int:
@@ -485,8 +450,3 @@ def _after_kept(
     entries = torch.where(filled, entries, memory.null)
     of_kept = {name: memory.states[name][entries] for name in ("score", "position")} | {"selected": filled}
     return {name: torch.cat((of_kept[name].to(own.dtype), own), dim=-1) for name, own in recent.items()}, entries
-
-
-def _may_be_any(mask: torch.Tensor) -> bool:
-    """Whether any of `mask` is True, as far as the host can tell without waiting for a device."""
-    return torch.compiler.is_compiling() or mask.device.type != "cpu" or bool(mask.any())

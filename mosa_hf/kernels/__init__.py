@@ -21,6 +21,7 @@ class Backend(NamedTuple):
     sparse_attention: Callable
     sparse_decode: Callable
     selected_heads: Callable
+    append_token: Callable
 
 
 FILES = {"reference": "reference", "torch": "pytorch", "triton": "triton"}  # a backend's files in each folder
@@ -28,6 +29,17 @@ TRITON_HEAD_DIM = 256  # up to which blocks of keys and values fit into a GPU's 
 _backends: dict[str, Backend] = {}
 _chosen: str | None = None
 _has_gpu_build = bool(torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is not None
+
+
+_spills: dict[int, bool] = {}  # GPU → whether Triton's kernels do not fit its registers
+
+
+def _fits(device: torch.device) -> bool:
+    """Whether Triton's kernels are worth running on a GPU: before sm_80 they spill 13 KB a thread."""
+    index = device.index or 0
+    if index not in _spills and not torch.compiler.is_compiling():
+        _spills[index] = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    return not _spills.get(index, False)
 
 
 def _load(name: str) -> Backend:
@@ -44,8 +56,8 @@ for _name in ("reference", "torch", *(["triton"] if _has_gpu_build else [])):
 def backend(states: torch.Tensor, value_dim: int | None = None) -> Backend:
     """
     The operations that run on tensors like `states`: what `use_backend` chose; else the reference in a program that is
-    exported, which holds PyTorch's own operators then, and under transforms of `torch.func`; else Triton on a GPU,
-    PyTorch elsewhere, and where values have another size than keys.
+    exported, which holds PyTorch's own operators then, and under transforms of `torch.func`; else Triton on a GPU of
+    sm_80 or later, PyTorch elsewhere, and where values have another size than keys.
 
     Args:
         states: of which device, dtype and the last size, that of keys, count.
@@ -58,7 +70,12 @@ def backend(states: torch.Tensor, value_dim: int | None = None) -> Backend:
     # Triton's kernels add up in float32: a float64 model wants more.
     on_gpu = states.device.type == "cuda" and states.dtype != torch.float64
     fits = value_dim in (None, states.shape[-1]) and (value_dim is None or value_dim <= TRITON_HEAD_DIM)
-    return _backends["triton" if on_gpu and _has_gpu_build and fits else "torch"]
+    return _backends["triton" if on_gpu and _has_gpu_build and fits and _fits(states.device) else "torch"]
+
+
+def is_free() -> bool:
+    """Whether attention may be computed by others: nobody has chosen a backend, nor needs PyTorch's own operators."""
+    return _chosen is None and not is_exported() and not is_transformed()
 
 
 @contextmanager

@@ -4,11 +4,16 @@ Letters used throughout: B rows of the batch, T tokens of this call, S tokens re
 d head size, G groups (one router, key head and value head each), R query heads a group, K slots for selected tokens.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from .capture import is_captured
+
 NEVER = torch.iinfo(torch.int64).max  # an `evicted_at` that no position reaches
+Rows = dict[str, torch.Tensor]  # what some entries hold, by name
 
 
 class HeadWeights(NamedTuple):
@@ -123,6 +128,65 @@ class PackedKeyValues(NamedTuple):
         return key, value, filled
 
 
+# Takes in the selected tokens of a call of one token a row, and says what those read, themselves included.
+Remember = Callable[[KeyValues], PackedKeyValues]
+
+
+class Entries:
+    """
+    What a store holds: a range of consecutive entries for each row and group, all in one flat memory. Its last entry
+    is the *null entry*, which is in no range: what is written there counts for nothing.
+    """
+
+    # What is held of every entry, [N + 1, ...] by name: "key", "value", "selected", and "position" and "score", which
+    # count for selected ones only and may be missing.
+    states: Rows
+    start: torch.Tensor  # [B, G] int64, the first entry of each range
+    length: torch.Tensor  # [B, G] int64, of each range
+    num_selected: torch.Tensor  # [B, G] int64, selected entries, only with a budget
+    num_evicted: torch.Tensor  # [B, G] int64, by the budget
+    null: int  # the null entry
+    max_length: int  # at most so many entries has a range
+    stride: int | None  # see `PackedKeyValues`
+
+    def lengthen(self, new: torch.Tensor | int | None) -> None:
+        """`new` [B, G] entries more, one of each range at most; None: `length` says so already."""
+        if new is not None:
+            self.length.add_(new)
+
+    def packed(self, max_length: int, offset: int = 0, num_before: torch.Tensor | None = None) -> PackedKeyValues:
+        """The entries behind the first `offset` of each range, of which it has `num_before` [B, 1] so far."""
+        start, length = self.start, self.length
+        if num_before is not None:
+            start, length = start + offset, length - num_before
+        if not torch.compiler.is_compiling() and length.device.type == "cpu":
+            max_length = int(length.max()) if length.numel() else 0
+        key, value = self.states["key"], self.states["value"]
+        return PackedKeyValues(key, value, start, length, max_length, self.stride, offset)
+
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The ranges, padded: entries `[B, G, S]` int64 and which of them are filled."""
+        return self.packed(self.max_length).slots()
+
+    def gather(self, entries: torch.Tensor) -> Rows:
+        """A copy of what `entries` [B, G] hold, `[B * G, ...]` by name."""
+        entries = entries.flatten()
+        return {name: own.index_select(0, entries) for name, own in self.states.items()}
+
+    def put(self, entries: torch.Tensor, **rows: torch.Tensor) -> None:
+        """Let `entries` [B, G] hold `rows` [B * G, ...], by name."""
+        entries = entries.flatten()
+        for name, new in rows.items():
+            own = self.states[name]
+            own.index_copy_(0, entries, new if new.dtype == own.dtype else new.to(own.dtype))
+
+    def remove(self, entry: torch.Tensor, where: torch.Tensor) -> None:
+        """Remove an `entry` [B, G] of each range `where` [B, G] is True: the last one takes its place."""
+        last = torch.where(where, self.start + self.length - 1, self.null)
+        self.put(torch.where(where, entry, self.null), **self.gather(last))
+        self.length.sub_(where.long())
+
+
 def join(*parts: KeyValues | None) -> KeyValues:
     """All of these keys in one, masks spelled out; `evicted_at` where any has it, and scores where all have them."""
     given = [part for part in parts if part is not None]
@@ -161,6 +225,12 @@ def of_slots(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return states.gather(2, index)
 
 
+def of_step(key: torch.Tensor, value: torch.Tensor, filled: torch.Tensor, tokens: Tokens) -> KeyValues:
+    """Key and value `[B, G, 1, d]` of one token a row, with what is said of it; `filled` where it is selected."""
+    score = None if tokens.score is None else tokens.score.transpose(1, 2)
+    return KeyValues(key, value, tokens.position[:, None].expand_as(filled), filled, None, None, score)
+
+
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of the first `cos.shape[-1]` channels of `states` [..., d]; the others pass through."""
     rotary_dim = cos.shape[-1]
@@ -176,4 +246,15 @@ def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tens
         return states
     if not indices or indices[-1] - indices[0] == len(indices) - 1:
         return states.narrow(dim, indices[0] if indices else 0, len(indices))
-    return states.index_select(dim, torch.tensor(indices, device=states.device))
+    return states.index_select(dim, constant(indices, states.device))
+
+
+def constant(values: tuple[int | bool, ...], device: torch.device) -> torch.Tensor:
+    """`values` on a device, which a GPU is given once: it would wait for every copy of them."""
+    return torch.tensor(values, device=device) if device.type == "cpu" or is_captured() else _held(values, device)
+
+
+@cache
+def _held(values: tuple[int | bool, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # autograd may save it
+        return torch.tensor(values, device=device)

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from triton.runtime.jit import JITFunction
 
 
@@ -18,6 +19,11 @@ class KernelBuild(NamedTuple):
     num_stages: int
 
 
+# What builds are made for: Triton's names of dtypes, and head sizes, powers of 2 or not.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_DIMS = (64, 80, 96, 128, 192, 256)
+
+
 def tensors(kind: str, *names: str) -> dict[str, str]:
     """The signature's part of the arguments `<name>_ptr`."""
     return {f"{name}_ptr": kind for name in names}
@@ -25,4 +31,5 @@ def tensors(kind: str, *names: str) -> dict[str, str]:
 
 # What kernels that walk slots take of them.
 SLOTS = tensors("*i32", "index", "count")
-SLOTS |= dict.fromkeys(("batch_size", "num_tokens", "num_groups", "num_slots"), "i32")
+COUNTS = ["batch_size", "num_tokens", "num_groups", "num_slots"]  # of a call: worth no build of their own
+SLOTS |= dict.fromkeys(COUNTS, "i32")

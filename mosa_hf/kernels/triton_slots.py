@@ -68,6 +68,8 @@ def launch(
     """Launch `kernel` on `tensors`, made contiguous; then come B, T, G and K of the slots `index`, and `sizes`."""
     batch_size, num_groups, num_slots = index.shape
     states = [None if each is None else each.contiguous() for each in tensors]
+    if 0 in grid:
+        return
     with torch.cuda.device_of(index):
         kernel[grid](*states, batch_size, num_tokens, num_groups, num_slots, *sizes, **options)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import GroupSet, Routed
-from ..kernels import backend
-from ..kernels.tensors import KeyValues, PackedKeyValues, take
+from ..kernels import backend, is_free
+from ..kernels.tensors import KeyValues, PackedKeyValues, constant, take
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, added_to_scores
@@ -137,6 +137,18 @@ def mosa_attention_forward(
         window = groups.sets[0].window
         return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
     num_groups = groups.num_groups
+    reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
+    shortest = min((each.window for each in groups.sets), default=0)
+    if key.shape[1] == num_groups and query.shape[2] == key.shape[2] <= shortest:
+        # Nothing is out of a window: plain causal attention, whatever is selected.
+        if mosa.cache is not None or (is_free() and not dropout):
+            output, weights = dense_attention(module, query, key, value, attention_mask, **options)
+            if mosa.cache is not None:
+                mosa.cache.evict()
+            for gate in mosa.gates:
+                if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
+                    output = output + 0.0 * gate.sum()
+            return output, weights
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
     outputs: list[torch.Tensor] = []  # of each set of groups, [B, G, R, T, d]
@@ -148,7 +160,6 @@ def mosa_attention_forward(
         own_sinks = None if sinks is None else take(sinks, groups.dense, dim=0)
         outputs.append(_attend_densely(module, own_query, own_key, own_value, attention_mask, own_sinks, options))
         order += groups.dense
-    reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
     for each, routed, gate, read in zip(groups.sets, mosa.routed, mosa.gates, reads, strict=True):
         if read is None:
             new_key, new_value = take(key, each.groups, dim=1), take(value, each.groups, dim=1)
@@ -171,7 +182,7 @@ def mosa_attention_forward(
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     if order != sorted(order):
         back = sorted(range(num_groups), key=order.__getitem__)
-        output = output.index_select(1, torch.tensor(back, device=output.device))
+        output = output.index_select(1, constant(tuple(back), output.device))
     return output.flatten(1, 2).transpose(1, 2).contiguous(), None  # some families take a view
 
 

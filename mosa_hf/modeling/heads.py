@@ -95,11 +95,13 @@ class MosaHeads(nn.Module):
     def _attend_cached(self, hidden_states: torch.Tensor, tokens: Tokens, cache: SparseLayer) -> torch.Tensor:
         """Attention over the cache and the call's own tokens, which the cache takes in."""
         weights, store = self._weights(), cache.stores[0]
+        is_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not is_host and not torch.is_grad_enabled() and store.takes_one_token():
+            return backend(hidden_states).selected_heads(hidden_states, weights, tokens, store.remember)[0]
         past, evicted = store.read(tokens.position)
         tokens = tokens._replace(evicted_at=None if evicted is None else evicted.transpose(1, 2))
         kernels = backend(hidden_states)
         # Where gradients are wanted, those of groups that select nothing are: they are 0.
-        is_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         looks = is_host and not torch.is_grad_enabled()
         groups = tokens.selected.flatten(0, 1).any(dim=0).nonzero()[:, 0] if looks else None
         if groups is None or len(groups) == self.num_groups:

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..cache import SparseLayer
 from ..kernels.capture import is_exported
+from ..kernels.tensors import constant
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .configuration import RoutingConfig
 from .forward_context import ForwardContext
@@ -142,7 +143,7 @@ class MosaRouter(nn.Module):
         """`threshold` [G], which every logit reaches in groups that select all tokens."""
         if not any(self.keeps_all):
             return threshold
-        return threshold.masked_fill(torch.tensor(self.keeps_all, device=threshold.device), -torch.inf)
+        return threshold.masked_fill(constant(self.keeps_all, threshold.device), -torch.inf)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`[..., G]` of `hidden_states` `[..., D]`, in float32 at least."""

@@ -77,13 +77,3 @@ def evicted_at(
         first = position.gather(-1, num_before.clamp(max=num_slots - 1))
         until.append(torch.where(num_before < num_slots, first.maximum(position[..., block]), NEVER))
     return order.new_full(selected.shape, NEVER).scatter(-1, order, torch.cat(until, dim=-1))
-
-
-def lowest_score(score: torch.Tensor, position: torch.Tensor, selected: torch.Tensor) -> torch.Tensor:
-    """
-    The slot `[B, G]` of the selected token that a budget evicts first, where there is one too many: the lowest score,
-    of equal ones the latest. Arguments as in `within_budget`.
-    """
-    score = score.masked_fill(~selected, torch.inf)
-    is_lowest = selected & (score == score.amin(-1, keepdim=True))
-    return position.masked_fill(~is_lowest, -1).argmax(-1)

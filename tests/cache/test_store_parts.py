@@ -73,7 +73,7 @@ def test_fixed_memory_never_moves():
     places = [states.data_ptr() for states in (*memory.tensors(),)]
     for number in range(7):  # a ring of 2 and 5 selected ones
         append(memory, number)
-    memory.set_length(torch.full_like(memory.length, 3))
+    memory.make_room(None, None, 2, torch.full_like(memory.length, 3))
     assert places == [states.data_ptr() for states in (*memory.tensors(),)]
     assert memory.stride == 7 and held(memory)[1] == [1000, 1001, 1002]
 

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mosa_hf.kernels.append_token.reference import lowest_score
 from mosa_hf.kernels.tensors import NEVER
-from mosa_hf.routing.budget import evicted_at, lowest_score, within_budget
+from mosa_hf.routing.budget import evicted_at, within_budget
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
-from ..triton_builds import SLOTS, KernelBuild, tensors
+from ..triton_builds import COUNTS, SLOTS, KernelBuild, tensors
 from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
 
 
@@ -40,7 +40,7 @@ def pair_angles(angle_ptr, token, filled, pair, neutral, ROTARY_DIM: tl.constexp
     return first, second
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _gather_project(
     hidden_ptr,  # [B, T, D]
     index_ptr,  # [B, G, K]
@@ -105,7 +105,7 @@ def _gather_project(
     tl.store(output + second[None, :], output_2.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _unrotate(
     grad_ptr,  # [B, G, H, K, d]
     index_ptr,  # [B, G, K]
@@ -159,7 +159,7 @@ def _load_weight(
     return tl.load(weight_ptr + channel[:, None] * hidden_size + column[None, :], mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _hidden_gradient(
     query_grad_ptr,  # [B, G, R, K, d], before the rotation, as all gradients here
     key_grad_ptr,  # [B, G, K, d]
@@ -213,7 +213,7 @@ def _hidden_gradient(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _weight_gradient(
     hidden_ptr,  # [B, T, D]
     grad_ptr,  # [B, G, H, K, d], before the rotation

@@ -8,6 +8,7 @@ all of them, and visits only key blocks that some row of the tile reads: work is
 Row m of a group's R * T rows is head m % R of query m // R. Scores are kept in base 2, where exp2 is one instruction.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -17,13 +18,15 @@ import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
 from ..tensors import NEVER, PackedKeyValues
-from ..triton_builds import KernelBuild
+from ..triton_builds import DTYPES, HEAD_DIMS, KernelBuild
 from .reference import FarKeys, WindowKeys
 
 INT32_MAX = torch.iinfo(torch.int32).max
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: below every score, and finite, so that no inf - inf occurs.
 LOWEST = tl.constexpr(-1e30)
+# Numbers of a call: whether one of them is 1, or a multiple of 16, is worth no build of its own.
+SIZES = ["num_queries", "num_far", "num_window", "num_slots", "num_tiles"]
 SCAN = tl.constexpr(256)  # tiles whose ranges are compared at once with a key block
 
 
@@ -85,11 +88,13 @@ def _check(
     sinks: torch.Tensor | None,
 ) -> None:
     """Raise what `prefix_attention` raises."""
-    batch_size, num_groups, num_heads, _, head_dim = query.shape
+    batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"Queries are {query.dtype}; the kernels take float32, float16 and bfloat16.")
     if head_dim > 256:
         raise ValueError(f"Head size {head_dim} is larger than 256.")
+    if num_heads * num_queries * head_dim >= 2**31:
+        raise ValueError(f"Queries {tuple(query.shape)} have 2**31 numbers or more in a group: read them in parts.")
     if far.evicted_at is not None and position is None:
         raise ValueError("`far.evicted_at` is compared with the queries' `position`, which is missing.")
     if sinks is not None and sinks.shape != (num_groups, num_heads):
@@ -287,7 +292,7 @@ def _read(
     return row_max, row_sum, weighted
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prefix_forward(
     query,  # [B, G, R, T, d]
     far_key, far_value,  # [B, G, S, d]
@@ -303,8 +308,8 @@ def prefix_forward(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late queries read most: start with them
-    group = tl.program_id(1).to(tl.int64)  # among those of all rows of the batch
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries read most: start with them
+    group = tl.program_id(0).to(tl.int64)  # among those of all rows of the batch
     group_queries = group * num_queries
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < num_queries * HEADS
@@ -370,7 +375,7 @@ def _read_gradient(
     return q_grad
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prefix_query_gradient(
     query,  # [B, G, R, T, d]
     far_key, far_value,  # [B, G, S, d]
@@ -388,10 +393,9 @@ def prefix_query_gradient(
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    num_tiles = tl.num_programs(0)
-    num_groups = tl.num_programs(1)
-    tile = num_tiles - 1 - tl.program_id(0)
-    group = tl.program_id(1).to(tl.int64)
+    num_groups, num_tiles = tl.num_programs(0), tl.num_programs(1)
+    tile = num_tiles - 1 - tl.program_id(1)
+    group = tl.program_id(0).to(tl.int64)
     group_queries = group * num_queries
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < num_queries * HEADS
@@ -427,7 +431,7 @@ def prefix_query_gradient(
     store_rows(query_grad + group_queries * HEADS * HEAD_DIM, row, present, q_grad, HEAD_DIM, BLOCK_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prefix_key_gradient(
     query,  # [B, G, R, T, d]
     key, value,  # [B, G, S, d], one source
@@ -444,9 +448,9 @@ def prefix_key_gradient(
     TILE_ROWS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """A block of keys sums up over the rows that read it, in their order: no atomics, the same sum in every run."""
-    block = tl.program_id(0) * BLOCK_SLOTS  # early slots are read by most queries: start with them
-    num_groups = tl.num_programs(1)
-    group = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(1) * BLOCK_SLOTS  # early slots are read by most queries: start with them
+    num_groups = tl.num_programs(0)
+    group = tl.program_id(0).to(tl.int64)
     group_queries, offset = group * num_queries, group * num_slots
     slot = block + tl.arange(0, BLOCK_SLOTS)
 
@@ -542,7 +546,7 @@ def _forward(
     if sinks is not None:
         sinks = sinks.expand(batch_size, -1, -1).contiguous()
     with torch.cuda.device_of(query):
-        prefix_forward[(triton.cdiv(num_heads * num_queries, tile.rows), batch_size * num_groups)](
+        prefix_forward[(batch_size * num_groups, triton.cdiv(num_heads * num_queries, tile.rows))](
             query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
             window_key, window_value, window_start, window_end, position, sinks, output, lse,
             num_queries, num_far, num_window, SCALE=scale, SOFTCAP=softcap, HEADS=num_heads, HEAD_DIM=head_dim,
@@ -598,7 +602,7 @@ def _backward(
         if num_slots == 0:
             return
         key_tile = _tile(KEY_GRADIENT, query)
-        prefix_key_gradient[(triton.cdiv(num_slots, key_tile.slots), batch_size * num_groups)](
+        prefix_key_gradient[(batch_size * num_groups, triton.cdiv(num_slots, key_tile.slots))](
             query, key, value, start, end, bias, evicted_at, position, output_grad, lse, delta, hull,
             *key_grads, bias_grad, num_queries, num_slots, num_tiles, **sizes,
             TILE_ROWS=tile.rows, BLOCK_ROWS=key_tile.rows, BLOCK_SLOTS=key_tile.slots,
@@ -606,7 +610,7 @@ def _backward(
         )  # fmt: skip
 
     with torch.cuda.device_of(query):
-        prefix_query_gradient[(num_tiles, batch_size * num_groups)](
+        prefix_query_gradient[(batch_size * num_groups, num_tiles)](
             query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
             window_key, window_value, window_start, window_end, position, output, output_grad, lse,
             query_grad, delta, far_hull, window_hull, num_queries, num_far, num_window, **sizes,
@@ -661,11 +665,12 @@ refuse_second_gradient(_backward)
 
 def production_builds() -> list[KernelBuild]:
     """
-    bfloat16: sparse groups with every optional argument and four query heads a group, the largest build of each
-    kernel, with softcap and sinks and without; and the paper's heads, one source of keys and one query head.
+    Sparse groups with every optional argument and four query heads a group, the largest build of each kernel, in each
+    dtype and head size; in bfloat16 also without softcap and sinks, and the paper's heads, one source of keys and one
+    query head.
     """
     types = {
-        "*bf16": "query far_key far_value window_key window_value key value "
+        "*": "query far_key far_value window_key window_value key value "
         "output output_grad query_grad key_grad value_grad",
         "*i32": "far_start far_end far_evicted_at window_start window_end start end evicted_at position "
         "far_hull window_hull hull",
@@ -689,24 +694,21 @@ def production_builds() -> list[KernelBuild]:
         (prefix_key_gradient, KEY_GRADIENT),
     )
     builds = []
-    for head_dim in (64, 128, 256):
-        for form, num_heads, given in forms:
-            for function, table in kernels:
-                tile = table[head_dim]
-                constants = {
-                    **given,
-                    "SCALE": head_dim**-0.5, "HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": head_dim,
-                    "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "TILE_ROWS": QUERY_GRADIENT[head_dim].rows,
-                }  # fmt: skip
-                constants = {name: value for name, value in constants.items() if name in function.arg_names}
-                builds.append(
-                    KernelBuild(
-                        f"{function.__name__} {form} d={head_dim} R={num_heads}",
-                        function,
-                        {name: types[name] for name in function.arg_names if name not in constants},
-                        constants,
-                        tile.num_warps,
-                        tile.num_stages,
-                    )
-                )
+    for head_dim, (kind, dtype), (form, num_heads, given), (function, table) in product(
+        HEAD_DIMS, DTYPES.items(), forms, kernels
+    ):
+        if kind != "bf16" and form != "sparse softcap sinks":
+            continue
+        like = torch.empty(1, 1, num_heads, max(1, 4096 // num_heads), head_dim, dtype=dtype, device="meta")
+        tile = _tile(table, like)
+        constants = {
+            **given,
+            "SCALE": head_dim**-0.5, "HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim),
+            "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "TILE_ROWS": _tile(QUERY_GRADIENT, like).rows,
+        }  # fmt: skip
+        constants = {name: value for name, value in constants.items() if name in function.arg_names}
+        signature = {name: types[name] for name in function.arg_names if name not in constants}
+        signature = {name: f"*{kind}" if each == "*" else each for name, each in signature.items()}
+        name = f"{function.__name__} {form} {kind} d={head_dim} R={num_heads}"
+        builds.append(KernelBuild(name, function, signature, constants, tile.num_warps, tile.num_stages))
     return builds

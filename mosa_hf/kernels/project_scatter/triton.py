@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
-from ..triton_builds import SLOTS, KernelBuild, tensors
+from ..triton_builds import COUNTS, SLOTS, KernelBuild, tensors
 from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _project_scatter(
     heads_ptr,  # [B, G, R, K, d]
     gate_ptr,  # [B, G, K] float32
@@ -64,7 +64,7 @@ def _project_scatter(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _heads_gradient(
     grad_ptr,  # [B, T, D]
     heads_ptr,  # [B, G, R, K, d]
@@ -127,7 +127,7 @@ def _heads_gradient(
     tl.store(gate_grad_ptr + place, gate_grad, mask=row < batch_size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def _weight_gradient(
     grad_ptr,  # [B, T, D]
     heads_ptr,  # [B, G, R, K, d]

@@ -14,20 +14,20 @@ from ..gather_project.pytorch import gather_project
 from ..opaque import opaque_op
 from ..project_scatter.pytorch import project_scatter
 from ..selected_positions.pytorch import selected_positions
-from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Tokens, of_slots
+from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Remember, Tokens, of_slots
 from . import reference
 
 
 def selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None = None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | Remember | None = None
 ) -> tuple[torch.Tensor, KeyValues | None]:
     """
     Same function as `reference.selected_heads`; only selected tokens are projected. In a compiled graph without a
     `past`, there is nothing to append: None.
     """
+    if callable(past) or (torch.compiler.is_compiling() and past is not None):  # every shape has to be known
+        return reference.selected_heads(hidden_states, weights, tokens, past)
     if torch.compiler.is_compiling():
-        if past is not None:  # every shape has to be known
-            return reference.selected_heads(hidden_states, weights, tokens, past)
         return opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.evicted_at), None
     device_type, dtype = hidden_states.device.type, hidden_states.dtype
     if not torch.is_autocast_enabled(device_type):

@@ -3,11 +3,11 @@
 import torch
 
 from ..attend import attend
-from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Tokens, join, rotate
+from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Remember, Tokens, join, rotate
 
 
 def selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None = None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | Remember | None = None
 ) -> tuple[torch.Tensor, KeyValues]:
     """
     Selected tokens attend to the selected tokens up to themselves that a cache budget has not evicted by then; nothing
@@ -17,7 +17,7 @@ def selected_heads(
         hidden_states: `[B, T, D]`.
         weights: the groups' projections.
         tokens: of the call.
-        past: the selected tokens of earlier calls.
+        past: the selected tokens of earlier calls; or, of one token a row, what takes it in and says what it reads.
 
     Returns:
         output `[B, T, D]`, and the keys and values that a cache has to append.
@@ -26,7 +26,10 @@ def selected_heads(
     selected = tokens.selected.transpose(1, 2)  # [B, G, T]
     evicted_at, score = (None if x is None else x.transpose(1, 2) for x in (tokens.evicted_at, tokens.score))
     new = KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None, evicted_at, score)
-    keys = join(None if past is None else past.pad(), new)
+    if callable(past):
+        keys = join(past(new).pad())
+    else:
+        keys = join(None if past is None else past.pad(), new)
 
     assert keys.valid is not None  # `join` spells it out
     mask = keys.valid[:, :, None] & (keys.position[:, :, None] <= tokens.position[:, None, :, None])  # [B, G, T, S]

@@ -6,12 +6,12 @@ from ..gather_project.triton import gather_project
 from ..prefix_attention.triton import FarKeys, after_packed, prefix_attention
 from ..project_scatter.triton import project_scatter
 from ..selected_positions.triton import selected_positions
-from ..sparse_decode.triton import decode_packed
-from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Tokens, of_slots
+from ..sparse_decode.triton import sparse_decode
+from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Remember, Tokens, of_slots, of_step
 
 
 def selected_heads(
-    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | None = None
+    hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | Remember | None = None
 ) -> tuple[torch.Tensor, KeyValues]:
     """
     Same function as `reference.selected_heads`. Of a single token, only the groups that select it read weights and
@@ -33,25 +33,26 @@ def selected_heads(
         hidden_states, index, count, *weights[:3], *weights[4:7], tokens.cos, tokens.sin
     )  # [B, G, R, K, d], [B, G, K, d], [B, G, K, d]
 
+    if callable(past):  # of a single token, slot and column are one
+        filled = tokens.selected.transpose(1, 2)
+        new = of_step(key, value, filled, tokens)
+        read = past(new)
+        read = read._replace(length=read.length * filled[..., 0])
+        heads = sparse_decode(query[..., 0, :], read)[..., None, :]
+        gate = tokens.gate.transpose(1, 2).float()
+        return project_scatter(heads, gate, weights.output, index, count, num_tokens), new
     slots = index.long()
     slot = torch.arange(num_slots, device=index.device)
     filled = slot < count[..., None]  # [B, G, K]
     position = of_slots(tokens.position, slots)  # [B, G, K]
     evicted_at, score = (None if x is None else of_slots(x, slots) for x in (tokens.evicted_at, tokens.score))
     new = KeyValues(key, value, position, filled, None, evicted_at, score)
-    is_step = num_tokens == 1 and not torch.is_grad_enabled()
-    if is_step and past is not None and (past.evicted_at is None) == (evicted_at is None):
-        read = past._replace(length=torch.where(filled[..., 0], past.length, 0))
-        limits = None if evicted_at is None else (position[..., 0], evicted_at[..., 0])
-        heads = decode_packed(query[..., 0, :], read, (key[:, :, 0], value[:, :, 0]), limits)[..., None, :]
-    else:
-        start = None
-        if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one
-            segment = of_slots(tokens.segment, slots).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
-            start = torch.searchsorted(segment, segment)
-        far = after_packed(past, FarKeys(key, value, start, slot + 1, evicted_at=evicted_at))  # up to the slot itself
-        far = far._replace(end=torch.where(filled, far.end, 0))
-        heads = prefix_attention(query, far, position=position)  # [B, G, R, K, d]
-
+    start = None
+    if tokens.segment is not None:  # a slot reads its packed sequence: from the first slot not of an earlier one
+        segment = of_slots(tokens.segment, slots).masked_fill(~filled, torch.iinfo(tokens.segment.dtype).max)
+        start = torch.searchsorted(segment, segment)
+    far = after_packed(past, FarKeys(key, value, start, slot + 1, evicted_at=evicted_at))  # up to the slot itself
+    far = far._replace(end=torch.where(filled, far.end, 0))
+    heads = prefix_attention(query, far, position=position)  # [B, G, R, K, d]
     gate = of_slots(tokens.gate, slots).float()
     return project_scatter(heads, gate, weights.output, index, count, num_tokens), new

@@ -25,8 +25,8 @@ class FarSlots(NamedTuple):
     value: torch.Tensor  # [B, G, K, d]
     bias: torch.Tensor | None  # [B, G, K]
     evicted_at: torch.Tensor | None  # [B, G, K]
-    most: torch.Tensor  # [S], how many of the K stand up to a recent slot, in the group that has most
-    least: torch.Tensor  # [S], and in the one that has least
+    most: list[int]  # [S], how many of the K stand up to a recent slot, in the group that has most
+    least: list[int]  # [S], and in the one that has least
 
 
 class Columns(NamedTuple):
@@ -72,6 +72,8 @@ def sparse_attention(
             recent.evicted_at,
             position, segment, window, scale, softcap,
         )  # fmt: skip
+    if query.numel() == 0:
+        return query.new_zeros(*query.shape[:-1], recent.value.shape[-1])
     num_queries, num_recent = query.shape[3], recent.key.shape[2]
     padded = None if cached is None else cached.pad()
     far = _far_slots(recent, far_bias, window) if num_recent > window else None
@@ -89,7 +91,7 @@ def sparse_attention(
         block = query[:, :, :, queries]
         key, value, added = _side_by_side(block, [each for each in columns if each is not None], recent)
         outputs.append(_attention(block, key, value, added, reads_itself, scale, softcap, sinks))
-    return torch.cat(outputs, dim=3) if outputs else query.new_zeros(*query.shape[:-1], recent.value.shape[-1])
+    return torch.cat(outputs, dim=3)
 
 
 def _far_slots(recent: KeyValues, far_bias: torch.Tensor | None, window: int) -> FarSlots:
@@ -103,7 +105,8 @@ def _far_slots(recent: KeyValues, far_bias: torch.Tensor | None, window: int) ->
         None if states is None else states.gather(2, index) for states in (far_bias, recent.evicted_at)
     )
     count = selected.cumsum(-1)  # [B, G, S]
-    return FarSlots(index, filled, key, value, bias, evicted_at, count.amax((0, 1)), count.amin((0, 1)))
+    most, least = torch.stack((count.amax((0, 1)), count.amin((0, 1)))).tolist()  # a device is asked once a call
+    return FarSlots(index, filled, key, value, bias, evicted_at, most, least)
 
 
 def _kept_columns(cached: KeyValues, positions: torch.Tensor) -> Columns:
@@ -119,12 +122,12 @@ def _far_columns(
     far: FarSlots, slots: range, positions: torch.Tensor, segment: torch.Tensor | None, window: int
 ) -> Columns | None:
     """The far keys that some query reaches, for queries at recent slots `slots` and `positions` [B, 1, T, 1]."""
-    num_far = int(far.most[slots[-1] - window]) if slots[-1] >= window else 0
+    num_far = far.most[slots[-1] - window] if slots[-1] >= window else 0
     if num_far == 0:
         return None
     num_sure = 0  # as many of them all queries read
     if segment is None and far.evicted_at is None and slots[0] >= window:
-        num_sure = int(far.least[slots[0] - window])
+        num_sure = far.least[slots[0] - window]
     slot = far.slot[:, :, None, num_sure:num_far]
     own = torch.arange(slots.start, slots.stop, device=slot.device)  # [T]
     mask = far.filled[:, :, None, num_sure:num_far] & (slot <= own[:, None] - window)

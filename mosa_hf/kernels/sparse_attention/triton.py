@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 
 from ..prefix_attention.triton import FarKeys, WindowKeys, after_packed, prefix_attention
-from ..selected_positions.triton import selected_positions
 from ..tensors import KeyValues, PackedKeyValues, gather_slots
 
 
@@ -27,6 +26,8 @@ def sparse_attention(
     The device is asked for the largest number of selected tokens beyond the window. A compiled graph makes do without
     and takes memory for as many as there could be; kernels pass over the empty slots.
     """
+    if query.numel() == 0:
+        return query
     num_queries, num_recent = query.shape[3], recent.key.shape[2]
     device, dtype = query.device, recent.value.dtype
     # The recent slots that the queries stand at; before slot `reach` keys are far.
@@ -49,7 +50,9 @@ def sparse_attention(
     num_far = num_slots = max(num_recent - window, 0)
     if num_far and not torch.compiler.is_compiling():
         num_slots = int(before[..., num_far].max())
-    index = selected_positions(selected[..., :num_far].transpose(1, 2), num_slots)[0].long()  # [B, G, K]
+    place = torch.where(selected[..., :num_far], before[..., :num_far], num_slots)  # the last one holds what is not
+    token = torch.arange(num_far, device=device).expand_as(place)
+    index = place.new_zeros(*place.shape[:2], num_slots + 1).scatter_(2, place, token)[..., :num_slots]  # [B, G, K]
     # Autocast may leave rotated queries and keys in float32: back to what values were projected in.
     far = FarKeys(
         gather_slots(recent.key, index).to(dtype),

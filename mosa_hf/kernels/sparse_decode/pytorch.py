@@ -24,14 +24,29 @@ def sparse_decode(
     if packed.max_length == 0:
         return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
     key, value, filled = packed.padded_view()
+    return _all_at_once(query, key.flatten(0, 1), value.flatten(0, 1), scale, softcap, sinks, filled.flatten(0, 1))
+
+
+def _all_at_once(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    filled: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Key and value `[B * G, S, d]`, of which `filled` [B * G, S] are read; None: all."""
     if softcap is None and sinks is None:
         # Fused attention sees a batch of rows x groups, and the heads, which share a group's keys, as its queries.
-        rows, key, value = (states.flatten(0, 1)[:, None] for states in (query, key, value))
-        mask = filled.flatten(0, 1)[:, None, None]
+        rows, key, value = (states[:, None] for states in (query.flatten(0, 1), key, value))
+        mask = None if filled is None else filled[:, None, None]
         heads = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
         return once(heads).reshape(*query.shape[:-1], -1)
+    key, value = (states.unflatten(0, query.shape[:2]) for states in (key, value))
     scores = scaled(query[:, :, :, None], key, scale, softcap)[:, :, :, 0]  # [B, G, R, S]
-    scores = scores.masked_fill(~filled[:, :, None], -torch.inf)
+    if filled is not None:
+        scores = scores.masked_fill(~filled.view(*query.shape[:2], 1, -1), -torch.inf)
     return softmax(scores, sinks).to(value.dtype) @ value
 
 
@@ -44,8 +59,15 @@ def _one_by_one(
 ) -> torch.Tensor:
     """Each range by itself: the group's heads are the rows of a matrix."""
     is_plain = softcap is None and sinks is None
+    parts = packed.split()
+    if len(parts[0][0]) and (step := _step(parts)) is not None:
+        key, value = (
+            states.as_strided((len(parts), *states.shape), (step * states.stride(0), *states.stride()))
+            for states in parts[0]
+        )
+        return _all_at_once(query, key, value, scale, softcap, sinks)
     heads = []
-    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), packed.split(), strict=True)):
+    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), parts, strict=True)):
         if not len(key):
             heads.append(one.new_zeros(len(one), value.shape[-1]))
         elif is_plain:
@@ -56,3 +78,12 @@ def _one_by_one(
             weights = softmax(scores, None if sinks is None else sinks[i % query.shape[1]])
             heads.append(weights.to(value.dtype) @ value)
     return torch.cat(heads).view(*query.shape[:-1], -1)
+
+
+def _step(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> int | None:
+    """Entries from one range to the next, if ranges are as long as each other and lie evenly, as young ones do."""
+    if len(parts) == 1 or len({len(key) for key, _ in parts}) > 1:
+        return None
+    places = [key.storage_offset() // key.stride(0) for key, _ in parts]
+    steps = {place - before for before, place in zip(places, places[1:], strict=False)}
+    return steps.pop() if len(steps) == 1 else None

@@ -1,9 +1,12 @@
 """
 A decoding step on a GPU: each range of a cache is read where it lies.
 
-One query a group would leave the device idle, so long ranges are cut into splits that are read side by side and then
-combined. Nothing is asked of the device, and the grids depend on shapes alone: CUDA graphs can hold the step.
+One query a group would leave the device idle, so ranges are cut into chunks of one size that are read side by side and
+then combined: long ranges have more of them, and a program behind the end of its range is done at once. Nothing is
+asked of the device, and the grids depend on shapes alone: CUDA graphs can hold the step.
 """
+
+from itertools import product
 
 import torch
 import triton
@@ -19,15 +22,28 @@ from ..prefix_attention.triton import (
     store_rows,
 )
 from ..tensors import PackedKeyValues
-from ..triton_builds import KernelBuild
+from ..triton_builds import DTYPES, HEAD_DIMS, KernelBuild
 from . import pytorch
 
-BLOCK_SLOTS = 32  # entries scored at once; with NUM_STAGES of them in flight no head size spills registers
-NUM_STAGES = 3
 MAX_ROWS = 32  # query heads of a program
-PROGRAMS = 256  # about two a multiprocessor: enough to draw the full memory bandwidth
-SPLIT_SLOTS = 128  # no fewer entries a split, so that combining costs little beside reading
-MAX_SPLITS = 64  # combined by one program, which holds their outputs in registers
+# Chunks that a step is cut into if all ranges are as long as the longest may be: with ranges as unequal as routers
+# make them, two thirds of them are empty, and the rest keeps about 264 programs at once busy to the end.
+CHUNKS = 16 * 264
+MAX_CHUNKS = 256  # of a range, whose outputs are held until they are combined
+COMBINED = 16  # chunks that are combined at once
+
+
+def tile(block_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Entries scored at once, stages and query heads of a program: so that nothing spills, nor exceeds 64 KB."""
+    if dtype == torch.float32 and block_dim >= 128:
+        return 16, 2, 16
+    return 32, 3, MAX_ROWS
+
+
+def chunk_size(max_length: int, num_programs: int, block: int) -> int:
+    """Entries of a chunk, where `num_programs` read ranges of `max_length` entries at most; whole blocks."""
+    size = max(triton.cdiv(max_length * num_programs, CHUNKS), triton.cdiv(max_length, MAX_CHUNKS), 1)
+    return triton.cdiv(size, block) * block
 
 
 def sparse_decode(
@@ -40,39 +56,9 @@ def sparse_decode(
     """Same function as `reference.sparse_decode`, for d <= 256; where gradients are wanted, that of `pytorch`."""
     if torch.is_grad_enabled() and any(x.requires_grad for x in (query, packed.key, packed.value)):
         return pytorch.sparse_decode(query, packed, scale, softcap, sinks)
-    return decode_packed(query, packed, scale=scale, softcap=softcap, sinks=sinks)
-
-
-def decode_packed(
-    query: torch.Tensor,
-    packed: PackedKeyValues,
-    last: tuple[torch.Tensor, torch.Tensor] | None = None,
-    limits: tuple[torch.Tensor, torch.Tensor] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    `reference.sparse_decode`, not differentiable, of ranges that may have one more entry elsewhere, and limits.
-
-    Args:
-        query: `[B, G, R, d]`.
-        packed: what each row and group reads.
-        last: key and value `[B, G, d]` that each range is read with, also an empty one; None: none.
-        limits: `[B, G]` int64, given with `packed.evicted_at` and `last`: the query's position, and `evicted_at` of
-            `last` (see `KeyValues`).
-        scale, softcap, sinks: as in `reference.sparse_attention`.
-
-    Returns:
-        `[B, G, R, d]`.
-
-    Raises:
-        ValueError: for heads larger than 256.
-    """
     head_dim, dtype = query.shape[-1], packed.value.dtype
     if head_dim > 256:
         raise ValueError(f"Head size {head_dim} is larger than 256.")
-    evicted_at, position, last_evicted_at = (None, None, None) if limits is None else (packed.evicted_at, *limits)
     heads = _decode(
         query.to(dtype).contiguous(),
         packed.key.to(dtype).contiguous(),
@@ -80,8 +66,6 @@ def decode_packed(
         packed.start.contiguous(),
         packed.length.contiguous(),
         packed.max_length,
-        *((None, None) if last is None else (states.to(dtype).contiguous() for states in last)),
-        *(None if x is None else x.contiguous() for x in (evicted_at, position, last_evicted_at)),
         head_dim**-0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
         None if sinks is None else sinks.float().contiguous(),
@@ -89,33 +73,27 @@ def decode_packed(
     return heads.to(query.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups", "chunk"])
 def decode_attend(
     query,  # [B, G, R, d]
     key, value,  # [N, d]
     start, count,  # [B, G]
-    last_key, last_value,  # [B, G, d]
-    evicted_at,  # [N]
-    position, last_evicted_at,  # [B, G]
     sinks,  # [G, R]
-    output,  # [B, G, splits, R, d], of each split by itself; not written where one reads nothing
-    lse,  # [B, G, splits, R], base 2; -inf where a split reads nothing. None: there is one split
-    num_groups,
+    output,  # [B, G, chunks, R, d], of each chunk by itself; not written behind the end of a range
+    lse,  # [B, G, chunks, R], base 2; not written behind the end of a range. None: there is one chunk
+    num_groups, chunk,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0).to(tl.int64)  # among those of all rows of the batch
-    split, num_splits = tl.program_id(1), tl.num_programs(1)
+    place = tl.program_id(1)
     head = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = head < HEADS
-    partial = (group * num_splits + split) * HEADS
-    # A split reads whole blocks, as many as every other.
+    partial = (group * tl.num_programs(1) + place) * HEADS
     num_slots = tl.load(count + group).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(num_slots, BLOCK_SLOTS), num_splits) * BLOCK_SLOTS
-    begin = split * share
-    stop = tl.minimum(begin + share, num_slots)
-
-    is_first = split == 0  # which also reads what lies outside of the range
+    begin = place * chunk
+    stop = tl.minimum(begin + chunk, num_slots)
+    is_first = place == 0  # which also reads the sinks, of an empty range too
     if is_first | (begin < stop):
         sink = None
         if sinks is not None:
@@ -124,31 +102,13 @@ def decode_attend(
         row_max, row_sum = start_softmax(sink, BLOCK_ROWS)
         weighted = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
         q = load_rows(query + group * HEADS * HEAD_DIM, head, present, HEAD_DIM, BLOCK_DIM)
-        if last_key is not None:
-            channel = tl.arange(0, BLOCK_DIM)
-            last = group * HEAD_DIM + channel
-            k_last = tl.load(last_key + last, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
-            v_last = tl.load(last_value + last, mask=channel < HEAD_DIM, other=0.0).to(tl.float32)
-            score = scaled_scores(tl.sum(q.to(tl.float32) * k_last[None, :], 1), SCALE, SOFTCAP)[0]  # [M]
-            is_read = is_first
-            if evicted_at is not None:
-                is_read = is_read & (tl.load(position + group) < tl.load(last_evicted_at + group))
-            score = tl.where(is_read, score, float("-inf"))
-            new_max = tl.maximum(row_max, score)
-            weight = tl.exp2(score - new_max)
-            row_sum = row_sum * tl.exp2(row_max - new_max) + weight
-            weighted = weight[:, None] * v_last[None, :]
-            row_max = new_max
         first = tl.load(start + group).to(tl.int64)
         for block in range(begin, stop, BLOCK_SLOTS):
             slot = block + tl.arange(0, BLOCK_SLOTS)
             filled = slot < stop
             k = load_rows(key + first * HEAD_DIM, slot, filled, HEAD_DIM, BLOCK_DIM)  # [N, d]
             scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
-            reads = filled
-            if evicted_at is not None:
-                reads = reads & (tl.load(position + group) < tl.load(evicted_at + first + slot, mask=filled, other=0))
-            scores = tl.where(reads[None, :], scores, float("-inf"))
+            scores = tl.where(filled[None, :], scores, float("-inf"))
             row_max, row_sum, weighted = add_to_softmax(
                 scores, value + first * HEAD_DIM, slot, filled, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
             )
@@ -157,31 +117,38 @@ def decode_attend(
         store_rows(output + partial * HEAD_DIM, head, present, weighted, HEAD_DIM, BLOCK_DIM)
         if lse is not None:
             tl.store(lse + partial + head, row_max + tl.log2(row_sum), mask=present)
-    else:
-        if lse is not None:
-            tl.store(lse + partial + head, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), mask=present)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "chunk"])
 def decode_combine(
-    split_output,  # [B, G, splits, R, d] float32
-    split_lse,  # [B, G, splits, R]
+    chunk_output,  # [B, G, chunks, R, d] float32
+    chunk_lse,  # [B, G, chunks, R]
+    count,  # [B, G]
     output,  # [B, G, R, d]
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, NUM_SPLITS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    num_chunks, chunk,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COMBINED: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """A program weighs the splits of one head by their sums of exponentials."""
+    """A program weighs the chunks of one head by their sums of exponentials."""
     group = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    row = group * NUM_SPLITS * HEADS + tl.arange(0, NUM_SPLITS) * HEADS + head
-    lse = tl.load(split_lse + row)
-    states = load_rows(split_output, row, lse > float("-inf"), HEAD_DIM, BLOCK_DIM)
-    weights = tl.exp2(lse - tl.maximum(tl.max(lse, 0), LOWEST))
-    weights_sum = tl.sum(weights, 0)
-    weights = weights / tl.where(weights_sum > 0, weights_sum, 1.0)
-    states = tl.sum(weights[:, None] * states, 0)  # [d]
+    num_filled = tl.maximum(tl.cdiv(tl.load(count + group).to(tl.int32), chunk), 1)
+    highest = tl.full([1], LOWEST, tl.float32)
+    total = tl.zeros([1], tl.float32)
+    weighted = tl.zeros([BLOCK_DIM], tl.float32)
+    for block in range(0, num_filled, COMBINED):
+        place = block + tl.arange(0, COMBINED)
+        row = (group * num_chunks + place) * HEADS + head
+        lse = tl.load(chunk_lse + row, mask=place < num_filled, other=float("-inf"))
+        states = load_rows(chunk_output, row, place < num_filled, HEAD_DIM, BLOCK_DIM)
+        new_highest = tl.maximum(highest, tl.max(lse, 0))
+        rescale, weights = tl.exp2(highest - new_highest), tl.exp2(lse - new_highest)
+        weighted = weighted * rescale + tl.sum(weights[:, None] * states, 0)
+        total = total * rescale + tl.sum(weights, 0)
+        highest = new_highest
+    weighted = weighted / tl.where(total > 0, total, 1.0)
     channel = tl.arange(0, BLOCK_DIM)
     output += (group * HEADS + head) * HEAD_DIM
-    tl.store(output + channel, states.to(output.dtype.element_ty), mask=channel < HEAD_DIM)
+    tl.store(output + channel, weighted.to(output.dtype.element_ty), mask=channel < HEAD_DIM)
 
 
 @torch.library.custom_op("mosa::sparse_decode", mutates_args=())
@@ -192,38 +159,35 @@ def _decode(
     start: torch.Tensor,
     count: torch.Tensor,
     max_length: int,
-    last_key: torch.Tensor | None,
-    last_value: torch.Tensor | None,
-    evicted_at: torch.Tensor | None,
-    position: torch.Tensor | None,
-    last_evicted_at: torch.Tensor | None,
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Takes contiguous tensors, as `decode_packed` prepares them."""
+    """Takes contiguous tensors, as `sparse_decode` prepares them."""
     batch_size, num_groups, num_heads, head_dim = query.shape
     output = torch.empty_like(query)
     if query.numel() == 0:
         return output
-    num_ranges = batch_size * num_groups
-    rows = min(MAX_ROWS, max(16, triton.next_power_of_2(num_heads)))
+    num_ranges, block_dim = batch_size * num_groups, padded_dim(head_dim)
+    block_slots, num_stages, max_rows = tile(block_dim, query.dtype)
+    rows = min(max_rows, max(16, triton.next_power_of_2(num_heads)))
     row_blocks = triton.cdiv(num_heads, rows)
-    num_splits = min(triton.cdiv(PROGRAMS, num_ranges * row_blocks), triton.cdiv(max_length, SPLIT_SLOTS), MAX_SPLITS)
-    num_splits = triton.next_power_of_2(max(1, num_splits))  # few builds, as a cache grows
-    split_output, lse = output, None
-    if num_splits > 1:
-        split_output = query.new_empty(batch_size, num_groups, num_splits, num_heads, head_dim, dtype=torch.float32)
-        lse = split_output.new_empty(split_output.shape[:-1])
-    sizes = {"HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
+    chunk = chunk_size(max_length, num_ranges * row_blocks, block_slots)
+    num_chunks = max(1, triton.cdiv(max_length, chunk))
+    chunk_output, lse = output, None
+    if num_chunks > 1:
+        chunk_output = query.new_empty(batch_size, num_groups, num_chunks, num_heads, head_dim, dtype=torch.float32)
+        lse = chunk_output.new_empty(chunk_output.shape[:-1])
+    sizes = {"HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": block_dim}
     with torch.cuda.device_of(query):
-        decode_attend[(num_ranges, num_splits, row_blocks)](
-            query, key, value, start, count, last_key, last_value, evicted_at, position, last_evicted_at, sinks,
-            split_output, lse, num_groups, SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=BLOCK_SLOTS,
-            **sizes, num_warps=4, num_stages=NUM_STAGES,
+        decode_attend[(num_ranges, num_chunks, row_blocks)](
+            query, key, value, start, count, sinks, chunk_output, lse, num_groups, chunk, SCALE=scale,
+            SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=block_slots, **sizes, num_warps=4, num_stages=num_stages,
         )  # fmt: skip
-        if num_splits > 1:
-            decode_combine[(num_ranges, num_heads)](split_output, lse, output, NUM_SPLITS=num_splits, **sizes)
+        if num_chunks > 1:
+            decode_combine[(num_ranges, num_heads)](
+                chunk_output, lse, count, output, num_chunks, chunk, COMBINED=COMBINED, **sizes
+            )
     return output
 
 
@@ -233,29 +197,30 @@ def _(query, *others):
 
 
 def production_builds() -> list[KernelBuild]:
-    """bfloat16, in splits: sparse groups, also of many heads with softcap and sinks; and the paper's heads."""
-    types = {
-        "*bf16": "query key value last_key last_value",
-        "*fp32": "sinks output lse",
-        "*i64": "start count evicted_at position last_evicted_at",
-    }
-    types = {name: kind for kind, names in types.items() for name in names.split()} | {"num_groups": "i32"}
-    range_only = dict.fromkeys(("last_key", "last_value", "evicted_at", "position", "last_evicted_at"))
+    """Each dtype and head size: of few heads a group, and of many with softcap and sinks."""
     forms = (
-        ("sparse", 4, {"sinks": None, "SOFTCAP": None, **range_only}),
-        ("sparse softcap sinks", MAX_ROWS, {"SOFTCAP": 50.0, **range_only}),
-        ("paper", 1, {"sinks": None, "SOFTCAP": None}),
+        ("", 4, {"sinks": None, "SOFTCAP": None}),
+        (" softcap sinks", MAX_ROWS, {"SOFTCAP": 50.0}),
     )
     builds = []
-    for head_dim in (64, 128, 256):
-        sizes = {"HEAD_DIM": head_dim, "BLOCK_DIM": head_dim}
+    for head_dim, (kind, dtype) in product(HEAD_DIMS, DTYPES.items()):
+        types = {"*i64": "start count", "*fp32": "sinks output lse chunk_output chunk_lse"}
+        types = {name: each for each, names in types.items() for name in names.split()}
+        types |= dict.fromkeys(("query", "key", "value"), f"*{kind}") | dict.fromkeys(
+            ("num_groups", "num_chunks", "chunk"), "i32"
+        )
+        sizes = {"HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
+        block_slots, num_stages, max_rows = tile(padded_dim(head_dim), dtype)
         for form, num_heads, given in forms:
-            constants = {"SCALE": head_dim**-0.5, "HEADS": num_heads, "BLOCK_SLOTS": BLOCK_SLOTS, **sizes, **given}
-            constants["BLOCK_ROWS"] = max(16, num_heads)
+            constants = {"SCALE": head_dim**-0.5, "HEADS": num_heads, "BLOCK_SLOTS": block_slots, **sizes, **given}
+            constants["BLOCK_ROWS"] = min(max_rows, max(16, num_heads))
             signature = {name: types[name] for name in decode_attend.arg_names if name not in constants}
-            name = f"decode_attend {form} d={head_dim} R={num_heads}"
-            builds.append(KernelBuild(name, decode_attend, signature, constants, 4, NUM_STAGES))
-        constants = {"HEADS": 4, "NUM_SPLITS": MAX_SPLITS, **sizes}
-        signature = {"split_output": "*fp32", "split_lse": "*fp32", "output": "*bf16"}
-        builds.append(KernelBuild(f"decode_combine d={head_dim}", decode_combine, signature, constants, 4, 3))
+            name = f"decode_attend{form} {kind} d={head_dim} R={num_heads}"
+            builds.append(KernelBuild(name, decode_attend, signature, constants, 4, num_stages))
+        if kind != "bf16":
+            continue
+        constants = {"HEADS": 4, "COMBINED": COMBINED, **sizes}
+        signature = {name: types[name] for name in decode_combine.arg_names if name not in constants}
+        signature["output"] = f"*{kind}"
+        builds.append(KernelBuild(f"decode_combine {kind} d={head_dim}", decode_combine, signature, constants, 4, 3))
     return builds

@@ -25,6 +25,8 @@ CASES = [
     (96, 1, 20, 17, 20, torch.float16, "limits softcap"),
     (128, 2, 35, 65, 35, torch.float16, "limits sinks scale"),
     (256, 1, 20, 40, 30, torch.float32, "softcap sinks"),
+    (64, 2, 24, 20, 24, torch.bfloat16, "limits softcap sinks scale"),
+    (96, 1, 20, 30, None, torch.bfloat16, ""),
 ]
 
 

@@ -25,6 +25,7 @@ CASES = [
     (128, 64, 3, True, 1, 9, 20, torch.float32),
     (160, 160, 1, True, 1, 12, 16, torch.float32),
     (256, 128, 1, False, 1, 20, 40, torch.float16),
+    (64, 32, 2, True, 2, 20, 40, torch.bfloat16),
 ]
 
 

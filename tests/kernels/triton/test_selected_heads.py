@@ -20,6 +20,7 @@ CASES = {
     "queries share keys, bias": {"heads": 3, "bias": True},
     "head of 64, half of it rotated": {"head_dim": 64, "rotary_dim": 32, "heads": 2, **HALF},
     "head of 80, quarter of it rotated": {"head_dim": 80, "rotary_dim": 20, "bias": True},
+    "bfloat16": {"head_dim": 64, "rotary_dim": 32, "num_tokens": 20, "past": 9, "dtype": torch.bfloat16},
     "head of 128": {"head_dim": 128, "rotary_dim": 128, "num_tokens": 20, **HALF},
     "padded": {"padded": True, "heads": 2},
     "packed, padded": {"packed": True, "padded": True},
@@ -117,6 +118,24 @@ STEPS = {
 @torch.no_grad()
 def test_decoding_step(name):
     check(selected_heads, random_call({"num_tokens": 1, "rate": 0.5} | STEPS[name], seed=1))
+
+
+@pytest.mark.parametrize("name", ["plain", "bias, queries share keys", "half precision", "nothing selected"])
+@torch.no_grad()
+def test_decoding_step_that_is_remembered(name):
+    """A cache takes the token in, and says what it reads."""
+    *arguments, packed = random_call({"num_tokens": 1, "rate": 0.5} | STEPS[name], seed=1)
+    given = []
+
+    def remember(new):
+        given.append(new)
+        return packed._replace(length=packed.length.clamp(min=1))
+
+    expected, actual = (each(*arguments, remember)[0] for each in (reference.selected_heads, selected_heads))
+    close(actual, expected, "output", actual.dtype)
+    filled = given[0].valid
+    assert torch.equal(filled, given[1].valid) and torch.equal(given[0].position, given[1].position)
+    close(given[1].key[filled], given[0].key[filled], "key", actual.dtype)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ CASES = {
     "cached, padded": (4, {"cached": 7, "num_tokens": 20, "padded": True, "evicts": True}),
     "cached, one token": (5, {"cached": 90, "num_tokens": 1, "head_dim": 80}),
     "half precision": (5, {"cached": 9, "head_dim": 64, "biased": True, "dtype": torch.float16}),
+    "bfloat16": (4, {"cached": 9, "num_tokens": 24, "head_dim": 64, "biased": True, "dtype": torch.bfloat16}),
     "half precision, everything": (
         5,
         {

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 from mosa_hf.kernels.sparse_decode import reference  # noqa: E402
 from mosa_hf.kernels.sparse_decode import triton as kernels  # noqa: E402
-from mosa_hf.kernels.sparse_decode.triton import decode_packed, sparse_decode  # noqa: E402
+from mosa_hf.kernels.sparse_decode.triton import sparse_decode  # noqa: E402
 from mosa_hf.kernels.tensors import PackedKeyValues  # noqa: E402
 
 from .common import COMPILER, DEVICE, check, close, random_packed  # noqa: E402
@@ -22,14 +22,15 @@ CASES = [
     (128, 4, [[33, 70]], torch.float16, None, None, False),
     (64, 2, [[0, 0], [0, 0]], torch.float16, 0.3, 2.0, True),
     (256, 1, [[90, 31]], torch.float16, 0.1, 2.0, True),
+    (128, 4, [[33, 70]], torch.bfloat16, None, 2.0, True),
 ]
 
 
 @pytest.fixture
 def cut(monkeypatch):
-    """A handful of entries in several blocks and splits, and a few heads in several blocks, as many of them are."""
-    for name in ("BLOCK_SLOTS", "SPLIT_SLOTS", "MAX_ROWS"):
-        monkeypatch.setattr(kernels, name, 16)
+    """A handful of entries in several blocks and chunks, and a few heads in several blocks, as many of them are."""
+    monkeypatch.setattr(kernels, "tile", lambda block_dim, dtype: (16, 2, 16))
+    monkeypatch.setattr(kernels, "CHUNKS", 1 << 20)
 
 
 def random_step(case) -> tuple[torch.Tensor, PackedKeyValues, dict]:
@@ -54,28 +55,12 @@ def test_sparse_decode(case, cut):
 
 
 @torch.no_grad()
-def test_one_split_and_blocks_as_they_are():
+def test_one_chunk_and_blocks_as_they_are(monkeypatch):
     query, packed, options = random_step((64, 2, [[150, 0, 1], [31, 32, 64]], torch.float32, None, None, True))
-    packed = packed._replace(max_length=kernels.SPLIT_SLOTS)
-    packed = packed._replace(length=packed.length.clamp(max=kernels.SPLIT_SLOTS))
+    monkeypatch.setattr(kernels, "CHUNKS", 1)
     close(sparse_decode(query, packed, **options), reference.sparse_decode(query, packed, **options), "output")
     query, packed, options = random_step((16, 1, [[0]], torch.float32, None, None, False))
     assert not sparse_decode(query, packed._replace(key=packed.key[:0], value=packed.value[:0], max_length=0)).any()
-
-
-@pytest.mark.parametrize("options", [{}, {"softcap": 1.5, "sinks": True}], ids=str)
-@torch.no_grad()
-def test_last_entry_lies_elsewhere(options, cut):
-    """The same as a range that is one entry longer."""
-    query, packed, _ = random_step((16, 3, [[1, 40], [33, 2]], torch.float32, None, None, False))
-    if "sinks" in options:
-        options = options | {"sinks": torch.randn(2, 3)}
-    end = packed.start + packed.length - 1
-    last_key, last_value, key, value = packed.key[end], packed.value[end], packed.key.clone(), packed.value.clone()
-    key[end], value[end] = torch.nan, torch.nan
-    shorter = PackedKeyValues(key, value, packed.start, packed.length - 1, packed.max_length)
-    actual = decode_packed(query, shorter, (last_key, last_value), **options)
-    close(actual, reference.sparse_decode(query, packed, **options), "output")
 
 
 def test_gradients():
@@ -99,10 +84,7 @@ def test_asks_nothing_of_the_device():
 def test_op_and_compiled_graph(cut):
     query, packed, options = random_step((16, 2, [[40, 0], [9, 1]], torch.float32, None, 1.5, True))
     inputs = (query, packed.key.detach().nan_to_num(), packed.value.detach().nan_to_num(), *packed[2:5])
-    torch.library.opcheck(kernels._decode, (*inputs, *[None] * 5, 0.25, 1.5, options["sinks"]))
-    last, evicted_at = (query[:, :, 0].contiguous(), query[:, :, 1].contiguous()), torch.arange(len(packed.key))
-    arguments = (*inputs, *last, evicted_at, packed.length, packed.start, 0.25, None, None)
-    torch.library.opcheck(kernels._decode, arguments, test_utils="test_faketensor")
+    torch.library.opcheck(kernels._decode, (*inputs, 0.25, 1.5, options["sinks"]))
     compiled = torch.compile(sparse_decode, fullgraph=True, backend=COMPILER)
     close(compiled(query, packed, **options), sparse_decode(query, packed, **options), "output")
 

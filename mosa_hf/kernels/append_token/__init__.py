@@ -1,0 +1,1 @@
+"""One more token in the memory of a sparse store. `reference` is the specification."""
