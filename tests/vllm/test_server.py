@@ -154,6 +154,7 @@ def test_clients_that_go_away_leave_nothing(server):
     server.wait_for_nothing()
 
 
+@pytest.mark.tools
 def test_nothing_is_left_of_many_requests(server):
     def one(number: int) -> None:
         complete(server, "ab" * (1 + (number * 37) % 200), max_tokens=1 + (number * 13) % 24)
