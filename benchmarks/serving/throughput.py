@@ -101,7 +101,7 @@ def page_of(found: dict[Path, list[dict[str, Any]]], options: argparse.Namespace
             "# Serving at equal cache memory",
             "",
             f"{options.requests} requests of {options.prompt} + {options.new} tokens, {options.memory} MiB of cache,",
-            f"`max_model_len` {options.max_len}, chunks of {options.chunk}. Seconds are those that the engine's process",
+            f"`max_model_len` {options.max_len}, chunks of {options.chunk}. Seconds are those that the process",
             "computed; in brackets the ratio to the first row.",
             "",
             *rows,

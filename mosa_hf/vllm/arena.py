@@ -167,6 +167,7 @@ class Arena:
         while self.ahead[-1] < max_chunk:
             self.ahead.append(min(2 * self.ahead[-1], max_chunk))
         self.seen: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = []  # of this step: rows, tokens, tokens ahead
+        self.groups = torch.arange(num_groups, device=device)
         self.pages: CpuPages | None = None
 
     @staticmethod
@@ -289,17 +290,16 @@ class Arena:
         )
         selected = (self.ring_selected[(*index, at)] & (step < old[..., None])).cumsum(-1)
         selected = torch.nn.functional.pad(selected, (1, 0))
-        grown = []
-        for k in ahead:
-            fills = (ring - past).clamp(min=0, max=k).expand_as(old)
-            leave = k - fills  # tokens that leave a full window
-            known = leave.minimum(old)
-            entries = fills + selected.gather(-1, known.clamp(max=width)[..., None])[..., 0]
-            entries = entries + torch.where(self.is_sliding[:, None], 0, leave - known)
-            entries = torch.where(self.is_dense[:, None] | (self.most < MANY)[:, None], k, entries)
-            total = (count + entries).minimum(self.most[:, None]).maximum(count)
-            grown.append((_blocks(total) - have).clamp(min=0).sum((0, 2)))
-        return torch.stack(grown, dim=1)
+        k = torch.tensor(ahead, device=row.device)  # [K]; from here on [L, B, G, K]
+        fills = (ring - past).clamp(min=0)[..., None].minimum(k).expand(*old.shape, -1)
+        leave = k - fills  # tokens that leave a full window
+        known = leave.minimum(old[..., None])
+        unknown = (leave - known).masked_fill(self.is_sliding[:, None, :, None], 0)
+        entries = fills + selected.gather(-1, known.clamp(max=width)) + unknown
+        is_counted = (self.is_dense | (self.most < MANY))[:, None, :, None]  # whatever is selected
+        total = count[..., None] + torch.where(is_counted, k, entries)
+        total = total.minimum(self.most[:, None, :, None]).maximum(count[..., None])
+        return (_blocks(total) - have[..., None]).clamp(min=0).sum((0, 2))
 
     def reports(self) -> dict[int, Report]:
         """What the requests of the last step hold, by row."""

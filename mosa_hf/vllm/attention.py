@@ -199,8 +199,7 @@ def read_token(arena: Arena, layer: int, step: DecodeStep, tokens: TokenStates, 
     assert arena.pages is not None
     query, key, value, selected, _ = tokens
     batch_size, num_groups = selected.shape
-    groups = torch.arange(num_groups, device=query.device)
-    arena.ring_selected[layer, step.row[:, None], groups, step.at[layer]] = selected
+    arena.ring_selected[layer, step.row[:, None], arena.groups, step.at[layer]] = selected
     arena.pages.write(key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None], step.entry[layer])
     length = step.length[layer]
     table = arena.table[layer, :, :, : step.num_blocks].index_select(0, step.row)

@@ -22,8 +22,8 @@ ROUTERS = "mosa_routers"  # of `--hf-overrides`: the folder of routers for a bas
 class Settings:
     """Ours, from `--additional-config`."""
 
-    reserve: Reserve = "feedback"
-    slack: float = 1.5
+    reserve: Reserve
+    slack: float
 
 
 def settings_of(vllm_config: VllmConfig) -> Settings:
@@ -32,8 +32,9 @@ def settings_of(vllm_config: VllmConfig) -> Settings:
         ValueError: for a `mosa_*` entry that is unknown or out of range.
     """
     given = {name: x for name, x in dict(vllm_config.additional_config or {}).items() if name.startswith("mosa_")}
-    reserve = given.pop("mosa_reserve", Settings.reserve)
-    slack = given.pop("mosa_slack", Settings.slack)
+    reserve = given.pop("mosa_reserve", "feedback")
+    # With feedback it is but an estimate of what fits; a rate that is too low costs tokens.
+    slack = given.pop("mosa_slack", 1.5 if reserve == "rate" else 1.1)
     if given:
         raise ValueError(f"`additional_config` has {sorted(given)}: there are `mosa_reserve` and `mosa_slack`.")
     if reserve not in get_args(Reserve):

@@ -10,7 +10,7 @@ import torch
 from ..kernels import backend
 from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues
 from ..routing import evicted_at, within_budget
-from .arena import Arena, Chunk, Group, TokenStates
+from .arena import MANY, Arena, Chunk, Group, TokenStates
 from .spec import BLOCK_SIZE
 
 
@@ -274,15 +274,16 @@ def _fitting(arena: Arena, layer: int, chunk: Chunk, selected: torch.Tensor, sco
     row = torch.tensor([chunk.row], device=selected.device)
     past = torch.tensor([chunk.past], device=selected.device)
     horizon = arena.horizon(row, past + chunk.length)
-    count = arena.count[:, row]
-    later = int(arena.needed(count, past, horizon)[layer + 1 :].sum())
-    # What is dense here goes on beyond this chunk, too.
-    own = arena.needed(count, past + chunk.length, horizon)[layer]
-    later += int(torch.where(arena.is_dense[layer], own, 0).sum())
+    count, end, ring = arena.count[:, row], past + chunk.length, arena.ring[:, None]
+    # What is dense goes on beyond this chunk, and windows may. Layers before this one have read it, others have not.
+    after = count + torch.where(arena.is_dense[:, None], chunk.length, (end.minimum(ring) - past).clamp(min=0))
+    later = int(arena.needed(count, end, horizon)[:layer].sum())
+    later += int(arena.needed(after, end, horizon)[layer].sum())
+    later += int(arena.needed(count, past, horizon)[layer + 1 :].sum())
     free = int(arena.owned[chunk.row]) - int(arena.used[chunk.row]) - later
     count, have, ring = arena.count[layer, chunk.row], arena.have[layer, chunk.row], arena.ring[layer]
     position = torch.arange(chunk.past, chunk.end, device=selected.device)[:, None]
-    can_drop = ~arena.is_dense[layer] & ~arena.is_sliding[layer] & (arena.most[layer] == arena.most.max())
+    can_drop = ~arena.is_dense[layer] & (arena.most[layer] == MANY)  # not what a budget bounds, which has its blocks
     old = chunk.past - ring.clamp(max=chunk.past)
     leaves = selected & (position < chunk.end - ring) & can_drop  # [C, G]
     in_ring = torch.zeros_like(have)
@@ -294,7 +295,7 @@ def _fitting(arena: Arena, layer: int, chunk: Chunk, selected: torch.Tensor, sco
         in_ring[group] = len(found)
         places += [(group, each) for each in found.tolist()]
     fills = (ring - chunk.past).clamp(min=0, max=chunk.length)
-    grown = torch.where(arena.is_dense[layer], chunk.length, fills + in_ring + leaves.sum(0))
+    grown = torch.where(can_drop, fills + in_ring + leaves.sum(0), chunk.length)
     grown = (count + grown).minimum(arena.most[layer]) - count
 
     def taken(dropped: torch.Tensor) -> torch.Tensor:

@@ -38,10 +38,10 @@ class GroupShape:
 
     def expected(self, num_tokens: int, slack: float) -> float:
         """Blocks of a request of `num_tokens` tokens, if it selects `slack` times as many as it should."""
-        if self.rate == 1:
-            return _blocks(num_tokens)
+        if self.rate == 1 or self.most is not None:  # nothing of these may be dropped
+            return _blocks(self.most_of(num_tokens))
         near = _blocks(min(self.window, num_tokens))
-        if num_tokens <= self.window or self.rate == 0:
+        if num_tokens <= self.window:
             return near
         far = min(1.0, slack * self.rate + RATE_MARGIN) * (num_tokens - self.window) / BLOCK_SIZE + 1
         return min(near + far, _blocks(self.most_of(num_tokens)))
@@ -68,7 +68,7 @@ class ArenaSpec(AttentionSpec):
     num_rows: int
     max_len: int
     reserve: Reserve = "feedback"
-    slack: float = 1.5
+    slack: float = 1.1
 
     @property
     def prefix_cacheable(self) -> bool:
