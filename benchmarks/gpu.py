@@ -152,9 +152,10 @@ def training(smoke: bool) -> Rows:
         "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "vocab_size": 8000,
         "head_dim": 16 if smoke else 64, "max_position_embeddings": 2048,
     }  # fmt: skip
+    none = {"num_mosa_heads": 0, "num_mosa_key_value_heads": 0}
     mosa = {"num_mosa_heads": 17, "num_mosa_key_value_heads": 17, "mosa_sparsity": 32}
     models = {
-        "dense": LlamaForCausalLM(LlamaConfig(**fields, num_attention_heads=9, num_key_value_heads=9)),
+        "dense": MosaForCausalLM(MosaConfig(**fields, num_attention_heads=9, num_key_value_heads=9, **none)),
         "MoSA": MosaForCausalLM(MosaConfig(**fields, num_attention_heads=4, num_key_value_heads=4, **mosa)),
     }
     ids = torch.randint(3, 8000, size, device=DEVICE)
