@@ -64,7 +64,7 @@ def kernel_errors(smoke: bool) -> Rows:
 
 def kernel_times(smoke: bool) -> Rows:
     """Milliseconds of every backend beside flash attention, SDPA's choice and flash-decoding, which is SDPA's too."""
-    for name in kernels.CASES:
+    for name in ["smoke-decode"] if smoke else kernels.CASES:
         if name.startswith("smoke") == smoke:
             for _, work, contender, ms, ratio, memory in kernels.time_case(name, 0.01 if smoke else 2.0):
                 result = f"{ms} ms, dense / this {ratio}, peak {memory} MiB"
@@ -152,9 +152,10 @@ def training(smoke: bool) -> Rows:
         "hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "vocab_size": 8000,
         "head_dim": 16 if smoke else 64, "max_position_embeddings": 2048,
     }  # fmt: skip
+    none = {"num_mosa_heads": 0, "num_mosa_key_value_heads": 0}
     mosa = {"num_mosa_heads": 17, "num_mosa_key_value_heads": 17, "mosa_sparsity": 32}
     models = {
-        "dense": LlamaForCausalLM(LlamaConfig(**fields, num_attention_heads=9, num_key_value_heads=9)),
+        "dense": MosaForCausalLM(MosaConfig(**fields, num_attention_heads=9, num_key_value_heads=9, **none)),
         "MoSA": MosaForCausalLM(MosaConfig(**fields, num_attention_heads=4, num_key_value_heads=4, **mosa)),
     }
     ids = torch.randint(3, 8000, size, device=DEVICE)

@@ -158,8 +158,8 @@ def write_page(rows: list[Compiled], path: Path) -> None:
     text = (
         "# Triton kernels, compiled ahead of time\n\n"
         f"`python -m benchmarks.speed.compile_kernels` on {datetime.date.today()}, Triton {triton.__version__}, "
-        "bfloat16 where no other dtype is named. Registers are those of one thread. Nothing here was run on a "
-        "GPU.\n\n" + table
+        "bfloat16 where no other dtype is named. Registers are those of one thread. The command adds what is not here "
+        "yet, and leaves what it did not compile anew. Nothing here was run on a GPU.\n\n" + table
     )
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(wrapped(text), encoding="utf-8")

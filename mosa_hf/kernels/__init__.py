@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .capture import is_exported
+from .capture import is_captured, is_exported
 from .derivatives import is_transformed
 
 
@@ -74,8 +74,8 @@ def backend(states: torch.Tensor, value_dim: int | None = None) -> Backend:
 
 
 def is_free() -> bool:
-    """Whether attention may be computed by others: nobody has chosen a backend, nor needs PyTorch's own operators."""
-    return _chosen is None and not is_exported() and not is_transformed()
+    """Whether attention may be computed by others, call by call: nobody has chosen a backend or captures it."""
+    return _chosen is None and not is_captured() and not is_transformed()
 
 
 @contextmanager

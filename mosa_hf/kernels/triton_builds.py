@@ -21,6 +21,7 @@ class KernelBuild(NamedTuple):
 
 # What builds are made for: Triton's names of dtypes, and head sizes, powers of 2 or not.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+LABELS = {"bf16": "", "fp16": " fp16", "fp32": " fp32"}  # of builds' names
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 
 

@@ -138,17 +138,16 @@ def mosa_attention_forward(
         return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
     num_groups = groups.num_groups
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
-    shortest = min((each.window for each in groups.sets), default=0)
-    if key.shape[1] == num_groups and query.shape[2] == key.shape[2] <= shortest:
+    if is_free() and key.shape[1] == num_groups and groups.sets and query.shape[2] == key.shape[2]:
         # Nothing is out of a window: plain causal attention, whatever is selected.
-        if mosa.cache is not None or (is_free() and not dropout):
-            output, weights = dense_attention(module, query, key, value, attention_mask, **options)
+        if all(query.shape[2] <= each.window for each in groups.sets) and (mosa.cache is not None or not dropout):
+            output, _ = dense_attention(module, query, key, value, attention_mask, **options)
             if mosa.cache is not None:
                 mosa.cache.evict()
             for gate in mosa.gates:
                 if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
                     output = output + 0.0 * gate.sum()
-            return output, weights
+            return output, None
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
     outputs: list[torch.Tensor] = []  # of each set of groups, [B, G, R, T, d]

@@ -1,6 +1,6 @@
 """How the tokens of a model call stand in their sequences: padding, packing, positions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class CallLayout:
         first: `[B, T]` bool, the first token of each sequence; None if it is known that none is among these.
         order, inverse: `[B, T]` int64, the permutation that moves a row's padding to its left, and back. None where
             padding already is on the left.
+        copies: on other devices.
     """
 
     position: torch.Tensor
@@ -31,6 +32,7 @@ class CallLayout:
     first: torch.Tensor | None
     order: torch.Tensor | None
     inverse: torch.Tensor | None
+    copies: dict[torch.device, "CallLayout"] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def build(
@@ -81,11 +83,14 @@ class CallLayout:
         return cls(position, valid, segment, first, order, inverse)
 
     def to(self, device: torch.device) -> "CallLayout":
-        """This layout on the device of a layer."""
+        """This layout on the device of a layer; it is copied there once."""
         if self.position.device == device:
             return self
-        moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in vars(self).items()}
-        return CallLayout(**moved)
+        if device not in self.copies:
+            states = {name: x for name, x in vars(self).items() if name != "copies"}
+            moved: dict[str, Any] = {name: None if x is None else x.to(device) for name, x in states.items()}
+            self.copies[device] = CallLayout(**moved)
+        return self.copies[device]
 
     def pad_left(self, states: torch.Tensor, dim: int) -> torch.Tensor:
         """`states` `[B, ..., T, ...]`, T at `dim`, with each row's padding moved to its left."""

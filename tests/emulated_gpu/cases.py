@@ -24,7 +24,7 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 SPARSE = {"mosa_sparsity": 4, "mosa_window": 8}
-NUM_TOKENS = 20  # of a prompt
+NUM_TOKENS = 12  # of a prompt
 CACHE_LENGTH = 256  # of a static cache
 LAYERS = (1, 2)  # whose difference is what a layer costs
 
@@ -126,7 +126,7 @@ class LayerCosts:
     error: float
 
 
-def layer_costs(case: Case, is_static: bool, num_steps: int = 6) -> LayerCosts:
+def layer_costs(case: Case, is_static: bool, num_steps: int = 3) -> LayerCosts:
     few, many = (run_both(case, num_layers, is_static, num_steps) for num_layers in LAYERS)
 
     def per_layer(counts: Callable[[Counts], int], steps: slice) -> float:

@@ -11,9 +11,9 @@ from .device import counting, emulated_gpu, on_device
 # Operations of a step beyond the original's, growing and static; None: not of static caches.
 LIMITS = {
     "one set": (10, 15),
-    "one set beside dense groups": (25, 30),
+    "one set beside dense groups": (15, 15),
     "two sets": (25, 30),
-    "budget": (15, 15),
+    "budget": (10, 15),
     "padded": (10, 20),
 }
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
 from ..tensors import NEVER, PackedKeyValues
-from ..triton_builds import DTYPES, HEAD_DIMS, KernelBuild
+from ..triton_builds import DTYPES, HEAD_DIMS, LABELS, KernelBuild
 from .reference import FarKeys, WindowKeys
 
 INT32_MAX = torch.iinfo(torch.int32).max
@@ -709,6 +709,6 @@ def production_builds() -> list[KernelBuild]:
         constants = {name: value for name, value in constants.items() if name in function.arg_names}
         signature = {name: types[name] for name in function.arg_names if name not in constants}
         signature = {name: f"*{kind}" if each == "*" else each for name, each in signature.items()}
-        name = f"{function.__name__} {form} {kind} d={head_dim} R={num_heads}"
+        name = f"{function.__name__} {form}{LABELS[kind]} d={head_dim} R={num_heads}"
         builds.append(KernelBuild(name, function, signature, constants, tile.num_warps, tile.num_stages))
     return builds

@@ -22,7 +22,7 @@ from ..prefix_attention.triton import (
     store_rows,
 )
 from ..tensors import PackedKeyValues
-from ..triton_builds import DTYPES, HEAD_DIMS, KernelBuild
+from ..triton_builds import DTYPES, HEAD_DIMS, LABELS, KernelBuild
 from . import pytorch
 
 MAX_ROWS = 32  # query heads of a program
@@ -215,12 +215,12 @@ def production_builds() -> list[KernelBuild]:
             constants = {"SCALE": head_dim**-0.5, "HEADS": num_heads, "BLOCK_SLOTS": block_slots, **sizes, **given}
             constants["BLOCK_ROWS"] = min(max_rows, max(16, num_heads))
             signature = {name: types[name] for name in decode_attend.arg_names if name not in constants}
-            name = f"decode_attend{form} {kind} d={head_dim} R={num_heads}"
+            name = f"decode_attend{form}{LABELS[kind]} d={head_dim} R={num_heads}"
             builds.append(KernelBuild(name, decode_attend, signature, constants, 4, num_stages))
         if kind != "bf16":
             continue
         constants = {"HEADS": 4, "COMBINED": COMBINED, **sizes}
         signature = {name: types[name] for name in decode_combine.arg_names if name not in constants}
         signature["output"] = f"*{kind}"
-        builds.append(KernelBuild(f"decode_combine {kind} d={head_dim}", decode_combine, signature, constants, 4, 3))
+        builds.append(KernelBuild(f"decode_combine d={head_dim}", decode_combine, signature, constants, 4, 3))
     return builds

@@ -6,7 +6,7 @@ from mosa_hf.kernels.tensors import NEVER, PackedKeyValues
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # inductor compiles for half a minute on a CPU
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}  # of the largest value
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of the largest value
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, name: str, dtype: torch.dtype = torch.float32) -> None:
