@@ -28,7 +28,7 @@ from ..modeling.fingerprint import model_fingerprint
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.thresholds import highest_share
 from .allocation import candidate_plan, of_groups
-from .calibration import RouterFit, fit_routers
+from .calibration import MOST_OFFSET, RouterFit, fit_routers
 from .configuration import ConversionConfig
 from .effects import Effects
 from .windows import Chat, calibration_ids, calibration_windows
@@ -399,7 +399,8 @@ def search_plan(
     config = family_of(model.config.model_type).config_class.from_base(model.config)
     candidates = candidate_plan(config, ConversionConfig(include_first=planning.include_first))
     calibration = calibration_ids(calibration, model.config)
-    about = [asdict(planning), model_fingerprint(model), config.to_dict(), calibration.tolist(), texts.tolist()]
+    scale = {"most_offset": MOST_OFFSET}  # of importance, by which the routers that are kept were fitted
+    about = [asdict(planning), model_fingerprint(model), config.to_dict(), scale, calibration.tolist(), texts.tolist()]
     digest = hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()[:16]
     journal = Journal(directory and directory / "measured.json", digest, len(texts))
     if fits is None:
