@@ -12,7 +12,7 @@ from .device import counting, emulated_gpu, on_device
 LIMITS = {
     "one set": (10, 15),
     "one set beside dense groups": (15, 15),
-    "two sets": (25, 30),
+    "two sets": (10, 15),
     "budget": (10, 15),
     "padded": (10, 20),
 }

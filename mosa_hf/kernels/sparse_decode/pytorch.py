@@ -60,7 +60,8 @@ def _one_by_one(
     """Each range by itself: the group's heads are the rows of a matrix."""
     is_plain = softcap is None and sinks is None
     parts = packed.split()
-    if len(parts[0][0]) and (step := _step(parts)) is not None:
+    # No gradient would reach the other ranges through a view of the first.
+    if not torch.is_grad_enabled() and len(parts[0][0]) and (step := _step(parts)) is not None:
         key, value = (
             states.as_strided((len(parts), *states.shape), (step * states.stride(0), *states.stride()))
             for states in parts[0]
