@@ -30,15 +30,19 @@ ELSEWHERE = {
     "python -m benchmarks.frontier": "tests/benchmarks/test_frontier.py",
     "python -m benchmarks.frontier.baselines": "benchmarks/frontier/measuring.py",  # which starts it, for kvpress
     "python -m benchmarks.frontier.picture": "tests/tools/test_benchmarks.py",
+    "python -m benchmarks.gpu": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.healing": "tests/benchmarks/test_healing.py",
     "python -m benchmarks.leak": "tests/benchmarks/test_leak.py",
     "python -m benchmarks.pretrain": "tests/benchmarks/test_pretrain.py",
+    "python -m benchmarks.serving.engine": "benchmarks/serving/throughput.py",  # which starts it, for each model
+    "python -m benchmarks.serving.throughput": "tests/vllm/test_benchmark.py",
     "python -m benchmarks.speed.compile_kernels": "tests/kernels/test_triton_compile.py",
     "python -m benchmarks.speed.compile_training": "tests/tools/test_compiled_training.py",
     "python -m benchmarks.speed.decode": "tests/benchmarks/test_frontier.py",
     "python -m benchmarks.speed.kernels": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.speed.latent_decode": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.speed.training": "tests/tools/test_benchmarks.py",
+    "python -m tests.emulated_gpu": "tests/emulated_gpu/test_costs.py",
     "lm_eval": "tests/tools/test_lm_eval.py",
     "transformers serve": "tests/tools/test_serve.py",
     "transformers chat": "tests/tools/test_serve.py",
@@ -47,7 +51,10 @@ ELSEWHERE = {
     "make demo": "tests/benchmarks/test_frontier.py",
     "make test": ".ci/run",
     "make tools": ".github/workflows/nightly.yml",
+    "make serving": ".github/workflows/nightly.yml",
     "make families": ".github/workflows/nightly.yml",
+    "vllm": "tests/vllm/test_server.py",
+    "vllm serve BASE": "tests/vllm/test_tokens.py",
     "pip install": "tests/test_packaging.py",
 }
 PROGRAM = re.compile(rf"(?:{'|'.join([*MAIN, *ELSEWHERE, 'python -m', 'make', 'transformers'])})(?!\S)")
@@ -132,8 +139,8 @@ def test_every_other_command_runs_somewhere():
         program = max((name for name in ELSEWHERE if f"{each.line} ".startswith(f"{name} ")), key=len, default=None)
         assert program, f"{each.page} shows {each.line!r}, which runs nowhere"
         where = (ROOT / ELSEWHERE[program]).read_text(encoding="utf-8")
-        assert re.search(rf"\b{re.split(r'[ .]', program)[-1]}\b", where), each
+        assert re.search(rf"\b{re.split(r'[ .]', program)[-1]}\b", where, re.IGNORECASE), each
         if program.startswith("python -m"):
             where += source_of(each.words[2])
         options = [word for word in each.words if word.startswith("--")]
-        assert [option for option in options if option not in where] == [], each
+        assert [each for each in options if each not in where and each[2:].replace("-", "_") not in where] == [], each

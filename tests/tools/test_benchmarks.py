@@ -9,6 +9,7 @@ from .conftest import plain_shell
 pytestmark = pytest.mark.tools
 
 COMMANDS = {
+    "benchmarks.gpu": "--smoke --parts decoding --output {folder}",
     "benchmarks.speed.kernels": "--cases smoke-attention smoke-decode smoke-heads --seconds 0.01",
     "benchmarks.speed.latent_decode": "--length 64 --turns 1",
     "benchmarks.speed.training": "--shapes 1,64,4,8 --rounds 1",
