@@ -217,6 +217,9 @@ class Store(RuleBasedStateMachine):
         else:
             groups = tuple(range(self.num_groups))
             dense, _ = CacheInForward(self.cache).update(self.states(tokens, groups), -self.states(tokens, groups), 0)
+            if dense.shape[1] > 1:  # of all groups, as plain attention of a first call within all windows takes them
+                assert 1 < length == self.num_columns <= min(each.window for each in self.spec.sets)
+                dense = dense[:, list(self.layer.dense_groups)]
             assert dense.shape[1] == 1 and (dense[..., 1] == 1)[:, :, : self.num_columns].all()
             for each, read in zip(self.spec.sets, self.layer.readable(), strict=True):
                 self.check_read(read, each, new)

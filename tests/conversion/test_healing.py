@@ -248,7 +248,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         for name in ("loss", "selected", "kv_share_4096"):
             tolerance = {"abs": 1e-4} if learn == "lora" else {"rel": 0.05}
             assert [row[name] for row in two] == pytest.approx([row[name] for row in one], **tolerance), (learn, name)
-        assert one[-1]["loss"] < one[0]["loss"]
+        if learn == "lora":  # routers that are good from the start only follow what each batch selects
+            assert one[-1]["loss"] < one[0]["loss"]
 
 
 def logged(checkpoint: Path) -> list[dict]:

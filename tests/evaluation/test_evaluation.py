@@ -217,7 +217,9 @@ def test_rows_and_table(models, samples):
 
     head, _, first, second = table(rows).splitlines()
     assert head == "|  | KV bytes, 241 tokens | perplexity, boats | KV bytes, 34 tokens | fact |"
-    assert first.startswith(f"| original | 92,544 (1.000) | {original['perplexity']:.2f} | 13,056 (1.000) | 0/1, ")
+    assert first.startswith(
+        f"| original | 92,544 (1.000) | {original['perplexity']:.2f} | 13,056 (1.000) | 0/1 (0%–79%), "
+    )
     assert f"{converted['perplexity']:.2f} ({converted['change']:+.1%} ± {converted['standard_error']:.1%})" in second
 
 
@@ -354,7 +356,7 @@ def test_command_on_what_healing_writes(folders, capsys):
     for rows in (on_base, alone):
         assert rows[0]["perplexity"] == pytest.approx(plain[0]["perplexity"])
         assert rows[1]["perplexity"] == pytest.approx(on_base[1]["perplexity"])
-        assert abs(rows[1]["perplexity"] / plain[1]["perplexity"] - 1) > 1e-2  # the adapter counts
+        assert abs(rows[1]["perplexity"] / plain[1]["perplexity"] - 1) > 1e-3  # the adapter counts
         assert rows[1]["share"] < 0.5
 
 
