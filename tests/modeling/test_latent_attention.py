@@ -369,7 +369,7 @@ def test_importance_is_of_the_head_that_reads_most():
         added = torch.einsum("thd,ohd->tho", values, layer.self_attn.o_proj.weight.unflatten(1, (4, 6)))
         share = (attention[0, :, 24:, :24] / states[0, 24:].norm(dim=-1)[:, None]).amax(1)  # [H, T]
     expected = (share * added.norm(dim=-1).T).amax(0)
-    torch.testing.assert_close(fit.importance[0, :, 0], expected)
+    torch.testing.assert_close(fit.importance[0, :, 0], expected * fit.offset.exp())  # see `layer_offsets`
 
 
 def test_converted_and_trained():

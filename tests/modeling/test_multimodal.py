@@ -348,7 +348,7 @@ def test_from_text_with_the_folders_tokenizer(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "converted")("a")["input_ids"]
     assert (tmp_path / "converted" / "preprocessor_config.json").is_file()
     card = (tmp_path / "converted" / "README.md").read_text(encoding="utf-8")
-    assert "MosaLlavaForConditionalGeneration.from_pretrained" in card and "6 of 6 key/value groups" in card
+    assert "AutoModelForImageTextToText.from_pretrained" in card and "6 of 6 key/value groups" in card
 
 
 @pytest.mark.families
