@@ -56,6 +56,7 @@ class Compiled(NamedTuple):
     spills: int  # bytes stored to memory for want of registers on NVIDIA, registers stored on AMD
     shared_memory: int  # bytes of a block
     shared_memory_limit: int
+    date: str
 
     @property
     def fits(self) -> bool:
@@ -105,7 +106,14 @@ def compile_build(build: KernelBuild, target_name: str) -> Compiled:
             _number(r"\.vgpr_spill_count:\s+(\d+)", assembly),
         )
     return Compiled(
-        build.name, target_name, build.num_warps, registers, spills, compiled.metadata.shared, shared_memory_limit
+        build.name,
+        target_name,
+        build.num_warps,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        shared_memory_limit,
+        str(datetime.date.today()),
     )
 
 
@@ -134,19 +142,23 @@ def with_earlier(rows: list[Compiled], path: Path) -> list[Compiled]:
     found = {(row.kernel, row.target): row for row in rows}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 6 and cells[1] in TARGETS:
-            kernel, target, *numbers, memory = cells
-            earlier = Compiled(kernel, target, *map(int, numbers), round(float(memory) * 1024), TARGETS[target][1])
+        if len(cells) == 7 and cells[1] in TARGETS:
+            kernel, target, *numbers, memory, date = cells
+            size, limit = round(float(memory) * 1024), TARGETS[target][1]
+            earlier = Compiled(kernel, target, *map(int, numbers), size, limit, date)
             found.setdefault((kernel, target), earlier)
     wanted = [(build.name, target) for build in production_builds() for target in TARGETS]
     return [found[each] for each in wanted if each in found]
 
 
 def markdown(rows: list[Compiled]) -> str:
-    lines = ["| kernel | target | warps | registers | spills | shared memory, KiB |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| kernel | target | warps | registers | spills | shared memory, KiB | compiled |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
     lines += [
         f"| {row.kernel} | {row.target} | {row.num_warps} | {row.registers} | {row.spills} "
-        f"| {row.shared_memory / 1024:.1f} |"
+        f"| {row.shared_memory / 1024:.1f} | {row.date} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"
@@ -157,9 +169,10 @@ def write_page(rows: list[Compiled], path: Path) -> None:
     table = markdown(with_earlier(rows, path))
     text = (
         "# Triton kernels, compiled ahead of time\n\n"
-        f"`python -m benchmarks.speed.compile_kernels` on {datetime.date.today()}, Triton {triton.__version__}, "
-        "bfloat16 where no other dtype is named. Registers are those of one thread. The command adds what is not here "
-        "yet, and leaves what it did not compile anew. Nothing here was run on a GPU.\n\n" + table
+        f"`python -m benchmarks.speed.compile_kernels`, Triton {triton.__version__}, bfloat16 where no other dtype is "
+        "named. Registers are those of one thread. The command leaves what it did not compile anew: rows of another "
+        "day are of that day's kernels, and builds that are not here were not compiled yet. Nothing here was run on a "
+        "GPU.\n\n" + table
     )
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(wrapped(text), encoding="utf-8")
