@@ -123,12 +123,12 @@ def _number(pattern: str, text: str) -> int:
 
 def compile_all(targets: list[str], only: str = "", in_turn: bool = False) -> Iterator[Compiled]:
     """
-    Every build whose name contains `only`, for each of the `targets`; `in_turn`: for one of them, so that each target
-    gets its share of every kind of kernel.
+    Every build in whose name the regular expression `only` is found, for each of the `targets`; `in_turn`: for one of
+    them, so that each target gets its share of every kind of kernel.
     """
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache
-        builds = [build for build in production_builds() if only in build.name]
+        builds = [build for build in production_builds() if re.search(only, build.name)]
         for i, build in enumerate(tqdm(builds, desc="Compiling", unit="kernel")):
             # Kinds of a kernel follow each other in threes, variants of it in nines: going by i alone, or by threes
             # alone, would give some of them the same target at every head size.
@@ -182,7 +182,7 @@ def write_page(rows: list[Compiled], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--only", default="", help="compile the kernels whose name contains this")
+    parser.add_argument("--only", default="", help="compile the kernels whose name this regular expression finds")
     parser.add_argument("--in-turn", action="store_true", help="compile each kernel for one of the targets, in turn")
     parser.add_argument("--output", default=str(RESULTS), help="file for the table; '-' for none")
     arguments = parser.parse_args()

@@ -23,8 +23,9 @@ def of_original():
     return [layer_costs(CASES["original"], is_static, num_steps=2) for is_static in (False, True)]
 
 
-@pytest.mark.parametrize("is_static", [False, True], ids=["growing", "static"])
-@pytest.mark.parametrize("name", LIMITS)
+@pytest.mark.parametrize(
+    ("name", "is_static"), [*((name, False) for name in LIMITS), ("one set", True), ("two sets", True)]
+)
 def test_a_layer_asks_little(name, is_static, of_original):
     costs = layer_costs(CASES[name], is_static, num_steps=3)
     assert costs.error < 1e-5 and costs.num_mixed == 0
@@ -32,10 +33,9 @@ def test_a_layer_asks_little(name, is_static, of_original):
     assert costs.step_launches - of_original[is_static].step_launches <= LIMITS[name][is_static]
 
 
-@pytest.mark.parametrize("window", [64, 256])
 @torch.no_grad()
-def test_growing_memory_asks_seldom(window):
-    generator, num_steps = torch.Generator().manual_seed(0), 200
+def test_growing_memory_asks_seldom():
+    window, num_steps, generator = 64, 200, torch.Generator().manual_seed(0)
     with emulated_gpu():
         store = SparseStore(window)
 

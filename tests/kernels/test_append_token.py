@@ -34,7 +34,7 @@ def memory(capacity: int, has_position: bool, has_score: bool) -> Entries:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     window=st.sampled_from([0, 1, 4]),
     budget=st.sampled_from([None, 1, 3]),
