@@ -138,16 +138,16 @@ def mosa_attention_forward(
         return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
     num_groups = groups.num_groups
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
-    if is_free() and key.shape[1] == num_groups and groups.sets and query.shape[2] == key.shape[2]:
+    may_be_plain = is_free() and (mosa.cache is not None or not dropout)
+    if may_be_plain and _is_within_windows(query, key, groups):
         # Nothing is out of a window: plain causal attention, whatever is selected.
-        if all(query.shape[2] <= each.window for each in groups.sets) and (mosa.cache is not None or not dropout):
-            output, _ = dense_attention(module, query, key, value, attention_mask, **options)
-            if mosa.cache is not None:
-                mosa.cache.evict()
-            for gate in mosa.gates:
-                if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
-                    output = output + 0.0 * gate.sum()
-            return output, None
+        output, _ = dense_attention(module, query, key, value, attention_mask, **options)
+        if mosa.cache is not None:
+            mosa.cache.evict()
+        for gate in mosa.gates:
+            if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
+                output = output + 0.0 * gate.sum()
+        return output, None
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
     outputs: list[torch.Tensor] = []  # of each set of groups, [B, G, R, T, d]
@@ -183,6 +183,12 @@ def mosa_attention_forward(
         back = sorted(range(num_groups), key=order.__getitem__)
         output = output.index_select(1, constant(tuple(back), output.device))
     return output.flatten(1, 2).transpose(1, 2).contiguous(), None  # some families take a view
+
+
+def _is_within_windows(query: torch.Tensor, key: torch.Tensor, groups: LayerGroups) -> bool:
+    """Whether keys `[B, G, S, d]` of all groups are the call's own, and no query is farther from one than a window."""
+    is_first = key.shape[1] == groups.num_groups and query.shape[2] == key.shape[2]
+    return is_first and bool(groups.sets) and all(query.shape[2] <= each.window for each in groups.sets)
 
 
 def _attend_densely(
