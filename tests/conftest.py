@@ -17,6 +17,7 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
 
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel  # noqa: E402
 from mosa_hf.modeling.family import family_of  # noqa: E402
+from testing.tiny import text_tokenizer, tiny_base  # noqa: E402
 
 collect_ignore = ["modeling/upstream"]  # suites to inherit from: `test_upstream.py` does
 # The first one converts what another one of them needs, which would wait for it.
@@ -112,3 +113,12 @@ def tiny_config(**fields) -> MosaConfig:
 
 def tiny_model(seed: int = 0, **fields) -> MosaForCausalLM:
     return native_form().model(seed, **fields)
+
+
+@pytest.fixture(scope="session")
+def text_model(tmp_path_factory) -> Path:
+    """A folder with a tiny Llama and a tokenizer of words, as the commands that pages show read one."""
+    folder = tmp_path_factory.mktemp("text_model")
+    tiny_base(vocab_size=256, max_position_embeddings=8192).save_pretrained(folder)
+    text_tokenizer().save_pretrained(folder)
+    return folder

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import pytest
 
 from mosa_hf.cli import convert, evaluate, heal, plan, trace
-from testing.tiny import text_tokenizer, tiny_base
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,21 +87,13 @@ SHOWN = list(shown())
 OURS = [each for each in SHOWN if each.words[0] in MAIN and not each.in_text]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_base(vocab_size=256, max_position_embeddings=8192).save_pretrained(folder)
-    text_tokenizer().save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("page", dict.fromkeys(each.page for each in OURS))
-def test_the_commands_of_a_page_run(page, base, tmp_path, monkeypatch):
+def test_the_commands_of_a_page_run(page, text_model, tmp_path, monkeypatch):
     """One after the other, as somebody who follows the page types them, with its names of models and texts."""
     monkeypatch.chdir(tmp_path)
     for name in ("path/to/base", "HuggingFaceTB/SmolLM2-135M-Instruct"):  # a folder comes before a name on the Hub
         Path(name).parent.mkdir(parents=True)
-        Path(name).symlink_to(base)
+        Path(name).symlink_to(text_model)
     for name in ("some_text.txt", "a.txt", "b.txt"):
         Path(name).write_text(topics["specialnames"][:8000], encoding="utf-8")
     if page in GIVEN:

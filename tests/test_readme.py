@@ -6,10 +6,8 @@ import tomllib
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import pytest
-
 from mosa_hf.cli.convert import main as mosa_convert
-from testing.tiny import SENTENCES, text_tokenizer, tiny_base
+from testing.tiny import SENTENCES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,27 +17,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_base(vocab_size=256, max_position_embeddings=8192).save_pretrained(folder)
-    text_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def test_code_comes_early():
     lines = README.splitlines()
     assert lines.index("```python") < 40 and "mosa-convert " in "\n".join(lines[:40])
 
 
-def test_the_first_example_runs(base, tmp_path, monkeypatch, capsys):
+def test_the_first_example_runs(text_model, tmp_path, monkeypatch, capsys):
     """What the command before it wrote, and nothing else, is there."""
     code, *_ = blocks("python")
     name, model, folder = shlex.split(blocks("bash")[1])
     assert name == "mosa-convert" and model.count("/") == 1  # a name on the Hub
     assert set(re.findall(r'from_pretrained\("([^"]+)"\)', code)) == {folder}
     monkeypatch.chdir(tmp_path)
-    mosa_convert([str(base), folder, "--windows", "2", "--window-length", "128", "--window", "64"])  # small, like it
+    small = ["--windows", "2", "--window-length", "128", "--window", "64"]  # like the model
+    mosa_convert([str(text_model), folder, *small])
     monkeypatch.setitem(topics, "specialnames", SENTENCES[:600])  # thousands of bytes would take long
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
