@@ -112,6 +112,7 @@ def options(tmp_path, monkeypatch) -> list[str]:
     return [*where, "--ours", "64/8", "512/8", *asked]
 
 
+@pytest.mark.slow
 def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch, capsys):
     board, read = tmp_path / "frontier-tiny.jsonl", []
     original = any_model.Asked.read_by
