@@ -156,8 +156,8 @@ FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4,
 QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)}
 # Here sums are slots x d, and there are two of them.
 KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
-# Exact float32 products run outside the tensor cores, with both factors in registers.
-FLOAT32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2)}
+# Exact float32 products run outside the tensor cores, with both factors in registers: with 32 slots, d = 64 spills.
+FLOAT32 = dict.fromkeys((64, 128, 256), Tile(16, 16, 4, 2))
 
 
 def _tile(table: dict[int, Tile], query: torch.Tensor) -> Tile:
@@ -564,9 +564,11 @@ def _forward(
     values may lie as projections leave them; all else is contiguous, as `prefix_attention` prepares it.
     """
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
-    query, window_key, window_value = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, window_key, window_value)
-    )
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    steps = [0] * 6
+    if window_key is not None and window_value is not None:
+        window_key, window_value = (x if x.stride(-1) == 1 else x.contiguous() for x in (window_key, window_value))
+        steps = [*window_key.stride()[:3], *window_value.stride()[:3]]
     output = torch.empty_like(query)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if query.numel() == 0:
@@ -575,7 +577,6 @@ def _forward(
     num_far, num_window = far_key.shape[2], 0 if window_key is None else window_key.shape[2]
     if sinks is not None:
         sinks = sinks.expand(batch_size, -1, -1).contiguous()
-    steps = [0] * 6 if window_key is None else [*window_key.stride()[:3], *window_value.stride()[:3]]
     with torch.cuda.device_of(query):
         prefix_forward[(batch_size * num_groups, triton.cdiv(num_heads * num_queries, tile.rows))](
             query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
@@ -617,11 +618,10 @@ def _backward(
     """Gradients of the inputs `LEARN`; an empty tensor for an input that is None."""
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
     # One layout for the kernels to be compiled for: the copies are linear in tokens, as attention is not.
-    query, output, window_key, window_value = (
-        x if x is None else x.contiguous() for x in (query, output, window_key, window_value)
-    )
+    query, output = query.contiguous(), output.contiguous()
     window_end = None
-    if window_key is not None:
+    if window_key is not None and window_value is not None:
+        window_key, window_value = window_key.contiguous(), window_value.contiguous()
         slot = torch.arange(num_queries, dtype=torch.int32, device=query.device)
         window_end = (slot + window_key.shape[2] - num_queries + 1).expand(batch_size, num_groups, -1).contiguous()
         first = (window_end - window).clamp(min=0)
