@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
 from mosa_hf import save_routers, to_dense
 
@@ -93,6 +95,21 @@ def test_windows_and_routers_alone(llama, tmp_path):
     routers = {"architectures": ["MosaLlamaForCausalLM"], "mosa_routers": str(tmp_path / "routers")}
     with engine(tmp_path / "base", hf_overrides=routers) as llm:
         assert served(llm, PROMPTS) == llama[1]
+
+
+def test_lora_requests(llama, tmp_path):
+    """Requests with an adapter of PEFT beside others without one."""
+    path, expected = llama
+    settings = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(path), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    with_adapter = generated(tmp_path / "merged", PROMPTS)
+    assert with_adapter != expected
+    requests = [LoRARequest("adapter", 1, str(tmp_path / "adapter")), None]
+    with engine(path, enable_lora=True, max_lora_rank=8) as llm:
+        answers = served(llm, 2 * PROMPTS, lora_request=[each for each in requests for _ in PROMPTS])
+    assert answers == with_adapter + expected
 
 
 @pytest.mark.tools
