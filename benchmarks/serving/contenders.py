@@ -24,6 +24,7 @@ class Contender:
         model: its folder.
         chunk: tokens that a step reads at most.
         sequences: requests that may run at once.
+        block: tokens of one cache block; None: as the model has it.
         others: `memory` in bytes and `max_len`, which all contenders share.
     """
 
@@ -31,13 +32,14 @@ class Contender:
     model: Path
     chunk: int
     sequences: int
+    block: int | None
     others: dict[str, int]
     process: subprocess.Popen | None = field(default=None, init=False)
     log: list[str] = field(default_factory=list, init=False)
 
     @property
-    def settings(self) -> dict[str, int]:
-        return {**self.others, "chunk": self.chunk, "sequences": self.sequences}
+    def settings(self) -> dict[str, int | None]:
+        return {**self.others, "chunk": self.chunk, "sequences": self.sequences, "block": self.block}
 
     def measure(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
         """

@@ -67,7 +67,7 @@ class Steps:
 class Served:
     """An engine of one model."""
 
-    def __init__(self, model: str, memory: int, max_len: int, chunk: int, sequences: int):
+    def __init__(self, model: str, memory: int, max_len: int, chunk: int, sequences: int, block: int | None):
         self.llm = LLM(
             model,
             dtype="float32",
@@ -77,6 +77,7 @@ class Served:
             enable_prefix_caching=False,
             kv_cache_memory_bytes=memory,
             max_num_batched_tokens=chunk,
+            block_size=block,
             skip_tokenizer_init=True,
         )
         pool = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool

@@ -35,6 +35,7 @@ class Server:
         command += ["--max-model-len", str(settings["max_len"]), "--max-num-seqs", str(settings["sequences"])]
         command += ["--max-num-batched-tokens", str(settings["chunk"])]
         command += ["--kv-cache-memory-bytes", str(settings["memory"])]
+        command += [] if settings["block"] is None else ["--block-size", str(settings["block"])]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log

@@ -44,7 +44,8 @@ def write(path: Path) -> str:
 
 def label(line: Line) -> str:
     settings = line["settings"]
-    return f"{line['model']}; chunks of {settings['chunk']}, {settings['sequences']} at most"
+    block = "" if settings["block"] is None else f", blocks of {settings['block']}"
+    return f"{line['model']}; chunks of {settings['chunk']}, {settings['sequences']} at most{block}"
 
 
 def requests_per_second(line: Line, kind: str) -> float:

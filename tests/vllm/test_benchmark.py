@@ -10,7 +10,7 @@ from testing.tiny import text_tokenizer
 
 from .serving import PLAN, save_tiny
 
-OPTIONS = "--memory 8 --max-len 256 --chunk 64 --original 64:2 128:1 --requests 2 --prompt 40 --new 8 --alone 2"
+OPTIONS = "--memory 8 --max-len 256 --chunk 64 --original 64:2:32 128:1:64 --requests 2 --prompt 40 --new 8 --alone 2"
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_throughput(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.tools
 def test_load(tiny, tmp_path, monkeypatch):
     """Over HTTP, asked by vLLM's own benchmark."""
-    options = "--original 64:2 --max-len 1536 --memory 32 --alone 0 --rounds 0 --loads 3"
+    options = "--original 64:2:32 --max-len 1536 --memory 32 --alone 0 --rounds 0 --loads 3"
     text = run(monkeypatch, [tiny], tmp_path, *options.split())
     (line,) = page.lines(tmp_path / "serving.jsonl").values()
     assert line["task"] == "load" and all(value > 0 for value in line["clock"].values())
