@@ -81,40 +81,55 @@ def measure(models: list[Path], options: argparse.Namespace) -> None:
     text = corpora.text("python_topics")
     tokens = tokenizer(text[: 8 * options.requests * options.prompt])["input_ids"]
     prompts = [tokens[i * options.prompt : (i + 1) * options.prompt] for i in range(options.requests)]
-    tasks: list[tuple[str, int, list]] = [("alone", i, prompts[:1]) for i in range(options.alone)]
+    tasks = [("alone", i, prompts[:1]) for i in range(options.alone)]
     tasks += [("together", i, prompts) for i in range(options.rounds)]
-    tasks += [("load", 0, questions(text, number)) for number in options.loads]
-    path = options.results / "serving.jsonl"
-    known = page.lines(path)
-    origin = origin_of("benchmarks.serving.throughput", sys.argv[1:])
+    record = Record(options, models[0])
     contenders = list(contenders_of(models, options))
     try:
         for task, index, batch in tasks:
             for each in contenders:
-                line: dict[str, Any] = {
-                    "task": task,
-                    "index": index,
-                    "model": each.name,
-                    "is_original": each.model == models[0],
-                    "settings": each.settings,
-                    "requests": len(batch),
-                    "prompt": None if task == "load" else options.prompt,
-                    "new": None if task == "load" else options.new,
-                }
-                if page.key(line) in known:
-                    continue
-                if task == "load":
-                    each.close()
-                    with tempfile.TemporaryDirectory() as scratch, Server(each, Path(scratch)) as server:
-                        found = server.measure(batch)
-                else:
-                    found = each.measure(batch, options.new)
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({**line, **found, **origin}) + "\n")
-                print(f"{task} {index}, {len(batch)} requests: {each.name}", file=sys.stderr, flush=True)
+                if record.lacks(task, index, each, len(batch)):
+                    record.add(task, index, each, len(batch), each.measure(batch, options.new))
     finally:
         for each in contenders:
             each.close()
+    for each in contenders:
+        numbers = [number for number in options.loads if record.lacks("load", 0, each, number)]
+        if numbers:
+            with tempfile.TemporaryDirectory() as scratch, Server(each, Path(scratch)) as server:
+                for number in numbers:
+                    record.add("load", 0, each, number, server.measure(questions(text, number)))
+
+
+class Record:
+    """The lines of `serving.jsonl`."""
+
+    def __init__(self, options: argparse.Namespace, original: Path):
+        self.options, self.original = options, original
+        self.path = options.results / "serving.jsonl"
+        self.known = page.lines(self.path)
+        self.origin = origin_of("benchmarks.serving.throughput", sys.argv[1:])
+
+    def _head(self, task: str, index: int, contender: Contender, requests: int) -> dict[str, Any]:
+        return {
+            "task": task,
+            "index": index,
+            "model": contender.name,
+            "is_original": contender.model == self.original,
+            "settings": contender.settings,
+            "requests": requests,
+            "prompt": None if task == "load" else self.options.prompt,
+            "new": None if task == "load" else self.options.new,
+        }
+
+    def lacks(self, task: str, index: int, contender: Contender, requests: int) -> bool:
+        return page.key(self._head(task, index, contender, requests)) not in self.known
+
+    def add(self, task: str, index: int, contender: Contender, requests: int, found: dict[str, Any]) -> None:
+        line = {**self._head(task, index, contender, requests), **found, **self.origin}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{task} {index}, {requests} requests: {contender.name}", file=sys.stderr, flush=True)
 
 
 def questions(text: str, number: int) -> list[tuple[str, str]]:
@@ -144,7 +159,7 @@ def name_of(model: Path) -> str:
     if len(windows) != 1 or None in windows:
         return model.name
     sparsity = 1 / statistics.mean(1 / group["sparsity"] for group in groups)
-    return f"window {windows.pop()}, sparsity {sparsity:.3g}"
+    return f"window {windows.pop()}, sparsity {sparsity:.2g}"
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ class ArenaManager(SingleTypeKVCacheManager):
     Sets blocks aside for requests:
 
     - "feedback": what the worker has said that a request holds, and what the tokens scheduled since can take at most.
-      What a chunk then did not take goes back.
+      What a chunk then did not take goes back as soon as the worker says so.
     - "rate": what a plan's rates, times `slack`, make of so many tokens. Beyond it a worker drops what scores lowest.
     - "budget": all that windows and `mosa_cache_budget` allow.
 
@@ -251,11 +251,7 @@ class ArenaManager(SingleTypeKVCacheManager):
         missing = target - len(holding.blocks)
         if missing > 0:
             holding.blocks += self.block_pool.get_new_blocks(missing)
-        elif -missing > self.kv_cache_spec.num_groups() and self._is_settled(holding):
-            self.block_pool.free_blocks(reversed(holding.blocks[target:]))
-            del holding.blocks[target:]
-            holding.num_known = min(holding.num_known, target)
-        if missing > 0 or holding.num_known < len(holding.blocks) or is_last != holding.is_last or -missing > 0:
+        if holding.num_known < len(holding.blocks) or is_last != holding.is_last:
             holding.is_last = is_last
             self.updates[holding.row] = holding
         holding.num_tokens = num_tokens
@@ -264,9 +260,22 @@ class ArenaManager(SingleTypeKVCacheManager):
         self.req_to_blocks[request_id] = holding.blocks[:1]
         return holding.blocks[:1]
 
-    def _is_settled(self, holding: Holding) -> bool:
-        """Whether the worker has computed all that it was told to, so that it takes no more blocks unasked."""
-        return holding.report is not None and holding.report.num_tokens == holding.num_tokens
+    def _give_back(self, holding: Holding) -> None:
+        """
+        What a request has not taken of its chunk's worst case: at once, since the requests that are scheduled before
+        it would have it preempted for want of blocks otherwise.
+        """
+        report, spec = holding.report, self.kv_cache_spec
+        if spec.reserve != "feedback" or holding.is_last or report is None:
+            return
+        if report.num_tokens != holding.num_tokens:  # the worker computes, and may take them
+            return
+        target = max(report.blocks(report.num_tokens + 1, spec.num_groups()), 1)
+        if len(holding.blocks) - target > spec.num_groups():
+            self.block_pool.free_blocks(reversed(holding.blocks[target:]))
+            del holding.blocks[target:]
+            holding.num_known = min(holding.num_known, target)
+            self.updates[holding.row] = holding
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         super().pop_blocks_for_free(request_id)
@@ -295,6 +304,7 @@ class ArenaManager(SingleTypeKVCacheManager):
             holding = holdings.get(row)
             if holding is not None and holding.serial == report.serial:
                 holding.report = report
+                self._give_back(holding)
 
     @classmethod
     def find_longest_cache_hit(cls, block_hashes, max_length, kv_cache_group_ids, *args, **kwargs):
