@@ -51,7 +51,7 @@ $(SERVING)/.mosa-hf-serving: pyproject.toml tests/serving.txt
 	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install -r tests/serving.txt
 	$(SERVING)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
-	$(SERVING)/bin/python -m pip install -e ".[vllm,gguf]" -c tests/serving.txt
+	$(SERVING)/bin/python -m pip install -e ".[vllm,gguf,plot]" -c tests/serving.txt
 	touch $@
 
 lint: $(VENV)/.mosa-hf-test
