@@ -30,6 +30,7 @@ class EntryMemory(Entries):
     # Bounds that are known without asking the device: `max_length`, and
     free = 0  # at least so many more entries fit into every range
     max_length = 0
+    is_full = False  # every range has `max_length` entries
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor, num_groups: int, has_position: bool, has_score: bool):
         self.length = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)
@@ -65,6 +66,7 @@ class EntryMemory(Entries):
     def _allocate(self, start: torch.Tensor, capacities: list[int]) -> None:
         """Empty memory for ranges from `start` [B, G] on, which lie side by side and have these `capacities`."""
         self.start, self.capacities, self.null = start, capacities, sum(capacities)
+        self.stride = capacities[0] if len(set(capacities)) == 1 else None
         self.states = {name: own.new_zeros(self.null + 1, *own.shape[1:]) for name, own in self.states.items()}
         self.last_read = None
 
@@ -104,10 +106,12 @@ class EntryMemory(Entries):
     def _set_length(self, length: torch.Tensor, lengths: list[int]) -> None:
         """Ranges have `length` [B, G] entries, which the host knows as `lengths`."""
         self.length, self.max_length, self.last_read = length, max(lengths, default=0), None
+        self.is_full = len(set(lengths)) == 1
         self.free = self._least_free(lengths)
 
     def lengthen(self, new: torch.Tensor | int | None) -> None:
         super().lengthen(new)
+        self.is_full = self.is_full and isinstance(new, int)
         self.free, self.max_length, self.last_read = self.free - 1, self.max_length + 1, None
 
     def reserve_one(self) -> None:
@@ -123,7 +127,7 @@ class EntryMemory(Entries):
         """Move the ranges to memory of their own, with room for `num_more` entries in each."""
         longer = self.length + num_more
         self._lay_out(*self.slots(), *self._places(longer, self._ask(longer)))
-        self.length, self.max_length = self.length.clone(), self.max_length + num_more
+        self.length, self.max_length, self.is_full = self.length.clone(), self.max_length + num_more, False
 
     def repack(self, entries: torch.Tensor, stays: torch.Tensor) -> None:
         """Hold those of `entries` [B, G, S] that stay, in their order, in new memory."""
@@ -153,12 +157,19 @@ class EntryMemory(Entries):
         if self.length.device.type != "cpu":
             self._lay_out(*self.slots(), *places)
             return
-        old, old_start = self.states, self.start
+        old, old_stride, old_start = self.states, self.stride, self.start
         self._allocate(*places)
+        if old_stride is not None and self.stride is not None:
+            num_entries, length = len(lengths) * old_stride, max(lengths)
+            for name, own in self.states.items():
+                target, source = own[: self.null], old[name][:num_entries]
+                target, source = (x.unflatten(0, (len(lengths), -1))[:, :length] for x in (target, source))
+                target.copy_(source)
+            return
         for source, target, num in zip(
             old_start.flatten().tolist(), self.start.flatten().tolist(), lengths, strict=True
-        ):  # in a third of the time that indices take
-            for name, own in self.states.items():
+        ):
+            for name, own in self.states.items():  # in a third of the time that indices take
                 own[target : target + num] = old[name][source : source + num]
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -202,12 +213,13 @@ class EntryMemory(Entries):
         packed = PackedKeyValues(key, value, self.start, self.length, self.max_length, self.stride)
         if torch.compiler.is_compiling() or self.length.device.type != "cpu":
             return packed
-        self.last_read = packed._replace(parts=packed.split())
+        is_even = self.is_full and self.stride is not None
+        self.last_read = packed._replace(is_full=True) if is_even else packed._replace(parts=packed.split())
         return self.last_read
 
     def remove(self, entry: torch.Tensor, where: torch.Tensor) -> None:
         super().remove(entry, where)
-        self.last_read = None
+        self.last_read, self.is_full = None, False
 
     def deselect(self, entries: torch.Tensor) -> None:
         self.states["selected"] = self.states["selected"].index_fill(0, entries, False)

@@ -79,6 +79,7 @@ class PackedKeyValues(NamedTuple):
     stride: int | None = None
     offset: int = 0
     evicted_at: torch.Tensor | None = None  # [N] int64, see `KeyValues`
+    is_full: bool = False  # it is known that every range has `max_length` entries
     parts: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # what `split` gives, if that is at hand
 
     def split(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -110,15 +111,17 @@ class PackedKeyValues(NamedTuple):
         )
         return KeyValues(key, value, torch.full_like(entries, -1), filled, None, evicted_at)
 
-    def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
-        Key and value `[B, G, S, d]` and which slots are filled `[B, G, S]`, S = `max_length`; no copy where ranges
-        lie evenly. Slots that are not filled may hold anything finite.
+        Key and value `[B, G, S, d]` and which slots are filled `[B, G, S]` (None: all), S = `max_length`; no copy
+        where ranges lie evenly. Slots that are not filled may hold anything finite.
         """
+        filled: torch.Tensor | None = None
         if self.stride is None:
             entries, filled = self.slots()
             return self.key[entries], self.value[entries], filled
-        filled = torch.arange(self.max_length, device=self.length.device) < self.length[..., None]
+        if not self.is_full:
+            filled = torch.arange(self.max_length, device=self.length.device) < self.length[..., None]
         slots = slice(self.offset, self.offset + self.max_length)
         num_entries = self.start.numel() * self.stride
         key, value = (

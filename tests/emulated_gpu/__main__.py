@@ -73,9 +73,11 @@ def page(path: Path) -> str:
         "What a layer asks of a GPU, whole, the original's operations included: operations, and in parentheses how "
         f"often the host waits for the device. Before: at commit {rows[0]['commit']}. `python -m tests.emulated_gpu`, "
         f"{rows[-1]['date']}, 2 shared x86-64 cores. Two rows; window 8, ρ 4. A layer is the difference of two "
-        "models: of 1 and 2 layers now, of 2 and 4 before, with prompts of 12 tokens and 3 steps now, of 24 tokens "
-        "and 6 steps before, where copies of nothing were left out by hand. Steps of the original on a growing cache "
-        "copy the whole of it; ours do not.", "",
+        "models, now of the same weights and after a run that has given the device its constants: of 1 and 2 layers "
+        "now, of 2 and 4 before, with prompts of 12 tokens and 3 steps now, of 24 tokens and 6 steps before, where "
+        "copies of nothing were left out by hand. Steps of the original on a growing cache copy the whole of it; ours "
+        "do not.",
+        "",
         "| model | cache | prompt before | prompt now | step before | step now |", "|---|---|---:|---:|---:|---:|",
     ]  # fmt: skip
     for key, own in after.items():

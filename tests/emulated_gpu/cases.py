@@ -74,7 +74,12 @@ CASES = {
 
 def built(case: Case, num_layers: int) -> nn.Module:
     torch.manual_seed(0)
-    return case.model(num_layers).eval()
+    whole = case.model(max(LAYERS)).eval()
+    if num_layers == max(LAYERS):
+        return whole
+    model = case.model(num_layers).eval()
+    model.load_state_dict(whole.state_dict(), strict=False)  # so that its layers see the same, and evict the same
+    return model
 
 
 @torch.no_grad()
@@ -127,6 +132,7 @@ class LayerCosts:
 
 
 def layer_costs(case: Case, is_static: bool, num_steps: int = 3) -> LayerCosts:
+    run_both(case, LAYERS[0], is_static, 1)  # a device is given constants once, whatever the number of layers
     few, many = (run_both(case, num_layers, is_static, num_steps) for num_layers in LAYERS)
 
     def per_layer(counts: Callable[[Counts], int], steps: slice) -> float:

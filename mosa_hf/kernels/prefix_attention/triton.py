@@ -156,8 +156,9 @@ FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4,
 QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)}
 # Here sums are slots x d, and there are two of them.
 KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
-# Exact float32 products run outside the tensor cores, with both factors in registers: with 32 slots, d = 64 spills.
-FLOAT32 = dict.fromkeys((64, 128, 256), Tile(16, 16, 4, 2))
+# Exact float32 products run outside the tensor cores, with both factors in registers: with 32 slots or four warps,
+# d = 64 spills, and d = 256 with four.
+FLOAT32 = {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 8, 2)}
 
 
 def _tile(table: dict[int, Tile], query: torch.Tensor) -> Tile:

@@ -19,12 +19,14 @@ def sparse_decode(
 ) -> torch.Tensor:
     """Same function as `reference.sparse_decode`."""
     is_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_cpu and packed.start.numel() <= LOOP:
+    is_even = packed.is_full and packed.stride is not None
+    if is_cpu and packed.start.numel() <= LOOP and not is_even:
         return _one_by_one(query, packed, scale, softcap, sinks)
     if packed.max_length == 0:
         return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
     key, value, filled = packed.padded_view()
-    return _all_at_once(query, key.flatten(0, 1), value.flatten(0, 1), scale, softcap, sinks, filled.flatten(0, 1))
+    mask = None if filled is None else filled.flatten(0, 1)
+    return _all_at_once(query, key.flatten(0, 1), value.flatten(0, 1), scale, softcap, sinks, mask)
 
 
 def _all_at_once(
@@ -59,16 +61,8 @@ def _one_by_one(
 ) -> torch.Tensor:
     """Each range by itself: the group's heads are the rows of a matrix."""
     is_plain = softcap is None and sinks is None
-    parts = packed.split()
-    # No gradient would reach the other ranges through a view of the first.
-    if not torch.is_grad_enabled() and len(parts[0][0]) and (step := _step(parts)) is not None:
-        key, value = (
-            states.as_strided((len(parts), *states.shape), (step * states.stride(0), *states.stride()))
-            for states in parts[0]
-        )
-        return _all_at_once(query, key, value, scale, softcap, sinks)
     heads = []
-    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), parts, strict=True)):
+    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), packed.split(), strict=True)):
         if not len(key):
             heads.append(one.new_zeros(len(one), value.shape[-1]))
         elif is_plain:
@@ -79,12 +73,3 @@ def _one_by_one(
             weights = softmax(scores, None if sinks is None else sinks[i % query.shape[1]])
             heads.append(weights.to(value.dtype) @ value)
     return torch.cat(heads).view(*query.shape[:-1], -1)
-
-
-def _step(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> int | None:
-    """Entries from one range to the next, if ranges are as long as each other and lie evenly, as young ones do."""
-    if len(parts) == 1 or len({len(key) for key, _ in parts}) > 1:
-        return None
-    places = [key.storage_offset() // key.stride(0) for key, _ in parts]
-    steps = {place - before for before, place in zip(places, places[1:], strict=False)}
-    return steps.pop() if len(steps) == 1 else None
