@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.entry_codes import encoded
 from ..kernels.tensors import NEVER, Entries, PackedKeyValues, Rows
 
 SLACK = 64  # one free entry for so many that a range holds: little memory against a copy of all for each new entry
@@ -21,6 +22,7 @@ class EntryMemory(Entries):
         key, value: `[B, ., ., d]`, what entries are like.
         num_groups: G.
         has_position, has_score: whether entries have these.
+        is_coded: whether keys and values are stored as codes.
     """
 
     is_fixed = False
@@ -30,10 +32,20 @@ class EntryMemory(Entries):
     free = 0  # at least so many more entries fit into every range
     max_length = 0
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, num_groups: int, has_position: bool, has_score: bool):
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        num_groups: int,
+        has_position: bool,
+        has_score: bool,
+        is_coded: bool = False,
+    ):
         self.length = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)
         self.num_selected, self.num_evicted = torch.zeros_like(self.length), torch.zeros_like(self.length)
         self.states = {"key": key.new_zeros(0, key.shape[-1]), "value": value.new_zeros(0, value.shape[-1])}
+        if is_coded:
+            self.states = encoded(self.states)
         if has_position:
             self.states["position"] = self.length.new_zeros(0, dtype=torch.int32)
         self.states["selected"] = self.length.new_zeros(0, dtype=torch.bool)
@@ -85,6 +97,9 @@ class EntryMemory(Entries):
         """Whether `states`, of what is held, may be written to."""
         return may_change(states)
 
+    def may_change_all(self) -> bool:
+        return all(map(self.may_change, self.states.values()))
+
     def replaced(self, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`new`, which may be written to `counts`."""
         return new
@@ -97,7 +112,7 @@ class EntryMemory(Entries):
         names (None: all) are held; the others are left to the caller.
         """
         free, longest, num_entries = self._ask(length)
-        if free < 0 or stays is not None or not self.may_change(self.states["key"]):
+        if free < 0 or stays is not None or not self.may_change_all():
             self._keep(kept, stays, offset, length, num_entries)
             free = self._least_free(length)
         self.length, self.max_length, self.free, self.last_read = length, longest, free, None
@@ -182,11 +197,10 @@ class EntryMemory(Entries):
 
     def read(self) -> PackedKeyValues:
         """All entries, for a single token a row. Asks no device."""
-        key, value = self.states["key"], self.states["value"]
         # Exporters that take a cache apart build views of the memory as memory of their own.
-        if self.last_read is not None and self.last_read.key is key:
+        if self.last_read is not None and self.last_read.key is self.states["key"]:
             return self.last_read
-        packed = PackedKeyValues(key, value, self.start, self.length, self.max_length, self.stride)
+        packed = self._packed(self.start, self.length, self.max_length)
         if torch.compiler.is_compiling() or self.length.device.type != "cpu":
             return packed
         self.last_read = packed._replace(parts=packed.split())
@@ -204,8 +218,11 @@ class EntryMemory(Entries):
         # No shape may depend on data in a graph, and a GPU would be waited for.
         is_whole = torch.compiler.is_compiling() or target.device.type != "cpu"
         index = torch.where(writes, target, self.null) if is_whole else target[writes]
+        rows = {name: rows[name] if is_whole else rows[name][writes] for name in self.states if name in rows}
+        if "key_scale" in self.states:
+            rows = encoded(rows)
         for name, own in self.states.items():
-            new = (rows[name] if is_whole else rows[name][writes]).to(own.dtype)
+            new = rows[name].to(own.dtype)
             if self.may_change(own):
                 own.index_put_((index,), new.detach())
             else:

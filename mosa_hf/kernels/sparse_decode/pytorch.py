@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ..attend import scaled, softmax
 from ..derivatives import once
-from ..tensors import PackedKeyValues
+from ..tensors import PackedKeyValues, plain
 
 LOOP = 16  # up to so many ranges, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
 
@@ -19,7 +19,7 @@ def sparse_decode(
 ) -> torch.Tensor:
     """Same function as `reference.sparse_decode`."""
     is_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    if is_cpu and packed.start.numel() <= LOOP:
+    if is_cpu and (packed.start.numel() <= LOOP or packed.key_scale is not None):  # never all of them decoded at once
         return _one_by_one(query, packed, scale, softcap, sinks)
     if packed.max_length == 0:
         return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
@@ -61,14 +61,16 @@ def _one_by_one(
     is_plain = softcap is None and sinks is None
     parts = packed.split()
     # No gradient would reach the other ranges through a view of the first.
-    if not torch.is_grad_enabled() and len(parts[0][0]) and (step := _step(parts)) is not None:
+    is_single = packed.key_scale is None and not torch.is_grad_enabled()
+    if is_single and len(parts[0][0]) and (step := _step(parts)) is not None:
         key, value = (
             states.as_strided((len(parts), *states.shape), (step * states.stride(0), *states.stride()))
             for states in parts[0]
         )
         return _all_at_once(query, key, value, scale, softcap, sinks)
     heads = []
-    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), parts, strict=True)):
+    for i, (one, part) in enumerate(zip(query.flatten(0, 1).unbind(), parts, strict=True)):
+        key, value = plain(*part)
         if not len(key):
             heads.append(one.new_zeros(len(one), value.shape[-1]))
         elif is_plain:
@@ -81,7 +83,7 @@ def _one_by_one(
     return torch.cat(heads).view(*query.shape[:-1], -1)
 
 
-def _step(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> int | None:
+def _step(parts: list[tuple[torch.Tensor, ...]]) -> int | None:
     """Entries from one range to the next, if ranges are as long as each other and lie evenly, as young ones do."""
     if len(parts) == 1 or len({len(key) for key, _ in parts}) > 1:
         return None
