@@ -117,6 +117,8 @@ def _evict_lowest(entries: Entries, over: torch.Tensor, window: int, notes: bool
     """Where a range has one selected token more than the budget allows, evict the lowest score."""
     states = entries.states
     slots, filled = entries.slots()
+    if not slots.shape[-1]:  # nothing is held
+        return None, over
     selected = states["selected"][slots] & filled
     slot = lowest_score(states["score"][slots], states["position"][slots], selected)  # [B, G]
     entry = torch.where(over, entries.start + slot, entries.null)

@@ -34,8 +34,9 @@ def append_token(
     is_evicted = torch.empty_like(entries.start, dtype=torch.bool) if evicted else None
     _append(
         [entries.states[name] for name in names], entries.start, entries.length, entries.num_selected,
-        entries.num_evicted, num_stored, token.valid, token.key, token.value, token.selected, token.score,
-        overwritten, evicted, is_evicted, "position" in names, window, budget if evicts else None,
+        entries.num_evicted, num_stored, None if token.valid is None else token.valid.contiguous(), token.key,
+        token.value, token.selected, token.score, overwritten, evicted, is_evicted, "position" in names, window,
+        budget if evicts else None,
     )  # fmt: skip
     entries.lengthen(None)
     return Taken(
