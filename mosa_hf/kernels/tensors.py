@@ -99,7 +99,7 @@ class PackedKeyValues(NamedTuple):
     def at(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value `[..., d]` of `entries` [...]."""
         # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
-        return plain(*(x.index_select(0, entries.flatten()).unflatten(0, entries.shape) for x in self.held()))
+        return plain(*(x.index_select(0, entries.flatten()).view(entries.shape + x.shape[1:]) for x in self.held()))
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The ranges, padded to S = `max_length`: entries `[B, G, S]` int64 and which of them are filled."""
@@ -129,7 +129,8 @@ class PackedKeyValues(NamedTuple):
         filled = torch.arange(self.max_length, device=self.length.device) < self.length[..., None]
         slots = slice(self.offset, self.offset + self.max_length)
         num_entries = self.start.numel() * self.stride
-        views = (x[:num_entries].unflatten(0, (*self.start.shape, self.stride))[:, :, slots] for x in self.held())
+        shape = (*self.start.shape, self.stride)
+        views = (x[:num_entries].view(shape + x.shape[1:])[:, :, slots] for x in self.held())
         return *plain(*views), filled
 
 
