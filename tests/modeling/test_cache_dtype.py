@@ -9,6 +9,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mosa_hf import cache_bytes, load_cache, save_cache, use_backend
+from mosa_hf.modeling.kv_share import planned_bytes
 
 from ..conftest import PLAN, sparse_form
 from ..contract import (
@@ -95,6 +96,12 @@ def test_bytes(dtype, share):
             held[name, type(cache)] = cache_bytes(cache)["sparse"]
     assert 0.2 < held["int8", DynamicCache] / held[None, DynamicCache] < share
     assert held["int8", StaticCache] / held[None, StaticCache] < share + 0.02
+    planned = [
+        planned_bytes(model.config.from_base(model.config, dtype=dtype, mosa_cache_dtype=name), 400)
+        for name in (None, "int8")
+    ]
+    assert planned[0][0] == planned[1][0]
+    assert planned[1][1] / planned[0][1] == pytest.approx((64 + dtype.itemsize) / (64 * dtype.itemsize), rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"mosa_cache_budget": 3}], ids=["", "budget"])
