@@ -33,7 +33,7 @@ notebooks: $(VENV)/.mosa-hf-notebooks
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest: $(OLDEST)/.mosa-hf-oldest
-	$(OLDEST)/bin/python -m pytest -q
+	$(OLDEST)/bin/python -m pytest -q -m "not real and not tools and not families"
 
 $(OLDEST)/.mosa-hf-oldest: pyproject.toml tests/oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -51,7 +51,7 @@ $(SERVING)/.mosa-hf-serving: pyproject.toml tests/serving.txt
 	test -x $(SERVING)/bin/python || $(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install -r tests/serving.txt
 	$(SERVING)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
-	$(SERVING)/bin/python -m pip install -e ".[vllm,gguf]" -c tests/serving.txt
+	$(SERVING)/bin/python -m pip install -e ".[vllm,gguf,plot]" -c tests/serving.txt
 	touch $@
 
 lint: $(VENV)/.mosa-hf-test

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "python -m benchmarks.healing": "tests/benchmarks/test_healing.py",
     "python -m benchmarks.leak": "tests/benchmarks/test_leak.py",
     "python -m benchmarks.pretrain": "tests/benchmarks/test_pretrain.py",
-    "python -m benchmarks.serving.engine": "benchmarks/serving/throughput.py",  # which starts it, for each model
+    "python -m benchmarks.serving.engine": "benchmarks/serving/contenders.py",  # which starts it, for each
     "python -m benchmarks.serving.throughput": "tests/vllm/test_benchmark.py",
     "python -m benchmarks.speed.compile_kernels": "tests/kernels/test_triton_compile.py",
     "python -m benchmarks.speed.compile_training": "tests/tools/test_compiled_training.py",

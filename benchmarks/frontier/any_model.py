@@ -4,11 +4,12 @@ Memory against quality of any model: what its conversions lose of retrieval and 
     python -m benchmarks.frontier --model Qwen/Qwen2.5-0.5B-Instruct --lengths 4096 8192
     python -m benchmarks.frontier --model FOLDER --ours 512/8 256/16 --contexts 2
 
-Six tasks of RULER (`ruler.py`), several questions for each context, and the perplexity of passages of four texts
-(`testing/passages.py`). Each reading is done by the original, by what `mosa-convert` makes of it by default (and by
-other windows and sparsities), and by as large a window with the first token and no routers. What was read once is
-asked all questions. After the first reading of every kind comes the second one, and so on: stop it when you like, the
-table has what there is; the same command goes on from there.
+Six tasks of RULER (`ruler.py`), several questions for each context, a long list that the model goes on with
+(`writing.py`), and the perplexity of passages of four texts (`testing/passages.py`). Each reading is done by the
+original, by what `mosa-convert` makes of it by default (and by other windows and sparsities), and by as large a window
+with the first token and no routers. What was read once is asked all questions. After the first reading of every kind
+comes the second one, and so on: stop it when you like, the table has what there is; the same command goes on from
+there.
 
 Lines are appended to `frontier-NAME.jsonl`; `frontier-NAME.md` and `.png` show them.
 """
@@ -38,7 +39,7 @@ from testing.passages import NAMES, passages
 
 from .. import metrics
 from ..provenance import origin_of
-from . import ruler, scoreboard
+from . import ruler, scoreboard, writing
 from .asking import ask
 from .methods import digest_of
 from .tasks import check_unseen, sample_of
@@ -52,6 +53,7 @@ FETCHED: dict[str, Callable[[], Path]] = {
     "Qwen2.5-Coder-0.5B-Instruct": pretrained.qwen_coder_directory,
     "gemma-3-270m": pretrained.gemma3_directory,
 }
+TASKS = [*ruler.TASKS, writing.TASK, *NAMES]
 ORIGINAL, WINDOW = "original", "sink + window"
 
 
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help=f"folder, name on the Hub, or one of {', '.join(FETCHED)}")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens, answers included")
     parser.add_argument("--ours", nargs="+", default=["512/8"], metavar="WINDOW/SPARSITY", help="conversions")
-    parser.add_argument("--tasks", nargs="+", choices=[*ruler.TASKS, *NAMES], default=[*ruler.TASKS, *NAMES])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--contexts", type=int, default=16, help="of each task and length (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=10, help="of a context (default: %(default)s)")
     parser.add_argument("--dtype", default="auto", help="of the model's weights")
@@ -103,12 +105,18 @@ class Asked:
 
     def exists(self) -> bool:
         """Passages are not endless, and not so long as all contexts."""
-        return self.task in ruler.TASKS or (self.length in PROMPTS and self.index < len(NAMES[self.task].split()))
+        return self.task not in NAMES or (self.length in PROMPTS and self.index < len(NAMES[self.task].split()))
+
+    def reading(self, tokenizer: PreTrainedTokenizerBase) -> ruler.Reading:
+        """Of a task with answers."""
+        if self.task == writing.TASK:
+            return writing.reading(tokenizer, self.length, self.index)
+        return ruler.reading(tokenizer, self.task, self.length, self.index, self.questions)
 
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:
         """Context, answers and bytes after them, of one model."""
-        if self.task in ruler.TASKS:
-            reading = ruler.reading(tokenizer, self.task, self.length, self.index, self.questions)
+        if self.task not in NAMES:
+            reading = self.reading(tokenizer)
             cache = filled_cache(model, torch.tensor([reading.context]))
             answers = [dataclasses.asdict(ask(model, tokenizer, cache, each)) for each in reading.questions]
             return {

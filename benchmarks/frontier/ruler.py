@@ -60,13 +60,24 @@ def reading(tokenizer: PreTrainedTokenizerBase, task: str, length: int, index: i
         ValueError: for a length that has no room for what is asked.
     """
     seed = [*TASKS].index(task) + len(TASKS) * (length + 1_000_003 * index)
+    return fitted(tokenizer, TASKS[task], task, length, seed, questions)
+
+
+Made = tuple[str, list[tuple[str, str, tuple[str, ...]]]]  # a context; prompts, answers, references
+Make = Callable[[Source, int, int], Made]  # of a source of randomness, a size, and a number of questions
+
+
+def fitted(
+    tokenizer: PreTrainedTokenizerBase, make: Make, task: str, length: int, seed: int, questions: int
+) -> Reading:
+    """What `make` makes of a `seed`, of the largest size that fits into `length` tokens. Raises as `reading`."""
     start = start_of(tokenizer)
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def made(size: int) -> Reading:
-        text, asked = TASKS[task](Source(seed), size, questions)
+        text, asked = make(Source(seed), size, questions)
         found = []
         for prompt, answer, references in asked:
             answer_ids = ids(answer)
@@ -87,9 +98,6 @@ def reading(tokenizer: PreTrainedTokenizerBase, task: str, length: int, index: i
     if low == 0:
         raise ValueError(f"{length} tokens have no room for what {task} asks: ask for a longer context.")
     return made(low)
-
-
-Made = tuple[str, list[tuple[str, str, tuple[str, ...]]]]  # a context; prompts, answers, references
 
 
 def _niah(source: Source, facts: list[tuple[str, str]], kind: str, hidden_in: list[str], questions: int) -> Made:
@@ -116,13 +124,13 @@ def _places(source: Source, most: int, number: int) -> list[int]:
 
 def niah_single_1(source: Source, size: int, questions: int) -> Made:
     """Numbers in noise."""
-    facts = list(zip(_words(source, questions), _numbers(source, questions), strict=True))
+    facts = list(zip(made_up_words(source, questions), made_up_numbers(source, questions), strict=True))
     return _niah(source, facts, "number", [NOISE] * size, questions)
 
 
 def niah_multikey_2(source: Source, size: int, questions: int) -> Made:
     """Numbers, in nothing but such."""
-    facts = list(zip(_words(source, size), _numbers(source, size), strict=True))
+    facts = list(zip(made_up_words(source, size), made_up_numbers(source, size), strict=True))
     return _niah(source, facts, "number", [], questions)
 
 
@@ -135,7 +143,7 @@ def niah_multikey_3(source: Source, size: int, questions: int) -> Made:
 def vt(source: Source, size: int, questions: int) -> Made:
     """Chains of variables in noise: which have a value?"""
     names = _distinct(source, questions * (HOPS + 1), lambda: "".join(source.pick(_CAPITALS) for _ in range(5)))
-    values = _numbers(source, questions, digits=5)
+    values = made_up_numbers(source, questions, digits=5)
     sentences, asked = [NOISE] * size, []
     for i, value in enumerate(values):
         chain = names[i * (HOPS + 1) : (i + 1) * (HOPS + 1)]
@@ -155,7 +163,7 @@ def vt(source: Source, size: int, questions: int) -> Made:
 
 def cwe(source: Source, size: int, questions: int) -> Made:
     """The most common words of a list."""
-    words = _words(source, COMMON + size)
+    words = made_up_words(source, COMMON + size)
     common = words[:COMMON]
     listed = _shuffled(source, common * COMMON_TIMES + words[COMMON:] * RARE_TIMES)
     text = (
@@ -192,8 +200,7 @@ def fwe(source: Source, size: int, questions: int) -> Made:
     return text, [(question, " " + ", ".join(most), tuple(most))]
 
 
-# Task → what it makes of a source of randomness, a size, and a number of questions.
-TASKS: dict[str, Callable[[Source, int, int], Made]] = {
+TASKS: dict[str, Make] = {
     "niah_single_1": niah_single_1,
     "niah_multikey_2": niah_multikey_2,
     "niah_multikey_3": niah_multikey_3,
@@ -212,14 +219,14 @@ def _distinct(source: Source, number: int, make: Callable[[], str]) -> list[str]
     return list(found)
 
 
-def _words(source: Source, number: int) -> list[str]:
+def made_up_words(source: Source, number: int) -> list[str]:
     """Made up, none part of another: all have as many letters."""
     return _distinct(
         source, number, lambda: "".join(source.pick("bdfgklmnprstvz") + source.pick("aeiou") for _ in range(4))
     )
 
 
-def _numbers(source: Source, number: int, digits: int = 7) -> list[str]:
+def made_up_numbers(source: Source, number: int, digits: int = 7) -> list[str]:
     return _distinct(source, number, lambda: str(source.number(10 ** (digits - 1), 10**digits - 1)))
 
 

@@ -118,7 +118,8 @@ PAGE = """# Memory against quality: {name}
 
 Six tasks after the templates of RULER, by a generator of our own: references that greedy decoding gives, out of how
 many, with a 95 % interval of their share (which takes answers about one context for independent), and the mean
-log-probability of a token of the right answer. Perplexity of 512 tokens of passages that calibration never saw; in
+log-probability of a token of the right answer. In "long_writing" each answer is a line of the 1,500 tokens that the
+model writes by itself. Perplexity of 512 tokens of passages that calibration never saw; in
 brackets the change against the original and its standard error from passage to passage. KV bytes are those of live
 tensors, as a share of the original's after the same tokens, on average. "sink + window" keeps the first token and a
 window of as many bytes as the first conversion takes of each context. The prompt is read as sparsely as all else.

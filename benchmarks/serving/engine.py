@@ -1,10 +1,11 @@
 """
-One model in one engine of vLLM, in a process of its own: reads what to serve as JSON on its command line, and prints
-what it measured as JSON. `throughput.py` starts it.
+One model in one engine of vLLM, in a process of its own, which `contenders.py` starts: what to serve comes as JSON on
+its command line, then a line of JSON on its standard input for each measurement, answered by a line of its output.
 """
 
 import json
 import os
+import statistics
 import sys
 import time
 from typing import Any
@@ -16,7 +17,7 @@ os.environ.update(
 
 from vllm import LLM, SamplingParams  # noqa: E402
 
-MARK = "MEASURED "
+from . import MARK  # noqa: E402
 
 
 class Steps:
@@ -24,24 +25,31 @@ class Steps:
 
     def __init__(self, llm: LLM):
         self.scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
         self.rows: list[dict[str, float]] = []
-        schedule = self.scheduler.schedule
+        self.schedule = self.scheduler.schedule
 
-        def noted(*args, **kwargs):
-            output = schedule(*args, **kwargs)
-            self.rows.append(
-                {
-                    "clock": time.perf_counter(),
-                    "work": time.process_time(),
-                    "tokens": output.total_num_scheduled_tokens,
-                    "requests": len(output.num_scheduled_tokens),
-                    "running": len(self.scheduler.running),
-                    "preempted": len(output.preempted_req_ids or ()),
-                }
-            )
-            return output
+    def __enter__(self) -> "Steps":
+        self.scheduler.schedule = self._noted
+        return self
 
-        self.scheduler.schedule = noted
+    def __exit__(self, *error) -> None:
+        self.scheduler.schedule = self.schedule
+
+    def _noted(self, *args, **kwargs):
+        output = self.schedule(*args, **kwargs)
+        self.rows.append(
+            {
+                "clock": time.perf_counter(),
+                "work": time.process_time(),
+                "tokens": output.total_num_scheduled_tokens,
+                "requests": len(output.num_scheduled_tokens),
+                "running": len(self.scheduler.running),
+                "preempted": len(output.preempted_req_ids or ()),
+                "blocks": self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks(),
+            }
+        )
+        return output
 
     def summary(self, kind: str) -> dict[str, float]:
         """`kind`: "clock" or "work"."""
@@ -51,41 +59,52 @@ class Steps:
         first = next((b[kind] for a, b in pairs if a["tokens"] == a["requests"] > 0), self.rows[-1][kind])
         return {
             "decoding tokens/s": tokens / seconds if seconds else 0.0,
-            "time per token": seconds / len(decoding) if decoding else 0.0,
-            "prompt": first - self.rows[0][kind],
+            "time per token": statistics.median([each for each, _ in decoding]) if decoding else 0.0,
+            "time to first token": first - self.rows[0][kind],
         }
 
 
-def measure(model: str, memory: int, max_len: int, chunk: int, prompts: list[list[int]], new: int) -> dict[str, Any]:
-    """Serve `prompts` at once, then the first one alone."""
-    llm = LLM(
-        model,
-        dtype="float32",
-        max_model_len=max_len,
-        enforce_eager=True,
-        max_num_seqs=max(len(prompts), 1),
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=memory,
-        max_num_batched_tokens=chunk,
-        skip_tokenizer_init=True,
-    )
-    settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
-    result: dict[str, Any] = {"blocks": pool.block_pool.num_gpu_blocks}
-    llm.generate([{"prompt_token_ids": prompts[0][:64]}], settings, use_tqdm=False)  # warm
-    for name, batch in (("alone", prompts[:1]), ("together", prompts)):
-        steps = Steps(llm)
-        clock, work = time.perf_counter(), time.process_time()
-        llm.generate([{"prompt_token_ids": prompt} for prompt in batch], settings, use_tqdm=False)
-        seconds = {"clock": time.perf_counter() - clock, "work": time.process_time() - work}
-        result[name] = {
+class Served:
+    """An engine of one model."""
+
+    def __init__(self, model: str, memory: int, max_len: int, chunk: int, sequences: int, block: int | None):
+        self.llm = LLM(
+            model,
+            dtype="float32",
+            max_model_len=max_len,
+            enforce_eager=True,
+            max_num_seqs=sequences,
+            enable_prefix_caching=False,
+            kv_cache_memory_bytes=memory,
+            max_num_batched_tokens=chunk,
+            block_size=block,
+            skip_tokenizer_init=True,
+        )
+        pool = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        self.block_bytes = memory / pool.num_gpu_blocks
+
+    def measure(self, prompts: list[list[int]], new: int) -> dict[str, Any]:
+        """Read all `prompts` at once, and write `new` tokens after each."""
+        settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        with Steps(self.llm) as steps:
+            clock, work = time.perf_counter(), time.process_time()
+            self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], settings, use_tqdm=False)
+            seconds = {"clock": time.perf_counter() - clock, "work": time.process_time() - work}
+        return {
             "seconds": seconds,
             "at once": max(row["running"] for row in steps.rows),
             "preemptions": sum(row["preempted"] for row in steps.rows),
+            "bytes": max(row["blocks"] for row in steps.rows[-2:]) * self.block_bytes,  # held at the end
             **{kind: steps.summary(kind) for kind in seconds},
         }
-    return result
+
+
+def main() -> None:
+    served = Served(**json.loads(sys.argv[1]))
+    print(MARK + "{}", flush=True)
+    for line in sys.stdin:
+        print(MARK + json.dumps(served.measure(**json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
-    print(MARK + json.dumps(measure(**json.loads(sys.argv[1]))), flush=True)
+    main()

@@ -22,13 +22,13 @@ class CallLog:
 
     def __init__(self, selected: torch.Tensor, is_fixed: bool = False):
         self.is_fixed = is_fixed
-        # [B] int64: tokens that the memory knows of, and those that it does not know of yet (0: none).
+        # [B] int64: tokens that the memory knows of; and with those that it does not know of yet, if there are any.
         self.num_stored = torch.zeros(len(selected), dtype=torch.int64, device=selected.device)
-        self.num_pending: torch.Tensor | int = 0
+        self.num_seen: torch.Tensor | None = None
         self.pending_columns = 0  # columns that it does not know of yet
-        self.max_tokens = NEVER if is_fixed else 0  # at most so many tokens has a row, without asking the device
-        self.num_final = torch.zeros_like(self.num_stored)  # [B] int64: `crop` cannot go back before these
-        self.num_lost = torch.zeros_like(self.num_stored)  # [B] int64: of tokens before these the ring held none
+        self._max_tokens = 0
+        # [B] int64: `crop` cannot go back before the first; of tokens before the second the ring held none.
+        self.num_final = self.num_lost = self.num_stored
         self.masks: list[torch.Tensor | None] = []  # padding of the calls so far, [B, T] bool or None,
         self.lengths: list[int] = []  # and their columns
         self.records: list[UndoRecord] = []  # of the last calls, as long as each was of one column
@@ -38,37 +38,61 @@ class CallLog:
     @property
     def num_tokens(self) -> torch.Tensor:
         """`[B]` int64, tokens seen. May change in place."""
-        return self.num_stored if isinstance(self.num_pending, int) else self.num_stored + self.num_pending
+        return self.num_stored if self.num_seen is None else self.num_seen
+
+    @property
+    def max_tokens(self) -> int:
+        """
+        At most so many tokens has a row, without asking the device. Where all stays in place that is known of a first
+        call alone: what is captured runs on without us.
+        """
+        return NEVER if self.is_fixed and torch.compiler.is_compiling() else self._max_tokens
+
+    @max_tokens.setter
+    def max_tokens(self, value: int) -> None:
+        self._max_tokens = value
 
     @property
     def common_length(self) -> int | None:
         """Tokens of every row, if it is known that there has been no padding."""
-        return self.max_tokens if not self.is_fixed and all(mask is None for mask in self.masks) else None
+        return self.max_tokens if self.max_tokens < NEVER and all(mask is None for mask in self.masks) else None
 
     def begin(self, mask: torch.Tensor | None, num_columns: int) -> None:
         """A call begins, with padding where `mask` [B, T] is False."""
         if mask is None and self.masks and self.masks[-1] is None:
             self.lengths[-1] += num_columns
-        elif not self.is_fixed:
+        elif self.max_tokens < NEVER:
             self.masks.append(mask)
             self.lengths.append(num_columns)
 
     def expect(self, num_columns: int, valid: torch.Tensor | None) -> None:
         """The call's columns are pending, of which `valid` [B, T] are tokens (None: all)."""
-        new = torch.full_like(self.num_stored, num_columns) if valid is None else valid.sum(1)
-        self.num_pending = self.num_pending + new
+        self.num_seen = self.num_tokens + (num_columns if valid is None else valid.sum(1))
         self.pending_columns += num_columns
-        self.max_tokens += 0 if self.is_fixed else num_columns
+        self.max_tokens += num_columns if self.max_tokens < NEVER else 0
 
     def add_one(self, valid: torch.Tensor | None) -> None:
         """The memory knows of one column more, a token where `valid` [B] (None: everywhere)."""
-        self.num_stored.add_(1 if valid is None else valid)
-        self.max_tokens += 0 if self.is_fixed else 1
+        new: torch.Tensor | int = 1 if valid is None else valid
+        if self.is_fixed:
+            self.num_stored.add_(new)
+            self._lose_count()
+        else:
+            self.num_stored = self.num_stored + new
+            self.max_tokens += 1
 
     def settle(self) -> None:
         """The memory knows of what was pending."""
-        self.num_stored = self.num_stored.copy_(self.num_tokens) if self.is_fixed else self.num_tokens
-        self.num_pending = self.pending_columns = 0
+        if self.is_fixed:
+            self.num_stored.copy_(self.num_tokens)
+            self._lose_count()
+        else:
+            self.num_stored = self.num_tokens
+        self.num_seen, self.pending_columns = None, 0
+
+    def _lose_count(self) -> None:
+        """What follows may be captured, and run without us."""
+        self.max_tokens, self.masks, self.lengths = NEVER, [], []
 
     def note(self, record: UndoRecord | None) -> None:
         """The memory has taken a call in; None: not one of a column, so that nothing can be undone to before it."""
@@ -136,5 +160,5 @@ class CallLog:
         self.masks = [None if mask is None else mask[rows] for mask in self.masks]
         self.num_stored, self.num_final = self.num_stored[rows], self.num_final[rows]
         self.num_lost = self.num_lost[rows]
-        if not isinstance(self.num_pending, int):
-            self.num_pending = self.num_pending[rows]
+        if self.num_seen is not None:
+            self.num_seen = self.num_seen[rows]

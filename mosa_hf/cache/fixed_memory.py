@@ -24,15 +24,17 @@ class FixedMemory(EntryMemory):
     def __init__(self, window: int, limit: int, *like: Any):
         self.limit = limit
         # Without a window, a token is appended before the one that makes way for it is evicted.
-        self.stride = self.max_length = window + limit + (window == 0)
+        self.stride: int = window + limit + (window == 0)
+        self.max_length = self.stride
         super().__init__(*like)
+        self._allocate(*self._places(self.length, []))
         if not torch.compiler.is_compiling():  # as upstream's static layers do: else no CUDA graphs
             for states in self.tensors():
                 torch._dynamo.mark_static_address(states)
 
-    def _places(self, length: torch.Tensor, num_entries: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-        start = torch.arange(length.numel(), device=length.device).view_as(length) * self.max_length
-        return start, torch.full_like(length, self.max_length), length.numel() * self.max_length
+    def _places(self, length: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
+        start = torch.arange(0, length.numel() * self.stride, self.stride, device=length.device).view_as(length)
+        return start, [self.stride] * length.numel()
 
     def may_change(self, states: torch.Tensor) -> bool:
         return True
@@ -44,15 +46,15 @@ class FixedMemory(EntryMemory):
         self, kept: PackedKeyValues | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor
     ) -> None:
         if stays is not None:
-            self._keep(kept, stays, offset, length)
-        self._set_length(length, self.max_length)
+            self._keep(kept, stays, offset, length, [])
+        self._set_length(length, [])
 
-    def _set_length(self, length: torch.Tensor, longest: int) -> None:
+    def _set_length(self, length: torch.Tensor, lengths: list[int]) -> None:
         self.length.copy_(length)
         self.last_read = None
 
-    def _ask(self, length: torch.Tensor) -> tuple[int, int, int | None]:
-        return 0, self.max_length, None
+    def _ask(self, length: torch.Tensor) -> list[int]:
+        return []
 
     def lengthen(self, new: torch.Tensor | int | None) -> None:
         Entries.lengthen(self, new)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels.entry_codes import encoded
 from ..kernels.tensors import NEVER, Entries, PackedKeyValues, Rows
@@ -42,56 +43,55 @@ class EntryMemory(Entries):
         is_coded: bool = False,
     ):
         self.length = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)
-        self.num_selected, self.num_evicted = torch.zeros_like(self.length), torch.zeros_like(self.length)
-        self.states = {"key": key.new_zeros(0, key.shape[-1]), "value": value.new_zeros(0, value.shape[-1])}
+        self.num_selected, self.num_evicted = (
+            torch.zeros_like(self.length) if has_score else self.length.new_empty(0) for _ in range(2)
+        )
+        self.states = {"key": key.new_empty(1, key.shape[-1]), "value": value.new_empty(1, value.shape[-1])}
         if is_coded:
             self.states = encoded(self.states)
         if has_position:
-            self.states["position"] = self.length.new_zeros(0, dtype=torch.int32)
-        self.states["selected"] = self.length.new_zeros(0, dtype=torch.bool)
+            self.states["position"] = self.length.new_empty(1, dtype=torch.int32)
+        self.states["selected"] = self.length.new_empty(1, dtype=torch.bool)
         if has_score:  # of bfloat16's precision; in the model's dtype, because exporters turn a cache into that
-            self.states["score"] = key.new_zeros(0, dtype=torch.promote_types(key.dtype, torch.bfloat16))
-        self._allocate(self.length, self.length.numel() * _slack(key.device))
+            self.states["score"] = key.new_empty(1, dtype=torch.promote_types(key.dtype, torch.bfloat16))
+        # None but the null entry yet: how many the first ranges have is asked when there is something for them.
+        self.start, self.null, self.capacities = self.length, 0, [0] * self.length.numel()
+        self.last_read: PackedKeyValues | None = None  # what `read` returned on a CPU, while that is true
 
     def __getstate__(self) -> dict[str, Any]:
         # Views of the memory would be pickled as memory of their own, into which nobody writes.
         return self.__dict__ | {"last_read": None}
 
+    @property
+    def capacity(self) -> torch.Tensor:
+        """`[B, G]` int64, for how many entries a range has room."""
+        return torch.tensor(self.capacities, device=self.length.device).view_as(self.length)
+
     def tensors(self) -> list[torch.Tensor]:
         """All that is held."""
-        counts = [self.start, self.capacity, self.length, self.num_selected, self.num_evicted]
+        counts = [self.start, self.length, self.num_selected, self.num_evicted]
         return [*self.states.values(), *counts]
 
     # Where ranges lie, and how they grow
 
-    def _allocate(self, length: torch.Tensor, num_entries: int | None = None) -> None:
-        """Empty memory for ranges of `length` [B, G] entries; `num_entries` in all, if that is known."""
-        # [B, G], [B, G], and the null entry
-        self.start, self.capacity, self.null = self._places(length, num_entries)
+    def _allocate(self, start: torch.Tensor, capacities: list[int]) -> None:
+        """Empty memory for ranges from `start` [B, G] on, which lie side by side and have these `capacities`."""
+        self.start, self.capacities, self.null = start, capacities, sum(capacities)
         self.states = {name: own.new_zeros(self.null + 1, *own.shape[1:]) for name, own in self.states.items()}
-        self.free = 0
-        # What `read` returned on a CPU, until a range gets longer, or moves.
-        self.last_read: PackedKeyValues | None = None
+        self.last_read = None
 
-    def _places(self, length: torch.Tensor, num_entries: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """First entries and capacities `[B, G]` for ranges of `length` [B, G] entries; and how many entries in all."""
-        capacity = _capacity(length)
-        num_entries = int(capacity.sum()) if num_entries is None else num_entries
-        return capacity.flatten().cumsum(0).view_as(length) - capacity, capacity, num_entries
+    def _places(self, length: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """First entries `[B, G]` and capacities for ranges of `length` [B, G], which the host knows as `lengths`."""
+        slack = 1 if length.device.type == "cpu" else GPU_SLACK
+        return _side_by_side(length + length // SLACK + slack), [each + each // SLACK + slack for each in lengths]
 
-    def _ask(self, length: torch.Tensor) -> tuple[int, int, int | None]:
-        """
-        Of ranges of `length` [B, G] entries: how many more fit into every one, how long the longest is, and how many
-        entries new memory for them has. A GPU is asked once.
-        """
-        if not length.numel():
-            return 1, 0, 0
-        # Of other rows than there were, it is not asked how many fit.
-        room = self.capacity - length if self.capacity.shape == length.shape else length
-        if length.device.type == "cpu":
-            return int(room.min()), int(length.max()), None
-        free, longest, num_entries = torch.stack((room.min(), length.max(), _capacity(length).sum())).tolist()
-        return free, longest, num_entries
+    def _ask(self, length: torch.Tensor) -> list[int]:
+        """`length` [B, G] as the host knows it, which a GPU is asked for."""
+        return length.flatten().tolist()
+
+    def _least_free(self, lengths: list[int]) -> int:
+        """How many more entries than `lengths` fit into every range."""
+        return min((x - y for x, y in zip(self.capacities, lengths, strict=True)), default=1)
 
     def may_change(self, states: torch.Tensor) -> bool:
         """Whether `states`, of what is held, may be written to."""
@@ -111,19 +111,15 @@ class EntryMemory(Entries):
         Ranges get `length` [B, G] entries. Behind the first `offset` of each, those of `kept` that `stays` [B, G, S]
         names (None: all) are held; the others are left to the caller.
         """
-        free, longest, num_entries = self._ask(length)
-        if free < 0 or stays is not None or not self.may_change_all():
-            self._keep(kept, stays, offset, length, num_entries)
-            free = self._least_free(length)
-        self.length, self.max_length, self.free, self.last_read = length, longest, free, None
+        lengths = self._ask(length)
+        if self._least_free(lengths) < 0 or stays is not None or not self.may_change_all():
+            self._keep(kept, stays, offset, length, lengths)
+        self._set_length(length, lengths)
 
-    def _set_length(self, length: torch.Tensor, longest: int) -> None:
-        """New ranges have `length` [B, G] entries, the longest one so many."""
-        self.length, self.max_length, self.free, self.last_read = length, longest, self._least_free(length), None
-
-    def _least_free(self, length: torch.Tensor) -> int:
-        """At least so many more entries than `length` [B, G] fit into ranges that have just been made for those."""
-        return int((self.capacity - length).min()) if length.device.type == "cpu" and length.numel() else GPU_SLACK
+    def _set_length(self, length: torch.Tensor, lengths: list[int]) -> None:
+        """Ranges have `length` [B, G] entries, which the host knows as `lengths`."""
+        self.length, self.max_length, self.last_read = length, max(lengths, default=0), None
+        self.free = self._least_free(lengths)
 
     def lengthen(self, new: torch.Tensor | int | None) -> None:
         super().lengthen(new)
@@ -133,34 +129,31 @@ class EntryMemory(Entries):
         """Make room for one more entry in every range."""
         if self.free > 0:
             return
-        longer = self.length + 1
-        free, longest, num_entries = self._ask(longer)
-        if free < (0 if longer.device.type == "cpu" else MIN_FREE):
-            self._move(longer, num_entries)
-            free = self._least_free(longer)
-        self.free, self.max_length = free + 1, longest - 1
+        lengths = self._ask(self.length)
+        if self._least_free(lengths) <= (0 if self.length.device.type == "cpu" else MIN_FREE):
+            self._move(lengths)
+        self._set_length(self.length, lengths)
 
     def reserve(self, num_more: int) -> None:
         """Move the ranges to memory of their own, with room for `num_more` entries in each."""
-        self._lay_out(*self.slots(), self.length + num_more)
+        longer = self.length + num_more
+        self._lay_out(*self.slots(), *self._places(longer, self._ask(longer)))
         self.length, self.max_length = self.length.clone(), self.max_length + num_more
 
     def repack(self, entries: torch.Tensor, stays: torch.Tensor) -> None:
         """Hold those of `entries` [B, G, S] that stay, in their order, in new memory."""
         length = stays.sum(-1)
-        _, longest, num_entries = self._ask(length)
-        self._lay_out(entries, stays, length, num_entries)
-        self._set_length(length, longest)
+        lengths = self._ask(length)
+        self._lay_out(entries, stays, *self._places(length, lengths))
+        self._set_length(length, lengths)
         if "score" in self.states:
             entries, filled = self.slots()
             self.num_selected = (self.states["selected"][entries] & filled).sum(-1)
 
-    def _lay_out(
-        self, entries: torch.Tensor, stays: torch.Tensor, length: torch.Tensor, num_entries: int | None = None
-    ) -> None:
-        """Those of `entries` [B, G, S] that stay, in new memory for ranges of `length` [B, G] entries, or fewer."""
+    def _lay_out(self, entries: torch.Tensor, stays: torch.Tensor, start: torch.Tensor, capacities: list[int]) -> None:
+        """Those of `entries` [B, G, S] that stay, in new memory, see `_allocate`."""
         old = self.states
-        self._allocate(length, num_entries)
+        self._allocate(start, capacities)
         target = self.start[..., None] + stays.cumsum(-1) - 1
         if stays.device.type == "cpu":
             target, source = target[stays], entries[stays]
@@ -169,24 +162,44 @@ class EntryMemory(Entries):
         for name, own in self.states.items():
             own.index_copy_(0, target, old[name].index_select(0, source))
 
-    def _move(self, length: torch.Tensor, num_entries: int | None) -> None:
-        """The ranges as they are, in new memory for `length` [B, G] entries, `num_entries` in all."""
-        if length.device.type != "cpu":
-            self._lay_out(*self.slots(), length, num_entries)
+    def _move(self, lengths: list[int]) -> None:
+        """The ranges as they are, of `lengths`, in new memory with room for more."""
+        places = self._places(self.length + 1, [each + 1 for each in lengths])
+        if self.length.device.type != "cpu":
+            self._lay_out(*self.slots(), *places)
             return
         old, old_start = self.states, self.start
-        self._allocate(length, num_entries)
-        ranges = [x.flatten().tolist() for x in (old_start, self.start, self.length)]
-        for source, target, num in zip(*ranges, strict=True):  # in a third of the time that indices take
+        self._allocate(*places)
+        for source, target, num in zip(
+            old_start.flatten().tolist(), self.start.flatten().tolist(), lengths, strict=True
+        ):  # in a third of the time that indices take
             for name, own in self.states.items():
                 own[target : target + num] = old[name][source : source + num]
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Row i becomes what row `rows[i]` was."""
-        entries, filled = self.slots()
-        counts = self.length, self.num_selected, self.num_evicted
-        self.length, self.num_selected, self.num_evicted = (each[rows] for each in counts)
-        self.repack(entries[rows], filled[rows])
+        """Row i becomes what row `rows[i]` was. Asks no GPU."""
+        num_rows, num_groups = self.length.shape
+        of_rows = [self.capacities[i : i + num_groups] for i in range(0, len(self.capacities), num_groups or 1)]
+        most = [max(each) for each in zip(*of_rows, strict=True)]
+        is_even, is_cpu = all(each == most for each in of_rows), rows.device.type == "cpu"
+        if not is_even and not is_cpu:
+            end = F.pad(self.start.flatten()[1:], (0, 1), value=self.null).view_as(self.start)
+            capacity = (end - self.start).amax(0).expand_as(self.start)
+            self._lay_out(*self.slots(), _side_by_side(capacity), most * num_rows)
+        entries, filled = self.slots() if is_cpu and not is_even else (None, None)
+        self.length = self.length[rows]
+        if "score" in self.states:
+            self.num_selected, self.num_evicted = self.num_selected[rows], self.num_evicted[rows]
+        if entries is not None and filled is not None:
+            self.repack(entries[rows], filled[rows])
+            return
+        # Rows lie as each other do: they are taken whole.
+        size = sum(most)
+        for name, own in self.states.items():
+            selected = own[: self.null].unflatten(0, (num_rows, size)).index_select(0, rows)
+            self.states[name] = torch.cat((selected.flatten(0, 1), own[self.null :]))
+        self.start = self.start[:1] + torch.arange(len(rows), device=rows.device)[:, None] * size
+        self.capacities, self.null, self.last_read = most * len(rows), len(rows) * size, None
 
     # What ranges hold
 
@@ -213,12 +226,13 @@ class EntryMemory(Entries):
     def deselect(self, entries: torch.Tensor) -> None:
         self.states["selected"] = self.states["selected"].index_fill(0, entries, False)
 
-    def write(self, target: torch.Tensor, writes: torch.Tensor, rows: Rows) -> None:
-        """Write the slots of `rows` [B, G, S, ...], by name, to the entries `target` [B, G, S], where `writes`."""
+    def write(self, target: torch.Tensor, rows: Rows) -> None:
+        """Write the slots of `rows` [B, G, S, ...], by name, to the entries `target` [B, G, S]."""
         # No shape may depend on data in a graph, and a GPU would be waited for.
         is_whole = torch.compiler.is_compiling() or target.device.type != "cpu"
-        index = torch.where(writes, target, self.null) if is_whole else target[writes]
-        rows = {name: rows[name] if is_whole else rows[name][writes] for name in self.states if name in rows}
+        writes = None if is_whole else target != self.null
+        index = target if writes is None else target[writes]
+        rows = {name: rows[name] if writes is None else rows[name][writes] for name in self.states if name in rows}
         if "key_scale" in self.states:
             rows = encoded(rows)
         for name, own in self.states.items():
@@ -234,12 +248,12 @@ class EntryMemory(Entries):
         stays: torch.Tensor | None,
         offset: int,
         length: torch.Tensor,
-        num_entries: int | None = None,
+        lengths: list[int],
     ) -> None:
         """Of `make_room`: hold what is kept, in memory for ranges of `length` [B, G] entries."""
         old = self.states
         if not self.is_fixed:
-            self._allocate(length, num_entries)
+            self._allocate(*self._places(length, lengths))
         if kept is None:
             return
         entries, filled = kept.slots()
@@ -250,13 +264,9 @@ class EntryMemory(Entries):
             own.index_put_((target,), rows)
 
 
-def _capacity(length: torch.Tensor) -> torch.Tensor:
-    """Entries `[B, G]` that new ranges have for `length` [B, G]."""
-    return length + length // SLACK + _slack(length.device)
-
-
-def _slack(device: torch.device) -> int:
-    return 1 if device.type == "cpu" else GPU_SLACK
+def _side_by_side(capacity: torch.Tensor) -> torch.Tensor:
+    """First entries `[B, G]` of ranges that have room for `capacity` [B, G] entries."""
+    return capacity.flatten().cumsum(0).view_as(capacity) - capacity
 
 
 def may_change(states: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from .memory import EntryMemory
 
 def of_ring(memory: EntryMemory, num_stored: torch.Tensor, length: int, window: int) -> Rows:
     """The last `length` tokens of a ring of `window` entries, of rows that have `num_stored` [B] tokens."""
-    position = num_stored[:, None] - length + torch.arange(length, device=num_stored.device)  # [B, S]
+    position = _last(length, num_stored)
     entries = memory.start[..., None] + (position % max(window, 1))[:, None]  # [B, G, S]
     entries = torch.where(position[:, None] >= 0, entries, memory.null)
     rows = {name: states.unflatten(0, entries.shape) for name, states in decoded(memory.gather(entries)).items()}
@@ -40,9 +40,13 @@ def extended(recent: Rows | None, new: Rows, valid: torch.Tensor | None, num_tok
         if valid is not None:  # the padding between the two goes to the left
             order = padding_first(F.pad(valid, (num_recent, 0), value=True))[0][:, None]
             new = {name: gather_slots(own, order) for name, own in new.items()}
-    length = new["key"].shape[2]
-    position = num_tokens[:, None] - length + torch.arange(length, device=num_tokens.device)  # [B, S]
+    position = _last(new["key"].shape[2], num_tokens)
     return new | {"position": position[:, None].expand_as(new["selected"])}
+
+
+def _last(length: int, num_tokens: torch.Tensor) -> torch.Tensor:
+    """Positions `[B, length]` of the last of `num_tokens` [B] tokens, negative before the first."""
+    return torch.arange(-length, 0, device=num_tokens.device) + num_tokens[:, None]
 
 
 def cropped(recent: Rows, num_tokens: torch.Tensor, removed: torch.Tensor) -> Rows:

@@ -20,8 +20,8 @@ def store_state(store: SparseStore) -> tuple[Tensors, dict[str, Any]]:
     plain: dict[str, Any] = {"record_past": store.record_past, "calls": None, "memory": None}
     if (calls := store.calls) is not None:
         tensors |= {f"calls.{name}": getattr(calls, name) for name in LOG}
-        if isinstance(calls.num_pending, torch.Tensor):
-            tensors["calls.num_pending"] = calls.num_pending
+        if calls.num_seen is not None:
+            tensors["calls.num_pending"] = calls.num_seen - calls.num_stored
         tensors |= {f"masks.{i}": mask for i, mask in enumerate(calls.masks) if mask is not None}
         for i, record in enumerate(calls.records):
             tensors |= {f"records.{i}.{name}": x for name, x in record.state().items()}
@@ -71,9 +71,13 @@ def set_store_state(store: SparseStore, tensors: Tensors, plain: dict[str, Any])
 
 def _call_log(tensors: Tensors, is_fixed: bool) -> CallLog:
     calls = CallLog(tensors["num_stored"][:, None], is_fixed)
-    for name in LOG:
-        getattr(calls, name).copy_(tensors.pop(name))
-    calls.num_pending = tensors.pop("num_pending", 0)
+    num_stored, num_final, num_lost = (tensors.pop(name) for name in LOG)
+    if is_fixed:
+        calls.num_stored.copy_(num_stored)
+    else:
+        calls.num_stored, calls.num_final, calls.num_lost = num_stored, num_final, num_lost
+    if (num_pending := tensors.pop("num_pending", None)) is not None:
+        calls.num_seen = calls.num_stored + num_pending
     if tensors:
         raise KeyError(f"unknown: {sorted(tensors)}")
     return calls
@@ -97,8 +101,9 @@ def _set_memory(store: SparseStore, ranges: Tensors, entries: Tensors, plain: di
             own.copy_(states)
     else:
         memory.states = {name: entries[name] for name in memory.states}
-        for name in RANGES:
-            setattr(memory, name, ranges[name])
+        memory.capacities = ranges.pop("capacity").flatten().tolist()
+        for name, own in ranges.items():
+            setattr(memory, name, own)
         memory.free, memory.max_length, memory.null = plain["free"], plain["max_length"], plain["null"]
     _check_memory(memory, store.calls)
 
@@ -108,11 +113,12 @@ def _check_memory(memory: EntryMemory, calls: CallLog | None) -> None:
     Raises:
         ValueError: if what is remembered can be read only beyond its memory.
     """
-    start, capacity, length = memory.start, memory.capacity, memory.length
+    start, length = memory.start, memory.length
     if any(len(states) != memory.null + 1 for states in memory.states.values()):
         raise ValueError(f"there are not {memory.null} entries and one more of each state")
-    if not (start.shape == capacity.shape == length.shape) or calls is None or len(length) != len(calls.num_stored):
+    if start.shape != length.shape or calls is None or len(length) != len(calls.num_stored):
         raise ValueError("ranges and rows differ in number")
+    capacity = memory.capacity
     is_within = (start >= 0) & (length >= 0) & (length <= capacity) & (start + capacity <= memory.null)
     if not bool(is_within.all()) or (length.numel() and int(length.max()) > memory.max_length):
         raise ValueError("a range goes beyond its memory")

@@ -54,6 +54,7 @@ class SparseStore:
         self.memory: EntryMemory | None = None  # None: nothing was selected yet
         self.routed: Routing | None = None  # the one that goes on
         self.recent: Rows | None = None  # of the ring, and tokens that the memory does not know of yet; None: none
+        self.kept: PackedKeyValues | None = None  # what the call that goes on found of these; None: none
 
     def reset(self) -> None:
         """Forget all tokens. Fixed memory stays where it is."""
@@ -64,7 +65,8 @@ class SparseStore:
                 counts.zero_()
             for states in memory.states.values():
                 states.zero_()
-            calls.num_pending = calls.pending_columns = 0  # of a call that failed half-way
+            # Of a call that failed half-way nothing is left, and the next one is a first one.
+            calls.num_seen, calls.pending_columns, calls.max_tokens, calls.masks, calls.lengths = None, 0, 0, [], []
             self.calls, self.memory, memory.last_read = calls, memory, None
 
     @property
@@ -120,7 +122,7 @@ class SparseStore:
         if self.is_coded:
             key, value = rounded(key), rounded(value)
         new = {"key": key, "value": value, "selected": selected} | ({} if score is None else {"score": score})
-        kept = self._kept(memory, calls)
+        kept = self.kept = self._kept(memory, calls)
         recent = self._ring(memory, calls) if self.recent is None else self.recent
         calls.expect(key.shape[2], valid)
         recent = extended(recent, new, valid, calls.num_tokens)
@@ -161,7 +163,7 @@ class SparseStore:
         """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
         self.routed = None
         if not (self.record_past and self.window):
-            self._commit(is_final=not self.record_past)
+            self._commit(self.kept, is_final=not self.record_past)
 
     # The paper's heads, which project selected tokens only, and have no window.
 
@@ -176,7 +178,7 @@ class SparseStore:
             cached, and `evicted_at` `[B, G, T]` int64 of the call's tokens (None: no budget, or nothing to evict).
         """
         calls, (selected, score, _) = self._begun()
-        kept = None if self.memory is None else self._kept(self.memory, calls)
+        kept = self.kept = None if self.memory is None else self._kept(self.memory, calls)
         if score is None:
             return kept, None
         recent = {"score": score, "position": position[:, None].expand_as(selected), "selected": selected}
@@ -260,7 +262,7 @@ class SparseStore:
 
     def _kept(self, memory: EntryMemory, calls: CallLog) -> PackedKeyValues | None:
         """The kept entries; None if there are none, as far as that is known without asking the device."""
-        if calls.max_tokens < self.window and not torch.compiler.is_compiling():
+        if calls.max_tokens <= self.window and not torch.compiler.is_compiling():
             return None
         return memory.behind(self.window, calls.num_stored.clamp(max=self.window)[:, None])
 
@@ -285,35 +287,43 @@ class SparseStore:
             kept = kept._replace(evicted_at=flat.index_put((entries,), of_kept))
         return evicted[..., num_kept:], kept
 
-    def _commit(self, is_final: bool) -> None:
+    def _commit(self, kept: PackedKeyValues | None, is_final: bool) -> None:
         """
-        Bring the recent tokens into the memory, and forget what is no longer read; what the budget evicts, only if
-        that `is_final`.
+        Bring the recent tokens into the memory, where `kept` are, and forget what is no longer read; what the budget
+        evicts, only if that `is_final`.
         """
         memory, calls, recent = self.memory, self.calls, self.recent
         if memory is None or calls is None or recent is None:
             return
-        record, num_tokens, kept = self._new_record(calls), calls.num_tokens, self._kept(memory, calls)
+        record, num_tokens, common = self._new_record(calls), calls.num_tokens, calls.common_length
         stays, selected, position = None, recent["selected"], recent["position"]
         if self.budget is not None and is_final:
             stays, selected = self._evict_many(memory, calls, recent, kept, record)
-        num_ring = num_tokens.clamp(max=self.window)[:, None]  # [B, 1]
-        in_ring = torch.zeros_like(selected)
+        num_kept: torch.Tensor | int = 0
+        if kept is not None:
+            num_kept = kept.length if stays is None else stays.sum(-1)
+        # [B, 1]
+        num_ring = num_tokens.clamp(max=self.window)[:, None] if common is None else min(common, self.window)
+        # The ring gets the last tokens, the kept entries what is selected of those before them.
+        num_far = max(position.shape[2] - self.window, 0)
+        joins, in_ring = selected[..., :num_far], position[..., num_far:]
+        before = num_ring + num_kept
+        memory.make_room(kept, stays, self.window, joins.sum(-1) + before)
+        start, targets = memory.start[..., None], []
+        if num_far:
+            place = start + joins.cumsum(-1) + (before - 1 if isinstance(before, int) else before[..., None] - 1)
+            targets.append(torch.where(joins, place, memory.null))
         if self.window:
-            in_ring = (position >= (num_tokens - num_ring[:, 0])[:, None, None]) & (position >= 0)
-        joins = selected & ~in_ring  # what the kept entries get
-        num_kept = torch.zeros_like(memory.length) if kept is None else kept.length
-        num_kept = num_kept if stays is None else stays.sum(-1)
-        memory.make_room(kept, stays, self.window, num_ring + num_kept + joins.sum(-1))
-        start = memory.start[..., None]
-        target = start + (num_ring + num_kept)[..., None] + joins.cumsum(-1) - 1
-        if self.window:
-            target = torch.where(in_ring, start + position % self.window, target)
-        memory.write(target, joins | in_ring, recent | {"selected": selected})
-        memory.num_selected = memory.replaced(memory.num_selected, num_kept + selected.sum(-1))
+            place = start + in_ring % self.window
+            targets.append(place if common is not None else torch.where(in_ring >= 0, place, memory.null))
+        if targets:
+            memory.write(torch.cat(targets, dim=-1), recent | {"selected": selected})
+        if "score" in memory.states:
+            num_selected = selected.sum(-1) if kept is None else selected.sum(-1) + num_kept
+            memory.num_selected = memory.replaced(memory.num_selected, num_selected)
         calls.settle()
         calls.note(record)
-        self.recent = self.is_over = None
+        self.recent = self.kept = self.is_over = None
 
     def _evict_many(
         self,
@@ -324,13 +334,13 @@ class SparseStore:
         record: UndoRecord | None,
     ) -> tuple[MaybeTensor, torch.Tensor]:
         """Which of the kept entries the budget leaves (None: all), and which of the recent tokens stay selected."""
+        if self.budget is None or self.is_over is False:
+            return None, recent["selected"]
         ranked, entries = _after_kept(memory, kept, recent)
         selected = ranked["selected"]
-        is_over = self.is_over
-        if is_over is None and not torch.compiler.is_compiling() and self.budget is not None:
-            is_over = bool((selected.sum(-1) > self.budget).any())
-        if self.budget is None or is_over is False:
-            return None, recent["selected"]
+        if self.is_over is None and not torch.compiler.is_compiling():
+            if not bool((selected.sum(-1) > self.budget).any()):
+                return None, recent["selected"]
         alive = within_budget(**ranked, budget=self.budget)
         evicted = selected & ~alive
         if record is not None:  # of each range, the one token that a single token evicts
@@ -345,7 +355,8 @@ class SparseStore:
             record.evicted["position"] = position.flatten().to(torch.int32)
             record.evicted["selected"] = torch.ones_like(record.evicted["selected"])
         memory.num_evicted = memory.replaced(memory.num_evicted, memory.num_evicted + evicted.sum(-1))
-        calls.num_final = torch.where(evicted.any(-1).any(-1), calls.num_tokens, calls.num_final)
+        if not self.is_fixed:
+            calls.num_final = torch.where(evicted.any(-1).any(-1), calls.num_tokens, calls.num_final)
         num_kept = alive.shape[-1] - recent["selected"].shape[-1]
         return alive[..., :num_kept] if num_kept else None, alive[..., num_kept:]
 
@@ -373,7 +384,7 @@ class SparseStore:
             calls.num_lost = calls.num_lost.maximum(calls.num_stored - self.window)
             if self.recent is not None and memory is not None:
                 self.recent = cropped(self.recent, num_tokens, removed)
-                calls.num_pending = num_tokens - calls.num_stored
+                calls.num_seen = num_tokens
                 # The ring may be left with a place for which there is no token any more.
                 entries, filled = memory.slots()
                 memory.deselect(entries[..., : self.window][filled[..., : self.window]])
@@ -385,7 +396,7 @@ class SparseStore:
         if self.recent is None and memory is not None and may_exceed:
             self.recent = of_ring(memory, calls.num_stored, min(self.window, calls.max_tokens), self.window)
         calls.pending_columns, self.is_over = 0, None
-        self._commit(is_final=True)
+        self._commit(None if memory is None else self._kept(memory, calls), is_final=True)
 
     def _undo(self, memory: EntryMemory, calls: CallLog, num_columns: int) -> int:
         """Undo single tokens, if that many columns go beyond what is pending; returns how many of them remain."""
@@ -393,7 +404,7 @@ class SparseStore:
             return num_columns
         num_columns -= calls.pending_columns
         calls.forget(calls.pending_columns)
-        self.recent, calls.num_pending, calls.pending_columns = None, 0, 0
+        self.recent, calls.num_seen, calls.pending_columns = None, None, 0
         num_undone = min(num_columns, len(calls.records))
         memory.reserve(num_undone)  # as much as may come back
         for record in calls.pop_records(num_undone):

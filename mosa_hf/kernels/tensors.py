@@ -256,11 +256,13 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 def take(states: torch.Tensor, indices: tuple[int, ...], dim: int) -> torch.Tensor:
-    """`states` at the ascending `indices` of one axis; a view where those are consecutive."""
+    """`states` at the ascending `indices` of one axis; a view where those are evenly spaced."""
     if len(indices) == states.shape[dim]:
         return states
-    if not indices or indices[-1] - indices[0] == len(indices) - 1:
-        return states.narrow(dim, indices[0] if indices else 0, len(indices))
+    first, last = (indices[0], indices[-1]) if indices else (0, -1)
+    step = max(1, (last - first) // max(1, len(indices) - 1))
+    if indices == tuple(range(first, last + 1, step)):
+        return states[(slice(None),) * dim + (slice(first, last + 1, step),)]
     return states.index_select(dim, constant(indices, states.device))
 
 

@@ -152,7 +152,7 @@ def mosa_attention_forward(
         return output, None
     query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
-    outputs: list[torch.Tensor] = []  # of each set of groups, [B, G, R, T, d]
+    outputs: list[torch.Tensor] = []  # of each set of groups, [B, T, G, R, d]
     order: list[int] = []  # of the groups in them
     if groups.dense:
         own_query, own_key, own_value = take(query, groups.dense, dim=1), key, value
@@ -178,15 +178,15 @@ def mosa_attention_forward(
             softcap=softcap,
             sinks=own_sinks,
         )
-        outputs.append(heads)
+        outputs.append(heads.permute(0, 3, 1, 2, 4))
         order += each.groups
     if mosa.cache is not None:
         mosa.cache.evict()
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     if order != sorted(order):
         back = sorted(range(num_groups), key=order.__getitem__)
-        output = output.index_select(1, constant(tuple(back), output.device))
-    return output.flatten(1, 2).transpose(1, 2).contiguous(), None  # some families take a view
+        output = output.index_select(2, constant(tuple(back), output.device))
+    return output.flatten(2, 3).contiguous(), None  # some families take a view
 
 
 def _is_within_windows(query: torch.Tensor, key: torch.Tensor, groups: LayerGroups) -> bool:
@@ -204,7 +204,7 @@ def _attend_densely(
     sinks: torch.Tensor | None,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Of the dense groups, `[B, G, R, T, d]` like `query`; `key` and `value` are `[B, G, S, d]`, `sinks` `[G, R]`."""
+    """Of the dense groups `[B, T, G, R, d]`: `query` [B, G, R, T, d], `key`, `value` [B, G, S, d], `sinks` [G, R]."""
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
         attention_mask = attention_mask[:, :1]  # of all heads; where they differ, the model has refused it
     heads: AttentionModule | DenseHeads = module
@@ -212,7 +212,7 @@ def _attend_densely(
         options = options | {"s_aux": sinks.flatten()}
         heads = DenseHeads(module, options["s_aux"])
     output, _ = dense_attention(heads, query.flatten(1, 2), key, value, attention_mask, **options)  # [B, T, H, d]
-    return output.unflatten(2, (query.shape[1], -1)).permute(0, 2, 3, 1, 4)
+    return output.unflatten(2, (query.shape[1], -1))
 
 
 def sparse_attention(

@@ -172,7 +172,10 @@ class ForwardContextMixin(Decoder):
         of_text = position_ids
         if position_ids.ndim == 3:  # multimodal: of text, time, height and width; or without those of the text
             of_text, may_be_packed = position_ids[0], may_be_packed and len(position_ids) == 4
-        layout = CallLayout.build(tokens, mask, of_text, num_cached_tokens(past_key_values), may_be_packed, may_look)
+        has_begun = may_look and isinstance(past_length, int) and past_length > 0 and mask.seen is None
+        layout = CallLayout.build(
+            tokens, mask, of_text, num_cached_tokens(past_key_values), may_be_packed, may_look, not has_begun
+        )
         if may_look:
             check_sequence_lengths(options, layout)
             if past_key_values is not None:

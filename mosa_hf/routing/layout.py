@@ -43,6 +43,7 @@ class CallLayout:
         num_cached_tokens: torch.Tensor | None,
         may_be_packed: bool,
         may_look: bool = True,
+        may_begin: bool = True,
     ) -> "CallLayout":
         """
         Args:
@@ -52,6 +53,7 @@ class CallLayout:
             num_cached_tokens: `[B]` int64, real tokens that the cache has seen; None for no cache or an empty one.
             may_be_packed: Transformers' rule: neither a mask nor a cache was given.
             may_look: whether what is done may depend on data.
+            may_begin: whether the first token of a sequence may be among these.
         """
         batch_size, num_tokens = inputs_embeds.shape[:2]
         device = inputs_embeds.device
@@ -65,7 +67,9 @@ class CallLayout:
                 order, inverse = padding_first(valid)
 
         first: torch.Tensor | None
-        if segment is not None:
+        if not may_begin:
+            first = None
+        elif segment is not None:
             first = position == segment
         elif may_be_packed:
             segment = find_packed_sequence_indices(position_ids.expand(batch_size, -1))
@@ -75,10 +79,11 @@ class CallLayout:
         if num_cached_tokens is not None:
             num_cached_tokens = num_cached_tokens.to(device, copy=True)[:, None]  # a cache counts on
             position = position + num_cached_tokens
-            first = first & (num_cached_tokens == 0)
-        if valid is not None:
+            first = None if first is None else first & (num_cached_tokens == 0)
+        if first is not None and valid is not None:
             first = first & valid
-        if num_tokens == 1 and first.device.type == "cpu" and not is_captured() and not first.any():
+        looks = num_tokens == 1 and device.type == "cpu" and not is_captured()
+        if first is not None and looks and not first.any():
             first = None  # nothing for every layer's router to look at
         return cls(position, valid, segment, first, order, inverse)
 

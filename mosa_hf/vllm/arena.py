@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from vllm.v1.attention.backend import AttentionBackend
-from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ..modeling.group_plan import SparseGroup
 from .pages import CpuPages
-from .spec import BLOCK_SIZE, ArenaSpec, GroupShape, Report, Update
+from .spec import BLOCK_SIZE, ArenaSpec, GroupShape, Report, Update, blocks_of
 
 ARENA = "model.layers.0.mosa_arena"  # by which vLLM knows it: it wants an integer in the names of layers
 MANY = 2**40  # more entries than any group has
@@ -75,23 +73,23 @@ class TokenStates(NamedTuple):
     key: torch.Tensor  # [T, G, d]
     value: torch.Tensor  # [T, G, d]
     selected: torch.Tensor  # [T, G] bool
-    score: torch.Tensor  # [T, G], what a budget compares, and what is dropped by where blocks run out
+    score: torch.Tensor | None  # [T, G], what a budget compares, and what is dropped by; None: of tokens read alone
 
     def of(self, tokens: slice | torch.Tensor) -> "TokenStates":
         """Those of some of the tokens."""
-        return TokenStates(*(states[tokens] for states in self))
+        query, key, value, selected = (states[tokens] for states in self[:4])
+        return TokenStates(query, key, value, selected, None if self.score is None else self.score[tokens])
 
 
 @dataclass
 class DecodeStep:
     """The requests of a step that read a single token, and where all layers put it."""
 
-    row: torch.Tensor  # [B]
     token: torch.Tensor | None  # [B], of the batch; None: all of them
-    at: torch.Tensor  # [L, B, G], in the ring
+    at: torch.Tensor  # [L, B * G], in all layers' rings as one
     entry: torch.Tensor  # [L, B * G], block · BLOCK_SIZE + slot
     length: torch.Tensor  # [L, B, G] int32
-    num_blocks: int  # no group has more
+    table: torch.Tensor  # [L, B, G, N] int32, blocks
 
 
 @dataclass
@@ -156,7 +154,7 @@ class Arena:
         self.ring_selected = torch.zeros(*state, ring, dtype=torch.bool, device=device)
         self.count = torch.zeros(state, dtype=torch.int64, device=device)
         self.have = torch.zeros(state, dtype=torch.int64, device=device)  # blocks of each group
-        self.table = torch.zeros(*state, -(-max_len // BLOCK_SIZE), dtype=torch.int32, device=device)
+        self.table = torch.zeros(*state, blocks_of(max_len), dtype=torch.int32, device=device)
         self.used = torch.zeros(num_rows, dtype=torch.int64, device=device)  # of the blocks below
         self.owned = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.is_last = torch.zeros(num_rows, dtype=torch.bool, device=device)
@@ -167,7 +165,6 @@ class Arena:
         while self.ahead[-1] < max_chunk:
             self.ahead.append(min(2 * self.ahead[-1], max_chunk))
         self.seen: list[tuple[torch.Tensor, torch.Tensor, list[int]]] = []  # of this step: rows, tokens, tokens ahead
-        self.groups = torch.arange(num_groups, device=device)
         self.pages: CpuPages | None = None
 
     @staticmethod
@@ -209,7 +206,7 @@ class Arena:
         """
         past, horizon, ring = past[None, :, None], horizon[None, :, None], self.ring[:, None]
         grown = torch.where(self.is_dense[:, None], horizon - past, (horizon.minimum(ring) - past).clamp(min=0))
-        return _blocks(count + grown) - _blocks(count)
+        return blocks_of(count + grown) - blocks_of(count)
 
     def horizon(self, row: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
         """`[B]`, up to how many tokens requests must keep blocks for what cannot be dropped."""
@@ -259,7 +256,10 @@ class Arena:
         self.ring_slot[place] = slot.int()
         entry = known.long() * BLOCK_SIZE + slot % BLOCK_SIZE
         self.seen.append((row, past + 1, self.ahead[:3]))
-        return DecodeStep(row, token, at, entry.flatten(1), count.int(), -(-longest // BLOCK_SIZE))
+        width = self.ring_selected.shape[-1]
+        at = at + width * (groups + num_groups * (row[None, :, None] + len(self.serials) * index[0]))
+        table = self.table[..., : blocks_of(longest)].index_select(1, row)
+        return DecodeStep(token, at.flatten(1), entry.flatten(1), count.int(), table)
 
     def begin_chunk(self, chunk: Chunk) -> None:
         """Before the layers read a chunk."""
@@ -299,7 +299,7 @@ class Arena:
         is_counted = (self.is_dense | (self.most < MANY))[:, None, :, None]  # whatever is selected
         total = count[..., None] + torch.where(is_counted, k, entries)
         total = total.minimum(self.most[:, None, :, None]).maximum(count[..., None])
-        return (_blocks(total) - have[..., None]).clamp(min=0).sum((0, 2))
+        return (blocks_of(total) - have[..., None]).clamp(min=0).sum((0, 2))
 
     def reports(self) -> dict[int, Report]:
         """What the requests of the last step hold, by row."""
@@ -319,38 +319,8 @@ class Arena:
         return dropped
 
 
-def _blocks(num_entries: torch.Tensor) -> torch.Tensor:
-    return (num_entries + BLOCK_SIZE - 1) // BLOCK_SIZE
-
-
 def _order(chosen: torch.Tensor) -> torch.Tensor:
     """Of `[L, B, G]` bool: how many of a row's were chosen before, by layer and then by group."""
     num_layers, num_rows, num_groups = chosen.shape
     flat = chosen.transpose(0, 1).reshape(num_rows, -1)
     return (flat.cumsum(1) - 1).view(num_rows, num_layers, num_groups).transpose(0, 1)
-
-
-class ArenaBackend(AttentionBackend):
-    """What vLLM asks of the backend of a layer."""
-
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
-
-    @staticmethod
-    def get_name() -> str:
-        return "MOSA_ARENA"
-
-    @staticmethod
-    def get_impl_cls():
-        raise NotImplementedError("An arena is read by `mosa_hf.vllm.attention`, not by an implementation of vLLM's.")
-
-    @staticmethod
-    def get_builder_cls():
-        raise NotImplementedError
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec=None):
-        return [BLOCK_SIZE]
-
-    @classmethod
-    def supported_kv_cache_layouts(cls):
-        return (KVCacheLayout.LBHNC,)

@@ -10,13 +10,14 @@ from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import direct_register_custom_op
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from ..modeling.router import MosaRouter
 from ..routing import select_by_threshold
-from .arena import ARENA, Arena, ArenaBackend, Chunk, DecodeStep, Group, TokenStates
+from .arena import ARENA, Arena, Chunk, DecodeStep, Group, TokenStates
 from .prefill import Options, read_chunk
-from .spec import ArenaSpec
+from .spec import BLOCK_SIZE, ArenaSpec
 
 
 @dataclass
@@ -26,6 +27,7 @@ class ArenaMetadata:
     decode: DecodeStep | None
     chunks: list[Chunk]
     num_tokens: int
+    first: torch.Tensor | None  # [num_tokens] bool, first tokens of requests; None: of no request
 
 
 class ArenaMetadataBuilder(AttentionMetadataBuilder[ArenaMetadata]):
@@ -61,16 +63,40 @@ class ArenaMetadataBuilder(AttentionMetadataBuilder[ArenaMetadata]):
                     chunk = Chunk(rows[i], start[i], totals[i] - length[i], length[i])
                     arena.begin_chunk(chunk)
                     chunks.append(chunk)
-        return ArenaMetadata(decode, chunks, start[-1])
+        first = torch.zeros(start[-1], dtype=torch.bool, device=row.device)
+        first[common.query_start_loc[:num_requests].long()] = (
+            total == common.query_start_loc[: num_requests + 1].diff()
+        )
+        return ArenaMetadata(decode, chunks, start[-1], first)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> ArenaMetadata:
-        return ArenaMetadata(None, [], 0)  # of no request
+        return ArenaMetadata(None, [], 0, None)  # of no request
 
 
-class ArenaLayerBackend(ArenaBackend):
+class ArenaBackend(AttentionBackend):
+    """What vLLM asks of the backend of a layer."""
+
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        return "MOSA_ARENA"
+
+    @staticmethod
+    def get_impl_cls():
+        raise NotImplementedError("An arena is read by `mosa_attention`, not by an implementation of vLLM's.")
+
     @staticmethod
     def get_builder_cls() -> type[ArenaMetadataBuilder]:
         return ArenaMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None):
+        return [BLOCK_SIZE]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls):
+        return (KVCacheLayout.LBHNC,)
 
 
 class SparseAttention(nn.Module):
@@ -82,6 +108,7 @@ class SparseAttention(nn.Module):
         groups: what each key/value head of this worker is.
         columns: of the sparse ones among them, by index, the router's column.
         layer: its index.
+        router: None where no group of the layer is sparse.
     """
 
     column: torch.Tensor  # of the router, for each sparse group
@@ -94,6 +121,7 @@ class SparseAttention(nn.Module):
         groups: Sequence[Group],
         columns: dict[int, int],
         layer: int,
+        router: MosaRouter | None,
     ):
         super().__init__()
         self.num_heads: int = attention.num_heads
@@ -101,13 +129,17 @@ class SparseAttention(nn.Module):
         self.head_size: int = attention.head_size
         self.impl: Any = attention.impl  # how vLLM's would score
         self.layer = layer
+        self.router = router
         self.register_buffer("column", torch.tensor(list(columns.values()), dtype=torch.int64), persistent=False)
         self.register_buffer("group", torch.tensor(list(columns), dtype=torch.int64), persistent=False)
         always = torch.tensor([not each.is_sliding for each in groups])
         always[list(columns)] = False
         self.register_buffer("always", always, persistent=False)
-        self.selected: torch.Tensor | None = None
-        self.score: torch.Tensor | None = None
+        # Whether groups are what the router has columns for, and no more.
+        each = list(range(len(groups)))
+        self.is_of_router = router is not None and each == list(columns) == list(columns.values())
+        self.is_of_router &= router is not None and len(router.sparsity) == len(groups)
+        self.logits: torch.Tensor | None = None
 
     def options(self) -> Options:
         """How the layer scores."""
@@ -116,31 +148,46 @@ class SparseAttention(nn.Module):
             sinks = sinks.detach().float().view(self.num_kv_heads, -1)
         return Options(self.impl.scale, getattr(self.impl, "logits_soft_cap", None) or None, sinks)
 
-    def route(self, router: MosaRouter | None, positions: torch.Tensor, hidden_states: torch.Tensor) -> None:
+    def route(self, hidden_states: torch.Tensor) -> None:
+        """Score `hidden_states` [T, D] for each group of the router."""
+        if self.router is None:
+            self.logits = hidden_states.new_empty(len(hidden_states), 0, dtype=torch.float32)
+        else:
+            self.logits = self.router.logits(hidden_states)
+
+    def selected(self, logits: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
         """
-        Decide what each group selects of `hidden_states` [T, D] at `positions` [T].
+        What each group of this worker selects, `[T, G]` bool.
 
         Args:
-            router: None where no group of the layer is sparse.
+            logits: `[T, ...]`, of `route`.
+            first: `[T]` bool, first tokens of requests; None: there are none.
         """
-        selected = self.always.expand(hidden_states.shape[0], -1)
-        score = hidden_states.new_zeros(selected.shape, dtype=torch.float32)
-        if router is not None:
-            logits = router.logits(hidden_states)
-            first = positions == 0 if router.include_first else None
-            chosen = select_by_threshold(
-                logits[None], router.all_kept(router.threshold), None, None if first is None else first[None]
-            )[0]
-            rank = router.score(logits, first)
-            selected = selected.index_copy(1, self.group, chosen.index_select(1, self.column))
-            score = score.index_copy(1, self.group, rank.index_select(1, self.column))
-        self.selected, self.score = selected, score
+        if self.router is None:
+            return self.always.expand(len(logits), -1)
+        if not self.router.include_first:
+            first = None
+        chosen = select_by_threshold(
+            logits[None], self.router.all_kept(self.router.threshold), None, None if first is None else first[None]
+        )[0]
+        return self._of_worker(chosen, self.always.expand(len(logits), -1))
+
+    def score(self, logits: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
+        """What a budget compares, `[T, G]`; arguments as above."""
+        none = logits.new_zeros(len(logits), len(self.always))
+        return none if self.router is None else self._of_worker(self.router.score(logits, first), none)
+
+    def _of_worker(self, of_router: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """The router's columns where this worker's groups have them, `others` [T, G] elsewhere."""
+        if self.is_of_router:
+            return of_router
+        return others.index_copy(1, self.group, of_router.index_select(1, self.column))
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query = query.reshape(-1, self.num_heads, self.head_size).contiguous()
         key, value = (states.reshape(-1, self.num_kv_heads, self.head_size).contiguous() for states in (key, value))
         output = torch.empty_like(query)
-        torch.ops.vllm.mosa_attention(query, key, value, self.selected, self.score, output, self.layer, ARENA)
+        torch.ops.vllm.mosa_attention(query, key, value, self.logits, output, self.layer, ARENA)
         return output.flatten(1)
 
 
@@ -149,8 +196,8 @@ class ArenaLayer(Arena, AttentionLayerBase):
 
     attentions: list[SparseAttention]  # of every layer
 
-    def get_attn_backend(self) -> type[ArenaLayerBackend]:
-        return ArenaLayerBackend
+    def get_attn_backend(self) -> type[ArenaBackend]:
+        return ArenaBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ArenaSpec:
         return self.spec
@@ -164,8 +211,7 @@ def mosa_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    selected: torch.Tensor,
-    score: torch.Tensor,
+    logits: torch.Tensor,
     output: torch.Tensor,
     layer: int,
     arena_name: str,
@@ -176,7 +222,7 @@ def mosa_attention(
     Args:
         query, output: `[T, G * R, d]`.
         key, value: `[T, G, d]`.
-        selected, score: `[T, G]`.
+        logits: `[T, ...]`, of `SparseAttention.route`.
     """
     context = get_forward_context()
     arena: ArenaLayer = context.no_compile_layers[arena_name]
@@ -184,43 +230,49 @@ def mosa_attention(
         output.zero_()
         return
     metadata: ArenaMetadata = context.attn_metadata[arena_name]
-    if metadata.num_tokens < len(output):  # padding
-        output[metadata.num_tokens :] = 0
-    options, tokens = arena.attentions[layer].options(), TokenStates(query, key, value, selected, score)
+    if (num_tokens := metadata.num_tokens) < len(output):  # padding
+        output[num_tokens:] = 0
+        query, key, value, logits, output = (each[:num_tokens] for each in (query, key, value, logits, output))
+    attention, step = arena.attentions[layer], metadata.decode
+    options, selected = attention.options(), attention.selected(logits, metadata.first)
+    if step is not None and step.token is None:
+        read_token(arena, layer, step, TokenStates(query, key, value, selected, None), options, output)
+        return
+    tokens = TokenStates(query, key, value, selected, attention.score(logits, metadata.first))
     for chunk in metadata.chunks:
         output[chunk.tokens] = read_chunk(arena, layer, chunk, tokens.of(chunk.tokens), options)
-    if (step := metadata.decode) is not None:
-        own = slice(metadata.num_tokens) if step.token is None else step.token
-        output[own] = read_token(arena, layer, step, tokens.of(own), options)
+    if step is not None and step.token is not None:
+        own = tokens.of(step.token)
+        heads = torch.empty_like(own.query)
+        read_token(arena, layer, step, own, options, heads)
+        output[step.token] = heads
 
 
-def read_token(arena: Arena, layer: int, step: DecodeStep, tokens: TokenStates, options: Options) -> torch.Tensor:
-    """One layer reads one token of each of B requests. Returns `[B, G * R, d]`."""
+def read_token(
+    arena: Arena, layer: int, step: DecodeStep, tokens: TokenStates, options: Options, output: torch.Tensor
+) -> None:
+    """One layer reads one token of each of B requests: `output` [B, G * R, d], like the queries."""
     assert arena.pages is not None
     query, key, value, selected, _ = tokens
-    batch_size, num_groups = selected.shape
-    arena.ring_selected[layer, step.row[:, None], arena.groups, step.at[layer]] = selected
-    arena.pages.write(key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None], step.entry[layer])
-    length = step.length[layer]
-    table = arena.table[layer, :, :, : step.num_blocks].index_select(0, step.row)
-    heads = query.view(batch_size, num_groups, -1, query.shape[-1])
+    arena.ring_selected.view(-1).index_copy_(0, step.at[layer], selected.flatten())
+    arena.pages.write(key.view(-1, 1, key.shape[-1]), value.view(-1, 1, value.shape[-1]), step.entry[layer])
+    length, table = step.length[layer], step.table[layer]
+    shape = *selected.shape, -1, query.shape[-1]
+    query, output = query.view(shape), output.view(shape)
     if arena.reads_itself[layer]:
-        output = arena.pages.attend(heads, length, table, options.scale, options.softcap, options.sinks)
+        arena.pages.attend(query, length, table, options.scale, options.softcap, options.sinks, output)
     else:
         # With a window of 0, a token that is not selected does not read itself: its slot is the last one.
         length = length - (arena.window_is_0[layer] & ~selected).int()
-        output = arena.pages.attend(
-            heads, length.clamp(min=1), table, options.scale, options.softcap, options.sinks
-        ).masked_fill((length == 0)[..., None, None], 0.0)
-    return output.view(query.shape)
+        arena.pages.attend(query, length.clamp(min=1), table, options.scale, options.softcap, options.sinks, output)
+        output.masked_fill_((length == 0)[..., None, None], 0.0)
 
 
 def _mosa_attention_fake(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    selected: torch.Tensor,
-    score: torch.Tensor,
+    logits: torch.Tensor,
     output: torch.Tensor,
     layer: int,
     arena_name: str,

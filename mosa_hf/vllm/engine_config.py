@@ -45,7 +45,11 @@ def settings_of(vllm_config: VllmConfig) -> Settings:
 
 
 class ConvertedModelConfig(ModelConfig):
-    """vLLM's, whose default for prefix caching is off: so that whoever turns it on is told."""
+    """
+    vLLM's, whose default for prefix caching is off, so that whoever turns it on is told. vLLM asks this property for
+    the default before a model's own hooks for configuration, and answers yes for all decoders: a hook alone could not
+    tell a user's yes from that one, and would have to turn it off without a word.
+    """
 
     @property
     def is_prefix_caching_supported(self) -> bool:
@@ -73,7 +77,7 @@ class ConvertedConfig(VerifyAndUpdateConfig):
                 f"`mosa_cache_dtype` is {config.mosa_cache_dtype!r}, but in vLLM entries are stored as the model "
                 "computes them: leave it out of the model's config.json, or use the model in Transformers."
             )
-        model_config.__class__ = ConvertedModelConfig
+        model_config.__class__ = ConvertedModelConfig  # nothing of vLLM asks the model's class in its place
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:

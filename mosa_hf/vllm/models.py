@@ -26,7 +26,8 @@ from .pages import check_memory
 from .spec import BLOCK_SIZE, ArenaSpec
 from .supported import SUPPORTED
 
-ROUTER = "mosa_router"
+ROUTER = "mosa_router"  # of an attention module, in checkpoints
+SERVED_ROUTER = "attn.router"  # here
 
 
 def local_groups(groups: tuple[Any, ...], rank: int, size: int) -> range:
@@ -61,7 +62,7 @@ class SparseGroupsModel(ServedModel):
         rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         self.mosa_source = vllm_config.model_config.model
         self.mosa_config = config
-        self.mosa_routers: dict[int, tuple[str, MosaRouter]] = {}  # by layer: name and module
+        self.mosa_routers: dict[int, tuple[str, MosaRouter]] = {}  # by layer: its attention's name, and the router
         context = vllm_config.compilation_config.static_forward_context
         sliding: dict[int, int | None] = {}
         attentions: dict[int, SparseAttention] = {}
@@ -76,13 +77,12 @@ class SparseGroupsModel(ServedModel):
             groups = [_group(plan, sliding, config, layer, index) for index in own]
             sparse = [index for index, kind in enumerate(plan[layer]) if kind is not None]
             columns = {own.index(index): sparse.index(index) for index in sparse if index in own}
-            module.attn = attentions[layer] = SparseAttention(attention, groups, columns, layer)
             router = None
             if sparse:
                 rates = [kind.sparsity for kind in plan[layer] if kind is not None]
                 router = MosaRouter(config, rates, config.mosa_router_hidden_size).requires_grad_(False)
-                setattr(module, ROUTER, router)
-                self.mosa_routers[layer] = f"{name}.{ROUTER}", router
+                self.mosa_routers[layer] = name, router
+            module.attn = attentions[layer] = SparseAttention(attention, groups, columns, layer, router)
             module.register_forward_pre_hook(_router_hook(module), with_kwargs=True)
         if sorted(attentions) != list(range(len(plan))):
             raise ValueError(f"{type(self).__name__}: attention of layers {sorted(attentions)}, plan of {len(plan)}.")
@@ -111,10 +111,10 @@ class SparseGroupsModel(ServedModel):
                 self._load_router(name, weight, found)
         for name, router in self.mosa_routers.values():
             for part in router.state_dict():
-                if f"{name}.{part}" not in found:
+                if f"{name}.{SERVED_ROUTER}.{part}" not in found:
                     raise ValueError(
-                        f"{self.mosa_source} lacks {name}.{part}: it has a `mosa_plan`, but not its routers. Copy or "
-                        "convert it again (`mosa-convert`)."
+                        f"{self.mosa_source} lacks {name}.{ROUTER}.{part}: it has a `mosa_plan`, but not its routers. "
+                        "Copy or convert it again (`mosa-convert`)."
                     )
         return loaded | found
 
@@ -141,7 +141,7 @@ class SparseGroupsModel(ServedModel):
             )
         check_router_value(self.mosa_source, name, weight)
         target.copy_(weight)
-        found.add(f"{own}.{part}")
+        found.add(f"{own}.{SERVED_ROUTER}.{part}")
 
 
 def _group(
@@ -156,14 +156,11 @@ def _group(
 
 def _router_hook(module: nn.Module):
     """Routes before an attention module's forward, whose arguments families name alike and order as they like."""
-    names = list(inspect.signature(module.forward).parameters)
-    place = {name: names.index(name) for name in ("positions", "hidden_states")}
+    name = "hidden_states"
+    place = list(inspect.signature(module.forward).parameters).index(name)
 
     def route(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        states = {name: kwargs[name] if name in kwargs else args[place[name]] for name in place}
-        cast(SparseAttention, module.attn).route(
-            getattr(module, ROUTER, None), states["positions"], states["hidden_states"]
-        )
+        cast(SparseAttention, module.attn).route(kwargs[name] if name in kwargs else args[place])
 
     return route
 

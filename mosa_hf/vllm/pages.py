@@ -36,6 +36,7 @@ class CpuPages:
         self.dtype = cache.dtype
         self.key, self.value = cache.view(num_blocks, 1, 2 * BLOCK_SIZE, self.head_dim).chunk(2, dim=2)
         self.isa = _get_attn_isa(cache.dtype, BLOCK_SIZE, self.head_dim, "auto")
+        self.start = torch.arange(1, dtype=torch.int32)  # of sequences of one query each
         self.place = self._find_places()
 
     def _find_places(self) -> torch.Tensor:
@@ -70,7 +71,8 @@ class CpuPages:
         scale: float,
         softcap: float | None,
         sinks: torch.Tensor | None,
-    ) -> torch.Tensor:
+        output: torch.Tensor,
+    ) -> None:
         """
         One token a row, by vLLM's paged attention: B · G sequences of one key/value head.
 
@@ -79,24 +81,25 @@ class CpuPages:
             length: `[B, G]` int32, entries of each, at least 1.
             table: `[B, G, N]` int32, their blocks.
             sinks: `[G, R]`.
-
-        Returns:
-            `[B, G, R, d]`.
+            output: `[B, G, R, d]`, which this writes.
         """
-        if sinks is not None:  # the kernel's are of one sequence's heads
-            parts = [
-                self._attend(query[:, g].contiguous(), length[:, g], table[:, g], scale, softcap, sinks[g])
-                for g in range(query.shape[1])
-            ]
-            return torch.stack(parts, dim=1)
-        heads = self._attend(query.flatten(0, 1), length.flatten(), table.flatten(0, 1), scale, softcap, None)
-        return heads.view(query.shape)
+        if sinks is None:
+            self._attend(
+                query.flatten(0, 1), length.flatten(), table.flatten(0, 1), scale, softcap, None, output.flatten(0, 1)
+            )
+            return
+        for g in range(query.shape[1]):  # the kernel's sinks are of one sequence's heads
+            own = query[:, g].contiguous()
+            heads = torch.empty_like(own)
+            self._attend(own, length[:, g].contiguous(), table[:, g].contiguous(), scale, softcap, sinks[g], heads)
+            output[:, g] = heads
 
-    def _attend(self, query, length, table, scale, softcap, sinks) -> torch.Tensor:
-        """`query` [S, R, d], `length` [S], `table` [S, N], `sinks` [R]."""
+    def _attend(self, query, length, table, scale, softcap, sinks, output) -> None:
+        """`query`, `output` [S, R, d], `length` [S], `table` [S, N], `sinks` [R]."""
         num_sequences, num_heads, head_dim = query.shape
-        start = torch.arange(num_sequences + 1, dtype=torch.int32)
-        length, table, output = length.contiguous(), table.contiguous(), torch.empty_like(query)
+        if len(self.start) <= num_sequences:
+            self.start = torch.arange(2 * num_sequences + 1, dtype=torch.int32)
+        start = self.start[: num_sequences + 1]
         plan = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=num_sequences,
             num_heads=num_heads,
@@ -126,4 +129,3 @@ class CpuPages:
             scheduler_metadata=plan,
             s_aux=sinks,
         )
-        return output

@@ -11,7 +11,7 @@ from ..kernels import backend
 from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues
 from ..routing import evicted_at, within_budget
 from .arena import MANY, Arena, Chunk, Group, TokenStates
-from .spec import BLOCK_SIZE
+from .spec import BLOCK_SIZE, blocks_of
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Stored:
 def read_chunk(arena: Arena, layer: int, chunk: Chunk, tokens: TokenStates, options: Options) -> torch.Tensor:
     """One layer reads a chunk of C tokens, and keeps what is to be kept. Returns `[C, G * R, d]`."""
     query, key, value, selected, score = tokens
+    assert score is not None
     num_tokens, num_groups = selected.shape
     query = query.view(num_tokens, num_groups, -1, query.shape[-1])
     output = torch.empty_like(query)
@@ -72,6 +73,7 @@ def _read_set(
 ) -> torch.Tensor:
     """`read_chunk` of g groups that are alike: `tokens` [g, C, ...]; queries, and what it returns, [g, C, R, d]."""
     query, key, value, selected, score = tokens
+    assert score is not None
     stored = _stored(arena, layer, chunk, like, groups) if chunk.past else None
     position = torch.arange(chunk.past, chunk.end, device=key.device)
     recent_key, recent_value, recent_selected, num_recent = key, value, selected, 0
@@ -121,7 +123,7 @@ def _stored(arena: Arena, layer: int, chunk: Chunk, like: Group, groups: torch.T
     row, past = chunk.row, chunk.past
     count = arena.count[layer, row, groups]
     most = int(count.max())
-    table = arena.table[layer, row, groups, : -(-most // BLOCK_SIZE)]
+    table = arena.table[layer, row, groups, : blocks_of(most)]
     key, value = arena.pages.read(table)
     if like.is_dense:
         return Stored(key, value, None, None, past, None)
@@ -193,7 +195,7 @@ def _entries(table: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
 def _deal(arena: Arena, layer: int, chunk: Chunk, groups: torch.Tensor, count: torch.Tensor) -> None:
     """Blocks to groups, for `count` [g] entries of each."""
     row = chunk.row
-    have, want = arena.have[layer, row, groups], -(-count // BLOCK_SIZE)
+    have, want = arena.have[layer, row, groups], blocks_of(count)
     used = int(arena.used[row])
     for group, old, new in zip(groups.tolist(), have.tolist(), want.tolist(), strict=True):
         if new > old:
@@ -300,7 +302,7 @@ def _fitting(arena: Arena, layer: int, chunk: Chunk, selected: torch.Tensor, sco
 
     def taken(dropped: torch.Tensor) -> torch.Tensor:
         """Blocks, `[...]`, if `dropped` [..., G] tokens go."""
-        return (-(-(count + grown - dropped) // BLOCK_SIZE) - have).clamp(min=0).sum(-1)
+        return (blocks_of(count + grown - dropped) - have).clamp(min=0).sum(-1)
 
     none = torch.zeros_like(count)
     if int(taken(none)) <= free:

@@ -6,12 +6,15 @@ deals out to the (layer, group) pairs as these fill up (docs/serving.md).
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_SIZE = (
     32  # entries of one block: what CPU kernels take as a unit, and little enough for a group that keeps little
@@ -39,16 +42,25 @@ class GroupShape:
     def expected(self, num_tokens: int, slack: float) -> float:
         """Blocks of a request of `num_tokens` tokens, if it selects `slack` times as many as it should."""
         if self.rate == 1 or self.most is not None:  # nothing of these may be dropped
-            return _blocks(self.most_of(num_tokens))
-        near = _blocks(min(self.window, num_tokens))
+            return blocks_of(self.most_of(num_tokens))
+        near = blocks_of(min(self.window, num_tokens))
         if num_tokens <= self.window:
             return near
         far = min(1.0, slack * self.rate + RATE_MARGIN) * (num_tokens - self.window) / BLOCK_SIZE + 1
-        return min(near + far, _blocks(self.most_of(num_tokens)))
+        return min(near + far, blocks_of(self.most_of(num_tokens)))
 
 
-def _blocks(num_entries: int) -> int:
-    return -(-num_entries // BLOCK_SIZE)
+@overload
+def blocks_of(num_entries: int) -> int: ...
+
+
+@overload
+def blocks_of(num_entries: "torch.Tensor") -> "torch.Tensor": ...
+
+
+def blocks_of(num_entries):
+    """Blocks that so many entries of one group take; of each of a tensor of numbers, too."""
+    return (num_entries + BLOCK_SIZE - 1) // BLOCK_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +115,13 @@ class ArenaSpec(AttentionSpec):
 
 @cache
 def _worst_blocks(ranks: tuple[tuple[GroupShape, ...], ...], num_tokens: int) -> int:
-    return max(sum(_blocks(each.most_of(num_tokens)) for each in groups) for groups in ranks)
+    return max(sum(blocks_of(each.most_of(num_tokens)) for each in groups) for groups in ranks)
 
 
 @cache
 def _later_blocks(ranks: tuple[tuple[GroupShape, ...], ...], max_len: int, num_tokens: int) -> int:
     return max(
-        sum(_blocks(each.least_of(max_len)) - _blocks(each.least_of(num_tokens)) for each in groups)
+        sum(blocks_of(each.least_of(max_len)) - blocks_of(each.least_of(num_tokens)) for each in groups)
         for groups in ranks
     )
 
@@ -137,7 +149,7 @@ class Report:
         for known, blocks in zip(self.ahead, self.upto, strict=True):
             if known >= ahead:
                 return blocks
-        return self.upto[-1] + num_groups * _blocks(ahead - self.ahead[-1])
+        return self.upto[-1] + num_groups * blocks_of(ahead - self.ahead[-1])
 
     def aggregate(self, other: "Report") -> "Report":
         """Of two workers, which own the same blocks."""
@@ -179,7 +191,7 @@ class ArenaManager(SingleTypeKVCacheManager):
     Sets blocks aside for requests:
 
     - "feedback": what the worker has said that a request holds, and what the tokens scheduled since can take at most.
-      What a chunk then did not take goes back.
+      What a chunk then did not take goes back as soon as the worker says so.
     - "rate": what a plan's rates, times `slack`, make of so many tokens. Beyond it a worker drops what scores lowest.
     - "budget": all that windows and `mosa_cache_budget` allow.
 
@@ -239,11 +251,7 @@ class ArenaManager(SingleTypeKVCacheManager):
         missing = target - len(holding.blocks)
         if missing > 0:
             holding.blocks += self.block_pool.get_new_blocks(missing)
-        elif -missing > self.kv_cache_spec.num_groups() and self._is_settled(holding):
-            self.block_pool.free_blocks(reversed(holding.blocks[target:]))
-            del holding.blocks[target:]
-            holding.num_known = min(holding.num_known, target)
-        if missing > 0 or holding.num_known < len(holding.blocks) or is_last != holding.is_last or -missing > 0:
+        if holding.num_known < len(holding.blocks) or is_last != holding.is_last:
             holding.is_last = is_last
             self.updates[holding.row] = holding
         holding.num_tokens = num_tokens
@@ -252,9 +260,22 @@ class ArenaManager(SingleTypeKVCacheManager):
         self.req_to_blocks[request_id] = holding.blocks[:1]
         return holding.blocks[:1]
 
-    def _is_settled(self, holding: Holding) -> bool:
-        """Whether the worker has computed all that it was told to, so that it takes no more blocks unasked."""
-        return holding.report is not None and holding.report.num_tokens == holding.num_tokens
+    def _give_back(self, holding: Holding) -> None:
+        """
+        What a request has not taken of its chunk's worst case: at once, since the requests that are scheduled before
+        it would have it preempted for want of blocks otherwise.
+        """
+        report, spec = holding.report, self.kv_cache_spec
+        if spec.reserve != "feedback" or holding.is_last or report is None:
+            return
+        if report.num_tokens != holding.num_tokens:  # the worker computes, and may take them
+            return
+        target = max(report.blocks(report.num_tokens + 1, spec.num_groups()), 1)
+        if len(holding.blocks) - target > spec.num_groups():
+            self.block_pool.free_blocks(reversed(holding.blocks[target:]))
+            del holding.blocks[target:]
+            holding.num_known = min(holding.num_known, target)
+            self.updates[holding.row] = holding
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         super().pop_blocks_for_free(request_id)
@@ -283,6 +304,7 @@ class ArenaManager(SingleTypeKVCacheManager):
             holding = holdings.get(row)
             if holding is not None and holding.serial == report.serial:
                 holding.report = report
+                self._give_back(holding)
 
     @classmethod
     def find_longest_cache_hit(cls, block_hashes, max_length, kv_cache_group_ids, *args, **kwargs):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.frontier import __main__ as command
-from benchmarks.frontier import any_model, ruler, scoreboard
+from benchmarks.frontier import any_model, ruler, scoreboard, writing
 from benchmarks.frontier.asking import ask
 from mosa_hf.evaluation import filled_cache
 from testing.passages import Passage
@@ -62,9 +62,29 @@ def test_contexts_hold_what_is_asked(task):
         assert sorted(each.references) == sorted(RIGHT[task](context, prompt))
 
 
+def test_a_list_is_written_that_comes_round():
+    tokenizer, length = text_tokenizer(), 6000
+    reading = writing.reading(tokenizer, length, 0)
+    (question,) = reading.questions
+    assert 0.9 * length < len(reading.context) + 1 + question.max_new_tokens <= length
+    assert len(question.answer) >= writing.LEAST_TOKENS
+    assert reading == writing.reading(tokenizer, length, 0) != writing.reading(tokenizer, length, 1)
+    read = tokenizer.decode(reading.context).splitlines()[1:]
+    written = tokenizer.decode(question.answer).splitlines()
+    assert [int(line.split(".")[0]) for line in read + written] == [*range(1, len(read + written) + 1)]
+    entries = [line.split(". ")[1] for line in read + written]
+    size = len(set(entries))
+    assert entries == [entries[i % size] for i in range(len(entries))] and size < len(read)  # all can be looked up
+    assert tuple(written) == question.references
+    # Only a continuation in the right order has them.
+    assert not set(question.references) & set(read)
+
+
 def test_what_a_length_has_no_room_for():
     with pytest.raises(ValueError, match="300 tokens have no room for what cwe asks"):
         ruler.reading(byte_tokenizer(), "cwe", 300, 0, 1)
+    with pytest.raises(ValueError, match="1500 tokens have no room for what long_writing asks"):
+        writing.reading(byte_tokenizer(), 1500, 0)
 
 
 def test_answers_are_those_of_greedy_decoding():
@@ -112,6 +132,7 @@ def options(tmp_path, monkeypatch) -> list[str]:
     return [*where, "--ours", "64/8", "512/8", *asked]
 
 
+@pytest.mark.slow
 def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch, capsys):
     board, read = tmp_path / "frontier-tiny.jsonl", []
     original = any_model.Asked.read_by

@@ -18,6 +18,8 @@ from testing.markdown import unwrapped
 from testing.passages import Passage
 from testing.tiny import byte_tokenizer, tiny_base
 
+pytestmark = pytest.mark.slow  # models are healed and scored
+
 SIZE = Size(
     prompt=150, scored=50, texts=("debian_handbook", "python_docs"), passages=1, windows=2, window=60, characters=None
 )

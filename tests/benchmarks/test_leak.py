@@ -5,6 +5,8 @@ import torch
 
 from benchmarks import leak
 
+pytestmark = pytest.mark.slow  # models are trained
+
 STEPS = 50
 
 

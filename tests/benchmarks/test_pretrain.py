@@ -65,6 +65,7 @@ def corpus(monkeypatch) -> Corpus:
     return made
 
 
+@pytest.mark.slow
 def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
     texts = {
         "python_topics": "".join(f"Line {i} of the first text is like no other.\n" for i in range(16_000)),
@@ -195,6 +196,7 @@ def test_a_decoder_that_disagrees_fails(corpus, monkeypatch):
         evaluate(DENSE, build(DENSE), corpus)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["expert_choice", "threshold"])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(routing, corpus, tmp_path, monkeypatch):
     run = dataclasses.replace(MOSA, routing=routing)
@@ -220,6 +222,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(routing, corpus, tmp_path
 
 
 @QUIET
+@pytest.mark.slow
 def test_from_configurations_to_a_page(corpus, tmp_path, capsys, monkeypatch):
     runs = [dataclasses.replace(run, steps=3) for run in headline(DENSE, MOSA, 8)]
     config = tmp_path / "runs.json"

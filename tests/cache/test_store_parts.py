@@ -85,7 +85,7 @@ def test_what_is_written_where_nothing_may_change_is_written_to_a_copy():
     before, entries = memory.states["key"], (memory.start + 0)[..., None]
     rows = {name: states[entries] for name, states in memory.states.items()} | {"key": torch.full((2, 3, 1, 4), 7.0)}
     with torch.enable_grad():  # autograd may have saved what is there
-        memory.write(entries, torch.ones(2, 3, 1, dtype=torch.bool), rows)
+        memory.write(entries, rows)
     assert memory.states["key"] is not before and held(memory) == [[7.0]] * 6
     assert before[memory.start[0, 1]][0] == 1000.0
 

@@ -11,6 +11,8 @@ from mosa_hf.cli import convert, evaluate, heal, plan, trace
 from testing.tiny import SENTENCES, text_tokenizer
 from testing.tiny_multimodal import tiny_multimodal
 
+pytestmark = pytest.mark.slow  # every command runs, on models of two types
+
 
 def test_every_command_takes_it_or_says_why_not(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,8 @@ from testing.tiny import random_tokens, tiny_base
 
 from .test_healing import arguments, collate, prepare
 
+pytestmark = pytest.mark.slow  # models are healed
+
 STEPS = 6
 WINDOWS = random_tokens(8, 96)
 

@@ -62,6 +62,7 @@ def loss_of(model, windows: torch.Tensor) -> float:
     return model.eval()(windows, labels=windows, use_cache=False).loss.item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learn", ["lora", "full"])
 def test_healing_recovers_what_conversion_lost(learn, original, windows, tmp_path):
     held_out, text = windows[-32:], TensorDataset(windows[:1600])
@@ -232,6 +233,7 @@ def command_of(folder: Path, learn: str, arguments: str, name: str, batch_size: 
     return f"{arguments} {own}".split()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU")
 def test_two_processes_give_the_losses_of_one(tmp_path):
     """
@@ -262,8 +264,8 @@ def test_half_precision_and_checkpointing(dtype, original, windows, tmp_path):
     """The losses and the size of the gradients of float32, about."""
 
     def steps(name: str, halves: bool) -> list[dict]:
-        torch.manual_seed(0)
         model = convert_model(original, ConversionConfig(sparsity=16, window=2), windows[:8]).requires_grad_(False)
+        torch.manual_seed(0)  # what is imported on the way, the first time, may have drawn numbers
         student = get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
         options = {"bf16": halves and dtype == "bf16", "gradient_checkpointing": halves, "logging_steps": 1}
         # Without a scale on the loss, float16 loses small gradients, which Adam makes large: of the first step alone.

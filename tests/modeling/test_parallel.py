@@ -16,7 +16,10 @@ from transformers.distributed.configuration_utils import DistributedConfig
 import mosa_hf  # noqa: F401  registers the models, in the other processes too
 from testing.tiny import EVERY_FAMILY, FAMILIES, random_tokens
 
-pytestmark = pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU"),
+    pytest.mark.slow,  # two processes for each family
+]
 
 BATCH = {"input_ids": random_tokens(2, 24, seed=3), "attention_mask": torch.ones(2, 24).long()}
 BATCH["attention_mask"][0, :5] = 0

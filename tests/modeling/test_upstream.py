@@ -30,7 +30,7 @@ try:
 except SourceUnavailable as error:
     pytest.skip(str(error), allow_module_level=True)
 
-pytestmark = pytest.mark.upstream
+pytestmark = [pytest.mark.upstream, pytest.mark.slow]  # 550 tests, some of several processes
 
 # The suites run distributed tests for the model types that they know by name; None means every type.
 test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None

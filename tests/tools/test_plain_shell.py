@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from .conftest import TEXT, plain_shell
 
+pytestmark = pytest.mark.slow  # fresh processes
+
 # Each way runs in a fork, as fresh as the process that has imported nothing but what takes longest to import.
 SCRIPT = """
 import builtins, json, os, sys

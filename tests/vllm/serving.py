@@ -95,12 +95,13 @@ def engine(path: Path | str, **options) -> Iterator[LLM]:
         gc.collect()
 
 
-def served(llm: LLM, prompts: Sequence[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
-    """What an engine writes after the prompts, read at once."""
+def served(llm: LLM, prompts: Sequence[list[int]], new_tokens: int = NEW_TOKENS, **options) -> list[list[int]]:
+    """What an engine writes after the prompts, read at once; `options` of `LLM.generate`."""
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False),
         use_tqdm=False,
+        **options,
     )
     return [list(each.outputs[0].token_ids) for each in outputs]
 

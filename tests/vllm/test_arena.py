@@ -36,11 +36,11 @@ class PlainPages:
         entry = (table.long()[..., None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten(1)
         return self.key[entry], self.value[entry]
 
-    def attend(self, query, length, table, scale, softcap, sinks):
+    def attend(self, query, length, table, scale, softcap, sinks, output):
         key, value = self.read(table.flatten(0, 1))
         mask = torch.arange(key.shape[1]) < length.flatten()[:, None]
         scores = (query.flatten(0, 1) @ key.transpose(1, 2) * scale).masked_fill(~mask[:, None], -torch.inf)
-        return (scores.softmax(-1) @ value).view(query.shape)
+        output.copy_((scores.softmax(-1) @ value).view(query.shape))
 
 
 class Request:
@@ -130,7 +130,8 @@ def test_random_pieces(name, seed):
                 at = [requests[row].past for row in single]
                 states = [requests[row].states[layer].of(slice(t, t + 1)) for row, t in zip(single, at, strict=True)]
                 tokens = TokenStates(*(torch.cat(each) for each in zip(*states, strict=True)))
-                output = read_token(arena, layer, step, tokens, options)
+                output = torch.empty_like(tokens.query)
+                read_token(arena, layer, step, tokens, options, output)
                 expected = torch.stack([requests[row].expected[layer][t] for row, t in zip(single, at, strict=True)])
                 torch.testing.assert_close(output, expected.reshape(output.shape), rtol=1e-4, atol=1e-5)
         for row, report in arena.reports().items():
@@ -204,7 +205,8 @@ def test_a_request_that_has_all_blocks_keeps_windows_and_dense_groups(piece):
         for layer, groups in enumerate(layers):
             tokens = request.states[layer].of(slice(chunk.past, chunk.end))
             if piece == 1:
-                output = read_token(arena, layer, step, tokens, options)
+                output = torch.empty_like(tokens.query)
+                read_token(arena, layer, step, tokens, options, output)
             else:
                 output = read_chunk(arena, layer, chunk, tokens, options)
             expected = request.expected[layer][chunk.past : chunk.end]

@@ -57,6 +57,28 @@ def test_answers_are_right_wherever_memory_ends(llama):
         assert scheduler_of(llm).connector.num_dropped == 0
 
 
+def test_what_a_chunk_did_not_take_goes_back_at_once(llama):
+    """After each step, before the next one is scheduled: others may need it then."""
+    path, expected = llama
+    with engine(path, max_num_batched_tokens=128) as llm:
+        scheduler = scheduler_of(llm)
+        (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+        update, surplus, returned = scheduler.update_from_output, [], []
+
+        def updated(*args, **kwargs):
+            before = {request: len(each.blocks) for request, each in manager.holdings.items()}
+            output = update(*args, **kwargs)
+            for request, each in manager.holdings.items():
+                returned.append(before[request] - len(each.blocks))
+                surplus.append(len(each.blocks) - each.report.upto[1])
+            return output
+
+        scheduler.update_from_output = updated
+        assert served(llm, PROMPTS) == expected
+        assert max(returned) > manager.kv_cache_spec.num_groups()
+        assert max(surplus) <= manager.kv_cache_spec.num_groups()
+
+
 def selects_all(path, target):
     """A model whose groups select every token, in spite of its plan."""
     target.mkdir()

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
 
 from mosa_hf import save_routers, to_dense
 
@@ -95,6 +97,21 @@ def test_windows_and_routers_alone(llama, tmp_path):
         assert served(llm, PROMPTS) == llama[1]
 
 
+def test_lora_requests(llama, tmp_path):
+    """Requests with an adapter of PEFT beside others without one."""
+    path, expected = llama
+    settings = LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(path), settings)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    with_adapter = generated(tmp_path / "merged", PROMPTS)
+    assert with_adapter != expected
+    requests = [LoRARequest("adapter", 1, str(tmp_path / "adapter")), None]
+    with engine(path, enable_lora=True, max_lora_rank=8) as llm:
+        answers = served(llm, 2 * PROMPTS, lora_request=[each for each in requests for _ in PROMPTS])
+    assert answers == with_adapter + expected
+
+
 @pytest.mark.tools
 def test_compiled(llama):
     path, expected = llama
@@ -102,22 +119,35 @@ def test_compiled(llama):
         assert served(llm, PROMPTS) == expected
 
 
-def test_bfloat16(tmp_path):
-    """Log-probabilities of what vLLM writes, beside those of Transformers in the same precision."""
-    save_tiny(tmp_path, "llama", PLAN, initializer_range=0.05)  # as trained models are, less jagged than other tests'
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    with engine(tmp_path, dtype="bfloat16") as llm:
+@torch.no_grad()
+def bfloat16_error(path) -> float:
+    """How far log-probabilities of what vLLM writes are off those of Transformers in bfloat16, at most."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
+    with engine(path, dtype="bfloat16") as llm:
         settings = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], settings, use_tqdm=False)
+    errors = []
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         tokens = list(output.outputs[0].token_ids)
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         expected = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-        own = torch.tensor(
-            [each[token].logprob for each, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
-        )
-        torch.testing.assert_close(own, expected, rtol=0, atol=2e-2)
+        own = [each[token].logprob for each, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        errors.append(float((torch.tensor(own) - expected).abs().max()))
+    return max(errors)
+
+
+def test_bfloat16(tmp_path):
+    save_tiny(tmp_path, "llama", PLAN, initializer_range=0.05)  # as trained models are, less jagged than other tests'
+    assert bfloat16_error(tmp_path) < 2e-2
+
+
+def test_bfloat16_is_as_close_as_that_of_the_original(tmp_path):
+    """With large weights, vLLM's own dense model is off its counterpart in Transformers, too."""
+    save_tiny(tmp_path / "sparse", "llama", PLAN)
+    to_dense(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")).save_pretrained(tmp_path / "dense")
+    dense, sparse = (bfloat16_error(tmp_path / name) for name in ("dense", "sparse"))
+    assert sparse < 2 * dense
+    print(dense, sparse)
 
 
 @pytest.mark.tools

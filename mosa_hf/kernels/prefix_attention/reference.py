@@ -19,12 +19,12 @@ class FarKeys(NamedTuple):
 
 
 class WindowKeys(NamedTuple):
-    """Consecutive tokens, selected or not; query i reads the slots start[i] <= s < end[i]."""
+    """The last tokens, selected or not; query i, at slot N - T + i, reads its own slot and `size` - 1 before it."""
 
     key: torch.Tensor  # [B, G, N, d]
     value: torch.Tensor  # [B, G, N, d]
-    start: torch.Tensor | None  # int, expands to [B, G, T]; None: 0
-    end: torch.Tensor  # int, expands to [B, G, T], at most N
+    start: torch.Tensor | None  # int, expands to [B, G, T], before which nothing is read; None: 0
+    size: int
 
 
 def prefix_attention(
@@ -55,7 +55,11 @@ def prefix_attention(
 
     def reads(keys: FarKeys | WindowKeys) -> torch.Tensor:  # [B, G, T, S]
         slot = torch.arange(keys.key.shape[2], device=query.device)
-        mask = slot < keys.end[..., None]
+        if isinstance(keys, FarKeys):
+            mask = slot < keys.end[..., None]
+        else:
+            distance = slot[len(slot) - query.shape[3] :, None] - slot
+            mask = (distance >= 0) & (distance < keys.size)
         if keys.start is not None:
             mask = mask & (slot >= keys.start[..., None])
         return mask.expand(size)

@@ -26,7 +26,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 # Where a running maximum starts: below every score, and finite, so that no inf - inf occurs.
 LOWEST = tl.constexpr(-1e30)
 # Numbers of a call: whether one of them is 1, or a multiple of 16, is worth no build of its own.
-SIZES = ["num_queries", "num_far", "num_window", "num_slots", "num_tiles"]
+SIZES = ["num_queries", "num_far", "num_window", "window", "num_slots", "num_tiles"]
 SCAN = tl.constexpr(256)  # tiles whose ranges are compared at once with a key block
 
 
@@ -58,22 +58,21 @@ def prefix_attention(
             return None
         return numbers.to(torch.int32).expand(batch_size, num_groups, num_queries).contiguous()
 
-    # One layout for the kernels to be compiled for: the copies are linear in tokens, as attention is not.
-    window_key, window_value, window_start, window_end = (None, None, None, None) if window is None else window
+    window_key, window_value, window_start, window_size = (None, None, None, 0) if window is None else window
     output, _ = _forward(
-        query.contiguous(),
+        query,
         far.key.contiguous(),
         far.value.contiguous(),
         per_query(far.start),
         per_query(far.end),
         None if far.bias is None else far.bias.float().contiguous(),
         None if far.evicted_at is None else far.evicted_at.clamp(max=INT32_MAX).to(torch.int32).contiguous(),
-        None if window_key is None else window_key.contiguous(),
-        None if window_value is None else window_value.contiguous(),
+        window_key,
+        window_value,
         per_query(window_start),
-        per_query(window_end),
         per_query(position) if far.evicted_at is not None else None,
         None if sinks is None else sinks.float().contiguous(),
+        window_size,
         head_dim**-0.5 if scale is None else float(scale),
         None if softcap is None else float(softcap),
     )
@@ -151,8 +150,8 @@ FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4,
 QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)}
 # Here sums are slots x d, and there are two of them.
 KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
-# Exact float32 products run outside the tensor cores, with both factors in registers.
-FLOAT32 = {64: Tile(16, 32, 4, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 2)}
+# Exact float32 products run outside the tensor cores, with both factors in registers: with 32 slots, d = 64 spills.
+FLOAT32 = dict.fromkeys((64, 128, 256), Tile(16, 16, 4, 2))
 
 
 def _tile(table: dict[int, Tile], query: torch.Tensor) -> Tile:
@@ -170,9 +169,15 @@ def padded_dim(head_dim: int) -> int:
 @triton.jit
 def load_rows(states, row, present, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """Rows [N] of `states` [., d] as [N, BLOCK_DIM]; zeros where not `present` and beyond d."""
+    return _load_at(states, row * HEAD_DIM, present, HEAD_DIM, BLOCK_DIM)
+
+
+@triton.jit
+def _load_at(states, place, present, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """The same of rows that begin at `place` [N]."""
     channel = tl.arange(0, BLOCK_DIM)
     mask = present[:, None] & (channel < HEAD_DIM)[None, :]
-    return tl.load(states + row[:, None] * HEAD_DIM + channel[None, :], mask=mask, other=0.0)
+    return tl.load(states + place[:, None] + channel[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -187,10 +192,14 @@ def load_entries(states, scale, entry, present, HEAD_DIM: tl.constexpr, BLOCK_DI
 
 @triton.jit
 def store_rows(states, row, present, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    _store_at(states, row * HEAD_DIM, present, values, HEAD_DIM, BLOCK_DIM)
+
+
+@triton.jit
+def _store_at(states, place, present, values, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     channel = tl.arange(0, BLOCK_DIM)
     mask = present[:, None] & (channel < HEAD_DIM)[None, :]
-    values = values.to(states.dtype.element_ty)
-    tl.store(states + row[:, None] * HEAD_DIM + channel[None, :], values, mask=mask)
+    tl.store(states + place[:, None] + channel[None, :], values.to(states.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -257,10 +266,15 @@ def add_to_softmax(
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """Online softmax: rows [M] read `scores` [M, N] of the slots [N] of `value` (see `load_entries`) as well."""
+    v = load_entries(value, value_scale, slot, present, HEAD_DIM, BLOCK_DIM)  # [N, d]
+    return _add_values(scores, v, row_max, row_sum, weighted)
+
+
+@triton.jit
+def _add_values(scores, v, row_max, row_sum, weighted):
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     rescale = tl.exp2(row_max - new_max)
     weights = tl.exp2(scores - new_max[:, None])
-    v = load_entries(value, value_scale, slot, present, HEAD_DIM, BLOCK_DIM)  # [N, d]
     weighted = tl.dot(weights.to(v.dtype), v, weighted * rescale[:, None], input_precision="ieee")
     row_sum = row_sum * rescale + tl.sum(weights, 1)
     return new_max, row_sum, weighted
@@ -269,16 +283,17 @@ def add_to_softmax(
 @triton.jit
 def _read(
     q, row_max, row_sum, weighted,  # the rows and what they have read before: [M, d], [M], [M], [M, d]
-    key, value, bias, evicted_at, num_slots, group, first, last, position,
+    key, value, key_step, value_step, bias, evicted_at, num_slots, group, first, last, position,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """One source of keys."""
+    """One source of keys: the group's, from one slot to the next `key_step` and `value_step` numbers apart."""
     offset = group * num_slots
     begin, stop = _hull(first, last, num_slots)
+    within = tl.arange(0, BLOCK_SLOTS)
     for block in range(begin, stop, BLOCK_SLOTS):
-        slot = block + tl.arange(0, BLOCK_SLOTS)
-        k = load_rows(key + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
+        slot, place = block + within, tl.cast(block, tl.int64)
+        k = _load_at(key + place * key_step, within * key_step, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
         scores = _masked(
             scores,
@@ -291,9 +306,8 @@ def _read(
             last[:, None],
             position[:, None],
         )
-        row_max, row_sum, weighted = add_to_softmax(
-            scores, value + offset * HEAD_DIM, None, slot, slot < stop, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
-        )
+        v = _load_at(value + place * value_step, within * value_step, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
+        row_max, row_sum, weighted = _add_values(scores, v, row_max, row_sum, weighted)
     return row_max, row_sum, weighted
 
 
@@ -304,46 +318,56 @@ def prefix_forward(
     far_start, far_end,  # [B, G, T]
     far_bias, far_evicted_at,  # [B, G, S]
     window_key, window_value,  # [B, G, N, d]
-    window_start, window_end,  # [B, G, T]
+    window_start,  # [B, G, T]
     position,  # [B, G, T]
     sinks,  # [B, G, R]
     output,  # [B, G, R, T, d]
     lse,  # [B, G, R, T]: log2 of the sum of 2 ** score, LOWEST where nothing is read
-    num_queries, num_far, num_window,
+    num_groups, num_queries, num_far, num_window, window,
+    query_b, query_g, query_r, query_t, output_b, output_g, output_r, output_t,  # strides
+    key_b, key_g, key_n, value_b, value_g, value_n,  # of the window's
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(1) - 1 - tl.program_id(1)  # late queries read most: start with them
     group = tl.program_id(0).to(tl.int64)  # among those of all rows of the batch
+    b, g = group // num_groups, group % num_groups
     group_queries = group * num_queries
     row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     present = row < num_queries * HEADS
-    i = row // HEADS
-    row = row % HEADS * num_queries + i  # in [R, T]
+    i, head = row // HEADS, row % HEADS
     i_position = i if position is None else tl.load(position + group_queries + i, mask=present, other=0)
-    q = load_rows(query + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
+    place = head * query_r + i.to(tl.int64) * query_t
+    q = _load_at(query + b * query_b + g * query_g, place, present, HEAD_DIM, BLOCK_DIM)
 
     sink = None
     if sinks is not None:
-        sink = tl.load(sinks + group * HEADS + row // num_queries, mask=present, other=0.0)
+        sink = tl.load(sinks + group * HEADS + head, mask=present, other=0.0)
     row_max, row_sum = start_softmax(sink, BLOCK_ROWS)
     weighted = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     first, last = _load_ranges(far_start, far_end, group_queries, i, present)
+    first_key = group * num_far * HEAD_DIM
     row_max, row_sum, weighted = _read(
-        q, row_max, row_sum, weighted, far_key, far_value, far_bias, far_evicted_at, num_far, group, first, last,
-        i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
+        q, row_max, row_sum, weighted, far_key + first_key, far_value + first_key, HEAD_DIM, HEAD_DIM,
+        far_bias, far_evicted_at, num_far, group, first, last, i_position,
+        SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
     )  # fmt: skip
     if window_key is not None:
-        first, last = _load_ranges(window_start, window_end, group_queries, i, present)
+        last = tl.where(present, num_window - num_queries + i + 1, 0)
+        first = tl.maximum(last - window, 0)
+        if window_start is not None:
+            first = tl.maximum(first, tl.load(window_start + group_queries + i, mask=present, other=0))
         row_max, row_sum, weighted = _read(
-            q, row_max, row_sum, weighted, window_key, window_value, None, None, num_window, group, first, last,
+            q, row_max, row_sum, weighted, window_key + b * key_b + g * key_g,
+            window_value + b * value_b + g * value_g, key_n, value_n, None, None, num_window, group, first, last,
             i_position, SCALE, SOFTCAP, HEAD_DIM, BLOCK_SLOTS, BLOCK_DIM,
         )  # fmt: skip
 
     row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # nothing read: zeros
     weighted = weighted / row_sum[:, None]
-    store_rows(output + group_queries * HEADS * HEAD_DIM, row, present, weighted, HEAD_DIM, BLOCK_DIM)
-    tl.store(lse + group_queries * HEADS + row, row_max + tl.log2(row_sum), mask=present)
+    place = head * output_r + i.to(tl.int64) * output_t
+    _store_at(output + b * output_b + g * output_g, place, present, weighted, HEAD_DIM, BLOCK_DIM)
+    tl.store(lse + (group * HEADS + head) * num_queries + i, row_max + tl.log2(row_sum), mask=present)
 
 
 @triton.jit
@@ -534,14 +558,22 @@ def _forward(
     window_key: torch.Tensor | None,
     window_value: torch.Tensor | None,
     window_start: torch.Tensor | None,
-    window_end: torch.Tensor | None,
     position: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    window: int,
     scale: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output `[B, G, R, T, d]` and lse `[B, G, R, T]` of contiguous tensors, as `prefix_attention` prepares them."""
+    """
+    Output `[B, G, R, T, d]`, laid out as the queries are, and lse `[B, G, R, T]`. Queries and the window's keys and
+    values may lie as projections leave them; all else is contiguous, as `prefix_attention` prepares it.
+    """
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    steps = [0] * 6
+    if window_key is not None and window_value is not None:
+        window_key, window_value = (x if x.stride(-1) == 1 else x.contiguous() for x in (window_key, window_value))
+        steps = [*window_key.stride()[:3], *window_value.stride()[:3]]
     output = torch.empty_like(query)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     if query.numel() == 0:
@@ -553,8 +585,9 @@ def _forward(
     with torch.cuda.device_of(query):
         prefix_forward[(batch_size * num_groups, triton.cdiv(num_heads * num_queries, tile.rows))](
             query, far_key, far_value, far_start, far_end, far_bias, far_evicted_at,
-            window_key, window_value, window_start, window_end, position, sinks, output, lse,
-            num_queries, num_far, num_window, SCALE=scale, SOFTCAP=softcap, HEADS=num_heads, HEAD_DIM=head_dim,
+            window_key, window_value, window_start, position, sinks, output, lse,
+            num_groups, num_queries, num_far, num_window, window, *query.stride()[:4], *output.stride()[:4],
+            *steps, SCALE=scale, SOFTCAP=softcap, HEADS=num_heads, HEAD_DIM=head_dim,
             BLOCK_ROWS=tile.rows, BLOCK_SLOTS=tile.slots, BLOCK_DIM=padded_dim(head_dim),
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
@@ -581,14 +614,23 @@ def _backward(
     window_key: torch.Tensor | None,
     window_value: torch.Tensor | None,
     window_start: torch.Tensor | None,
-    window_end: torch.Tensor | None,
     position: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    window: int,
     scale: float,
     softcap: float | None,
 ) -> list[torch.Tensor]:
     """Gradients of the inputs `LEARN`; an empty tensor for an input that is None."""
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
+    # One layout for the kernels to be compiled for: the copies are linear in tokens, as attention is not.
+    query, output = query.contiguous(), output.contiguous()
+    window_end = None
+    if window_key is not None and window_value is not None:
+        window_key, window_value = window_key.contiguous(), window_value.contiguous()
+        slot = torch.arange(num_queries, dtype=torch.int32, device=query.device)
+        window_end = (slot + window_key.shape[2] - num_queries + 1).expand(batch_size, num_groups, -1).contiguous()
+        first = (window_end - window).clamp(min=0)
+        window_start = first if window_start is None else torch.maximum(first, window_start)
     grads = _gradients_like(query, far_key, far_value, far_bias, window_key, window_value, sinks)
     if query.numel() == 0:
         return [grad.zero_() for grad in grads]
@@ -642,23 +684,25 @@ def _(output_grad, output, lse, *inputs):
 
 
 # Of `_forward`, the inputs that have gradients: query, far key and value, far bias, window key and value, sinks.
-LEARN = (0, 1, 2, 5, 7, 8, 12)
+LEARN = (0, 1, 2, 5, 7, 8, 11)
 
 
 def _gradients_like(query: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
-    return [query.new_empty(0) if x is None else torch.empty_like(x) for x in (query, *others)]
+    return [
+        query.new_empty(0 if x is None else x.shape, dtype=(query if x is None else x).dtype) for x in (query, *others)
+    ]
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.softcap = inputs
+    *tensors, ctx.window, ctx.scale, ctx.softcap = inputs
     ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx, output_grad, _):
     output, lse, *tensors = ctx.saved_tensors
-    learned = _backward(output_grad.contiguous(), output, lse, *tensors, ctx.scale, ctx.softcap)
-    grads = [None] * (len(tensors) + 2)  # scale and softcap have none
+    learned = _backward(output_grad.contiguous(), output, lse, *tensors, ctx.window, ctx.scale, ctx.softcap)
+    grads = [None] * (len(tensors) + 3)  # window, scale and softcap have none
     for i, grad in zip(LEARN, learned, strict=True):
         grads[i] = None if tensors[i] is None else grad
     return tuple(grads)
@@ -680,7 +724,9 @@ def production_builds() -> list[KernelBuild]:
         "*i32": "far_start far_end far_evicted_at window_start window_end start end evicted_at position "
         "far_hull window_hull hull",
         "*fp32": "far_bias bias sinks lse delta bias_grad",
-        "i32": "num_queries num_far num_window num_slots num_tiles",
+        "i32": "num_groups num_queries num_far num_window window num_slots num_tiles",
+        "i32:16": "query_b query_g query_r query_t output_b output_g output_r output_t "
+        "key_b key_g key_n value_b value_g value_n",
     }
     types = {name: kind for kind, names in types.items() for name in names.split()}
     absent = (

@@ -29,40 +29,40 @@ def sparse_attention(
     if query.numel() == 0:
         return query
     num_queries, num_recent = query.shape[3], recent.key.shape[2]
-    device, dtype = query.device, recent.value.dtype
-    # The recent slots that the queries stand at; before slot `reach` keys are far.
-    slot = num_recent - num_queries + torch.arange(num_queries, device=device)  # [T]
-    reach = (slot - window + 1).clamp(min=0)
+    dtype = recent.value.dtype
     assert recent.selected is not None  # of all tokens, some are not
     selected = recent.selected if recent.valid is None else recent.selected & recent.valid  # [B, G, N]
-    before = F.pad(selected.cumsum(-1), (1, 0))  # [B, G, N + 1], selected tokens in the slots before
-    start, end = None, before.index_select(-1, reach)  # [B, G, T]
-    window_start = reach
+    # Before the slot at which a query stands, those that are a window away or more are far.
+    num_far = num_slots = max(num_recent - window, 0)
+    count = selected[..., :num_far].cumsum(-1, dtype=torch.int32)  # [B, G, F], up to a slot
+    before = F.pad(count, (num_recent - num_far, 0))[..., num_recent - num_queries :]  # [B, G, T], far of a query
+    start = window_start = None
     if recent.valid is not None:
-        window_start = torch.maximum(reach, num_recent - recent.valid.sum(-1, keepdim=True))
+        window_start = num_recent - recent.valid.sum(-1, keepdim=True)
     if segment is not None:  # packed sequences come without a cache: queries and recent slots coincide
+        slot = torch.arange(num_queries, device=query.device)
         changes = F.pad(segment[:, 1:] != segment[:, :-1], (1, 0))
         segment_start = torch.where(changes, slot, 0).cummax(-1).values[:, None]  # [B, 1, T]
-        start = before.gather(-1, segment_start.expand_as(end))
-        window_start = torch.maximum(window_start, segment_start)
+        start = F.pad(selected.cumsum(-1), (1, 0)).gather(-1, segment_start.expand_as(before))
+        window_start = segment_start if window_start is None else torch.maximum(window_start, segment_start)
 
     # Far slots: cached entries, then the selected recent tokens.
-    num_far = num_slots = max(num_recent - window, 0)
     if num_far and not torch.compiler.is_compiling():
-        num_slots = int(before[..., num_far].max())
-    place = torch.where(selected[..., :num_far], before[..., :num_far], num_slots)  # the last one holds what is not
-    token = torch.arange(num_far, device=device).expand_as(place)
-    index = place.new_zeros(*place.shape[:2], num_slots + 1).scatter_(2, place, token)[..., :num_slots]  # [B, G, K]
+        num_slots = int(count[..., -1].max())
+    wanted = torch.arange(1, num_slots + 1, dtype=torch.int32, device=query.device)
+    index = torch.searchsorted(count, wanted.expand(*count.shape[:2], -1).contiguous())  # [B, G, K]
+    if num_slots and (torch.compiler.is_compiling() or window == 0):
+        index = index.clamp(max=num_far - 1)  # of groups that select fewer
     # Autocast may leave rotated queries and keys in float32: back to what values were projected in.
     far = FarKeys(
         gather_slots(recent.key, index).to(dtype),
         gather_slots(recent.value, index),
         start,
-        end,
+        before,
         None if far_bias is None else gather_slots(far_bias, index),
         None if recent.evicted_at is None else gather_slots(recent.evicted_at, index),
     )
-    window_keys = WindowKeys(recent.key.to(dtype), recent.value, window_start, slot + 1) if window else None
+    window_keys = WindowKeys(recent.key.to(dtype), recent.value, window_start, window) if window else None
     return prefix_attention(
         query.to(dtype), after_packed(cached, far), window_keys, position[:, None], scale, softcap, sinks
     )

@@ -55,8 +55,8 @@ def test_prefix_attention(case):
         inputs.append(bias)
     far = FarKeys(far_key, far_value, *random_range(*size, num_queries, num_far, "limits" in given), bias, evicted_at)
     if num_window is not None:
-        end = num_window - num_queries + torch.arange(1, num_queries + 1).expand(2, 1, -1)
-        window = WindowKeys(states(num_window), states(num_window), (end - 7).clamp(min=0), end)
+        start = torch.randint(0, 9, (2, 1, 1)) if "limits" in given else None
+        window = WindowKeys(states(num_window), states(num_window), start, 7)
         inputs += window[:2]
     if "sinks" in given:
         sinks = (torch.randn(2, num_heads) * 2).requires_grad_()
@@ -67,12 +67,16 @@ def test_prefix_attention(case):
 
 
 def test_layout_that_projections_leave():
-    """Heads inside tokens, nothing contiguous."""
+    """Heads inside tokens, nothing contiguous; the output is laid out as the queries are."""
     query = torch.randn(2, 40, 2, 3, 16, requires_grad=True)
-    key, value = (torch.randn(2, 40, 2, 16, requires_grad=True) for _ in range(2))
-    end = torch.arange(1, 41).expand(1, 1, -1)
-    arguments = query.permute(0, 2, 3, 1, 4), FarKeys(key.transpose(1, 2), value.transpose(1, 2), None, end)
-    check(prefix_attention(*arguments), reference.prefix_attention(*arguments), [query, key, value])
+    states = [torch.randn(2, 40, 3, 16, requires_grad=True) for _ in range(4)]
+    key, value, window_key, window_value = (each.transpose(1, 2)[:, 1:] for each in states)
+    end = torch.arange(1, 41).expand(1, 1, -1) // 2
+    far, window = FarKeys(key, value, None, end), WindowKeys(window_key, window_value, None, 5)
+    arguments = query.permute(0, 2, 3, 1, 4), far, window
+    output = prefix_attention(*arguments)
+    assert output.stride() == arguments[0].stride()
+    check(output, reference.prefix_attention(*arguments), [query, *states])
 
 
 @pytest.mark.parametrize("sink", [None, 0.5, -torch.inf])
@@ -112,7 +116,7 @@ def test_only_blocks_that_read_or_are_read_are_visited():
         return states.isnan().any(-1).flatten().nonzero().flatten().tolist()
 
     def read(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return prefix_attention(query, far, WindowKeys(key, value, (end - window).clamp(min=0), end))
+        return prefix_attention(query, far, WindowKeys(key, value, None, window))
 
     output = read(query, key.index_fill(2, torch.tensor([100]), torch.nan))
     first, last = 100 // tile.rows * tile.rows, (100 + window - 1) // tile.rows * tile.rows + tile.rows
@@ -134,7 +138,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="far keys .*torch.float16.* queries torch.float32"):
         prefix_attention(query, FarKeys(key.half(), key, None, end))
     with pytest.raises(ValueError, match=r"window keys \(1, 2, 3, 8\)"):
-        prefix_attention(query, FarKeys(key, key, None, end), WindowKeys(key[..., :8], key, None, end))
+        prefix_attention(query, FarKeys(key, key, None, end), WindowKeys(key[..., :8], key, None, 1))
     with pytest.raises(ValueError, match="`position`, which is missing"):
         prefix_attention(query, FarKeys(key, key, None, end, evicted_at=torch.zeros(1, 2, 3)))
     with pytest.raises(ValueError, match=r"Sinks \(2,\) do not fit"):
@@ -151,7 +155,7 @@ def operands() -> tuple[torch.Tensor, FarKeys, WindowKeys, torch.Tensor]:
     return (
         query,
         FarKeys(*states[:2], None, end // 3, bias),
-        WindowKeys(*states[2:], (end - 4).clamp(min=0), end),
+        WindowKeys(*states[2:], None, 4),
         sinks,
     )
 
@@ -159,7 +163,7 @@ def operands() -> tuple[torch.Tensor, FarKeys, WindowKeys, torch.Tensor]:
 @pytest.mark.parametrize("everything", [True, False])
 def test_the_ops_pass_opcheck(everything):
     query, far, window, sinks = operands()
-    others = (*window, None, sinks, 0.25, 2.0) if everything else (None,) * 6 + (0.25, None)
+    others = (*window[:3], None, sinks, 4, 0.25, 2.0) if everything else (None,) * 5 + (0, 0.25, None)
     torch.library.opcheck(kernels._forward, (query, *far, *others))
     inputs = [x.detach() if torch.is_tensor(x) else x for x in (query, *far, *others)]
     output, lse = kernels._forward(*inputs)
