@@ -41,6 +41,11 @@ def tile(block_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 32, 3, MAX_ROWS
 
 
+def spills_codes(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether registers do not hold codes and what they stand for; found by compiling ahead of time."""
+    return dtype == torch.float32 and head_dim > 64
+
+
 def chunk_size(max_length: int, num_programs: int, block: int) -> int:
     """Entries of a chunk, where `num_programs` read ranges of `max_length` entries at most; whole blocks."""
     size = max(triton.cdiv(max_length * num_programs, CHUNKS), triton.cdiv(max_length, MAX_CHUNKS), 1)
@@ -54,11 +59,15 @@ def sparse_decode(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Same function as `reference.sparse_decode`, for d <= 256; where gradients are wanted, that of `pytorch`."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, packed.key, packed.value)):
-        return pytorch.sparse_decode(query, packed, scale, softcap, sinks)
+    """
+    Same function as `reference.sparse_decode`, for d <= 256; where gradients are wanted, and for codes that would
+    spill, that of `pytorch`.
+    """
     head_dim = query.shape[-1]
     dtype = (packed.value if packed.value_scale is None else packed.value_scale).dtype
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, packed.key, packed.value))
+    if learns or (packed.value_scale is not None and spills_codes(head_dim, dtype)):
+        return pytorch.sparse_decode(query, packed, scale, softcap, sinks)
     if head_dim > 256:
         raise ValueError(f"Head size {head_dim} is larger than 256.")
     heads = _decode(
@@ -237,6 +246,8 @@ def production_builds() -> list[KernelBuild]:
         sizes = {"HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
         block_slots, num_stages, max_rows = tile(padded_dim(head_dim), dtype)
         for form, num_heads, given in forms:
+            if form == " int8" and spills_codes(head_dim, dtype):
+                continue
             constants = {"SCALE": head_dim**-0.5, "HEADS": num_heads, "BLOCK_SLOTS": block_slots, **sizes, **given}
             constants["BLOCK_ROWS"] = min(max_rows, max(16, num_heads))
             types |= dict.fromkeys(("key", "value"), "*i8" if form == " int8" else f"*{kind}")
