@@ -26,6 +26,7 @@ SMALL = {
 GIVEN = {"evaluating.md": "converted", "tracing.md": "smollm2-mosa"}
 # Where commands run that are not ours, or that take long.
 ELSEWHERE = {
+    "python -m benchmarks.cache_dtype": "tests/benchmarks/test_frontier.py",
     "python -m benchmarks.frontier": "tests/benchmarks/test_frontier.py",
     "python -m benchmarks.frontier.baselines": "benchmarks/frontier/measuring.py",  # which starts it, for kvpress
     "python -m benchmarks.frontier.picture": "tests/tools/test_benchmarks.py",

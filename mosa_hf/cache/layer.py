@@ -42,6 +42,7 @@ class SparseSpec(NamedTuple):
     sets: tuple[GroupSet, ...]
     budget: int | None = None
     num_dense: int | None = None  # key/value heads of its dense groups or heads; None: as many as come
+    dtype: str | None = None  # `mosa_cache_dtype`
 
 
 class Routed(NamedTuple):
@@ -406,7 +407,7 @@ def _check_layer(cache: Cache, layer_idx: int, spec: SparseSpec | None) -> None:
 def _of_other_groups(layer: SparseLayer, layer_idx: int) -> str:
     return (
         f"Layer {layer_idx} of `past_key_values` is made for a model whose groups differ from this one's in kind, "
-        f"`mosa_window` or `mosa_cache_budget` ({layer.owner}): make a new cache."
+        f"`mosa_window`, `mosa_cache_budget` or `mosa_cache_dtype` ({layer.owner}): make a new cache."
     )
 
 
@@ -461,7 +462,8 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
     layer.made_for, layer.owner, layer.num_dense = (layer_idx, spec), owner, spec.num_dense
     layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
     layer.stores = tuple(
-        SparseStore(each.window, spec.budget, capacity) for each, capacity in zip(spec.sets, capacities, strict=True)
+        SparseStore(each.window, spec.budget, capacity, spec.dtype is not None)
+        for each, capacity in zip(spec.sets, capacities, strict=True)
     )
     record_past = layer.__dict__.pop("record_past", False)
     layer.__class__ = _mixed(SparseLayer, layer_class)

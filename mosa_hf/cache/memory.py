@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..kernels.entry_codes import encoded
 from ..kernels.tensors import NEVER, Entries, PackedKeyValues, Rows
 
 SLACK = 64  # one free entry for so many that a range holds: little memory against a copy of all for each new entry
@@ -22,6 +23,7 @@ class EntryMemory(Entries):
         key, value: `[B, ., ., d]`, what entries are like.
         num_groups: G.
         has_position, has_score: whether entries have these.
+        is_coded: whether keys and values are stored as codes.
     """
 
     is_fixed = False
@@ -32,12 +34,22 @@ class EntryMemory(Entries):
     max_length = 0
     is_full = False  # every range has `max_length` entries
 
-    def __init__(self, key: torch.Tensor, value: torch.Tensor, num_groups: int, has_position: bool, has_score: bool):
+    def __init__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        num_groups: int,
+        has_position: bool,
+        has_score: bool,
+        is_coded: bool = False,
+    ):
         self.length = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)
         self.num_selected, self.num_evicted = (
             torch.zeros_like(self.length) if has_score else self.length.new_empty(0) for _ in range(2)
         )
         self.states = {"key": key.new_empty(1, key.shape[-1]), "value": value.new_empty(1, value.shape[-1])}
+        if is_coded:
+            self.states = encoded(self.states)
         if has_position:
             self.states["position"] = self.length.new_empty(1, dtype=torch.int32)
         self.states["selected"] = self.length.new_empty(1, dtype=torch.bool)
@@ -87,6 +99,9 @@ class EntryMemory(Entries):
         """Whether `states`, of what is held, may be written to."""
         return may_change(states)
 
+    def may_change_all(self) -> bool:
+        return all(map(self.may_change, self.states.values()))
+
     def replaced(self, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`new`, which may be written to `counts`."""
         return new
@@ -99,7 +114,7 @@ class EntryMemory(Entries):
         names (None: all) are held; the others are left to the caller.
         """
         lengths = self._ask(length)
-        if self._least_free(lengths) < 0 or stays is not None or not self.may_change(self.states["key"]):
+        if self._least_free(lengths) < 0 or stays is not None or not self.may_change_all():
             self._keep(kept, stays, offset, length, lengths)
         self._set_length(length, lengths)
 
@@ -206,11 +221,10 @@ class EntryMemory(Entries):
 
     def read(self) -> PackedKeyValues:
         """All entries, for a single token a row. Asks no device."""
-        key, value = self.states["key"], self.states["value"]
         # Exporters that take a cache apart build views of the memory as memory of their own.
-        if self.last_read is not None and self.last_read.key is key:
+        if self.last_read is not None and self.last_read.key is self.states["key"]:
             return self.last_read
-        packed = PackedKeyValues(key, value, self.start, self.length, self.max_length, self.stride)
+        packed = self._packed(self.start, self.length, self.max_length)
         if torch.compiler.is_compiling() or self.length.device.type != "cpu":
             return packed
         is_even = self.is_full and self.stride is not None
@@ -230,8 +244,11 @@ class EntryMemory(Entries):
         is_whole = torch.compiler.is_compiling() or target.device.type != "cpu"
         writes = None if is_whole else target != self.null
         index = target if writes is None else target[writes]
+        rows = {name: rows[name] if writes is None else rows[name][writes] for name in self.states if name in rows}
+        if "key_scale" in self.states:
+            rows = encoded(rows)
         for name, own in self.states.items():
-            new = (rows[name] if writes is None else rows[name][writes]).to(own.dtype)
+            new = rows[name].to(own.dtype)
             if self.may_change(own):
                 own.index_put_((index,), new.detach())
             else:

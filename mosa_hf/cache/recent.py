@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from ..kernels.entry_codes import decoded
 from ..kernels.tensors import KeyValues, Rows, gather_slots
 from ..routing.layout import padding_first
 from .memory import EntryMemory
@@ -15,7 +16,7 @@ def of_ring(memory: EntryMemory, num_stored: torch.Tensor, length: int, window: 
     position = _last(length, num_stored)
     entries = memory.start[..., None] + (position % max(window, 1))[:, None]  # [B, G, S]
     entries = torch.where(position[:, None] >= 0, entries, memory.null)
-    rows = {name: states.unflatten(0, entries.shape) for name, states in memory.gather(entries).items()}
+    rows = {name: states.unflatten(0, entries.shape) for name, states in decoded(memory.gather(entries)).items()}
     selected = rows["selected"] & (position >= 0)[:, None]
     return rows | {"selected": selected, "position": position[:, None].expand_as(selected)}
 

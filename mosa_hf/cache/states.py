@@ -86,7 +86,10 @@ def _call_log(tensors: Tensors, is_fixed: bool) -> CallLog:
 def _set_memory(store: SparseStore, ranges: Tensors, entries: Tensors, plain: dict[str, Any]) -> None:
     key, value, length = entries["key"], entries["value"], ranges["length"]
     batch_size, num_groups = length.shape
-    key, value = (states.new_empty(batch_size, num_groups, 0, states.shape[-1]) for states in (key, value))
+    key, value = (  # as attention reads them
+        x.new_empty(batch_size, num_groups, 0, x.shape[-1], dtype=entries.get(f"{name}_scale", x).dtype)
+        for name, x in (("key", key), ("value", value))
+    )
     memory = store._allocate(key, value, num_groups)
     if set(entries) != set(memory.states) or set(ranges) != set(RANGES):
         raise KeyError(f"other states than {[*memory.states, *RANGES]}")

@@ -4,6 +4,7 @@ import torch
 
 from ..kernels import backend
 from ..kernels.append_token.reference import Token
+from ..kernels.entry_codes import rounded
 from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues, Rows
 from ..routing.budget import evicted_at, within_budget
 from .calls import CallLog
@@ -33,12 +34,13 @@ class SparseStore:
             None: all of them.
         capacity: of fixed memory, how many selected tokens there is room for, those in the window included; more are
             evicted as by a budget. None: memory grows.
+        is_coded: whether keys and values are stored as codes, so that they are rounded for all who read them.
     """
 
     is_over: bool | None = None
 
-    def __init__(self, window: int, budget: int | None = None, capacity: int | None = None):
-        self.window = window
+    def __init__(self, window: int, budget: int | None = None, capacity: int | None = None, is_coded: bool = False):
+        self.window, self.is_coded = window, is_coded
         self.is_fixed = capacity is not None
         limits = [limit for limit in (budget, capacity) if limit is not None]
         self.budget = min(limits, default=None)
@@ -117,6 +119,8 @@ class SparseStore:
                 key, value = key.detach(), value.detach()
             self._append_token(memory, calls, key[:, :, 0], value[:, :, 0])
             return memory.read()
+        if self.is_coded:
+            key, value = rounded(key), rounded(value)
         new = {"key": key, "value": value, "selected": selected} | ({} if score is None else {"score": score})
         kept = self.kept = self._kept(memory, calls)
         recent = self._ring(memory, calls) if self.recent is None else self.recent
@@ -134,12 +138,12 @@ class SparseStore:
         """Whether the call's only token can be added to memory as it is."""
         _, (selected, _, _) = self._begun()
         memory, is_single = self.memory, selected.shape[2] == 1 and self.recent is None and not self.record_past
-        may_change = memory is None or (memory.may_change(memory.states["key"]) and memory.may_change(memory.length))
+        may_change = memory is None or (memory.may_change_all() and memory.may_change(memory.length))
         return is_single and may_change
 
     def holds_only(self, num_columns: int) -> bool:
-        """Whether the call of so many tokens is the first, and its queries read them all; asks no device."""
-        return self.calls is not None and self.calls.max_tokens == num_columns <= self.window
+        """Whether the call of so many tokens is the first, and its queries read all, as they are; asks no device."""
+        return not self.is_coded and self.calls is not None and self.calls.max_tokens == num_columns <= self.window
 
     def _begun(self) -> tuple[CallLog, Routing]:
         if self.calls is None or self.routed is None:
@@ -148,7 +152,7 @@ class SparseStore:
 
     def _allocate(self, key: torch.Tensor, value: torch.Tensor, num_groups: int) -> EntryMemory:
         """Memory for entries like `key`, `value` [B, ., ., d]."""
-        like = key, value, num_groups, self.needs_score or not self.window, self.needs_score
+        like = key, value, num_groups, self.needs_score or not self.window, self.needs_score, self.is_coded
         if self.is_fixed and self.budget is not None:
             self.memory = FixedMemory(self.window, self.budget, *like)
         else:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 
 from .capture import is_captured
+from .entry_codes import Rows, decode
 
 NEVER = torch.iinfo(torch.int64).max  # an `evicted_at` that no position reaches
-Rows = dict[str, torch.Tensor]  # what some entries hold, by name
 
 
 class HeadWeights(NamedTuple):
@@ -70,7 +70,7 @@ class PackedKeyValues(NamedTuple):
     particular order.
     """
 
-    key: torch.Tensor  # [N, d]
+    key: torch.Tensor  # [N, d]; codes, if there are scales
     value: torch.Tensor  # [N, d]
     start: torch.Tensor  # [B, G] int64, the first entry of each range
     length: torch.Tensor  # [B, G] int64, entries of each range
@@ -80,15 +80,27 @@ class PackedKeyValues(NamedTuple):
     offset: int = 0
     evicted_at: torch.Tensor | None = None  # [N] int64, see `KeyValues`
     is_full: bool = False  # it is known that every range has `max_length` entries
-    parts: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # what `split` gives, if that is at hand
+    parts: list[tuple[torch.Tensor, ...]] | None = None  # what `split` gives, if that is at hand
+    key_scale: torch.Tensor | None = None  # [N], of codes, see `entry_codes`; None: keys and values are what they are
+    value_scale: torch.Tensor | None = None  # [N]
 
-    def split(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Key and value `[S, d]` of each range. Asks the device how many entries a range has."""
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """What `plain` takes, of all entries `[N, ...]`: key and value, and their scales if these are codes."""
+        scales = () if self.key_scale is None or self.value_scale is None else (self.key_scale, self.value_scale)
+        return self.key, self.value, *scales
+
+    def split(self) -> list[tuple[torch.Tensor, ...]]:
+        """`held`, of each range. Asks the device how many entries a range has."""
         if self.parts is not None:
             return self.parts
         starts, counts = self.start.flatten().tolist(), self.length.flatten().tolist()
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        return [(self.key[i:j], self.value[i:j]) for i, j in zip(starts, ends, strict=True)]
+        return [tuple(x[i:j] for x in self.held()) for i, j in zip(starts, ends, strict=True)]
+
+    def at(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value `[..., d]` of `entries` [...]."""
+        # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
+        return plain(*(x.index_select(0, entries.flatten()).view(entries.shape + x.shape[1:]) for x in self.held()))
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The ranges, padded to S = `max_length`: entries `[B, G, S]` int64 and which of them are filled."""
@@ -105,30 +117,29 @@ class PackedKeyValues(NamedTuple):
             return None
         entries, filled = self.slots()
         evicted_at = None if self.evicted_at is None else self.evicted_at[entries]
-        # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
-        key, value = (
-            states.index_select(0, entries.flatten()).unflatten(0, entries.shape) for states in (self.key, self.value)
-        )
-        return KeyValues(key, value, torch.full_like(entries, -1), filled, None, evicted_at)
+        return KeyValues(*self.at(entries), torch.full_like(entries, -1), filled, None, evicted_at)
 
     def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
         Key and value `[B, G, S, d]` and which slots are filled `[B, G, S]` (None: all), S = `max_length`; no copy
-        where ranges lie evenly. Slots that are not filled may hold anything finite.
+        where ranges lie evenly and entries are no codes. Slots that are not filled may hold anything finite.
         """
         filled: torch.Tensor | None = None
         if self.stride is None:
             entries, filled = self.slots()
-            return self.key[entries], self.value[entries], filled
+            return *self.at(entries), filled
         if not self.is_full:
             filled = torch.arange(self.max_length, device=self.length.device) < self.length[..., None]
         slots = slice(self.offset, self.offset + self.max_length)
         num_entries = self.start.numel() * self.stride
-        key, value = (
-            states[:num_entries].view(*self.start.shape, self.stride, -1)[:, :, slots]
-            for states in (self.key, self.value)
-        )
-        return key, value, filled
+        shape = (*self.start.shape, self.stride)
+        views = (x[:num_entries].view(shape + x.shape[1:])[:, :, slots] for x in self.held())
+        return *plain(*views), filled
+
+
+def plain(key: torch.Tensor, value: torch.Tensor, *scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value `[..., d]` as attention reads them: decoded, if there are `scales` [...] of both."""
+    return (decode(key, scales[0]), decode(value, scales[1])) if scales else (key, value)
 
 
 # Takes in the selected tokens of a call of one token a row, and says what those read, themselves included.
@@ -141,8 +152,8 @@ class Entries:
     is the *null entry*, which is in no range: what is written there counts for nothing.
     """
 
-    # What is held of every entry, [N + 1, ...] by name: "key", "value", "selected", and "position" and "score", which
-    # count for selected ones only and may be missing.
+    # What is held of every entry, [N + 1, ...] by name: "key", "value", "selected"; with codes for keys and values
+    # "key_scale" and "value_scale"; and "position" and "score", which count for selected ones only and may be missing.
     states: Rows
     start: torch.Tensor  # [B, G] int64, the first entry of each range
     length: torch.Tensor  # [B, G] int64, of each range
@@ -164,8 +175,12 @@ class Entries:
             start, length = start + offset, length - num_before
         if not torch.compiler.is_compiling() and length.device.type == "cpu":
             max_length = int(length.max()) if length.numel() else 0
+        return self._packed(start, length, max_length, offset)
+
+    def _packed(self, start: torch.Tensor, length: torch.Tensor, max_length: int, offset: int = 0) -> PackedKeyValues:
         key, value = self.states["key"], self.states["value"]
-        return PackedKeyValues(key, value, start, length, max_length, self.stride, offset)
+        packed = PackedKeyValues(key, value, start, length, max_length, self.stride, offset)
+        return packed._replace(key_scale=self.states.get("key_scale"), value_scale=self.states.get("value_scale"))
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The ranges, padded: entries `[B, G, S]` int64 and which of them are filled."""

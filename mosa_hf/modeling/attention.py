@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import GroupSet, Routed
 from ..kernels import backend, is_free
+from ..kernels.entry_codes import rounded
 from ..kernels.tensors import KeyValues, PackedKeyValues, constant, take
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
@@ -77,6 +78,7 @@ class AttentionModule(Protocol):
     config: Any
     mosa_groups: LayerGroups
     mosa_budget: int | None
+    mosa_cache_dtype: str | None
 
 
 def mosa_attention_forward(
@@ -138,7 +140,7 @@ def mosa_attention_forward(
         return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
     num_groups = groups.num_groups
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
-    may_be_plain = is_free() and (mosa.cache is not None or not dropout)
+    may_be_plain = is_free() and module.mosa_cache_dtype is None and (mosa.cache is not None or not dropout)
     if may_be_plain and _is_within_windows(query, key, groups):
         # Nothing is out of a window: plain causal attention, whatever is selected.
         output, _ = dense_attention(module, query, key, value, attention_mask, **options)
@@ -162,6 +164,8 @@ def mosa_attention_forward(
     for each, routed, gate, read in zip(groups.sets, mosa.routed, mosa.gates, reads, strict=True):
         if read is None:
             new_key, new_value = take(key, each.groups, dim=1), take(value, each.groups, dim=1)
+            if module.mosa_cache_dtype is not None:
+                new_key, new_value = rounded(new_key), rounded(new_value)
             read = uncached(new_key, new_value, routed, mosa.layout, module.mosa_budget), None
         own_sinks = None if sinks is None else take(sinks, each.groups, dim=0)
         heads = sparse_attention(

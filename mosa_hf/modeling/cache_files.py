@@ -167,7 +167,7 @@ def check_fingerprint(path: Path, was: dict[str, Any], own: dict[str, Any]) -> N
     named = {name: f"{name} {was.get(name)}, and this one is of {own[name]}" for name in ("class", "dtype")}
     other = {
         **named,
-        "groups": "other groups than this one's, in kind, window, sparsity or `mosa_cache_budget`",
+        "groups": "other groups than this one's, in kind, window, sparsity, `mosa_cache_budget` or `mosa_cache_dtype`",
         "weights": "other weights or thresholds than this one's",
     }
     for name in own:  # in order: another class has other groups, too

@@ -76,6 +76,10 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
             it, the lowest router logit (to bfloat16's precision, ties to the earlier token) is evicted first; the
             first token never is, under `mosa_include_first`. It is part of the function that the model computes, with
             a cache or without, in training too.
+        mosa_cache_dtype (`str`, *optional*):
+            As what sparse groups keep, windows included, is stored: `"int8"`, codes with a scale for each key and each
+            value; by default the model's dtype. Keys and values of sparse groups are rounded to it with a cache or
+            without, in training too, where gradients pass as if they were not.
         mosa_conversion (`dict`, *optional*):
             What a converted checkpoint was made from. Informative; never read by the model.
     """
@@ -88,6 +92,7 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
     mosa_threshold_momentum: int | float = 0.99
     mosa_router_bias: bool = False
     mosa_cache_budget: int | None = None
+    mosa_cache_dtype: str | None = None
     mosa_conversion: dict[str, Any] | None = None
 
     @classmethod
@@ -129,6 +134,10 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
             raise ValueError(
                 f"`mosa_cache_budget` must be at least 1, or None to keep every selected token, got "
                 f"{self.mosa_cache_budget}."
+            )
+        if self.mosa_cache_dtype not in (None, "int8"):
+            raise ValueError(
+                f"`mosa_cache_dtype` must be 'int8', or None for the model's dtype, got {self.mosa_cache_dtype!r}."
             )
 
     @abstractmethod
@@ -350,6 +359,11 @@ class SparseGroupsConfig(RoutingConfig):
                 "`use_bidirectional_attention` does not fit sparse groups, which are causal: encoders, and prefix-LMs "
                 "such as PaliGemma, read a text both ways."
             )
+        if self.mosa_cache_dtype is not None and getattr(self, "kv_lora_rank", None):
+            raise ValueError(
+                "`mosa_cache_dtype` does not fit latent attention (`kv_lora_rank`), which stores what heads expand: "
+                "leave it out."
+            )
         if self.mosa_plan is not None:
             self.check_plan(GroupPlan.from_list(self.mosa_plan))
 
@@ -469,6 +483,11 @@ class MosaConfig(RoutingConfig, LlamaConfig):
                 f"`sliding_window` must be at least 1, or None for global attention, got {self.sliding_window}."
             )
         self.check_routing()
+        if self.mosa_cache_dtype is not None:
+            raise ValueError(
+                "`mosa_cache_dtype` is of sparse groups, and the paper's heads keep what they select in the model's "
+                "dtype: leave it out."
+            )
         if not 0 <= self.mosa_router_aux_loss_coef < math.inf:
             raise ValueError(
                 f"`mosa_router_aux_loss_coef` must be finite and not negative, got {self.mosa_router_aux_loss_coef}."

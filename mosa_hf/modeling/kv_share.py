@@ -42,13 +42,14 @@ def planned_bytes(config: SparseGroupsConfig, num_tokens: int) -> tuple[int, int
     plan = GroupPlan.of_config(config).layers
     for layer, kind in _caching_layers(config).items():
         size = num_tokens * _bytes_of_a_token(config, layer)
+        stored = num_tokens * _bytes_of_a_token(config, layer, config.mosa_cache_dtype is not None)
         dense = _dense_share(config, layer, kind, num_tokens)
         kept = [
-            dense if group is None else group.kept_share(num_tokens, None, config.mosa_cache_budget)
+            size * dense if group is None else stored * group.kept_share(num_tokens, None, config.mosa_cache_budget)
             for group in plan[layer]
         ]
         before += size * dense
-        after += size * sum(kept) / len(kept)
+        after += sum(kept) / len(kept)
     return round(before), round(after)
 
 
@@ -68,12 +69,13 @@ def _dense_share(config: SparseGroupsConfig, layer: int, kind: str, num_tokens: 
     return min((own.attention_chunk_size if "chunked" in kind else own.sliding_window) / num_tokens, 1.0)
 
 
-def _bytes_of_a_token(config: SparseGroupsConfig, layer: int) -> int:
-    """In all groups of a layer, if they keep it."""
+def _bytes_of_a_token(config: SparseGroupsConfig, layer: int, is_coded: bool = False) -> int:
+    """In all groups of a layer, if they keep it; as codes with two scales, if it `is_coded`."""
     own = config.per_layer_config[layer] if config.is_heterogeneous else config
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else getattr(torch, config.dtype or "float32")
     if getattr(own, "kv_lora_rank", None):  # of latent attention, whose heads share what is cached
         return (own.kv_lora_rank + own.qk_rope_head_dim) * dtype.itemsize
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
     value_dim = getattr(own, "v_head_dim", None) or head_dim
-    return config.num_groups_of(layer) * (head_dim + value_dim) * dtype.itemsize
+    channels = head_dim + value_dim
+    return config.num_groups_of(layer) * (channels + 2 * dtype.itemsize if is_coded else channels * dtype.itemsize)

@@ -81,7 +81,7 @@ class SparseGroupsMixin(FamilyAttention):
         self.config = DispatchingConfig(config)
         self.mosa_plan = plan
         self.mosa_groups = LayerGroups.of_plan(plan)
-        self.mosa_budget = config.mosa_cache_budget
+        self.mosa_budget, self.mosa_cache_dtype = config.mosa_cache_budget, config.mosa_cache_dtype
         self.mosa_gate_slope = config.mosa_gate_slope
         sparsity = [group.sparsity for group in plan if group is not None]
         self.mosa_router = MosaRouter(config, sparsity, config.mosa_router_hidden_size)
@@ -168,7 +168,7 @@ class SparseGroupsMixin(FamilyAttention):
     def cache_spec(self) -> SparseSpec:
         """What a cache has to know of this layer."""
         dense = self.mosa_groups.dense
-        return SparseSpec(dense, self.mosa_groups.sets, self.mosa_budget, num_dense=len(dense))
+        return SparseSpec(dense, self.mosa_groups.sets, self.mosa_budget, len(dense), self.mosa_cache_dtype)
 
 
 @cache

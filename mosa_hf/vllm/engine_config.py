@@ -72,6 +72,11 @@ class ConvertedConfig(VerifyAndUpdateConfig):
                 "`mosa_inference_routing` is 'expert_choice', which reads the future: vLLM generates. Set it to "
                 "'threshold' in the model's config.json."
             )
+        if getattr(config, "mosa_cache_dtype", None) is not None:
+            raise ValueError(
+                f"`mosa_cache_dtype` is {config.mosa_cache_dtype!r}, but in vLLM entries are stored as the model "
+                "computes them: leave it out of the model's config.json, or use the model in Transformers."
+            )
         model_config.__class__ = ConvertedModelConfig  # nothing of vLLM asks the model's class in its place
 
     @staticmethod

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import demo, metrics
+from benchmarks import cache_dtype, demo, metrics
 from benchmarks.frontier import measuring, page, picture, tasks
 from benchmarks.frontier.methods import Method, Models, digest_of
 from benchmarks.frontier.results import Results
@@ -83,6 +83,16 @@ def test_the_demo_and_the_decoding_benchmark(models, suite):
     decoder = decode.Decoder(converted, ids[:, :12])
     decoder.take_turn(ids[:, 12:], is_busy=False)
     assert decoder.cache.get_seq_length() == 20 and len(decoder.seconds[False]) == 8
+
+
+@QUIET
+def test_8_bit_entries_beside_others(models, suite, tmp_path):
+    models["converted"].save_pretrained(tmp_path)
+    rows = cache_dtype.compare(tmp_path, suite.samples)["rows"]
+    assert [row["model"] for row in rows] == ["None", "None", "int8", "int8"]
+    assert all(
+        row["share"] < 0.6 and row["log_probability"] != rows[i]["log_probability"] for i, row in enumerate(rows[2:])
+    )  # of keys of 8 channels
 
 
 def test_what_is_there_is_not_measured_again(tmp_path, models, suite):

@@ -28,7 +28,7 @@ from mosa_hf.cache import (
 )
 from mosa_hf.cache.fixed_memory import static_capacity
 from mosa_hf.cache.memory import SLACK
-from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
+from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues, plain
 from mosa_hf.routing import CallLayout, TokenMask
 
 MAX_COLUMNS, MAX_LENGTH = 60, 90
@@ -71,7 +71,7 @@ COPIES = {"copy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pickle.dum
 class Store(RuleBasedStateMachine):
     """A cache of one layer, and the rows that it should hold."""
 
-    is_static = is_paper = False
+    is_static = is_paper = is_coded = False
 
     @initialize(
         budget=st.sampled_from([None, None, 1, 3, 6]),
@@ -93,7 +93,7 @@ class Store(RuleBasedStateMachine):
         else:
             self.num_groups, dense = 5, (1,)
             sets = (GroupSet((0, 3, 4), windows[0], SPARSITY), GroupSet((2,), windows[1], SPARSITY))
-        self.spec = SparseSpec(dense, sets, self.budget)
+        self.spec = SparseSpec(dense, sets, self.budget, dtype="int8" if self.is_coded else None)
         self.window = {group: each.window for each in sets for group in each.groups}
         self.limit = self.budget
         if self.is_static:
@@ -184,7 +184,11 @@ class Store(RuleBasedStateMachine):
     def states(self, tokens: torch.Tensor, groups: tuple[int, ...]) -> torch.Tensor:
         """`[B, G, T, 2]`: what a key or value says of its token and group."""
         group = torch.tensor(groups).view(1, -1, 1).expand(len(tokens), -1, tokens.shape[1])
-        return torch.stack((tokens[:, None].expand_as(group), group), dim=-1).float()
+        return torch.stack(self.said(tokens[:, None].expand_as(group), group), dim=-1).float()
+
+    def said(self, token, group):
+        """The same of one; as codes, numbers that nothing rounds."""
+        return (127 * (token + 1), 20 * group * (token + 1)) if self.is_coded else (token, group)
 
     def call(self, length: int, padding: str | None, seed: int) -> None:
         """A model call of `length` tokens a row, some of them padding, on one side or the other."""
@@ -220,7 +224,8 @@ class Store(RuleBasedStateMachine):
             if dense.shape[1] > 1:  # of all groups, as plain attention of a first call within all windows takes them
                 assert 1 < length == self.num_columns <= min(each.window for each in self.spec.sets)
                 dense = dense[:, list(self.layer.dense_groups)]
-            assert dense.shape[1] == 1 and (dense[..., 1] == 1)[:, :, : self.num_columns].all()
+            expected = 20 * dense[..., 0] / 127 if self.is_coded else torch.ones_like(dense[..., 0])
+            assert dense.shape[1] == 1 and (dense[..., 1] == expected)[:, :, : self.num_columns].all()
             for each, read in zip(self.spec.sets, self.layer.readable(), strict=True):
                 self.check_read(read, each, new)
             self.layer.evict()
@@ -261,7 +266,7 @@ class Store(RuleBasedStateMachine):
                 for t in range(len(row.tokens) - new[b], len(row.tokens)):
                     window = set(range(max(0, t - each.window + 1), t + 1)) if each.window else set()
                     expected = row.alive(group, t, self.limit) | window
-                    expected = sorted((float(row.tokens[j][0]), float(group)) for j in expected)
+                    expected = sorted(tuple(map(float, self.said(row.tokens[j][0], group))) for j in expected)
                     actual = self.read_by(read, b, i, t, each.window)
                     assert sorted(key for key, _ in actual) == expected
                     assert all(value == (-key[0], -key[1]) for key, value in actual)
@@ -272,9 +277,8 @@ class Store(RuleBasedStateMachine):
         if isinstance(read, PackedKeyValues):
             padded = read.pad()
             states = [x[row, group][padded.valid[row, group]] for x in (padded.key, padded.value)]
-            split = read.split()[
-                row * read.length.shape[1] + group
-            ]  # which the store may have kept from earlier steps
+            # Which the store may have kept from earlier steps.
+            split = plain(*read.split()[row * read.length.shape[1] + group])
             assert all(torch.equal(one, own) for one, own in zip(split, states, strict=True))
             key, value = (own.tolist() for own in states)
             return [(tuple(k), tuple(v)) for k, v in zip(key, value, strict=True)]
@@ -375,6 +379,14 @@ class FixedStore(Store):
     is_static = True
 
 
+class CodedStore(Store):
+    is_coded = True
+
+
+class FixedCodedStore(FixedStore, CodedStore):
+    pass
+
+
 class PaperStore(Store):
     is_paper = True
 
@@ -393,6 +405,7 @@ SETTINGS = settings(
 )
 TestGrowing, TestFixed = Store.TestCase, FixedStore.TestCase
 TestPaper, TestFixedPaper = PaperStore.TestCase, FixedPaperStore.TestCase
-for case in (TestGrowing, TestFixed, TestPaper, TestFixedPaper):
+TestCoded, TestFixedCoded = CodedStore.TestCase, FixedCodedStore.TestCase
+for case in (TestGrowing, TestFixed, TestPaper, TestFixedPaper, TestCoded, TestFixedCoded):
     case.settings = SETTINGS
 del case  # else it is a test, too

@@ -10,9 +10,10 @@ from transformers import DynamicCache, StaticCache, set_seed
 from mosa_hf import ConversionConfig, convert_model, trace_routing
 from testing.tiny import random_tokens, tiny_base
 
-from ..conftest import FORMS, tiny_model
+from ..conftest import FORMS, sparse_form, tiny_model
 from ..contract import random_ids
 
+FORMS = FORMS | {"int8": sparse_form(mosa_cache_dtype="int8")}
 NEW_TOKENS = 12
 LENGTH = {"max_new_tokens": NEW_TOKENS}
 SEEDS = range(2)  # the second one with a cache budget

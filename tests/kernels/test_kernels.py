@@ -11,7 +11,7 @@ from mosa_hf.kernels.sparse_attention import pytorch as sparse_attention
 from mosa_hf.kernels.sparse_decode import pytorch as sparse_decode
 from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
 
-from .triton.common import random_evictions, random_packed
+from .triton.common import coded, random_evictions, random_packed
 
 FAST = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 OPTIONS = {
@@ -69,12 +69,13 @@ def check(name: str, arguments: tuple, options: dict, real: torch.Tensor | float
     evicts=st.booleans(),
     biased=st.booleans(),
     small_blocks=st.booleans(),
+    is_coded=st.booleans(),
     **SHAPES,
     **OPTIONS,
 )
 def test_sparse_attention(
     batch_size, num_groups, heads_per_group, head_dim, seed, num_tokens, sparsity, window, padding, num_cached, evicts,
-    biased, small_blocks, has_sinks, **options,
+    biased, small_blocks, is_coded, has_sinks, **options,
 ):  # fmt: skip
     torch.manual_seed(seed)
     cached = None if padding == "packed" else random_cached(batch_size, num_groups, num_cached, head_dim)
@@ -97,6 +98,8 @@ def test_sparse_attention(
         torch.rand(size) < 1 / sparsity,
         random_evictions(position) if evicts else None,
     )
+    if is_coded and cached is not None:
+        cached = coded(cached)
     if evicts and cached is not None:
         cached = cached._replace(evicted_at=random_evictions(torch.full((len(cached.key),), num_cached + window)))
     query = normal(batch_size, num_groups, heads_per_group, num_tokens, head_dim)
@@ -139,9 +142,15 @@ def test_sparse_attention_learns_in_bfloat16(autocast, biased):
 
 
 @settings(max_examples=80, **FAST)
-@given(count=st.sampled_from([0, 1, 40]), layout=st.sampled_from(["runs", "loop", "evenly"]), **SHAPES, **OPTIONS)
+@given(
+    count=st.sampled_from([0, 1, 40]),
+    layout=st.sampled_from(["runs", "loop", "evenly"]),
+    is_coded=st.booleans(),
+    **SHAPES,
+    **OPTIONS,
+)
 def test_sparse_decode(
-    batch_size, num_groups, heads_per_group, head_dim, seed, count, layout, has_sinks, **options
+    batch_size, num_groups, heads_per_group, head_dim, seed, count, layout, is_coded, has_sinks, **options
 ):  # fmt: skip
     """One by one, all at once, and of ranges that lie evenly."""
     torch.manual_seed(seed)
@@ -153,6 +162,7 @@ def test_sparse_decode(
         start = (torch.arange(num_ranges) * stride + 2).view(batch_size, num_groups)
         states = [normal(num_ranges * stride + 1, head_dim) for _ in range(2)]
         packed = PackedKeyValues(*states, start, packed.length, max(count, 1), stride, offset=2)
+    packed = coded(packed) if is_coded else packed
     query = normal(batch_size, num_groups, heads_per_group, head_dim)
     options["sinks"] = normal(num_groups, heads_per_group) if has_sinks else None
     loop, sparse_decode.LOOP = sparse_decode.LOOP, 99 if layout == "loop" else 0

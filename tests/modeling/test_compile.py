@@ -14,6 +14,7 @@ PLAN = [[{"window": 5, "sparsity": 4}, None, {"window": 1, "sparsity": 3}], [Non
 FORMS = {
     **FORMS,
     "softcap": sparse_form("gemma2", attn_logit_softcapping=2.0, mosa_plan=PLAN, **TWO_LAYERS),
+    "int8": sparse_form(mosa_cache_dtype="int8"),
     "native, one layer": native_form(**ONE_LAYER),
     "sparse, one layer": sparse_form(mosa_plan=PLAN[:1], **ONE_LAYER),
 }
@@ -38,7 +39,7 @@ def assert_no_graph_break() -> None:
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@cases(native=3, sparse=3, softcap=None)
+@cases(native=3, sparse=3, int8=None, softcap=None)
 @torch.no_grad()
 def test_forward(name, budget, compiler):
     model = FORMS[name].model(mosa_cache_budget=budget)
@@ -52,7 +53,7 @@ def test_forward(name, budget, compiler):
     assert_no_graph_break()
 
 
-@pytest.mark.parametrize("name, budget", [("native", None), ("sparse", 3)])
+@pytest.mark.parametrize("name, budget", [("native", None), ("sparse", 3), ("int8", 3)])
 def test_training(name, budget):
     """Loss, gradients and the thresholds' moving average; the native model's auxiliary loss."""
     fields = {"mosa_router_aux_loss_coef": 0.5} if name == "native" else {}
@@ -63,7 +64,7 @@ def test_training(name, budget):
     assert_no_graph_break()
 
 
-@cases(native=None, sparse=3, softcap=None)
+@cases(native=None, sparse=3, int8=3, softcap=None)
 @torch.no_grad()
 def test_decoding_step(name, budget, compiler):
     """`generate` compiles the step without a graph break, once, and gives the tokens of a plain dynamic cache."""

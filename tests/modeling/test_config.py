@@ -36,6 +36,7 @@ REFUSED = [
     ({"mosa_threshold_momentum": -0.1}, r"`mosa_threshold_momentum`.*got -0\.1"),
     ({"mosa_router_aux_loss_coef": -0.5}, r"`mosa_router_aux_loss_coef` must be finite and not negative"),
     ({"mosa_cache_budget": 0}, r"`mosa_cache_budget` must be at least 1.*got 0"),
+    ({"mosa_cache_dtype": "fp8"}, r"`mosa_cache_dtype` must be 'int8', or None for the model's dtype, got 'fp8'"),
 ]
 WRONG_TYPES = {
     "num_mosa_heads": "4",
@@ -49,6 +50,7 @@ WRONG_TYPES = {
     "mosa_router_bias": 1,
     "mosa_router_aux_loss_coef": None,
     "mosa_cache_budget": 2.5,
+    "mosa_cache_dtype": 8,
     "mosa_conversion": "SmolLM2",
     "sliding_window": "4",
 }
@@ -218,8 +220,21 @@ def test_which_groups_are_sparse():
         sparse_form("gemma2", mosa_plan=[[GROUP] * 3] * 2, **local).config()
 
 
+def test_8_bit_entries_are_of_sparse_groups_alone():
+    with pytest.raises(StrictDataclassError, match="`mosa_cache_dtype` is of sparse groups.*leave it out"):
+        MosaConfig(mosa_cache_dtype="int8")
+    with pytest.raises(StrictDataclassError, match="`mosa_cache_dtype` does not fit latent attention.*leave it out"):
+        family_of("deepseek_v3").config_class(mosa_cache_dtype="int8")
+
+
 def test_sparse_groups_to_disk_and_to_the_base_family_and_back(tmp_path):
-    fields = {"mosa_cache_budget": 9, "mosa_gate_slope": 0, "mosa_router_bias": True, "mosa_conversion": {"a": [1]}}
+    fields = {
+        "mosa_cache_dtype": "int8",
+        "mosa_cache_budget": 9,
+        "mosa_gate_slope": 0,
+        "mosa_router_bias": True,
+        "mosa_conversion": {"a": [1]},
+    }
     fields |= {"mosa_router_hidden_size": 8}
     config = sparse_form().config(**fields)
     config.save_pretrained(tmp_path)

@@ -27,20 +27,21 @@ pytestmark = [
 
 SAMPLE = (2, 12)
 SHAPES = [SAMPLE, (1, 40), (3, 7), (2, 1)]
-NAMES = ["converted", "budget", "native"]
+NAMES = ["converted", "budget", "int8", "native"]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, PreTrainedModel]:
-    """A Llama of one layer; the same with two of its three groups sparse, and with a budget; a native model."""
+    """A Llama of one layer; with two of its three groups sparse, a budget, and 8-bit entries; a native model."""
     original = tiny_base("llama", hidden_size=48, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3)
     conversion = ConversionConfig(sparsity=4, window=5, groups=((0, 0), (0, 2)))
     converted = convert_model(original, conversion, random_tokens(4, 64))
     folder = tmp_path_factory.mktemp("converted")
     converted.save_pretrained(folder)
     budget = AutoModelForCausalLM.from_pretrained(folder, mosa_cache_budget=3)
+    int8 = AutoModelForCausalLM.from_pretrained(folder, mosa_cache_dtype="int8")
     native = native_form(vocab_size=256, num_hidden_layers=1).model()
-    return {"original": original, "converted": converted, "budget": budget, "native": native}
+    return {"original": original, "converted": converted, "budget": budget, "int8": int8, "native": native}
 
 
 @pytest.fixture(params=NAMES)

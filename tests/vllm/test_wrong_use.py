@@ -73,9 +73,10 @@ def test_unsupported_model(llama, tmp_path):
         configured(path)
 
 
-def test_expert_choice(llama, tmp_path):
-    path = edited(llama, tmp_path / "copy", mosa_inference_routing="expert_choice")
-    with pytest.raises(ValueError, match="`mosa_inference_routing`"):
+@pytest.mark.parametrize("field, value", [("mosa_inference_routing", "expert_choice"), ("mosa_cache_dtype", "int8")])
+def test_fields_that_are_not_served(llama, tmp_path, field, value):
+    path = edited(llama, tmp_path / "copy", **{field: value})
+    with pytest.raises(ValueError, match=f"`{field}` is '{value}'.*config.json"):
         configured(path)
 
 

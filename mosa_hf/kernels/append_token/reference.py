@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..entry_codes import encoded
 from ..tensors import Entries, Rows
 
 
@@ -57,6 +58,8 @@ def append_token(
         entry = torch.where(selected, entries.start + entries.length, entries.null)
         entries.lengthen(selected)
     rows = {"key": token.key.flatten(0, 1), "value": token.value.flatten(0, 1), "selected": selected.flatten()}
+    if "key_scale" in entries.states:
+        rows = encoded(rows)
     # Of tokens that are not selected, neither position nor score is ever looked at.
     is_ranked = "position" in entries.states and is_any(selected)
     if is_ranked:
@@ -114,6 +117,8 @@ def _evict_lowest(entries: Entries, over: torch.Tensor, window: int, notes: bool
     """Where a range has one selected token more than the budget allows, evict the lowest score."""
     states = entries.states
     slots, filled = entries.slots()
+    if not slots.shape[-1]:  # nothing is held
+        return None, over
     selected = states["selected"][slots] & filled
     slot = lowest_score(states["score"][slots], states["position"][slots], selected)  # [B, G]
     entry = torch.where(over, entries.start + slot, entries.null)

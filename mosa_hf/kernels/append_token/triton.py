@@ -8,7 +8,8 @@ from ..tensors import Entries
 from ..triton_builds import KernelBuild
 from .reference import Taken, Token
 
-NAMES = ("key", "value", "selected", "position", "score")  # of what entries hold, in the order of the kernel's
+# Of what entries hold, in the order of the kernel's.
+NAMES = ("key", "value", "key_scale", "value_scale", "selected", "position", "score")
 BLOCK_SLOTS = 256  # entries of a range that are compared at once when a budget evicts
 
 
@@ -33,8 +34,9 @@ def append_token(
     is_evicted = torch.empty_like(entries.start, dtype=torch.bool) if evicted else None
     _append(
         [entries.states[name] for name in names], entries.start, entries.length, entries.num_selected,
-        entries.num_evicted, num_stored, token.valid, token.key, token.value, token.selected, token.score,
-        overwritten, evicted, is_evicted, "position" in names, window, budget if evicts else None,
+        entries.num_evicted, num_stored, None if token.valid is None else token.valid.contiguous(), token.key,
+        token.value, token.selected, token.score, overwritten, evicted, is_evicted, "position" in names, window,
+        budget if evicts else None,
     )  # fmt: skip
     entries.lengthen(None)
     return Taken(
@@ -53,12 +55,32 @@ def _copy_row(source, i, target, j, where, DIM: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
+def _put_row(row, states, scale, i, where, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A new `row` [DIM] into row i of `states` [., DIM], if `where`; as codes where there is a `scale` [.]."""
+    channel = tl.arange(0, BLOCK)
+    mask = channel < DIM * where.to(tl.int32)
+    row = tl.load(row + channel, mask=mask, other=0.0)
+    if scale is not None:
+        row = row.to(tl.float32)
+        largest = tl.max(tl.abs(row), 0)
+        tl.store(scale + i, largest.to(scale.dtype.element_ty), mask=where)
+        step = tl.div_rn(largest, 127.0)
+        row = tl.div_rn(row, tl.where(step == 0.0, 1.0, step))
+        row = row + 12582912.0 - 12582912.0  # 1.5 * 2 ** 23: rounds half to even, as PyTorch does
+    tl.store(states + i * DIM + channel, row.to(states.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _copy_entry(
-    key, value, selected, position, score, i, to_key, to_value, to_selected, to_position, to_score, j, where,
+    key, value, key_scale, value_scale, selected, position, score, i,
+    to_key, to_value, to_key_scale, to_value_scale, to_selected, to_position, to_score, j, where,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     _copy_row(key, i, to_key, j, where, KEY_DIM, BLOCK_KEY)
     _copy_row(value, i, to_value, j, where, VALUE_DIM, BLOCK_VALUE)
+    if key_scale is not None:
+        tl.store(to_key_scale + j, tl.load(key_scale + i, mask=where, other=0.0), mask=where)
+        tl.store(to_value_scale + j, tl.load(value_scale + i, mask=where, other=0.0), mask=where)
     tl.store(to_selected + j, tl.load(selected + i, mask=where, other=0) != 0, mask=where)
     if position is not None:
         tl.store(to_position + j, tl.load(position + i, mask=where, other=0), mask=where)
@@ -68,12 +90,13 @@ def _copy_entry(
 
 @triton.jit(do_not_specialize=["num_groups"])
 def append_entry(
-    key, value, selected, position, score,  # [N + 1, ...], the memory
+    key, value, key_scale, value_scale, selected, position, score,  # [N + 1, ...], the memory
     start, length, num_selected, num_evicted,  # [B, G]
     num_stored, valid,  # [B]
     new_key, new_value, new_selected, new_score,  # [B, G, ...]
-    old_key, old_value, old_selected, old_position, old_score,  # [B * G, ...], the ring's entry as it was
-    out_key, out_value, out_selected, out_position, out_score, is_evicted,  # [B * G, ...], what is evicted
+    old_key, old_value, old_key_scale, old_value_scale, old_selected, old_position, old_score,  # the ring's entry
+    out_key, out_value, out_key_scale, out_value_scale, out_selected, out_position, out_score,  # what is evicted
+    is_evicted,  # [B * G], as the rows above
     num_groups, key_row, key_group, value_row, value_group, selected_row, selected_group, score_row, score_group,
     WINDOW: tl.constexpr, BUDGET: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_KEY: tl.constexpr, BLOCK_VALUE: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
@@ -92,12 +115,14 @@ def append_entry(
         is_full = seen >= WINDOW
         if old_key is not None:
             _copy_entry(
-                key, value, selected, position, score, entry, old_key, old_value, old_selected, old_position,
-                old_score, i, seen >= 0, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE,
+                key, value, key_scale, value_scale, selected, position, score, entry,
+                old_key, old_value, old_key_scale, old_value_scale, old_selected, old_position, old_score, i,
+                seen >= 0, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE,
             )  # fmt: skip
         leaves = is_full & is_real & (tl.load(selected + entry, mask=is_full, other=0) != 0)
         _copy_entry(
-            key, value, selected, position, score, entry, key, value, selected, position, score, first + size, leaves,
+            key, value, key_scale, value_scale, selected, position, score, entry,
+            key, value, key_scale, value_scale, selected, position, score, first + size, leaves,
             KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE,
         )  # fmt: skip
         size += (leaves | (is_real & ~is_full)).to(tl.int64)
@@ -106,14 +131,10 @@ def append_entry(
         entry = first + size
         size += is_selected.to(tl.int64)
     tl.debug_barrier()  # all have read the entry
-    channel = tl.arange(0, BLOCK_KEY)
-    mask = channel < KEY_DIM * is_real.to(tl.int32)
-    states = tl.load(new_key + row * key_row + group * key_group + channel, mask=mask)
-    tl.store(key + entry * KEY_DIM + channel, states.to(key.dtype.element_ty), mask=mask)
-    channel = tl.arange(0, BLOCK_VALUE)
-    mask = channel < VALUE_DIM * is_real.to(tl.int32)
-    states = tl.load(new_value + row * value_row + group * value_group + channel, mask=mask)
-    tl.store(value + entry * VALUE_DIM + channel, states.to(value.dtype.element_ty), mask=mask)
+    _put_row(new_key + row * key_row + group * key_group, key, key_scale, entry, is_real, KEY_DIM, BLOCK_KEY)
+    _put_row(
+        new_value + row * value_row + group * value_group, value, value_scale, entry, is_real, VALUE_DIM, BLOCK_VALUE
+    )
     tl.store(selected + entry, is_selected, mask=is_real)
     if position is not None:
         tl.store(position + entry, seen.to(tl.int32), mask=is_real)
@@ -144,8 +165,9 @@ def append_entry(
         if is_evicted is not None:  # in any case, since undoing writes it somewhere
             tl.store(is_evicted + i, is_over)
             _copy_entry(
-                key, value, selected, position, score, entry_out, out_key, out_value, out_selected, out_position,
-                out_score, i, seen >= 0, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE,
+                key, value, key_scale, value_scale, selected, position, score, entry_out,
+                out_key, out_value, out_key_scale, out_value_scale, out_selected, out_position, out_score, i,
+                seen >= 0, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE,
             )  # fmt: skip
         tl.debug_barrier()  # all have read what goes
         if is_over:
@@ -154,8 +176,9 @@ def append_entry(
             is_kept = slot_out >= WINDOW
             is_last = slot_out == size - 1
             _copy_entry(
-                key, value, selected, position, score, first + size - 1, key, value, selected, position, score,
-                entry_out, is_kept & ~is_last, KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE,
+                key, value, key_scale, value_scale, selected, position, score, first + size - 1,
+                key, value, key_scale, value_scale, selected, position, score, entry_out, is_kept & ~is_last,
+                KEY_DIM, VALUE_DIM, BLOCK_KEY, BLOCK_VALUE,
             )  # fmt: skip
             size -= is_kept.to(tl.int64)
             tl.store(num_evicted + i, tl.load(num_evicted + i) + 1)
@@ -188,14 +211,13 @@ def _append(
     window: int,
     budget: int | None,
 ) -> None:
-    def five(rows: list[torch.Tensor]) -> list[torch.Tensor | None]:
-        """Key, value, selected, position and score."""
-        score = rows[3 + has_position :]
-        return (
-            [*rows[:3], rows[3] if has_position and rows else None, score[0] if score else None]
-            if rows
-            else [None] * 5
-        )
+    has_scale = states[0].dtype == torch.int8
+    has = (True, True, has_scale, has_scale, True, has_position, len(states) > 3 + 2 * has_scale + has_position)
+
+    def seven(rows: list[torch.Tensor]) -> list[torch.Tensor | None]:
+        """One of each of `NAMES`."""
+        given = iter(rows)
+        return [next(given, None) if each else None for each in has]
 
     if start.numel() == 0:
         return
@@ -205,8 +227,8 @@ def _append(
     key_dim, value_dim = states[0].shape[1], states[1].shape[1]
     with torch.cuda.device_of(start):
         append_entry[(start.numel(),)](
-            *five(states), start, length, num_selected, num_evicted, num_stored, valid, *new, *five(overwritten),
-            *five(evicted), is_evicted, start.shape[1], *strides, WINDOW=window, BUDGET=budget, KEY_DIM=key_dim,
+            *seven(states), start, length, num_selected, num_evicted, num_stored, valid, *new, *seven(overwritten),
+            *seven(evicted), is_evicted, start.shape[1], *strides, WINDOW=window, BUDGET=budget, KEY_DIM=key_dim,
             VALUE_DIM=value_dim, BLOCK_KEY=triton.next_power_of_2(max(1, key_dim)),
             BLOCK_VALUE=triton.next_power_of_2(max(1, value_dim)), BLOCK_SLOTS=BLOCK_SLOTS, num_warps=4,
         )  # fmt: skip
@@ -218,22 +240,25 @@ def _(states, start, *others):
 
 
 def production_builds() -> list[KernelBuild]:
-    """bfloat16: a growing store that notes what it takes, and one with a budget."""
+    """bfloat16: a growing store that notes what it takes, one of codes, and one with a budget."""
     sizes = {"KEY_DIM": 128, "VALUE_DIM": 128, "BLOCK_KEY": 128, "BLOCK_VALUE": 128, "BLOCK_SLOTS": BLOCK_SLOTS}
     names = append_entry.arg_names
     noted = {name for name in names if name.startswith(("old_", "out_"))} | {"is_evicted"}
     budget = {"position", "score", "new_score"} | {name for name in noted if name.endswith(("position", "score"))}
-    builds = []
+    scales = {name for name in names if name.endswith("_scale")}
+    dynamic, builds = budget | {name for name in noted if not name.startswith("old_")}, []
     for form, absent, given in (
-        ("dynamic", budget | {name for name in noted if not name.startswith("old_")}, {"BUDGET": None}),
-        ("dynamic budget", set(), {"BUDGET": 512}),
-        ("static", noted, {"BUDGET": 1088}),
+        ("dynamic", dynamic | scales, {"BUDGET": None}),
+        ("dynamic int8", dynamic - {"old_key_scale", "old_value_scale"}, {"BUDGET": None}),
+        ("dynamic budget", scales, {"BUDGET": 512}),
+        ("static", noted | scales, {"BUDGET": 1088}),
     ):
         constants = {"WINDOW": 512, **given, **sizes, **dict.fromkeys(absent | {"valid"})}
         signature = {}
         for name in names:
             if name not in constants:
-                kind = "*bf16" if name.endswith(("key", "value", "score")) else "*i64"
+                kind = "*bf16" if name.endswith(("key", "value", "score", "scale")) else "*i64"
+                kind = "*i8" if "int8" in form and name.endswith(("key", "value")) and name[:3] != "new" else kind
                 kind = "*i1" if name.endswith("selected") and not name.startswith("num") else kind
                 kind = "*i1" if name == "is_evicted" else "*i32" if name.endswith("position") else kind
                 signature[name] = "i32" if name.endswith(("_row", "_group", "groups")) else kind

@@ -121,22 +121,16 @@ def after_packed(packed: PackedKeyValues | None, far: FarKeys) -> FarKeys:
     num_empty = packed.max_length - packed.length[..., None]  # [B, G, 1]
     slot = torch.arange(packed.max_length, device=packed.length.device) - num_empty
     entry = torch.where(slot >= 0, packed.start[..., None] + slot, 0)  # [B, G, S]
-
-    def behind(of_packed: torch.Tensor, of_far: torch.Tensor) -> torch.Tensor:
-        # By index_select: the gradient of indexing adds rows up in an order that changes from run to run.
-        first = of_packed.index_select(0, entry.flatten()).view(entry.shape + of_packed.shape[1:])
-        return torch.cat((first.to(of_far.dtype), of_far), dim=2)
-
     evicted_at = None
     if packed.evicted_at is not None or far.evicted_at is not None:
-        packed_evicted_at = (
-            packed.start.new_full((len(packed.key),), NEVER) if packed.evicted_at is None else packed.evicted_at
-        )
-        evicted_at = behind(
-            packed_evicted_at, entry.new_full(far.key.shape[:3], NEVER) if far.evicted_at is None else far.evicted_at
-        )
+        own = torch.full_like(entry, NEVER) if packed.evicted_at is None else packed.evicted_at[entry]
+        later = entry.new_full(far.key.shape[:3], NEVER) if far.evicted_at is None else far.evicted_at
+        evicted_at = torch.cat((own, later), dim=2)
     bias = None if far.bias is None else F.pad(far.bias, (packed.max_length, 0))
-    key, value = behind(packed.key, far.key), behind(packed.value, far.value)
+    key, value = (
+        torch.cat((own.to(later.dtype), later), dim=2)
+        for own, later in zip(packed.at(entry), (far.key, far.value), strict=True)
+    )
     return FarKeys(key, value, num_empty, packed.max_length + far.end, bias, evicted_at)
 
 
@@ -185,6 +179,16 @@ def _load_at(states, place, present, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.const
     channel = tl.arange(0, BLOCK_DIM)
     mask = present[:, None] & (channel < HEAD_DIM)[None, :]
     return tl.load(states + place[:, None] + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_entries(states, scale, entry, present, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """`load_rows`; with a `scale` [.], `states` are codes, and decoded as `entry_codes` says."""
+    rows = load_rows(states, entry, present, HEAD_DIM, BLOCK_DIM)
+    if scale is not None:
+        own = tl.load(scale + entry, mask=present, other=0.0)
+        rows = (rows.to(tl.float32) * tl.div_rn(own.to(tl.float32), 127.0)[:, None]).to(own.dtype)
+    return rows
 
 
 @triton.jit
@@ -259,10 +263,11 @@ def start_softmax(sink, BLOCK_ROWS: tl.constexpr):
 
 @triton.jit
 def add_to_softmax(
-    scores, value, slot, present, row_max, row_sum, weighted, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr
+    scores, value, value_scale, slot, present, row_max, row_sum, weighted,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax: rows [M] read `scores` [M, N] of the slots [N] of `value` [., d] as well."""
-    v = load_rows(value, slot, present, HEAD_DIM, BLOCK_DIM)  # [N, d]
+    """Online softmax: rows [M] read `scores` [M, N] of the slots [N] of `value` (see `load_entries`) as well."""
+    v = load_entries(value, value_scale, slot, present, HEAD_DIM, BLOCK_DIM)  # [N, d]
     return _add_values(scores, v, row_max, row_sum, weighted)
 
 

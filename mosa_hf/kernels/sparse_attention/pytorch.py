@@ -60,7 +60,6 @@ def sparse_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query = query.to(dtype)
         recent = recent._replace(key=recent.key.to(dtype), value=recent.value.to(dtype))
-        cached = cached and cached._replace(key=cached.key.to(dtype), value=cached.value.to(dtype))
     if torch.compiler.is_compiling():
         if cached is not None:  # every shape has to be known
             return reference.sparse_attention(
@@ -76,6 +75,8 @@ def sparse_attention(
         return query.new_zeros(*query.shape[:-1], recent.value.shape[-1])
     num_queries, num_recent = query.shape[3], recent.key.shape[2]
     padded = None if cached is None else cached.pad()
+    if padded is not None:
+        padded = padded._replace(key=padded.key.to(recent.key.dtype), value=padded.value.to(recent.value.dtype))
     far = _far_slots(recent, far_bias, window) if num_recent > window else None
     reads_itself = window > 0 and recent.valid is None
     outputs = []

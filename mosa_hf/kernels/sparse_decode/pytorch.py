@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ..attend import scaled, softmax
 from ..derivatives import once
-from ..tensors import PackedKeyValues
+from ..tensors import PackedKeyValues, plain
 
 LOOP = 16  # up to so many ranges, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
 
@@ -19,8 +19,9 @@ def sparse_decode(
 ) -> torch.Tensor:
     """Same function as `reference.sparse_decode`."""
     is_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    is_coded = packed.key_scale is not None  # whose ranges are never all decoded at once
     is_even = packed.is_full and packed.stride is not None
-    if is_cpu and packed.start.numel() <= LOOP and not is_even:
+    if is_cpu and (is_coded or (packed.start.numel() <= LOOP and not is_even)):
         return _one_by_one(query, packed, scale, softcap, sinks)
     if packed.max_length == 0:
         return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
@@ -62,7 +63,8 @@ def _one_by_one(
     """Each range by itself: the group's heads are the rows of a matrix."""
     is_plain = softcap is None and sinks is None
     heads = []
-    for i, (one, (key, value)) in enumerate(zip(query.flatten(0, 1).unbind(), packed.split(), strict=True)):
+    for i, (one, part) in enumerate(zip(query.flatten(0, 1).unbind(), packed.split(), strict=True)):
+        key, value = plain(*part)
         if not len(key):
             heads.append(one.new_zeros(len(one), value.shape[-1]))
         elif is_plain:

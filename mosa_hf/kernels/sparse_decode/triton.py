@@ -15,6 +15,7 @@ import triton.language as tl
 from ..prefix_attention.triton import (
     LOWEST,
     add_to_softmax,
+    load_entries,
     load_rows,
     padded_dim,
     scaled_scores,
@@ -40,6 +41,11 @@ def tile(block_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 32, 3, MAX_ROWS
 
 
+def spills_codes(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether registers do not hold codes and what they stand for; found by compiling ahead of time."""
+    return dtype == torch.float32 and head_dim > 64
+
+
 def chunk_size(max_length: int, num_programs: int, block: int) -> int:
     """Entries of a chunk, where `num_programs` read ranges of `max_length` entries at most; whole blocks."""
     size = max(triton.cdiv(max_length * num_programs, CHUNKS), triton.cdiv(max_length, MAX_CHUNKS), 1)
@@ -53,16 +59,23 @@ def sparse_decode(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Same function as `reference.sparse_decode`, for d <= 256; where gradients are wanted, that of `pytorch`."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, packed.key, packed.value)):
+    """
+    Same function as `reference.sparse_decode`, for d <= 256; where gradients are wanted, and for codes that would
+    spill, that of `pytorch`.
+    """
+    head_dim = query.shape[-1]
+    dtype = (packed.value if packed.value_scale is None else packed.value_scale).dtype
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, packed.key, packed.value))
+    if learns or (packed.value_scale is not None and spills_codes(head_dim, dtype)):
         return pytorch.sparse_decode(query, packed, scale, softcap, sinks)
-    head_dim, dtype = query.shape[-1], packed.value.dtype
     if head_dim > 256:
         raise ValueError(f"Head size {head_dim} is larger than 256.")
     heads = _decode(
         query.to(dtype).contiguous(),
-        packed.key.to(dtype).contiguous(),
+        (packed.key.to(dtype) if packed.key_scale is None else packed.key).contiguous(),
         packed.value.contiguous(),
+        packed.key_scale if packed.key_scale is None else packed.key_scale.to(dtype),
+        packed.value_scale,
         packed.start.contiguous(),
         packed.length.contiguous(),
         packed.max_length,
@@ -77,6 +90,7 @@ def sparse_decode(
 def decode_attend(
     query,  # [B, G, R, d]
     key, value,  # [N, d]
+    key_scale, value_scale,  # [N]
     start, count,  # [B, G]
     sinks,  # [G, R]
     output,  # [B, G, chunks, R, d], of each chunk by itself; not written behind the end of a range
@@ -106,11 +120,27 @@ def decode_attend(
         for block in range(begin, stop, BLOCK_SLOTS):
             slot = block + tl.arange(0, BLOCK_SLOTS)
             filled = slot < stop
-            k = load_rows(key + first * HEAD_DIM, slot, filled, HEAD_DIM, BLOCK_DIM)  # [N, d]
+            k = load_entries(
+                key + first * HEAD_DIM,
+                None if key_scale is None else key_scale + first,
+                slot,
+                filled,
+                HEAD_DIM,
+                BLOCK_DIM,
+            )  # [N, d]
             scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
             scores = tl.where(filled[None, :], scores, float("-inf"))
             row_max, row_sum, weighted = add_to_softmax(
-                scores, value + first * HEAD_DIM, slot, filled, row_max, row_sum, weighted, HEAD_DIM, BLOCK_DIM
+                scores,
+                value + first * HEAD_DIM,
+                None if value_scale is None else value_scale + first,
+                slot,
+                filled,
+                row_max,
+                row_sum,
+                weighted,
+                HEAD_DIM,
+                BLOCK_DIM,
             )
         row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # nothing read: zeros
         weighted = weighted / row_sum[:, None]
@@ -156,6 +186,8 @@ def _decode(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
     start: torch.Tensor,
     count: torch.Tensor,
     max_length: int,
@@ -181,8 +213,9 @@ def _decode(
     sizes = {"HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": block_dim}
     with torch.cuda.device_of(query):
         decode_attend[(num_ranges, num_chunks, row_blocks)](
-            query, key, value, start, count, sinks, chunk_output, lse, num_groups, chunk, SCALE=scale,
-            SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=block_slots, **sizes, num_warps=4, num_stages=num_stages,
+            query, key, value, key_scale, value_scale, start, count, sinks, chunk_output, lse, num_groups, chunk,
+            SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=block_slots, **sizes, num_warps=4,
+            num_stages=num_stages,
         )  # fmt: skip
         if num_chunks > 1:
             decode_combine[(num_ranges, num_heads)](
@@ -197,23 +230,27 @@ def _(query, *others):
 
 
 def production_builds() -> list[KernelBuild]:
-    """Each dtype and head size: of few heads a group, and of many with softcap and sinks."""
+    """Each dtype and head size: of few heads a group, of many with softcap and sinks, and of codes."""
+    plain = dict.fromkeys(("key_scale", "value_scale"))
     forms = (
-        ("", 4, {"sinks": None, "SOFTCAP": None}),
-        (" softcap sinks", MAX_ROWS, {"SOFTCAP": 50.0}),
+        ("", 4, plain | {"sinks": None, "SOFTCAP": None}),
+        (" softcap sinks", MAX_ROWS, plain | {"SOFTCAP": 50.0}),
+        (" int8", 4, {"sinks": None, "SOFTCAP": None}),
     )
     builds = []
     for head_dim, (kind, dtype) in product(HEAD_DIMS, DTYPES.items()):
         types = {"*i64": "start count", "*fp32": "sinks output lse chunk_output chunk_lse"}
         types = {name: each for each, names in types.items() for name in names.split()}
-        types |= dict.fromkeys(("query", "key", "value"), f"*{kind}") | dict.fromkeys(
-            ("num_groups", "num_chunks", "chunk"), "i32"
-        )
+        types |= dict.fromkeys(("query", "key", "value", "key_scale", "value_scale"), f"*{kind}")
+        types |= dict.fromkeys(("num_groups", "num_chunks", "chunk"), "i32")
         sizes = {"HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
         block_slots, num_stages, max_rows = tile(padded_dim(head_dim), dtype)
         for form, num_heads, given in forms:
+            if form == " int8" and spills_codes(head_dim, dtype):
+                continue
             constants = {"SCALE": head_dim**-0.5, "HEADS": num_heads, "BLOCK_SLOTS": block_slots, **sizes, **given}
             constants["BLOCK_ROWS"] = min(max_rows, max(16, num_heads))
+            types |= dict.fromkeys(("key", "value"), "*i8" if form == " int8" else f"*{kind}")
             signature = {name: types[name] for name in decode_attend.arg_names if name not in constants}
             name = f"decode_attend{form}{LABELS[kind]} d={head_dim} R={num_heads}"
             builds.append(KernelBuild(name, decode_attend, signature, constants, 4, num_stages))

@@ -2,6 +2,7 @@
 
 import torch
 
+from mosa_hf.kernels.entry_codes import encode
 from mosa_hf.kernels.tensors import NEVER, PackedKeyValues
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,3 +63,9 @@ def random_packed(
     return PackedKeyValues(
         key.requires_grad_(), value.requires_grad_(), start.view_as(count), count, int(count.max()) + room
     )
+
+
+def coded(packed: PackedKeyValues) -> PackedKeyValues:
+    """The same entries as codes; between ranges, scales are no numbers."""
+    (key, key_scale), (value, value_scale) = encode(packed.key.detach()), encode(packed.value.detach())
+    return packed._replace(key=key, value=value, key_scale=key_scale, value_scale=value_scale)

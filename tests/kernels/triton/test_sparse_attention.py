@@ -9,10 +9,10 @@ from mosa_hf.kernels.sparse_attention import reference  # noqa: E402
 from mosa_hf.kernels.sparse_attention.triton import sparse_attention  # noqa: E402
 from mosa_hf.kernels.tensors import KeyValues  # noqa: E402
 
-from .common import COMPILER, check, close, random_evictions, random_packed  # noqa: E402
+from .common import COMPILER, check, close, coded, random_evictions, random_packed  # noqa: E402
 
 PLAIN = {"num_tokens": 40, "heads": 2, "head_dim": 16, "cached": 0, "dtype": torch.float32, "scale": None}
-PLAIN |= {"softcap": None, **dict.fromkeys(("padded", "packed", "evicts", "biased", "sinks"), False)}
+PLAIN |= {"softcap": None, **dict.fromkeys(("padded", "packed", "evicts", "biased", "sinks", "coded"), False)}
 CASES = {
     "no window": (0, {}),
     "no window, bias": (0, {"biased": True, "heads": 1, "scale": 0.5}),
@@ -25,6 +25,8 @@ CASES = {
     "cached": (5, {"cached": 13, "num_tokens": 30, "evicts": True, "biased": True}),
     "cached, no window": (0, {"cached": 13, "num_tokens": 30, "softcap": 1.5, "sinks": True}),
     "cached, padded": (4, {"cached": 7, "num_tokens": 20, "padded": True, "evicts": True}),
+    "cached codes": (5, {"cached": 13, "num_tokens": 30, "evicts": True, "coded": True}),
+    "cached codes, bfloat16": (4, {"cached": 9, "head_dim": 64, "coded": True, "dtype": torch.bfloat16}),
     "cached, one token": (5, {"cached": 90, "num_tokens": 1, "head_dim": 80}),
     "half precision": (5, {"cached": 9, "head_dim": 64, "biased": True, "dtype": torch.float16}),
     "bfloat16": (4, {"cached": 9, "num_tokens": 24, "head_dim": 64, "biased": True, "dtype": torch.bfloat16}),
@@ -69,7 +71,10 @@ def random_call(window: int, case: dict):
         count = torch.randint(0, case["cached"] + 1, size)
         count[0, 0] = 0
         cached = random_packed(count, head_dim, dtype)
-        inputs += cached[:2]
+        if case["coded"]:
+            cached = coded(cached)
+        else:
+            inputs += cached[:2]
         if case["evicts"]:
             cached = cached._replace(evicted_at=random_evictions(torch.full((len(cached.key),), int(position.min()))))
     if case["biased"]:

@@ -11,7 +11,7 @@ from mosa_hf.kernels.sparse_decode import triton as kernels  # noqa: E402
 from mosa_hf.kernels.sparse_decode.triton import sparse_decode  # noqa: E402
 from mosa_hf.kernels.tensors import PackedKeyValues  # noqa: E402
 
-from .common import COMPILER, DEVICE, check, close, random_packed  # noqa: E402
+from .common import COMPILER, DEVICE, check, close, coded, random_packed  # noqa: E402
 
 # Head size, query heads a group, entries of each range, dtype, scale, softcap, with sinks.
 CASES = [
@@ -41,9 +41,11 @@ def random_step(case) -> tuple[torch.Tensor, PackedKeyValues, dict]:
     return query, packed, {"scale": scale, "softcap": softcap, "sinks": sinks}
 
 
+@pytest.mark.parametrize("is_coded", [False, True], ids=["", "int8"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_sparse_decode(case, cut):
+def test_sparse_decode(case, is_coded, cut):
     query, packed, options = random_step(case)
+    packed = coded(packed) if is_coded else packed
     before = [x.clone() for x in (query, *packed[:4])]
     with torch.no_grad():
         actual, expected = sparse_decode(query, packed, **options), reference.sparse_decode(query, packed, **options)
@@ -83,7 +85,8 @@ def test_asks_nothing_of_the_device():
 @torch.no_grad()
 def test_op_and_compiled_graph(cut):
     query, packed, options = random_step((16, 2, [[40, 0], [9, 1]], torch.float32, None, 1.5, True))
-    inputs = (query, packed.key.detach().nan_to_num(), packed.value.detach().nan_to_num(), *packed[2:5])
+    states = packed.key.detach().nan_to_num(), packed.value.detach().nan_to_num()
+    inputs = (query, *states, None, None, *packed[2:5])
     torch.library.opcheck(kernels._decode, (*inputs, 0.25, 1.5, options["sinks"]))
     compiled = torch.compile(sparse_decode, fullgraph=True, backend=COMPILER)
     close(compiled(query, packed, **options), sparse_decode(query, packed, **options), "output")

@@ -1,0 +1,195 @@
+"""`mosa_cache_dtype`: keys and values of sparse groups as codes, the same function on every way through a model."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from mosa_hf import cache_bytes, load_cache, save_cache, use_backend
+from mosa_hf.modeling.kv_share import planned_bytes
+
+from ..conftest import PLAN, sparse_form
+from ..contract import (
+    LENGTH,
+    check_packed,
+    check_parity,
+    check_training,
+    in_chunks,
+    max_difference,
+    padded_batch,
+    random_ids,
+    training_step,
+)
+
+INT8 = {"mosa_cache_dtype": "int8"}
+FORMS = {
+    "several windows": sparse_form(**INT8),
+    "one window": sparse_form(**INT8, mosa_plan=None, mosa_window=5, mosa_sparsity=4),
+    "no window": sparse_form(**INT8, mosa_plan=None, mosa_window=0, mosa_sparsity=3),
+}
+SOFTCAP = sparse_form(
+    "gemma2",
+    **INT8,
+    mosa_plan=[[{"window": 5, "sparsity": 4}, None, {"window": 1, "sparsity": 3}], [None] * 3],
+    num_hidden_layers=2,
+    layer_types=["full_attention", "sliding_attention"],
+    attn_logit_softcapping=2.0,
+)
+
+
+@pytest.mark.parametrize("padding", ["left", "anywhere"])
+@pytest.mark.parametrize("name", FORMS)
+def test_parity(name, padding):
+    """In float64, where no number lies so near the middle of two codes that a matmul of another size changes it."""
+    number = list(FORMS).index(name) + (padding == "left")
+    check_parity(FORMS[name].model(mosa_cache_budget=3 if number % 2 else None).double(), padding, seed=number)
+    if not number:
+        check_packed(FORMS[name].model().double())
+
+
+@pytest.mark.parametrize("form", [FORMS["several windows"], SOFTCAP], ids=["llama", "gemma2"])
+def test_parity_in_float32(form):
+    check_parity(form.model(), "left")
+
+
+@torch.no_grad()
+def test_what_is_rounded():
+    """Keys and values of sparse groups, and no others: a window of all tokens gives what a rounding Llama gives."""
+
+    def round_all(module, query, key, value, *args, **kwargs):
+        groups = [i for i, group in enumerate(PLAN[module.layer_idx]) if group is not None]
+        key, value = key.clone(), value.clone()
+        for states in (key, value):
+            step = states[:, groups].abs().amax(-1, keepdim=True) / 127
+            states[:, groups] = (states[:, groups] / step).round() * step
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    plan = [[group and group | {"window": 64} for group in layer] for layer in PLAN]
+    model, ids = sparse_form(**INT8, mosa_plan=plan).model(), random_ids(2, 40)
+    AttentionInterface.register("rounding", round_all)
+    base = LlamaForCausalLM(model.config.to_base()).eval()
+    base.load_state_dict({name: x for name, x in model.state_dict().items() if "mosa" not in name})
+    exact = base(ids).logits
+    base.set_attn_implementation("rounding")
+    expected = base(ids).logits
+    assert 1e-3 < (expected - exact).abs().max() < 0.1 * exact.abs().max()
+    cache, whole = DynamicCache(), model(ids, use_cache=False).logits
+    cached = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([17, 1, 1, 21], 1)], dim=1)
+    for actual in (whole, cached):
+        assert (actual - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype, share", [(torch.float32, 0.27), (torch.bfloat16, 0.53)], ids=str)
+@torch.no_grad()
+def test_bytes(dtype, share):
+    """Of live tensors, scales and all else included, against the model's dtype; static caches hold scores as well."""
+    held = {}
+    for name in (None, "int8"):
+        form = sparse_form(mosa_cache_dtype=name, head_dim=64, mosa_plan=None, mosa_window=16, mosa_sparsity=4)
+        model = form.model().to(dtype)
+        for cache in (DynamicCache(), StaticCache(config=model.config, max_cache_len=512)):
+            for part in random_ids(2, 412).split([400, *[1] * 12], 1):
+                model(part, past_key_values=cache)
+            held[name, type(cache)] = cache_bytes(cache)["sparse"]
+    assert 0.2 < held["int8", DynamicCache] / held[None, DynamicCache] < share
+    assert held["int8", StaticCache] / held[None, StaticCache] < share + 0.02
+    planned = [
+        planned_bytes(model.config.from_base(model.config, dtype=dtype, mosa_cache_dtype=name), 400)
+        for name in (None, "int8")
+    ]
+    assert planned[0][0] == planned[1][0]
+    assert planned[1][1] / planned[0][1] == pytest.approx((64 + dtype.itemsize) / (64 * dtype.itemsize), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"mosa_cache_budget": 3}], ids=["", "budget"])
+@torch.no_grad()
+def test_what_a_cache_goes_through(options, tmp_path):
+    """Taken back, reordered, repeated, chosen, copied and written, it goes on as if it had read the tokens."""
+    model, ids = FORMS["several windows"].model(**options).double(), random_ids(2, 40)
+    cache = DynamicCache(config=model.config)
+    for part in ids[:, :30].split([20, *[1] * 10], 1):
+        model(part, past_key_values=cache)
+    save_cache(cache, tmp_path / "cache.safetensors", model)
+    caches = {
+        "copied": copy.deepcopy(cache),
+        "pickled": pickle.loads(pickle.dumps(cache)),
+        "written": load_cache(tmp_path / "cache.safetensors", model),
+        "taken back": copy.deepcopy(cache),
+        "reordered": copy.deepcopy(cache),
+        "repeated": copy.deepcopy(cache),
+    }
+    caches["taken back"].crop(-9)
+    caches["reordered"].reorder_cache(torch.tensor([1, 0]))
+    caches["repeated"].batch_repeat_interleave(3)
+    caches["repeated"].batch_select_indices(torch.tensor([0, 4, 5]))
+    rows = {"reordered": [1, 0], "repeated": [0, 1, 1]}
+    for name, each in caches.items():
+        own = ids[rows.get(name, [0, 1])]
+        start = int(each.get_seq_length())
+        assert start == (21 if name == "taken back" else 30)
+        expected = model(own, use_cache=False).logits[:, start:]
+        actual = [model(part, past_key_values=each).logits for part in own[:, start:].split([1, 1, 38 - start], 1)]
+        assert (torch.cat(actual, dim=1) - expected).abs().max() < 1e-6, name
+
+
+def test_training():
+    """The reference's step, with gradient checkpointing too; near the one that nothing rounds."""
+    check_training(FORMS["several windows"].model(mosa_routing="threshold"), "left")
+    steps = [training_step(sparse_form(mosa_cache_dtype=name).model()) for name in (None, "int8")]
+    for name, gradient in steps[0][1].items():
+        if not name.endswith("mosa_router.weight"):
+            assert 0 < (steps[1][1][name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
+def test_a_cache_in_training():
+    """One call learns as it does without a cache; what an earlier call has stored has no gradient, and says so."""
+    model, ids = FORMS["several windows"].model(), random_ids(2, 20)
+    gradients = []
+    for use_cache in (False, True):
+        model.zero_grad()
+        model(ids, use_cache=use_cache).logits.square().mean().backward()
+        gradients.append([each.grad for each in model.parameters() if each.grad is not None])
+    for expected, actual in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    later = model(ids, past_key_values=cache).logits.sum()
+    with pytest.raises(RuntimeError, match="stored as codes .`mosa_cache_dtype`"):
+        later.backward()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    model(ids, past_key_values=cache).logits.sum().backward()
+
+
+@torch.no_grad()
+def test_triton():
+    pytest.importorskip("triton")
+    model, batch = FORMS["one window"].model(num_hidden_layers=1), padded_batch()
+    for build_cache in (DynamicCache, lambda: StaticCache(model.config, LENGTH)):
+        logits = []
+        for name in ("torch", "triton"):
+            with use_backend(name):
+                logits.append(in_chunks(model, batch, [20, 1, 1, 1, 1, 1], build_cache()))
+        assert max_difference(*logits, batch) < 1e-4
+
+
+def test_config(tmp_path):
+    """A field that is saved, may be set as a model is loaded, and tells caches apart."""
+    plain = sparse_form().model()
+    plain.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, mosa_cache_dtype="int8")
+    ids, cache = random_ids(2, 20), DynamicCache()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, FORMS["several windows"].model().eval()(ids).logits)
+        model(ids, past_key_values=cache)
+        with pytest.raises(ValueError, match="`mosa_cache_dtype`.*make a new cache"):
+            plain(ids, past_key_values=cache)
+    save_cache(cache, tmp_path / "cache.safetensors", model)
+    with pytest.raises(ValueError, match="other groups than this one's, .*`mosa_cache_dtype`"):
+        load_cache(tmp_path / "cache.safetensors", plain)
+    model.save_pretrained(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.mosa_cache_dtype == "int8"
