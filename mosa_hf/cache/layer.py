@@ -3,6 +3,7 @@ the others. A layer of whatever cache the user brings is upgraded in place."""
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -27,7 +28,8 @@ from .store import SparseStore
 from .undo import MAX_UNDO
 
 
-class GroupSet(NamedTuple):
+@dataclass  # a layer holds it: exporters rebuild tuples, fail on those with names, and set an object's attributes
+class GroupSet:
     """Groups of one layer that have the same window, and share a store."""
 
     groups: tuple[int, ...]  # indices among the layer's key/value groups
@@ -35,7 +37,8 @@ class GroupSet(NamedTuple):
     sparsity: float  # the lowest of theirs
 
 
-class SparseSpec(NamedTuple):
+@dataclass
+class SparseSpec:
     """What a cache has to know of a layer."""
 
     dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
@@ -122,7 +125,7 @@ class SparseLayer(MixedLayer):
     def fits(self, spec: SparseSpec) -> bool:
         """Whether this is what `upgrade_cache` would make for `spec`, capacities aside."""
         own, wanted = (
-            each._replace(sets=tuple(GroupSet(*one[:2], sparsity=0.0) for one in each.sets))
+            replace(each, sets=tuple(replace(one, sparsity=0.0) for one in each.sets))
             for each in (self.made_for[1], spec)
         )
         return own == wanted  # all but sparsities

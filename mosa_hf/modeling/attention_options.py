@@ -27,8 +27,10 @@ KNOWN = frozenset(("module", "query", "key", "value", "attention_mask", "dropout
 # Implementations that compute what attention is, each in its way; and the beginnings of their names.
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "mosa")
 VARIANTS = ("flash_attention_", "paged|", "kernels-community/")
-# What Transformers passes through attention to others, or says there again.
-PASSED_ON = frozenset((*TransformersKwargs.__annotations__, "cache_position", "position_embeddings"))
+# What Transformers passes through attention to others, or says there again; `generate` lets all that stops it through.
+PASSED_ON = frozenset(
+    (*TransformersKwargs.__annotations__, "cache_position", "position_embeddings", "tokenizer", "assistant_tokenizer")
+)
 
 
 def check_options(options: Mapping[str, Any], known: frozenset[str] = frozenset()) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from mosa_hf import cache_bytes
+from testing.tiny import text_tokenizer
 
 from ..conftest import FORMS, PLAN, SHAPE, Form, native_form, sparse_form
 from ..contract import random_ids
@@ -284,6 +285,16 @@ def test_where_it_stops(form):
     in_time = model.generate(prompt(), max_new_tokens=10_000, max_time=0.2, do_sample=False)
     assert time.monotonic() - start < 10
     assert PROMPT_LENGTH < in_time.shape[1] < PROMPT_LENGTH + 10_000
+
+
+def test_a_string_stops_it(form):
+    """`generate` hands the tokenizer on to the model, as `transformers serve` always does."""
+    model, tokenizer, short = form.model(vocab_size=256), text_tokenizer(), prompt()[:1]
+    halves = [token for token in range(256) if len(tokenizer.decode([token]).encode()) > 1]  # no parts of characters
+    options = {"max_new_tokens": 20, "do_sample": False, "tokenizer": tokenizer, "suppress_tokens": halves}
+    whole = model.generate(short, **options)
+    text = tokenizer.decode(whole[0, PROMPT_LENGTH : PROMPT_LENGTH + 5])
+    assert torch.equal(model.generate(short, stop_strings=[text], **options), whole[:, : PROMPT_LENGTH + 5])
 
 
 class Collect(BaseStreamer):
