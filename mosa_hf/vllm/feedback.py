@@ -92,6 +92,8 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         self.manager = manager
 
     def build_connector_meta(self, scheduler_output) -> ArenaUpdates:
+        if scheduler_output.preempted_req_ids:
+            self._manager.is_full = True
         return ArenaUpdates(self._manager.take_updates())
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
@@ -127,6 +129,7 @@ class ArenaConnector(KVConnectorBase_V1, SupportsHMA):
         pass
 
     def request_finished_all_groups(self, request, block_ids) -> tuple[bool, None]:
+        self._manager.is_full = False
         return False, None
 
     # In a worker

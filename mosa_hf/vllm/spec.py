@@ -207,6 +207,9 @@ class ArenaManager(SingleTypeKVCacheManager):
         self.rows = list(range(self.kv_cache_spec.num_rows))
         self.num_serials = 0
         self.updates: dict[int, Holding] = {}  # by row, for the next step
+        # Since a request was preempted, and until one ends: whoever was let in would be the next to be preempted, and
+        # all that it has read in vain.
+        self.is_full = False
 
     def target(self, holding: Holding | None, num_tokens: int) -> int:
         """Blocks that a request should have before it comes to `num_tokens` tokens."""
@@ -236,6 +239,8 @@ class ArenaManager(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, *args, apply_admission_cap: bool = False, **kwargs
     ) -> int:
         holding = self.holdings.get(request_id)
+        if holding is None and self.is_full and self.holdings:
+            return self.num_blocks + 1  # than there are: it waits
         held = 0 if holding is None else len(holding.blocks)
         if apply_admission_cap:  # whether the whole prompt will fit, which nobody knows yet
             return max(min(self.kv_cache_spec.expected_blocks(num_tokens), self.num_blocks) - held, 0)

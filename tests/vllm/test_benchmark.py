@@ -50,8 +50,8 @@ def test_throughput(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.tools
 def test_load(tiny, tmp_path, monkeypatch):
     """Over HTTP, asked by vLLM's own benchmark."""
-    options = "--original 64:2:32 --max-len 1536 --memory 32 --alone 0 --rounds 0 --loads 3"
+    options = "--original 64:2:32 --max-len 1536 --memory 32 --alone 0 --rounds 0 --loads 7"
     text = run(monkeypatch, [tiny], tmp_path, *options.split())
     (line,) = page.lines(tmp_path / "serving.jsonl").values()
     assert line["task"] == "load" and all(value > 0 for value in line["clock"].values())
-    assert "| 3 | original" in text
+    assert "| 7 | original" in text

@@ -47,13 +47,15 @@ def test_answers_are_right_wherever_memory_ends(llama):
     options = {"kv_cache_memory_bytes": NUM_BLOCKS * BLOCK_BYTES, "max_model_len": 400, "max_num_batched_tokens": 128}
     # Let requests in as long as their first chunk fits, so that memory ends while they are read.
     with engine(path, **options, scheduler_reserve_full_isl=False) as llm:
-        counts = count_preemptions(llm)
-        for num_blocks in range(50, 155, 5):  # one request alone takes up to 48
+        counts, ran_out = count_preemptions(llm), []
+        for num_blocks in [*range(50, 74), 100, 150]:  # one request alone takes up to 48
+            counts.clear()
             give_back = with_blocks(llm, num_blocks)
             assert served(llm, PROMPTS) == expected, num_blocks
             give_back()
             check_nothing_held(llm)
-        assert sum(counts) > 20
+            ran_out.append(sum(counts) > 0)
+        assert sum(ran_out) >= 20
         assert scheduler_of(llm).connector.num_dropped == 0
 
 

@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from mosa_hf import save_routers, to_dense
+from mosa_hf.modeling.router import MosaRouter
 
 from .serving import NEW_TOKENS, PLAN, check_nothing_held, engine, generated, random_prompts, save_tiny, served
 
@@ -107,7 +108,8 @@ def test_lora_requests(llama, tmp_path):
     with_adapter = generated(tmp_path / "merged", PROMPTS)
     assert with_adapter != expected
     requests = [LoRARequest("adapter", 1, str(tmp_path / "adapter")), None]
-    with engine(path, enable_lora=True, max_lora_rank=8) as llm:
+    # One place more than there are adapters: on CPUs, vLLM 0.32 gives requests without one what is in the last place.
+    with engine(path, enable_lora=True, max_lora_rank=8, max_loras=2) as llm:
         answers = served(llm, 2 * PROMPTS, lora_request=[each for each in requests for _ in PROMPTS])
     assert answers == with_adapter + expected
 
@@ -142,12 +144,19 @@ def test_bfloat16(tmp_path):
 
 
 def test_bfloat16_is_as_close_as_that_of_the_original(tmp_path):
-    """With large weights, vLLM's own dense model is off its counterpart in Transformers, too."""
+    """
+    With large weights, vLLM's own dense model is off its counterpart in Transformers by more than 2e-2, too. Of the
+    converted one, rounding decides in addition whether a token close to a threshold is selected: here it cannot.
+    """
     save_tiny(tmp_path / "sparse", "llama", PLAN)
-    to_dense(AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")).save_pretrained(tmp_path / "dense")
-    dense, sparse = (bfloat16_error(tmp_path / name) for name in ("dense", "sparse"))
-    assert sparse < 2 * dense
-    print(dense, sparse)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    to_dense(model).save_pretrained(tmp_path / "dense")
+    for index, module in enumerate(each for each in model.modules() if isinstance(each, MosaRouter)):
+        module.threshold.fill_(1e30 if index % 2 else -1e30)  # no token, or each
+    model.save_pretrained(tmp_path / "sure")
+    dense, sure = (bfloat16_error(tmp_path / name) for name in ("dense", "sure"))
+    assert dense > 2e-2
+    assert sure < 2 * dense
 
 
 @pytest.mark.tools
