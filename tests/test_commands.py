@@ -34,6 +34,7 @@ ELSEWHERE = {
     "python -m benchmarks.healing": "tests/benchmarks/test_healing.py",
     "python -m benchmarks.leak": "tests/benchmarks/test_leak.py",
     "python -m benchmarks.pretrain": "tests/benchmarks/test_pretrain.py",
+    "python -m benchmarks.serving.client": "benchmarks/serving/load.py",  # which starts it, as its server
     "python -m benchmarks.serving.engine": "benchmarks/serving/contenders.py",  # which starts it, for each
     "python -m benchmarks.serving.throughput": "tests/vllm/test_benchmark.py",
     "python -m benchmarks.speed.compile_kernels": "tests/kernels/test_triton_compile.py",

@@ -28,7 +28,7 @@ class CallLog:
         self.pending_columns = 0  # columns that it does not know of yet
         self._max_tokens = 0
         # [B] int64: `crop` cannot go back before the first; of tokens before the second the ring held none.
-        self.num_final = self.num_lost = self.num_stored
+        self.num_final = self.num_lost = torch.zeros_like(self.num_stored) if is_fixed else self.num_stored
         self.masks: list[torch.Tensor | None] = []  # padding of the calls so far, [B, T] bool or None,
         self.lengths: list[int] = []  # and their columns
         self.records: list[UndoRecord] = []  # of the last calls, as long as each was of one column

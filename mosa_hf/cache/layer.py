@@ -92,6 +92,18 @@ class MixedLayer(Mixable):
         return copied
 
 
+class SeenMask:
+    """
+    `TokenMask.seen` of a cache. Not in its `__dict__`, so that exporters pass it over: it grows with every call, which
+    a program's inputs must not.
+    """
+
+    __slots__ = ("__dict__", "mask")
+
+    def __init__(self, mask: torch.Tensor | None = None):
+        self.mask = mask
+
+
 class SparseLayer(MixedLayer):
     """
     Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense groups'.
@@ -107,10 +119,18 @@ class SparseLayer(MixedLayer):
     sparse_groups: tuple[tuple[int, ...], ...]  # of each set
     stores: tuple[SparseStore, ...]  # one for each set of groups
     num_dense: int | None  # as in `SparseSpec`
-    seen: torch.Tensor | None = None  # of a cache's first such layer: see `seen_tokens`
+    _seen: SeenMask  # of a cache's first such layer: see `seen_tokens`
     # Between `begin` and `evict`: how the call's tokens stand, and what their queries may read.
     _layout: Any
     _read: Any
+
+    @property
+    def seen(self) -> torch.Tensor | None:
+        return getattr(self._seen, "mask", None)  # exporters build one without
+
+    @seen.setter
+    def seen(self, mask: torch.Tensor | None) -> None:
+        self._seen = SeenMask(mask)  # copies of the layer share the old one
 
     @property
     def num_tokens(self) -> torch.Tensor | None:
@@ -468,6 +488,7 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
         SparseStore(each.window, spec.budget, capacity, spec.dtype is not None)
         for each, capacity in zip(spec.sets, capacities, strict=True)
     )
+    layer._seen = SeenMask()
     record_past = layer.__dict__.pop("record_past", False)
     layer.__class__ = _mixed(SparseLayer, layer_class)
     layer.record_past = record_past

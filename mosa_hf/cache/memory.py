@@ -32,7 +32,7 @@ class EntryMemory(Entries):
     # Bounds that are known without asking the device: `max_length`, and
     free = 0  # at least so many more entries fit into every range
     max_length = 0
-    is_full = False  # every range has `max_length` entries
+    is_full: bool  # every range has `max_length` entries
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class EntryMemory(Entries):
         has_score: bool,
         is_coded: bool = False,
     ):
+        self.is_full = False
         self.length = torch.zeros(len(key), num_groups, dtype=torch.int64, device=key.device)
         self.num_selected, self.num_evicted = (
             torch.zeros_like(self.length) if has_score else self.length.new_empty(0) for _ in range(2)
