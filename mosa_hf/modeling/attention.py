@@ -144,7 +144,7 @@ def mosa_attention_forward(
     may_be_plain = is_free() and module.mosa_cache_dtype is None and (mosa.cache is not None or not dropout)
     if may_be_plain and _is_within_windows(query, key, groups):
         # Nothing is out of a window: plain causal attention, whatever is selected.
-        output, _ = dense_attention(module, query, key, value, attention_mask, **options)
+        output, _ = dense_attention(module, query, *_fitting(key, value, attention_mask), **options)
         if mosa.cache is not None:
             mosa.cache.evict()
         for gate in mosa.gates:
@@ -194,6 +194,21 @@ def _is_within_windows(query: torch.Tensor, key: torch.Tensor, groups: LayerGrou
     """Whether keys `[B, G, S, d]` of all groups are the call's own, and no query is farther from one than a window."""
     is_first = key.shape[1] == groups.num_groups and query.shape[2] == key.shape[2]
     return is_first and bool(groups.sets) and all(query.shape[2] <= each.window for each in groups.sets)
+
+
+def _fitting(
+    key: torch.Tensor, value: torch.Tensor, attention_mask: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    A first call's key and value `[B, G, S, d]` and its mask, of as many columns as each other: that of a static cache
+    has one for each token that there is room for.
+    """
+    num_more = 0 if attention_mask is None else attention_mask.shape[-1] - key.shape[2]
+    if num_more > 0 and isinstance(attention_mask, torch.Tensor):
+        attention_mask = attention_mask[..., : key.shape[2]]
+    elif num_more > 0:  # flex attention's, which cannot be cut: nobody reads what comes
+        key, value = (F.pad(states, (0, 0, 0, num_more)) for states in (key, value))
+    return key, value, attention_mask
 
 
 def _attend_densely(

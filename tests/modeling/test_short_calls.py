@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -28,21 +28,33 @@ def seen():
     return counts
 
 
-@pytest.mark.parametrize("has_cache", [False, True])
+def no_cache(config):
+    return None
+
+
+def dynamic(config):
+    return DynamicCache(config=config)
+
+
+def static(config):
+    return StaticCache(config=config, max_cache_len=20)
+
+
+@pytest.mark.parametrize("make", [no_cache, dynamic, static])
 @pytest.mark.parametrize("groups", [[ONE] * 3, [ONE, NONE, ONE]], ids=["sparse", "mixed"])
 @torch.no_grad()
-def test_it_gets_all_heads(groups, has_cache, seen):
+def test_it_gets_all_heads(groups, make, seen):
     form = sparse_form(mosa_plan=[groups] * 3)
     model = form.model()
     model.set_attn_implementation("counted")
     ids = torch.randint(3, 90, (2, 7))
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
-    cache = DynamicCache(config=model.config) if has_cache else None
+    cache, has_cache = make(model.config), make is not no_cache
     short = model(ids[:, :6], attention_mask=mask, past_key_values=cache, use_cache=has_cache).logits
     assert seen == [HEADS] * 3
     with use_backend("reference"):  # where kernels are asked for, they compute it
-        own = DynamicCache(config=model.config) if has_cache else None
-        expected = model(ids[:, :6], attention_mask=mask, past_key_values=own, use_cache=has_cache).logits
+        options = {"past_key_values": make(model.config), "use_cache": has_cache}
+        expected = model(ids[:, :6], attention_mask=mask, **options).logits
     torch.testing.assert_close(short[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
     seen.clear()
     model(ids, use_cache=False)  # a token longer
@@ -52,3 +64,16 @@ def test_it_gets_all_heads(groups, has_cache, seen):
         step = model(ids[:, 6:], attention_mask=more, past_key_values=cache).logits[:, -1]
         whole = model(ids, attention_mask=more, use_cache=False).logits[:, -1]
         torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("groups", [[ONE] * 3, [ONE, NONE, ONE]], ids=["sparse", "mixed"])
+@torch.no_grad()
+def test_masks_of_a_static_cache(groups, implementation):
+    """They have columns for tokens to come, which the first call's keys have not."""
+    model = sparse_form(mosa_plan=[groups] * 3).model()
+    ids, mask = torch.randint(3, 90, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    expected = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    model.set_attn_implementation(implementation)
+    logits = model(ids, attention_mask=mask, past_key_values=static(model.config)).logits[mask.bool()]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
