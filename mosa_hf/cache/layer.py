@@ -3,7 +3,6 @@ the others. A layer of whatever cache the user brings is upgraded in place."""
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -28,8 +27,7 @@ from .store import SparseStore
 from .undo import MAX_UNDO
 
 
-@dataclass  # a layer holds it: exporters rebuild tuples, fail on those with names, and set an object's attributes
-class GroupSet:
+class GroupSet(NamedTuple):
     """Groups of one layer that have the same window, and share a store."""
 
     groups: tuple[int, ...]  # indices among the layer's key/value groups
@@ -37,8 +35,7 @@ class GroupSet:
     sparsity: float  # the lowest of theirs
 
 
-@dataclass
-class SparseSpec:
+class SparseSpec(NamedTuple):
     """What a cache has to know of a layer."""
 
     dense: tuple[int, ...] | None  # its dense groups; None: `update` is given dense heads alone (native model)
@@ -46,6 +43,15 @@ class SparseSpec:
     budget: int | None = None
     num_dense: int | None = None  # key/value heads of its dense groups or heads; None: as many as come
     dtype: str | None = None  # `mosa_cache_dtype`
+
+    def plain(self) -> tuple[Any, ...]:
+        """The same without names, for what exporters take apart: they rebuild tuples, and fail on those with names."""
+        return tuple(self._replace(sets=tuple(tuple(each) for each in self.sets)))  # type: ignore[misc]
+
+    @classmethod
+    def of_plain(cls, plain: tuple[Any, ...]) -> "SparseSpec":
+        spec = cls(*plain)
+        return spec._replace(sets=tuple(GroupSet(*each) for each in spec.sets))
 
 
 class Routed(NamedTuple):
@@ -113,7 +119,7 @@ class SparseLayer(MixedLayer):
     """
 
     owner: str  # class of the model that it was made for
-    made_for: tuple[int, SparseSpec]  # which of its layers
+    made_for: tuple[int, tuple[Any, ...]]  # which of its layers, and `SparseSpec.plain`
     # Plain tuples: exporters take a cache apart, and would build named ones wrongly.
     dense_groups: tuple[int, ...] | None  # as in `SparseSpec`
     sparse_groups: tuple[tuple[int, ...], ...]  # of each set
@@ -145,8 +151,8 @@ class SparseLayer(MixedLayer):
     def fits(self, spec: SparseSpec) -> bool:
         """Whether this is what `upgrade_cache` would make for `spec`, capacities aside."""
         own, wanted = (
-            replace(each, sets=tuple(replace(one, sparsity=0.0) for one in each.sets))
-            for each in (self.made_for[1], spec)
+            each._replace(sets=tuple(one._replace(sparsity=0.0) for one in each.sets))
+            for each in (SparseSpec.of_plain(self.made_for[1]), spec)
         )
         return own == wanted  # all but sparsities
 
@@ -410,7 +416,7 @@ def _check_layer(cache: Cache, layer_idx: int, spec: SparseSpec | None) -> None:
                 f"Layer {layer_idx} of `past_key_values` was filled as layer {layer.made_for[0]}: put its "
                 "`layers` in order again, or make a new cache."
             )
-        layer.made_for = (layer_idx, spec)  # the same groups, maybe of another sparsity
+        layer.made_for = (layer_idx, spec.plain())  # the same groups, maybe of another sparsity
         return
     if not isinstance(layer, DynamicLayer | StaticLayer):
         raise ValueError(
@@ -482,7 +488,7 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
             layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
         if layer_class is DynamicLayer:
             layer_class = PreallocatedDynamicLayer
-    layer.made_for, layer.owner, layer.num_dense = (layer_idx, spec), owner, spec.num_dense
+    layer.made_for, layer.owner, layer.num_dense = (layer_idx, spec.plain()), owner, spec.num_dense
     layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
     layer.stores = tuple(
         SparseStore(each.window, spec.budget, capacity, spec.dtype is not None)
@@ -498,7 +504,7 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
             layer.lazy_initialization(layer.keys, layer.values)
 
 
-def made_for(cache: Cache, num_layers: int) -> list[tuple[int, SparseSpec] | None]:
+def made_for(cache: Cache, num_layers: int) -> list[tuple[int, tuple[Any, ...]] | None]:
     """What `upgrade_cache` made the first layers of a cache for, each: which layer, and what it has to hold."""
     return [getattr(layer, "made_for", None) for layer in getattr(cache, "layers", ())[:num_layers]]
 

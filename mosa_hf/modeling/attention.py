@@ -5,7 +5,6 @@ dense groups go through the implementation that the user chose, sparse groups th
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -58,7 +57,7 @@ class LayerGroups(NamedTuple):
         sets, columns = [], []
         for each, own in zip(self.sets, self.columns, strict=True):
             if members := local(each.groups):
-                sets.append(replace(each, groups=tuple(each.groups[i] - first for i in members)))
+                sets.append(each._replace(groups=tuple(each.groups[i] - first for i in members)))
                 columns.append(tuple(own[i] for i in members))
         dense = tuple(self.dense[i] - first for i in local(self.dense))
         return LayerGroups(dense, tuple(sets), tuple(columns))

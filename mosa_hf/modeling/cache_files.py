@@ -3,7 +3,6 @@
 import json
 import os
 import zlib
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any, cast
 
@@ -154,7 +153,7 @@ def fingerprint_of(decoder: ForwardContextMixin) -> dict[str, Any]:
     """What a cache depends on of the model that fills it, as JSON gives it back."""
     return {
         "class": type(decoder).__name__,
-        "groups": json.loads(json.dumps([each and astuple(each) for each in decoder.cache_specs().values()])),
+        "groups": json.loads(json.dumps(list(decoder.cache_specs().values()))),
         "dtype": str(decoder.dtype),
         "weights": model_fingerprint(decoder),
     }

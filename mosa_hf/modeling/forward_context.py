@@ -102,7 +102,8 @@ class ForwardContextMixin(Decoder):
     attention_class: type[nn.Module] | None = None  # of its layers, dense ones included; None: a family's own
 
     packs_by_positions = True  # whether the family's forward takes positions that restart for packed sequences
-    _cache_made_for: list[tuple[int, SparseSpec] | None] | None = None  # the last one that `upgrade_cache` looked at
+    # `made_for` of the last cache that `upgrade_cache` looked at.
+    _cache_made_for: list[tuple[int, tuple[Any, ...]] | None] | None = None
 
     @property
     def takes_masks_by_layer_type(self) -> bool:
