@@ -27,9 +27,8 @@ def reading(tokenizer: PreTrainedTokenizerBase, length: int, index: int) -> Read
 
     def make(source: Source, size: int, questions: int) -> Made:
         entries = list(zip(made_up_words(source, size), made_up_numbers(source, size, digits=4), strict=True))
-        read, written, tokens = [], [], 0
-        for i in range(round(READ * size)):
-            read.append(_line(i, entries))
+        read = [_line(i, entries) for i in range(round(READ * size))]
+        written, tokens = [], 0
         while tokens < LEAST_TOKENS:
             written.append(_line(len(read) + len(written), entries))
             tokens += len(tokenizer(written[-1], add_special_tokens=False)["input_ids"])
