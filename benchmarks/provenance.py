@@ -28,3 +28,11 @@ def origin_of(module: str, arguments: list[str]) -> dict[str, Any]:
             "torch": torch.__version__,
         },
     }
+
+
+def about(lines: list[dict[str, Any]]) -> str:
+    """A list in Markdown: commands, dates, machines and versions of all lines."""
+    found = [f"`{command}`" for command in sorted({line["command"] for line in lines})]
+    found += ["; ".join(sorted({line[what] for line in lines})) for what in ("date", "machine")]
+    versions = sorted({f"{package} {version}" for line in lines for package, version in line["versions"].items()})
+    return "\n".join(f"- {each}" for each in [*found, ", ".join(versions)])

@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 from mosa_hf.atomic_write import atomic_file
 from mosa_hf.evaluation.report import cell, change, interval
 
+from .. import result_lines
+from ..provenance import about
+
 TELLS_APART = ("base", "method", "parameters", "task", "length", "index", "questions")
 
 
@@ -19,16 +22,8 @@ def key(line: dict[str, Any]) -> str:
 
 
 def lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Of a file that may not exist yet; the last one may be half, of a run that was killed."""
-    found = {}
-    whole = path.read_text(encoding="utf-8") if path.exists() else ""
-    if whole and not whole.endswith("\n"):
-        whole = whole[: whole.rfind("\n") + 1]
-        with atomic_file(path) as unfinished:
-            unfinished.write_text(whole, encoding="utf-8")
-    for line in map(json.loads, whole.splitlines()):
-        found[key(line)] = line
-    return found
+    """Of a file that may not exist yet, by what tells them apart."""
+    return {key(line): line for line in result_lines.read(path)}
 
 
 def write(path: Path, name: str) -> str:
@@ -103,12 +98,9 @@ def page(found: list[dict[str, Any]], name: str, picture: str) -> str:
         drawn = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         few = f"\nPassages of each text: {min(numbers)} to {max(numbers)}.\n" if numbers else ""
         parts.append(f"## {length} tokens\n\n{drawn}\n{few}")
-    about = [f"`{command}`" for command in sorted({line["command"] for line in found})]
-    about += ["; ".join(sorted({line[what] for line in found})) for what in ("date", "machine")]
-    versions = sorted({f"{package} {version}" for line in found for package, version in line["versions"].items()})
     return PAGE.format(
         name=name,
-        about="\n".join(f"- {each}" for each in [*about, ", ".join(versions)]),
+        about=about(found),
         tables="\n".join(parts),
         picture=picture,
     )

@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 from mosa_hf.atomic_write import atomic_file
 from testing.markdown import wrapped
 
+from .. import result_lines
+from ..provenance import about
+
 TELLS_APART = ("task", "index", "model", "settings", "requests", "prompt", "new")
 Line = dict[str, Any]
 
@@ -20,13 +23,8 @@ def key(line: Line) -> str:
 
 
 def lines(path: Path) -> dict[str, Line]:
-    """Of a file that may not exist yet; the last one may be half, of a run that was killed."""
-    whole = path.read_text(encoding="utf-8") if path.exists() else ""
-    if whole and not whole.endswith("\n"):
-        whole = whole[: whole.rfind("\n") + 1]
-        with atomic_file(path) as unfinished:
-            unfinished.write_text(whole, encoding="utf-8")
-    return {key(line): line for line in map(json.loads, whole.splitlines())}
+    """Of a file that may not exist yet, by what tells them apart."""
+    return {key(line): line for line in result_lines.read(path)}
 
 
 def write(path: Path) -> str:
@@ -137,9 +135,6 @@ def page(found: list[Line], picture: str) -> str:
     tables = {kind: drawn(*rows(found, kind)) for kind in ("work", "clock")}
     head, table = loads(found)
     tables["load"] = LOAD.format(table=drawn(head, table)) if table else ""
-    about = [f"`{command}`" for command in sorted({line["command"] for line in found})]
-    about += ["; ".join(sorted({line[what] for line in found})) for what in ("date", "machine")]
-    versions = sorted({f"{package} {version}" for line in found for package, version in line["versions"].items()})
     together = next((line for line in found if line["task"] == "together"), found[0])
     return wrapped(
         PAGE.format(
@@ -148,7 +143,7 @@ def page(found: list[Line], picture: str) -> str:
             new=together["new"],
             memory=together["settings"]["memory"] >> 20,
             max_len=together["settings"]["max_len"],
-            about="\n".join(f"- {each}" for each in [*about, ", ".join(versions)]),
+            about=about(found),
             picture=picture,
             **tables,
         )
