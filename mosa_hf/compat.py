@@ -39,6 +39,12 @@ def supports_sdpa(model_class: type[modeling_utils.PreTrainedModel]) -> bool:
     return model_class._supports_sdpa and not (SDPA_IGNORES_SOFTCAP and softcap is not None)
 
 
+def exact_attention(model_class: type[modeling_utils.PreTrainedModel]) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a model whose attention is computed whole: newer versions nothing."""
+    left_out = model_class._supports_sdpa and not supports_sdpa(model_class)
+    return {"attn_implementation": "eager"} if left_out else {}
+
+
 def dequantized_gguf() -> dict[str, Any]:
     """What `from_pretrained(..., gguf_file=...)` needs to load weights that can be saved: older versions nothing."""
     config = getattr(transformers, "GgufConfig", None)

@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
 from ..atomic_write import atomic_directory, check_absent
-from ..compat import dequantized_gguf
+from ..compat import dequantized_gguf, exact_attention
 from ..modeling.configuration import SparseGroupsConfig, is_composite, sparse_config_of
 from ..modeling.family import Family, family_of
 from ..modeling.group_plan import GroupPlan
@@ -246,12 +246,14 @@ def load_source(source: Source, **loading: Unpack[Loading]) -> PreTrainedModel:
     family = family_of(AutoConfig.from_pretrained(**where).model_type)
     options = _loading_options(loading)
     options["dtype"] = torch.float32 if options["dtype"] == "auto" else options["dtype"]  # such a file names none
-    return family.base_head_classes["ForCausalLM"].from_pretrained(**where, **dequantized_gguf(), **options)
+    model_class = family.base_head_classes["ForCausalLM"]
+    return model_class.from_pretrained(**where, **dequantized_gguf(), **exact_attention(model_class), **options)
 
 
 def _with_weights(model_class: type[PreTrainedModel], source: Source, loading: Loading) -> PreTrainedModel:
     start = time.perf_counter()
-    model = model_class.from_pretrained(source.path, use_safetensors=True, **_loading_options(loading))
+    options = _loading_options(loading) | exact_attention(model_class)
+    model = model_class.from_pretrained(source.path, use_safetensors=True, **options)
     logger.info("Loaded its weights in %.0f s", time.perf_counter() - start)
     return model
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_utils import PreTrainedModel
 
-from ..compat import CACHE
+from ..compat import CACHE, exact_attention
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.group_plan import GroupPlan, SparseGroup
@@ -37,10 +37,15 @@ def check_computes_the_same(model: PreTrainedModel, plan: GroupPlan, config_clas
 
     Raises:
         ValueError: if the groups of `plan`, with every token selected, compute something else than the original, with
-            a cache or without one, or fail.
+            a cache or without one, or fail; if the original itself leaves out what its config asks for.
     """
     if model.device.type == "meta" and not hasattr(model, "hf_device_map"):  # it has no weights to compute with
         return
+    if model.config._attn_implementation == "sdpa" and exact_attention(type(model)):
+        raise ValueError(
+            f'This version of Transformers leaves the softcap of {type(model).__name__} out under "sdpa" attention: '
+            'load the model with `attn_implementation="eager"`.'
+        )
     everything = plan.with_sparse(dict.fromkeys(plan.sparse(), SparseGroup(WINDOW, 1)))
     config = config_class.from_base(model.config, mosa_plan=everything.to_list(), mosa_gate_slope=0.0)
     asked = type(model), config.to_json_string(), model.dtype

@@ -139,6 +139,23 @@ def test_impossible_conversions(fields, message):
         ConversionConfig(**fields)
 
 
+@torch.no_grad()
+def test_the_softcap_that_old_versions_leave_out(tmp_path):
+    """Until Transformers refused it, a Gemma 2 was loaded with "sdpa", which ignores its softcap."""
+    base = tiny_base("gemma2", attn_logit_softcapping=1.0)
+    base.save_pretrained(tmp_path / "base")
+    lossless, ids = ConversionConfig(sparsity=1, window=4), random_tokens(2, 20)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if loaded.config._attn_implementation == "sdpa":
+        with pytest.raises(ValueError, match='softcap of Gemma2ForCausalLM.*`attn_implementation="eager"`'):
+            convert_model(loaded, lossless)
+        loaded.set_attn_implementation("eager")
+    torch.testing.assert_close(convert_model(loaded, lossless)(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-4)
+    convert_checkpoint(tmp_path / "base", tmp_path / "converted", lossless)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    torch.testing.assert_close(converted(ids).logits, base(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_models_that_cannot_be_converted():
     lossless = ConversionConfig(sparsity=1)
     with pytest.raises(ValueError, match="'bert' cannot have sparse groups: it is an encoder, or has one"):

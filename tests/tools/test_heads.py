@@ -16,6 +16,7 @@ AUTO = {
 }
 HEADS = [(family, head) for family in FAMILIES for head in AUTO if head in family_of(family).base_head_classes]
 IDS = random_tokens(2, 40)
+WHOLE = {"attn_implementation": "eager"}  # the oldest versions leave Gemma 2's softcap out of their default
 SENTENCES = ["Two men went out to the red buoy in a boat.", "At four they came back with a lamp, and with a dog."]
 
 
@@ -37,7 +38,7 @@ def test_heads_of_converted_folders(family, head, tmp_path):
     base.config.id2label = {0: "OUT", 1: "IN"}
     base.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    original = auto.from_pretrained(tmp_path / "base")
+    original = auto.from_pretrained(tmp_path / "base", **WHOLE)
     for sparsity in (1, 3):
         folder = convert(tmp_path / "base", sparsity)
         model = auto.from_pretrained(folder)
@@ -49,7 +50,8 @@ def test_heads_of_converted_folders(family, head, tmp_path):
         assert all(map(torch.equal, outputs(auto.from_pretrained(tmp_path / "again")), outputs(model)))
         if head == "ForTokenClassification":  # there is no pipeline for the other any more
             ours, theirs = (
-                pipeline("token-classification", str(each))(SENTENCES) for each in (folder, tmp_path / "base")
+                pipeline("token-classification", str(each), model_kwargs=WHOLE)(SENTENCES)
+                for each in (folder, tmp_path / "base")
             )
             assert [len(entities) for entities in ours] == [len(sentence) for sentence in SENTENCES]
             assert {entity["entity"] for entities in ours for entity in entities} == {"IN", "OUT"}

@@ -25,8 +25,8 @@ class FarSlots(NamedTuple):
     value: torch.Tensor  # [B, G, K, d]
     bias: torch.Tensor | None  # [B, G, K]
     evicted_at: torch.Tensor | None  # [B, G, K]
-    most: list[int]  # [S], how many of the K stand up to a recent slot, in the group that has most
-    least: list[int]  # [S], and in the one that has least
+    most: torch.Tensor  # [S] on the CPU, how many of the K stand up to a recent slot, in the group that has most
+    least: torch.Tensor  # [S] on the CPU, and in the one that has least
 
 
 class Columns(NamedTuple):
@@ -106,7 +106,7 @@ def _far_slots(recent: KeyValues, far_bias: torch.Tensor | None, window: int) ->
         None if states is None else states.gather(2, index) for states in (far_bias, recent.evicted_at)
     )
     count = selected.cumsum(-1)  # [B, G, S]
-    most, least = torch.stack((count.amax((0, 1)), count.amin((0, 1)))).tolist()  # a device is asked once a call
+    most, least = torch.stack((count.amax((0, 1)), count.amin((0, 1)))).cpu()  # a device is asked once a call
     return FarSlots(index, filled, key, value, bias, evicted_at, most, least)
 
 
@@ -123,12 +123,12 @@ def _far_columns(
     far: FarSlots, slots: range, positions: torch.Tensor, segment: torch.Tensor | None, window: int
 ) -> Columns | None:
     """The far keys that some query reaches, for queries at recent slots `slots` and `positions` [B, 1, T, 1]."""
-    num_far = far.most[slots[-1] - window] if slots[-1] >= window else 0
+    num_far = int(far.most[slots[-1] - window]) if slots[-1] >= window else 0
     if num_far == 0:
         return None
     num_sure = 0  # as many of them all queries read
     if segment is None and far.evicted_at is None and slots[0] >= window:
-        num_sure = far.least[slots[0] - window]
+        num_sure = int(far.least[slots[0] - window])
     slot = far.slot[:, :, None, num_sure:num_far]
     own = torch.arange(slots.start, slots.stop, device=slot.device)  # [T]
     mask = far.filled[:, :, None, num_sure:num_far] & (slot <= own[:, None] - window)
