@@ -10,7 +10,6 @@ Nothing is fetched: models are random.
 """
 
 import argparse
-import json
 import os
 import platform
 import subprocess
@@ -28,9 +27,11 @@ if not HAS_GPU:  # before anything imports Triton, which reads it once
 
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache  # noqa: E402
 
+from benchmarks import result_lines  # noqa: E402
 from benchmarks.provenance import origin_of  # noqa: E402
 from benchmarks.speed import kernels  # noqa: E402
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaLlamaConfig, MosaLlamaForCausalLM  # noqa: E402
+from mosa_hf.atomic_write import atomic_file  # noqa: E402
 from testing.markdown import wrapped  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
@@ -179,16 +180,6 @@ PARTS: dict[str, Callable[[bool], Rows]] = {
 }  # fmt: skip
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-
-
-def add(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
 def page(rows: list[dict[str, Any]]) -> str:
     """The rows as a page, of each part those of its last run."""
     device = rows[-1]["device"] if rows else ""
@@ -206,8 +197,8 @@ def page(rows: list[dict[str, Any]]) -> str:
 def run_part(part: str, path: Path, smoke: bool, head: dict[str, Any]) -> None:
     for row in PARTS[part](smoke):
         print(row, flush=True)
-        add(path, {"part": part, **row, **head})
-    add(path, {"part": part, "what": "done", "result": "", **head})
+        result_lines.append(path, [{"part": part, **row, **head}])
+    result_lines.append(path, [{"part": part, "what": "done", "result": "", **head}])
 
 
 def main() -> int:
@@ -230,12 +221,11 @@ def main() -> int:
         run_part(options.run, path, options.smoke, head)
         return 0
     for part in options.parts:
-        rows = [row for row in rows_of(path) if row["part"] == part]
+        rows = [row for row in result_lines.read(path) if row["part"] == part]
         if rows and rows[-1]["what"] == "done" and rows[-1]["device"] == device:
             continue
-        kept = [row for row in rows_of(path) if row["part"] != part]  # of a run that failed half-way, nothing
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        # Of a run that failed half-way, nothing is kept.
+        result_lines.write(path, [row for row in result_lines.read(path) if row["part"] != part])
         smoke = ["--smoke"] if options.smoke else []
         command = [sys.executable, "-m", "benchmarks.gpu", "--run", part, "--output", options.output, *smoke]
         try:
@@ -246,9 +236,11 @@ def main() -> int:
         except subprocess.TimeoutExpired:
             failure = [f"took more than {PART_SECONDS} s"]
         if failure is not None:
-            add(path, {"part": part, "what": "failed", "result": " ".join(failure)[:300], **head})
-    rows = rows_of(path)
-    (path.parent / "gpu.md").write_text(page(rows), encoding="utf-8")
+            failed = {"part": part, "what": "failed", "result": " ".join(failure)[:300], **head}
+            result_lines.append(path, [failed])
+    rows = result_lines.read(path)
+    with atomic_file(path.parent / "gpu.md") as unfinished:
+        unfinished.write_text(page(rows), encoding="utf-8")
     print(page(rows))
     return 1 if any(row["what"] == "failed" for row in rows) else 0
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import transformers
 
 from mosa_hf import MosaConfig, MosaForCausalLM
+from mosa_hf.atomic_write import atomic_file
 from testing.markdown import wrapped
 
 RESULTS = Path(__file__).parent / "results" / "leak.md"
@@ -136,7 +137,8 @@ def main(arguments: list[str] | None = None) -> int:
             f"Loss minus log {VOCAB_SIZE} on fresh uniformly random tokens, nats a token, ± its standard error. Only "
             "what reads the future can be below 0 by more than noise.\n\n" + table
         )
-        Path(options.output).write_text(wrapped(text), encoding="utf-8")
+        with atomic_file(Path(options.output)) as unfinished:
+            unfinished.write_text(wrapped(text), encoding="utf-8")
     return int(
         any(excess.leaks != (case == CASES[0]) for result in results.values() for case, excess in result.items())
     )

@@ -1,10 +1,13 @@
 """Files of JSON lines, to which runs append what they measure, and which pages show."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mosa_hf.atomic_write import atomic_file
+
+Lines = Iterable[dict[str, Any]]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -13,8 +16,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     that lines can be appended.
     """
     whole = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [json.loads(line) for line in whole[: whole.rfind("\n") + 1].splitlines()]
     if whole and not whole.endswith("\n"):
-        whole = whole[: whole.rfind("\n") + 1]
-        with atomic_file(path) as unfinished:
-            unfinished.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+        write(path, lines)
+    return lines
+
+
+def append(path: Path, lines: Lines) -> None:
+    """Add `lines` to a file, which may not exist yet, and neither may its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_text(lines))
+
+
+def write(path: Path, lines: Lines) -> None:
+    """Let a file hold `lines` and no others."""
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(_text(lines), encoding="utf-8")
+
+
+def _text(lines: Lines) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)

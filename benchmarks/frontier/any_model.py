@@ -37,7 +37,7 @@ from testing import pretrained
 from testing.packages import cached
 from testing.passages import NAMES, passages
 
-from .. import metrics
+from .. import metrics, result_lines
 from ..provenance import origin_of
 from . import ruler, scoreboard, writing
 from .asking import ask
@@ -181,16 +181,14 @@ class Subjects:
 def measure(subjects: Subjects, questions: list[Asked], path: Path, origin: dict[str, Any]) -> None:
     """Append to the lines of `path` what they lack."""
     known = scoreboard.lines(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     questions = [each for each in questions if each.exists()]
-    with path.open("a", encoding="utf-8") as file, tqdm(total=len(questions), unit="context") as progress:
+    with tqdm(total=len(questions), unit="context") as progress:
         for asked in questions:
             progress.set_postfix_str(f"{asked.task}, {asked.length}")
             try:
                 for line in _readings(subjects, asked, known):
                     line |= origin
-                    file.write(json.dumps(line) + "\n")
-                    file.flush()
+                    result_lines.append(path, [line])
                     known[scoreboard.key(line)] = line
             except KeyboardInterrupt:
                 print("Stopped. What was measured is kept; the same command goes on from there.")

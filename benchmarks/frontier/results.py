@@ -7,6 +7,7 @@ from typing import Any
 from mosa_hf.evaluation import PERPLEXITY, Score, summary
 from mosa_hf.evaluation.report import losses
 
+from .. import result_lines
 from .methods import Method
 from .tasks import Suite
 
@@ -16,8 +17,7 @@ class Results:
 
     def __init__(self, path: Path):
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.rows = {row_key(row): row for row in map(json.loads, lines)}
+        self.rows = {row_key(row): row for row in result_lines.read(path)}
 
     def lacks(self, method: Method, suite: Suite) -> bool:
         return any(row_key(row) not in self.rows for row in self.heads(method, suite))
@@ -28,9 +28,7 @@ class Results:
         return [{**head, "task": task} for task in suite.tasks]
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        result_lines.append(self.path, rows)
         self.rows |= {row_key(row): row for row in rows}
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from mosa_hf.atomic_write import atomic_file
-
+from .. import result_lines
 from .data import Corpus, corpus
 from .model import evaluate, train
 from .runs import Run
@@ -26,8 +25,7 @@ def key_of(run: dict[str, Any], data: str) -> str:
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     """The rows of a file of JSON lines, which may not exist yet, by key."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {key_of(row["run"], row["data"]): row for row in map(json.loads, lines)}
+    return {key_of(row["run"], row["data"]): row for row in result_lines.read(path)}
 
 
 def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,8 +45,7 @@ def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, 
             row = {"run": run.to_dict(), **evaluate(run, model, corpus_of(run)), **training}
             row |= {"data": corpus_of(run).digest, "seconds": time.perf_counter() - started, **origin}
             rows[keys[run]] = row
-            with atomic_file(path) as unfinished:
-                unfinished.write_text("".join(json.dumps(each) + "\n" for each in rows.values()), encoding="utf-8")
+            result_lines.write(path, rows.values())
             checkpoint.unlink(missing_ok=True)
     except KeyboardInterrupt:
         print("Stopped. What was trained is kept; the same command goes on from there.")

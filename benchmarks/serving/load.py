@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from testing.loopback import free_port
 
 from .contenders import CONCURRENCY, Contender
 
@@ -25,9 +26,7 @@ class Server:
         self.log = scratch / "server.log"
 
     def __enter__(self) -> "Server":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"http://127.0.0.1:{probe.getsockname()[1]}"
+        self.address = f"http://127.0.0.1:{free_port()}"
         settings = self.contender.settings
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.contender.model)]
         command += ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", self.address.rpartition(":")[2]]

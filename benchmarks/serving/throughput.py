@@ -25,6 +25,7 @@ from benchmarks.provenance import origin_of
 from mosa_hf import ConversionConfig, convert_checkpoint
 from testing import corpora, pretrained
 
+from .. import result_lines
 from . import page
 from .contenders import Contender
 from .load import Server
@@ -127,8 +128,7 @@ class Record:
 
     def add(self, task: str, index: int, contender: Contender, requests: int, found: dict[str, Any]) -> None:
         line = {**self._head(task, index, contender, requests), **found, **self.origin}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        result_lines.append(self.path, [line])
         print(f"{task} {index}, {requests} requests: {contender.name}", file=sys.stderr, flush=True)
 
 

@@ -30,6 +30,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 import mosa_hf.kernels  # noqa: E402
+from mosa_hf.atomic_write import atomic_file  # noqa: E402
 from mosa_hf.kernels.triton_builds import KernelBuild  # noqa: E402
 from testing.markdown import wrapped  # noqa: E402
 
@@ -165,7 +166,6 @@ def markdown(rows: list[Compiled]) -> str:
 
 
 def write_page(rows: list[Compiled], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     table = markdown(with_earlier(rows, path))
     text = (
         "# Triton kernels, compiled ahead of time\n\n"
@@ -174,9 +174,8 @@ def write_page(rows: list[Compiled], path: Path) -> None:
         "day are of that day's kernels, and builds that are not here were not compiled yet. Nothing here was run on a "
         "GPU.\n\n" + table
     )
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(wrapped(text), encoding="utf-8")
-    os.replace(unfinished, path)
+    with atomic_file(path) as unfinished:
+        unfinished.write_text(wrapped(text), encoding="utf-8")
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
 """`transformers serve` and `transformers chat`: one server, started from a plain shell, answers for both models."""
 
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mosa_hf import ConversionConfig, convert_model
+from testing.loopback import free_port
 from testing.tiny import byte_tokenizer, tiny_base
 
 from .conftest import plain_shell, shell_environment
@@ -22,12 +22,6 @@ pytest.importorskip("uvicorn")
 MESSAGES = [{"role": "user", "content": "The tide came in before noon. What did the boat do, and when was it back?"}]
 PROMPT = "The tide came in before noon. A boat with two men went out to the red buoy"
 NEW_TOKENS = 8
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def client_of(port: int, process: subprocess.Popen | None = None) -> "openai.OpenAI":

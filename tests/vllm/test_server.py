@@ -1,7 +1,6 @@
 """The OpenAI server with the `openai` client: one process of vLLM's own, as users start it."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,18 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
+from testing.loopback import free_port
 from testing.tiny import text_tokenizer
 
 from .serving import PLAN, save_tiny
 
 MODEL = "tiny"
 NEW_TOKENS = 16
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:
