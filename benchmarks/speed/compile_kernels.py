@@ -2,9 +2,10 @@
 Compiles every Triton kernel ahead of time for GPUs that need not be there, and tells what each one takes of them.
 
 `python -m benchmarks.speed.compile_kernels` prints a table and writes it to `benchmarks/results/kernels_compiled.md`;
-with `--output -` it prints only, and with `--only` it keeps the page's other rows. `--in-turn` compiles each
-kernel for one target instead of all and prints only, in less time. It fails if a kernel spills registers or needs more
-shared memory than a block can have.
+with `--output -` it prints only, and with `--only` it keeps the page's other rows. With `--missing` it compiles what
+the page has no row of, so that one which was stopped goes on. `--in-turn` compiles each kernel for one target instead
+of all and prints only, in less time. It fails if a kernel spills registers or needs more shared memory than a block
+can have.
 """
 
 import argparse
@@ -12,12 +13,13 @@ import contextlib
 import datetime
 import importlib
 import io
+import itertools
 import os
 import pkgutil
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,8 +66,8 @@ class Compiled(NamedTuple):
         return self.spills == 0 and self.shared_memory <= self.shared_memory_limit
 
 
-def production_builds() -> list[KernelBuild]:
-    """Those of every Triton file of the kernels."""
+def production_builds() -> list[list[KernelBuild]]:
+    """Those of every Triton file of the kernels; of one name where backends differ."""
     package = mosa_hf.kernels
     builds = []
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
@@ -73,7 +75,7 @@ def production_builds() -> list[KernelBuild]:
             file = importlib.import_module(module.name)
             if hasattr(file, "production_builds"):
                 builds += file.production_builds()
-    return builds
+    return [list(alike) for _, alike in itertools.groupby(builds, lambda build: build.name)]
 
 
 def compile_build(build: KernelBuild, target_name: str) -> Compiled:
@@ -122,33 +124,43 @@ def _number(pattern: str, text: str) -> int:
     return int(re.search(pattern, text)[1])
 
 
-def compile_all(targets: list[str], only: str = "", in_turn: bool = False) -> Iterator[Compiled]:
+def compile_all(
+    targets: list[str], only: str = "", in_turn: bool = False, known: Collection[tuple[str, str]] = ()
+) -> Iterator[Compiled]:
     """
-    Every build in whose name the regular expression `only` is found, for each of the `targets`; `in_turn`: for one of
-    them, so that each target gets its share of every kind of kernel.
+    Every build in whose name the regular expression `only` is found, for each of the `targets`, but for those that
+    are `known`, by name and target; `in_turn`: for one of them, so that each target gets its share of every kind of
+    kernel.
     """
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope():
         triton.knobs.cache.dir = cache
-        builds = [build for build in production_builds() if re.search(only, build.name)]
-        for i, build in enumerate(tqdm(builds, desc="Compiling", unit="kernel")):
+        builds = [each for each in production_builds() if re.search(only, each[0].name)]
+        for i, alike in enumerate(tqdm(builds, desc="Compiling", unit="kernel")):
             # Kinds of a kernel follow each other in threes, variants of it in nines: going by i alone, or by threes
             # alone, would give some of them the same target at every head size.
             turn = (i + i // 3 + i // 9) % len(targets)
             for target in targets[turn : turn + 1] if in_turn else targets:
-                yield compile_build(build, target)
+                if (alike[0].name, target) not in known:
+                    backend = TARGETS[target][0].backend
+                    yield compile_build(next(each for each in alike if each.backend in (None, backend)), target)
 
 
-def with_earlier(rows: list[Compiled], path: Path) -> list[Compiled]:
-    """`rows`, and those of the page at `path` that were compiled before, in the order of what there is to compile."""
-    found = {(row.kernel, row.target): row for row in rows}
+def earlier(path: Path) -> dict[tuple[str, str], Compiled]:
+    """The rows of the page at `path`, by kernel and target."""
+    found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if len(cells) == 7 and cells[1] in TARGETS:
             kernel, target, *numbers, memory, date = cells
             size, limit = round(float(memory) * 1024), TARGETS[target][1]
-            earlier = Compiled(kernel, target, *map(int, numbers), size, limit, date)
-            found.setdefault((kernel, target), earlier)
-    wanted = [(build.name, target) for build in production_builds() for target in TARGETS]
+            found[kernel, target] = Compiled(kernel, target, *map(int, numbers), size, limit, date)
+    return found
+
+
+def with_earlier(rows: list[Compiled], path: Path) -> list[Compiled]:
+    """`rows`, and those of the page at `path` that were compiled before, in the order of what there is to compile."""
+    found = earlier(path) | {(row.kernel, row.target): row for row in rows}
+    wanted = [(alike[0].name, target) for alike in production_builds() for target in TARGETS]
     return [found[each] for each in wanted if each in found]
 
 
@@ -183,10 +195,12 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="compile the kernels whose name this regular expression finds")
     parser.add_argument("--in-turn", action="store_true", help="compile each kernel for one of the targets, in turn")
+    parser.add_argument("--missing", action="store_true", help="compile what the page lacks")
     parser.add_argument("--output", default=str(RESULTS), help="file for the table; '-' for none")
     arguments = parser.parse_args()
     rows, path = [], Path(arguments.output)
-    for row in compile_all(arguments.targets, arguments.only, arguments.in_turn):
+    known = earlier(path) if arguments.missing else {}
+    for row in compile_all(arguments.targets, arguments.only, arguments.in_turn, known):
         rows.append(row)
         if arguments.output != "-" and not arguments.in_turn:  # as soon as it is known: all of them take an hour
             write_page(rows, path)

@@ -17,6 +17,7 @@ class KernelBuild(NamedTuple):
     constants: dict[str, Any]  # constexpr argument → value; arguments that are None belong here as well
     num_warps: int
     num_stages: int
+    backend: str | None = None  # Triton's that it is made for; None: all
 
 
 # What builds are made for: Triton's names of dtypes, and head sizes, powers of 2 or not.

@@ -143,22 +143,26 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# By the padded head size: the largest tiles found that spill no registers on sm_80, sm_90a and gfx942 alike. Sums of
-# rows x d and scores of rows x slots live in registers, so slots shrink first as d grows, then rows. Four warps: on
-# gfx942 a thread of a larger program has half the registers.
-FORWARD = {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)}
+# By the padded head size: the largest tiles found that spill no registers on any target that is compiled for. Sums of
+# rows x d and scores of rows x slots live in registers, so slots shrink first as d grows, then rows; 64 slots spill on
+# sm_120. Four warps: on gfx942 a thread of a larger program has half the registers.
+FORWARD = {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)}
 QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)}
 # Here sums are slots x d, and there are two of them.
 KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
 # Exact float32 products run outside the tensor cores, with both factors in registers: with 32 slots or four warps,
-# d = 64 spills, and d = 256 with four.
-FLOAT32 = {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 8, 2)}
+# d = 64 spills, and d = 256 with four, by Triton's backend for NVIDIA; on gfx942 it spills with eight.
+FLOAT32 = {
+    "cuda": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 8, 2)},
+    "hip": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 1)},
+}
+BACKEND = "cuda" if torch.version.hip is None else "hip"
 
 
-def _tile(table: dict[int, Tile], query: torch.Tensor) -> Tile:
+def _tile(table: dict[int, Tile], query: torch.Tensor, backend: str = BACKEND) -> Tile:
     """The entry for this head size, with no more rows than there are."""
     dim = padded_dim(query.shape[-1])
-    tile = (FLOAT32 if query.dtype == torch.float32 else table)[max(64, dim)]
+    tile = (FLOAT32[backend] if query.dtype == torch.float32 else table)[max(64, dim)]
     num_rows = query.shape[2] * query.shape[3]
     return tile._replace(rows=max(16, min(tile.rows, triton.next_power_of_2(num_rows))))
 
@@ -746,21 +750,21 @@ def production_builds() -> list[KernelBuild]:
         (prefix_key_gradient, KEY_GRADIENT),
     )
     builds = []
-    for head_dim, (kind, dtype), (form, num_heads, given), (function, table) in product(
-        HEAD_DIMS, DTYPES.items(), forms, kernels
+    for head_dim, (kind, dtype), (form, num_heads, given), (function, table), backend in product(
+        HEAD_DIMS, DTYPES.items(), forms, kernels, FLOAT32
     ):
         if kind != "bf16" and form != "sparse softcap sinks":
             continue
         like = torch.empty(1, 1, num_heads, max(1, 4096 // num_heads), head_dim, dtype=dtype, device="meta")
-        tile = _tile(table, like)
+        tile = _tile(table, like, backend)
         constants = {
             **given,
             "SCALE": head_dim**-0.5, "HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim),
-            "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "TILE_ROWS": _tile(QUERY_GRADIENT, like).rows,
+            "BLOCK_ROWS": tile.rows, "BLOCK_SLOTS": tile.slots, "TILE_ROWS": _tile(QUERY_GRADIENT, like, backend).rows,
         }  # fmt: skip
         constants = {name: value for name, value in constants.items() if name in function.arg_names}
         signature = {name: types[name] for name in function.arg_names if name not in constants}
         signature = {name: f"*{kind}" if each == "*" else each for name, each in signature.items()}
         name = f"{function.__name__} {form}{LABELS[kind]} d={head_dim} R={num_heads}"
-        builds.append(KernelBuild(name, function, signature, constants, tile.num_warps, tile.num_stages))
+        builds.append(KernelBuild(name, function, signature, constants, tile.num_warps, tile.num_stages, backend))
     return builds

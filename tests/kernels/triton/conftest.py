@@ -32,7 +32,8 @@ def on_device(monkeypatch):
             importlib.import_module("triton.runtime.interpreter").InterpreterBuilder, "create_dot", dot
         )
         prefix = importlib.import_module("mosa_hf.kernels.prefix_attention.triton")
-        monkeypatch.setattr(prefix, "FLOAT32", dict.fromkeys((64, 128, 256), prefix.Tile(32, 32, 4, 2)))
+        small = dict.fromkeys((64, 128, 256), prefix.Tile(32, 32, 4, 2))
+        monkeypatch.setattr(prefix, "FLOAT32", dict.fromkeys(prefix.FLOAT32, small))
         tiles = importlib.import_module("mosa_hf.kernels.triton_slots").tiles
         for name in ("gather_project", "project_scatter"):
             module = importlib.import_module(f"mosa_hf.kernels.{name}.triton")
