@@ -6,11 +6,21 @@ but not as many tokens.
 """
 
 from bisect import bisect_left
+from typing import NamedTuple
 
 import torch
 
 from ..kernels.tensors import NEVER
 from .undo import MAX_UNDO, UndoRecord, of_todays_rows
+
+
+class Counts(NamedTuple):
+    """What the host has to know of a call, asked all at once: a GPU makes it wait for every question."""
+
+    num_far: int  # selected recent tokens out of the window, of the row and group that has most
+    num_selected: int | None  # that a budget compares, of the one that has most; None: it can evict nothing
+    length: torch.Tensor  # [B, G] int64, entries of each range after the call, if a budget evicts nothing
+    lengths: list[int]  # the same
 
 
 class CallLog:

@@ -43,7 +43,12 @@ class FixedMemory(EntryMemory):
         return counts.copy_(new)
 
     def make_room(
-        self, kept: PackedKeyValues | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor
+        self,
+        kept: PackedKeyValues | None,
+        stays: torch.Tensor | None,
+        offset: int,
+        length: torch.Tensor,
+        lengths: list[int] | None = None,
     ) -> None:
         if stays is not None:
             self._keep(kept, stays, offset, length, [])

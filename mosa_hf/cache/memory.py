@@ -108,13 +108,18 @@ class EntryMemory(Entries):
         return new
 
     def make_room(
-        self, kept: PackedKeyValues | None, stays: torch.Tensor | None, offset: int, length: torch.Tensor
+        self,
+        kept: PackedKeyValues | None,
+        stays: torch.Tensor | None,
+        offset: int,
+        length: torch.Tensor,
+        lengths: list[int] | None = None,
     ) -> None:
         """
-        Ranges get `length` [B, G] entries. Behind the first `offset` of each, those of `kept` that `stays` [B, G, S]
-        names (None: all) are held; the others are left to the caller.
+        Ranges get `length` [B, G] entries, which the host may know as `lengths`. Behind the first `offset` of each,
+        those of `kept` that `stays` [B, G, S] names (None: all) are held; the others are left to the caller.
         """
-        lengths = self._ask(length)
+        lengths = self._ask(length) if lengths is None else lengths
         if self._least_free(lengths) < 0 or stays is not None or not self.may_change_all():
             self._keep(kept, stays, offset, length, lengths)
         self._set_length(length, lengths)

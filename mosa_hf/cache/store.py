@@ -4,10 +4,11 @@ import torch
 
 from ..kernels import backend
 from ..kernels.append_token.reference import Token
+from ..kernels.capture import is_captured
 from ..kernels.entry_codes import rounded
 from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues, Rows
 from ..routing.budget import evicted_at, within_budget
-from .calls import CallLog
+from .calls import CallLog, Counts
 from .fixed_memory import FixedMemory
 from .memory import EntryMemory
 from .recent import cropped, extended, of_ring, of_selected
@@ -55,6 +56,7 @@ class SparseStore:
         self.routed: Routing | None = None  # the one that goes on
         self.recent: Rows | None = None  # of the ring, and tokens that the memory does not know of yet; None: none
         self.kept: PackedKeyValues | None = None  # what the call that goes on found of these; None: none
+        self.counts: Counts | None = None  # of the call that goes on; None: not asked
 
     def reset(self) -> None:
         """Forget all tokens. Fixed memory stays where it is."""
@@ -130,9 +132,11 @@ class SparseStore:
         if filled is not None:
             recent["selected"] = recent["selected"] & filled
         self.recent = recent
-        evicted, kept = self._evictions(recent, kept)
+        num_far = max(recent["selected"].shape[-1] - self.window, 0)
+        evicted, kept = self._evictions(recent, kept, num_far)
         key, value, position, selected = (recent[name] for name in ("key", "value", "position", "selected"))
-        return KeyValues(key, value, position, filled, selected, evicted, recent.get("score")), kept
+        most = None if self.counts is None else self.counts.num_far
+        return KeyValues(key, value, position, filled, selected, evicted, recent.get("score"), most), kept
 
     def takes_one_token(self) -> bool:
         """Whether the call's only token can be added to memory as it is."""
@@ -163,7 +167,8 @@ class SparseStore:
         """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
         self.routed = None
         if not (self.record_past and self.window):
-            self._commit(self.kept, is_final=not self.record_past)
+            self._commit(self.kept, is_final=not self.record_past, counts=self.counts)
+        self.counts = None
 
     # The paper's heads, which project selected tokens only, and have no window.
 
@@ -271,12 +276,21 @@ class SparseStore:
         length = self.window if torch.compiler.is_compiling() else min(self.window, calls.max_tokens)
         return of_ring(memory, calls.num_stored, length, self.window) if length else None
 
-    def _evictions(self, recent: Rows, kept: PackedKeyValues | None) -> tuple[MaybeTensor, PackedKeyValues | None]:
-        """When the budget evicts each of the recent tokens `[B, G, S]`, if it evicts any; and `kept` that say so."""
+    def _evictions(
+        self, recent: Rows, kept: PackedKeyValues | None, num_far: int | None = None
+    ) -> tuple[MaybeTensor, PackedKeyValues | None]:
+        """
+        When the budget evicts each of the recent tokens `[B, G, S]`, if it evicts any; and `kept` that say so. Asks
+        for `counts`, if the first `num_far` of these tokens will leave the window, and maybe join the kept entries.
+        """
+        ranked, entries = ({}, None) if self.budget is None else _after_kept(self.memory, kept, recent)
+        may_evict = self.budget is not None and ranked["score"].shape[-1] > self.budget
+        if num_far is not None and (num_far or may_evict) and not is_captured():
+            compared = ranked["selected"] if may_evict else None
+            self.counts = self._count(recent["selected"][..., :num_far], kept, compared)
         if self.budget is None:
             return None, kept
-        ranked, entries = _after_kept(self.memory, kept, recent)
-        evicted = evicted_at(**ranked, budget=self.budget)
+        evicted = evicted_at(**ranked, budget=self.budget, most=self.counts and self.counts.num_selected)
         self.is_over = None if torch.compiler.is_compiling() else evicted is not None
         if evicted is None:
             return None, kept
@@ -287,28 +301,42 @@ class SparseStore:
             kept = kept._replace(evicted_at=flat.index_put((entries,), of_kept))
         return evicted[..., num_kept:], kept
 
-    def _commit(self, kept: PackedKeyValues | None, is_final: bool) -> None:
+    def _count(self, joins: torch.Tensor, kept: PackedKeyValues | None, compared: MaybeTensor) -> Counts:
+        """Of the recent tokens that may join the `kept` ones, `[B, G, S]` bool, and those that a budget compares."""
+        calls, _ = self._begun()
+        joined = joins.sum(-1)
+        length = joined + self._num_before(calls, kept, None)
+        asked = (joined, length) if compared is None else (joined, length, compared.sum(-1))
+        num_far, lengths, *num_selected = torch.stack(asked).flatten(1).tolist()
+        most = max(num_selected[0], default=0) if num_selected else None
+        return Counts(max(num_far, default=0), most, length, lengths)
+
+    def _num_before(self, calls: CallLog, kept: PackedKeyValues | None, stays: MaybeTensor) -> torch.Tensor | int:
+        """Entries before those that join: the ring's, and of `kept` those that `stays` [B, G, S] names (None: all)."""
+        common = calls.common_length
+        num_ring = calls.num_tokens.clamp(max=self.window)[:, None] if common is None else min(common, self.window)
+        return num_ring if kept is None else num_ring + (kept.length if stays is None else stays.sum(-1))
+
+    def _commit(self, kept: PackedKeyValues | None, is_final: bool, counts: Counts | None = None) -> None:
         """
         Bring the recent tokens into the memory, where `kept` are, and forget what is no longer read; what the budget
-        evicts, only if that `is_final`.
+        evicts, only if that `is_final`. `counts`, if they were asked.
         """
         memory, calls, recent = self.memory, self.calls, self.recent
         if memory is None or calls is None or recent is None:
             return
-        record, num_tokens, common = self._new_record(calls), calls.num_tokens, calls.common_length
+        record, common = self._new_record(calls), calls.common_length
         stays, selected, position = None, recent["selected"], recent["position"]
         if self.budget is not None and is_final:
             stays, selected = self._evict_many(memory, calls, recent, kept, record)
-        num_kept: torch.Tensor | int = 0
-        if kept is not None:
-            num_kept = kept.length if stays is None else stays.sum(-1)
-        # [B, 1]
-        num_ring = num_tokens.clamp(max=self.window)[:, None] if common is None else min(common, self.window)
         # The ring gets the last tokens, the kept entries what is selected of those before them.
         num_far = max(position.shape[2] - self.window, 0)
         joins, in_ring = selected[..., :num_far], position[..., num_far:]
-        before = num_ring + num_kept
-        memory.make_room(kept, stays, self.window, joins.sum(-1) + before)
+        before = self._num_before(calls, kept, stays)
+        if counts is not None and selected is recent["selected"]:  # nothing is evicted
+            memory.make_room(kept, stays, self.window, counts.length, counts.lengths)
+        else:
+            memory.make_room(kept, stays, self.window, joins.sum(-1) + before)
         start, targets = memory.start[..., None], []
         if num_far:
             place = start + joins.cumsum(-1) + (before - 1 if isinstance(before, int) else before[..., None] - 1)
@@ -319,7 +347,9 @@ class SparseStore:
         if targets:
             memory.write(torch.cat(targets, dim=-1), recent | {"selected": selected})
         if "score" in memory.states:
-            num_selected = selected.sum(-1) if kept is None else selected.sum(-1) + num_kept
+            num_selected = selected.sum(-1)
+            if kept is not None:
+                num_selected = num_selected + (kept.length if stays is None else stays.sum(-1))
             memory.num_selected = memory.replaced(memory.num_selected, num_selected)
         calls.settle()
         calls.note(record)
@@ -395,7 +425,7 @@ class SparseStore:
         may_exceed = self.record_past and self.budget is not None and not calls.records  # the kept entries the budget
         if self.recent is None and memory is not None and may_exceed:
             self.recent = of_ring(memory, calls.num_stored, min(self.window, calls.max_tokens), self.window)
-        calls.pending_columns, self.is_over = 0, None
+        calls.pending_columns, self.is_over, self.counts = 0, None, None
         self._commit(None if memory is None else self._kept(memory, calls), is_final=True)
 
     def _undo(self, memory: EntryMemory, calls: CallLog, num_columns: int) -> int:

@@ -62,6 +62,8 @@ class KeyValues(NamedTuple):
     # evicted it (its window still reads it); None: no budget
     evicted_at: torch.Tensor | None = None
     score: torch.Tensor | None = None  # [B, G, S], see `Tokens`; None: no budget
+    # Selected tokens of these that are out of the last one's window, of the group that has most. None: ask the device
+    num_far: int | None = None
 
 
 class PackedKeyValues(NamedTuple):

@@ -133,7 +133,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
             shared: dict[str, Any] = {
                 name: None if states is None else states.expand(-1, num_heads, -1)
                 for name, states in recent._asdict().items()
-                if name not in ("key", "value")
+                if name in ("position", "valid", "selected", "evicted_at", "score")
             }
             key, value = self.expanded(recent.key)
             recent = recent._replace(key=key, value=value, **shared)

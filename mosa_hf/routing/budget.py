@@ -39,6 +39,7 @@ def evicted_at(
     selected: torch.Tensor,
     budget: int,
     segment: torch.Tensor | None = None,
+    most: int | None = None,
 ) -> torch.Tensor | None:
     """
     When a cache budget evicts each token: the first position t at which `budget` of the selected
@@ -47,6 +48,7 @@ def evicted_at(
     Args:
         score, position, selected, budget: as in `within_budget`.
         segment: `[B, 1, S]` int64, packed sequences, each with a budget of its own.
+        most: selected tokens of the row and group that has most; None: the device is asked.
 
     Returns:
         `[B, G, S]` int64, `NEVER` where a token stays; None if nothing can be evicted.
@@ -55,7 +57,7 @@ def evicted_at(
     if not is_exported() and (num_slots <= budget or not score.numel()):
         return None
     if not is_captured():
-        num_slots = int(selected.sum(-1).max())
+        num_slots = int(selected.sum(-1).max()) if most is None else most
         if num_slots <= budget:
             return None
     # The selected tokens alone, in ascending position.

@@ -228,6 +228,9 @@ class Store(RuleBasedStateMachine):
             assert dense.shape[1] == 1 and (dense[..., 1] == expected)[:, :, : self.num_columns].all()
             for each, read in zip(self.spec.sets, self.layer.readable(), strict=True):
                 self.check_read(read, each, new)
+                if not isinstance(read, PackedKeyValues) and read[0].num_far is not None:
+                    far = read[0].selected[..., : max(read[0].selected.shape[-1] - each.window, 0)]
+                    assert read[0].num_far == far.sum(-1).max()
             self.layer.evict()
         if self.layer.record_past:
             self.num_recorded += length

@@ -12,12 +12,13 @@ from .device import counting, emulated_gpu, on_device
 LIMITS = {
     "one set": ((0, 1), (75, 90)),
     "one set beside dense groups": ((10, 13), (90, 108)),
-    "two sets": ((5, 10), (110, 135)),
-    "budget": ((2, 2), (86, 93)),
+    "two sets": ((5, 10), (108, 135)),
+    "budget": ((2, 2), (83, 93)),
     "padded": ((0, 2), (88, 115)),
     "beams": ((20, 0), (75, 0)),
 }
-PROMPT_WAITS = {"two sets": 4, "budget": 3}  # of the others: 2
+# With a growing cache and with a static one, for which the original itself waits once; of the others: 1 and 2.
+PROMPT_WAITS = {"two sets": (2, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_a_layer_asks_little(name, is_static, of_original):
     assert costs.step_waits == 0
     assert costs.step_launches - of_original[is_static].step_launches <= of_step
     assert costs.prefill_launches <= of_prompt
-    assert costs.prefill_waits <= PROMPT_WAITS.get(name, 2)
+    assert costs.prefill_waits <= PROMPT_WAITS.get(name, (1, 2))[is_static]
 
 
 @torch.no_grad()

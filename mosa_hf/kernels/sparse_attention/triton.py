@@ -23,8 +23,8 @@ def sparse_attention(
     Same function as `reference.sparse_attention`, computed and returned in the dtype of values. Relies on padding
     being on the left of `recent` and of the queries; what padding queries get is any finite number.
 
-    The device is asked for the largest number of selected tokens beyond the window. A compiled graph makes do without
-    and takes memory for as many as there could be; kernels pass over the empty slots.
+    The device is asked for the largest number of selected tokens beyond the window, where `recent` does not say it. A
+    compiled graph makes do without and takes memory for as many as there could be; kernels pass over the empty slots.
     """
     if query.numel() == 0:
         return query
@@ -48,7 +48,7 @@ def sparse_attention(
 
     # Far slots: cached entries, then the selected recent tokens.
     if num_far and not torch.compiler.is_compiling():
-        num_slots = int(count[..., -1].max())
+        num_slots = int(count[..., -1].max()) if recent.num_far is None else recent.num_far
     wanted = torch.arange(1, num_slots + 1, dtype=torch.int32, device=query.device)
     index = torch.searchsorted(count, wanted.expand(*count.shape[:2], -1).contiguous())  # [B, G, K]
     if num_slots and (torch.compiler.is_compiling() or window == 0):
