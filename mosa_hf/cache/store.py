@@ -267,7 +267,9 @@ class SparseStore:
 
     def _kept(self, memory: EntryMemory, calls: CallLog) -> PackedKeyValues | None:
         """The kept entries; None if there are none, as far as that is known without asking the device."""
-        if calls.max_tokens <= self.window and not torch.compiler.is_compiling():
+        # Of so few tokens memory that grows may have kept some, if there were more until `crop`; but it knows.
+        most = calls.max_tokens if self.is_fixed else memory.max_length
+        if most <= self.window and not torch.compiler.is_compiling():
             return None
         return memory.behind(self.window, calls.num_stored.clamp(max=self.window)[:, None])
 

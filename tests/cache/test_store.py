@@ -412,3 +412,18 @@ TestCoded, TestFixedCoded = CodedStore.TestCase, FixedCodedStore.TestCase
 for case in (TestGrowing, TestFixed, TestPaper, TestFixedPaper, TestCoded, TestFixedCoded):
     case.settings = SETTINGS
 del case  # else it is a test, too
+
+
+@pytest.mark.parametrize("record_past", [False, True])
+def test_what_is_kept_survives_a_crop_to_the_window(record_past):
+    """Two tokens, one taken back: with a window of one the other is read if it was selected, though none are far."""
+    store = Store()
+    store.begin(
+        budget=None, windows=(1, 2), num_rows=1, max_undo=32, mode=torch.no_grad, length=2, seed=19987
+    )  # selects the first token in one of the groups
+    if record_past:
+        store.layer.activate_past_recording()
+    store.crop(mode=torch.no_grad, most="all", number=1)
+    assert [token[1] for token in store.rows[0].tokens] == [[False, False, False, False, True]]
+    for _ in range(2):  # each asks what queries read
+        store.several_tokens(length=2, mode=torch.no_grad, padding=None, seed=0)
