@@ -146,14 +146,14 @@ class Tile(NamedTuple):
 # By the padded head size: the largest tiles found that spill no registers on any target that is compiled for. Sums of
 # rows x d and scores of rows x slots live in registers, so slots shrink first as d grows, then rows; 64 slots spill on
 # sm_120. Four warps: on gfx942 a thread of a larger program has half the registers.
-FORWARD = {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)}
+FORWARD = {64: Tile(64, 32, 4, 3), 128: Tile(64, 32, 4, 3), 256: Tile(32, 16, 4, 2)}
 QUERY_GRADIENT = {64: Tile(64, 32, 4, 2), 128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 1)}
 # Here sums are slots x d, and there are two of them.
 KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 32, 8, 1)}
-# Exact float32 products run outside the tensor cores, with both factors in registers: with 32 slots or four warps,
-# d = 64 spills, and d = 256 with four, by Triton's backend for NVIDIA; on gfx942 it spills with eight.
+# Exact float32 products run outside the tensor cores, with both factors in registers, by Triton's backend: for NVIDIA
+# 32 slots spill at d = 64, and four warps at any size; on gfx942 eight spill at d = 256.
 FLOAT32 = {
-    "cuda": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 8, 2)},
+    "cuda": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 2)},
     "hip": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 1)},
 }
 BACKEND = "cuda" if torch.version.hip is None else "hip"
