@@ -147,7 +147,7 @@ class SparseStore:
 
     def holds_only(self, num_columns: int) -> bool:
         """Whether the call of so many tokens is the first, and its queries read all, as they are; asks no device."""
-        return not self.is_coded and self.calls is not None and self.calls.max_tokens == num_columns <= self.window
+        return not self.is_coded and self.calls is not None and sum(self.calls.lengths) == num_columns <= self.window
 
     def _begun(self) -> tuple[CallLog, Routing]:
         if self.calls is None or self.routed is None:

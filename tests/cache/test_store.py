@@ -427,3 +427,13 @@ def test_what_is_kept_survives_a_crop_to_the_window(record_past):
     assert [token[1] for token in store.rows[0].tokens] == [[False, False, False, False, True]]
     for _ in range(2):  # each asks what queries read
         store.several_tokens(length=2, mode=torch.no_grad, padding=None, seed=0)
+
+
+def test_a_call_behind_padding_that_a_crop_has_left_is_not_the_first():
+    store = Store()
+    store.begin(
+        budget=None, windows=(4, 2), num_rows=1, max_undo=32, mode=torch.no_grad, length=2, seed=0
+    )  # one column of padding, and a token
+    store.crop(mode=torch.no_grad, most="all", number=1)
+    assert store.rows[0].columns == [None]
+    store.several_tokens(length=2, mode=torch.no_grad, padding=None, seed=0)  # dense groups have three columns
