@@ -153,7 +153,7 @@ KEY_GRADIENT = {64: Tile(32, 64, 4, 2), 128: Tile(32, 32, 4, 2), 256: Tile(16, 3
 # Exact float32 products run outside the tensor cores, with both factors in registers, by Triton's backend: for NVIDIA
 # 32 slots spill at d = 64, and four warps at any size; on gfx942 eight spill at d = 256.
 FLOAT32 = {
-    "cuda": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 8, 2), 256: Tile(16, 16, 8, 2)},
+    "cuda": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 8, 3), 256: Tile(16, 16, 8, 2)},
     "hip": {64: Tile(16, 16, 8, 2), 128: Tile(16, 16, 4, 2), 256: Tile(16, 16, 4, 1)},
 }
 BACKEND = "cuda" if torch.version.hip is None else "hip"

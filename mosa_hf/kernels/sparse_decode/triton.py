@@ -34,11 +34,11 @@ MAX_CHUNKS = 256  # of a range, whose outputs are held until they are combined
 COMBINED = 16  # chunks that are combined at once
 
 
-def tile(block_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Entries scored at once, stages and query heads of a program: so that nothing spills, nor exceeds 64 KB."""
+def tile(block_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
+    """Entries scored at once, query heads of a program, warps, stages: so that nothing spills, nor exceeds 64 KB."""
     if dtype == torch.float32 and block_dim >= 128:
-        return 16, 2, 16
-    return 32, 3, MAX_ROWS
+        return 16, 16, 4, 2
+    return 32, MAX_ROWS, 8 if block_dim > 128 else 4, 3
 
 
 def spills_codes(head_dim: int, dtype: torch.dtype) -> bool:
@@ -201,7 +201,7 @@ def _decode(
     if query.numel() == 0:
         return output
     num_ranges, block_dim = batch_size * num_groups, padded_dim(head_dim)
-    block_slots, num_stages, max_rows = tile(block_dim, query.dtype)
+    block_slots, max_rows, num_warps, num_stages = tile(block_dim, query.dtype)
     rows = min(max_rows, max(16, triton.next_power_of_2(num_heads)))
     row_blocks = triton.cdiv(num_heads, rows)
     chunk = chunk_size(max_length, num_ranges * row_blocks, block_slots)
@@ -214,7 +214,7 @@ def _decode(
     with torch.cuda.device_of(query):
         decode_attend[(num_ranges, num_chunks, row_blocks)](
             query, key, value, key_scale, value_scale, start, count, sinks, chunk_output, lse, num_groups, chunk,
-            SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=block_slots, **sizes, num_warps=4,
+            SCALE=scale, SOFTCAP=softcap, BLOCK_ROWS=rows, BLOCK_SLOTS=block_slots, **sizes, num_warps=num_warps,
             num_stages=num_stages,
         )  # fmt: skip
         if num_chunks > 1:
@@ -244,7 +244,7 @@ def production_builds() -> list[KernelBuild]:
         types |= dict.fromkeys(("query", "key", "value", "key_scale", "value_scale"), f"*{kind}")
         types |= dict.fromkeys(("num_groups", "num_chunks", "chunk"), "i32")
         sizes = {"HEAD_DIM": head_dim, "BLOCK_DIM": padded_dim(head_dim)}
-        block_slots, num_stages, max_rows = tile(padded_dim(head_dim), dtype)
+        block_slots, max_rows, num_warps, num_stages = tile(padded_dim(head_dim), dtype)
         for form, num_heads, given in forms:
             if form == " int8" and spills_codes(head_dim, dtype):
                 continue
@@ -253,7 +253,7 @@ def production_builds() -> list[KernelBuild]:
             types |= dict.fromkeys(("key", "value"), "*i8" if form == " int8" else f"*{kind}")
             signature = {name: types[name] for name in decode_attend.arg_names if name not in constants}
             name = f"decode_attend{form}{LABELS[kind]} d={head_dim} R={num_heads}"
-            builds.append(KernelBuild(name, decode_attend, signature, constants, 4, num_stages))
+            builds.append(KernelBuild(name, decode_attend, signature, constants, num_warps, num_stages))
         if kind != "bf16":
             continue
         constants = {"HEADS": 4, "COMBINED": COMBINED, **sizes}

@@ -29,7 +29,7 @@ CASES = [
 @pytest.fixture
 def cut(monkeypatch):
     """A handful of entries in several blocks and chunks, and a few heads in several blocks, as many of them are."""
-    monkeypatch.setattr(kernels, "tile", lambda block_dim, dtype: (16, 2, 16))
+    monkeypatch.setattr(kernels, "tile", lambda block_dim, dtype: (16, 16, 4, 2))
     monkeypatch.setattr(kernels, "CHUNKS", 1 << 20)
 
 
