@@ -144,16 +144,28 @@ def test_leak_figures_are_those_of_the_result():
     assert "python -m benchmarks.leak" in result and "python -m benchmarks.leak" in page
 
 
-def test_the_readme_quotes_the_frontier():
-    """Its table has rows of the result, the original's among them: bytes, perplexities, keys."""
-    results, quoted = rows_of(FRONTIER), rows_of(DOCS.parent / "README.md")
-    methods = {name: cells for name, cells in quoted.items() if name in results and name}
-    del methods["---"]
-    assert len(methods) == 5 and "original" in methods
-    assert len([name for name in methods if name.startswith("ours")]) == 2
-    for name, cells in methods.items():
-        result = results[name]
-        assert cells == [result[0], *result[3:5], result[7]]
+def test_the_pages_quote_the_frontier():
+    """The README's table has columns of the result as rows; it and the page about choices say some of them again."""
+    readme, choosing = (path.read_text(encoding="utf-8") for path in (DOCS.parent / "README.md", DOCS / "choosing.md"))
+    page = (RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct.md").read_text(encoding="utf-8")
+    (head, _, *rows), (own_head, _, *own_rows) = (table_with(text, "niah_single_1") for text in (page, readme))
+    assert len(own_rows) == 8 and len(rows) == 3 and own_head == ["", *(row[0] for row in rows)]
+    assert own_rows == [[name, *(row[head.index(name)] for row in rows)] for name, *_ in own_rows]
+    original, ours, _ = (dict(zip(head, row, strict=True)) for row in rows)
+    for task in ("niah_single_1", "niah_multikey_3"):
+        (found, asked), (kept, _) = (each[task].partition(" ")[0].split("/") for each in (original, ours))
+        assert f"{kept} of {asked} for {found}" in unwrapped(readme) or f"({kept} for {found})" in unwrapped(readme)
+    for task in ("niah_single_1", "niah_multikey_2", "niah_multikey_3"):
+        found, kept = (each[task].partition(" ")[0] for each in (original, ours))
+        said = unwrapped(choosing)[unwrapped(choosing).index(task) :]
+        assert re.search(r"\((?:[^()]* )?(\d+/\d+) for [^()]*?(\d+/\d+)\)", said).groups() == (kept, found)
+    assert f"{ours['KV bytes']} of the bytes" in paragraph(choosing, "niah_single_1")
+
+
+def table_with(page: str, column: str) -> list[list[str]]:
+    """Head, rule and rows of the first table that has a column."""
+    lines = next(part for part in page.split("\n\n") if part.startswith("|") and column in part).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_the_evidence_is_that_of_the_result():

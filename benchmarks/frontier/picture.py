@@ -1,5 +1,5 @@
 """
-The README's picture, of what `benchmarks.frontier` measured: perplexity and keys found again, against bytes.
+docs/choosing.md's picture, of what `benchmarks.frontier` measured: perplexity and keys found again, against bytes.
 
     python -m benchmarks.frontier.picture
 """

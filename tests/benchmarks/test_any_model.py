@@ -128,7 +128,7 @@ def options(tmp_path, monkeypatch) -> list[str]:
     tiny_base(vocab_size=256, max_position_embeddings=2048).save_pretrained(tmp_path / "tiny")
     byte_tokenizer().save_pretrained(tmp_path / "tiny")
     where = ["--model", str(tmp_path / "tiny"), "--output", str(tmp_path), "--lengths", "1500", "4096"]
-    asked = ["--tasks", "niah_single_1", "code", "--contexts", "2", "--questions", "2"]
+    asked = ["--tasks", "niah_single_1", "code", "--contexts", "2", "--questions", "2", "--dtype", "float32"]
     return [*where, "--ours", "64/8", "512/8", *asked]
 
 
