@@ -232,6 +232,6 @@ def gradients_on_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available() or torch.accelerator.is_available(), reason="the processes share a CPU")
 def test_two_processes(tmp_path: Path):
-    torch.multiprocessing.start_processes(gradients_on_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(gradients_on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     for name in ("own", "other"):
         check_gradients(torch.load(tmp_path / f"{name}_0.pt"), reference()[1])

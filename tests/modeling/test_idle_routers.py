@@ -147,7 +147,7 @@ def train_on_rank(rank: int, folder: str) -> None:
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU")
 def test_two_processes_train(tmp_path: Path):
     """The original's kind of step: processes agree, what learns has moved, and idle routers are as they were."""
-    torch.multiprocessing.start_processes(train_on_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(train_on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")
     for name in ("every weight", "saved routers"):
         before = CASES[name][0]().state_dict()
         one, two = (torch.load(tmp_path / f"{name}_{rank}.pt") for rank in range(2))

@@ -203,7 +203,7 @@ def test_ranks_average_their_thresholds(tmp_path: Path):
         logits = [each for each, _ in routed(model, batch, use_cache=False)]
         pairs = zip(logits, routers_of(model), strict=True)
         seen.append([(each.detach(), *choice(each, router)) for each, router in pairs])
-    torch.multiprocessing.start_processes(train_on_rank, (str(tmp_path), form), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(train_on_rank, (str(tmp_path), form), nprocs=2, start_method="forkserver")
     for layer, (threshold, one, two) in enumerate(zip(start, *seen, strict=True)):
         both = [torch.cat(states) for states in zip(one[:2], two[:2], strict=True)]
         expected = followed(threshold, *both, (one[2] + two[2]) / 2, momentum=0.5)
