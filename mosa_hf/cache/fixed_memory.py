@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.tensors import Entries, PackedKeyValues
+from ..kernels.tensors import Entries
 from .memory import EntryMemory
 
 
@@ -42,24 +42,15 @@ class FixedMemory(EntryMemory):
     def replaced(self, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         return counts.copy_(new)
 
-    def make_room(
-        self,
-        kept: PackedKeyValues | None,
-        stays: torch.Tensor | None,
-        offset: int,
-        length: torch.Tensor,
-        lengths: list[int] | None = None,
-    ) -> None:
-        if stays is not None:
-            self._keep(kept, stays, offset, length, [])
-        self._set_length(length, [])
-
     def _set_length(self, length: torch.Tensor, lengths: list[int]) -> None:
         self.length.copy_(length)
         self.last_read = None
 
     def _ask(self, length: torch.Tensor) -> list[int]:
         return []
+
+    def _least_free(self, lengths: list[int]) -> int:
+        return 0  # as many as are asked for: a budget keeps them within capacity
 
     def lengthen(self, new: torch.Tensor | int | None) -> None:
         Entries.lengthen(self, new)

@@ -307,17 +307,17 @@ class SparseStore:
         """Of the recent tokens that may join the `kept` ones, `[B, G, S]` bool, and those that a budget compares."""
         calls, _ = self._begun()
         joined = joins.sum(-1)
-        length = joined + self._num_before(calls, kept, None)
+        length = joined + self._num_before(calls, None if kept is None else kept.length)
         asked = (joined, length) if compared is None else (joined, length, compared.sum(-1))
         num_far, lengths, *num_selected = torch.stack(asked).flatten(1).tolist()
         most = max(num_selected[0], default=0) if num_selected else None
         return Counts(max(num_far, default=0), most, length, lengths)
 
-    def _num_before(self, calls: CallLog, kept: PackedKeyValues | None, stays: MaybeTensor) -> torch.Tensor | int:
-        """Entries before those that join: the ring's, and of `kept` those that `stays` [B, G, S] names (None: all)."""
+    def _num_before(self, calls: CallLog, num_kept: MaybeTensor) -> torch.Tensor | int:
+        """Entries before those that join: the ring's, and `num_kept` [B, G] kept ones (None: none)."""
         common = calls.common_length
         num_ring = calls.num_tokens.clamp(max=self.window)[:, None] if common is None else min(common, self.window)
-        return num_ring if kept is None else num_ring + (kept.length if stays is None else stays.sum(-1))
+        return num_ring if num_kept is None else num_ring + num_kept
 
     def _commit(self, kept: PackedKeyValues | None, is_final: bool, counts: Counts | None = None) -> None:
         """
@@ -334,7 +334,8 @@ class SparseStore:
         # The ring gets the last tokens, the kept entries what is selected of those before them.
         num_far = max(position.shape[2] - self.window, 0)
         joins, in_ring = selected[..., :num_far], position[..., num_far:]
-        before = self._num_before(calls, kept, stays)
+        num_kept = stays.sum(-1) if stays is not None else None if kept is None else kept.length
+        before = self._num_before(calls, num_kept)
         if counts is not None and selected is recent["selected"]:  # nothing is evicted
             memory.make_room(kept, stays, self.window, counts.length, counts.lengths)
         else:
@@ -349,9 +350,7 @@ class SparseStore:
         if targets:
             memory.write(torch.cat(targets, dim=-1), recent | {"selected": selected})
         if "score" in memory.states:
-            num_selected = selected.sum(-1)
-            if kept is not None:
-                num_selected = num_selected + (kept.length if stays is None else stays.sum(-1))
+            num_selected = selected.sum(-1) if num_kept is None else selected.sum(-1) + num_kept
             memory.num_selected = memory.replaced(memory.num_selected, num_selected)
         calls.settle()
         calls.note(record)
