@@ -158,7 +158,10 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     args, kwargs = tree_map(lambda x: x.held if isinstance(x, DeviceTensor) else x, (args, kwargs))
     if asked == "cuda":
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    with InKernel() if is_kernel else contextlib.nullcontext():
+    if is_kernel:
+        with InKernel():  # which would step aside for an operation that it is asked of, and miss what that one runs
+            output = func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
+    else:
         output = func(*args, **kwargs)
     if asked not in (None, "cuda"):  # a copy for the host
         return output.clone() if id(output) in wrappers else output
@@ -178,6 +181,10 @@ class InKernel(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "aten":
+            with self:  # below autograd, what is made of other operations comes as it is called
+                output = func.decompose(*args, **(kwargs or {}))
+            if output is not NotImplemented:
+                return output
             if _is_waiting(func, args):
                 _note("waits", func.name())
             if func.name().partition("::")[2].partition(".")[0] not in FREE:
