@@ -238,7 +238,8 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
             inputs_embeds, self.mask_of_dense_layers(attention_mask), past_key_values, positions
         )
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions)
+        # Kernels read angles row by row: of every row here, rather than copied in every layer.
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions.expand(len(hidden_states), -1))
         past: dict[str, Any] = {CACHE: past_key_values}
         for decoder_layer in self._active_layers():
             hidden_states = decoder_layer(

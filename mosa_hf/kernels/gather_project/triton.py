@@ -2,7 +2,7 @@
 Projections of the selected tokens alone: rotated queries and keys, and values, straight from the hidden states.
 
 The rows of selected tokens are gathered inside the matmul, where they are read as the next tile of its left factor; a
-tensor of gathered rows [B, G, K, D] never exists. One kernel serves query, key and value. The rotation mixes pairs of
+tensor of gathered rows [B, G, K, D] never exists. One launch serves query, key and value. The rotation mixes pairs of
 channels, so a tile holds the first channels and the second channels of its pairs apart, and rotates before it stores.
 """
 
@@ -40,30 +40,30 @@ def pair_angles(angle_ptr, token, filled, pair, neutral, ROTARY_DIM: tl.constexp
     return first, second
 
 
+@triton.jit
+def of_head(head, num_heads, query, key, value):
+    """What belongs to a `head` of R = `num_heads` of the query, or behind them to that of the key, or of the value."""
+    return tl.where(head < num_heads, query, tl.where(head == num_heads, key, value))
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _gather_project(
     hidden_ptr,  # [B, T, D]
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    weight_ptr,  # [G, H * d, D], H heads: R of the query, one of key and value
-    bias_ptr,  # [G, H * d] or None
-    cos_ptr,  # [B, T, ROTARY_DIM]
-    sin_ptr,  # [B, T, ROTARY_DIM]
-    output_ptr,  # [B, G, H, K, d]
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    hidden_size,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    NUM_PAIR_BLOCKS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    head, group = tl.program_id(1) // NUM_PAIR_BLOCKS, tl.program_id(2)
-    num_heads = tl.num_programs(1) // NUM_PAIR_BLOCKS
+    index_ptr, count_ptr,  # [B, G, K], [B, G]
+    query_weight_ptr, key_weight_ptr, value_weight_ptr,  # [G, R * d, D], [G, d, D], [G, d, D]
+    query_bias_ptr, key_bias_ptr, value_bias_ptr,  # [G, R * d], [G, d], [G, d], or None of all three
+    cos_ptr, sin_ptr,  # [B, T, ROTARY_DIM]
+    query_ptr, key_ptr, value_ptr,  # [B, G, R, K, d], [B, G, K, d], [B, G, K, d]
+    batch_size, num_tokens, num_groups, num_slots, hidden_size,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, NUM_PAIR_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_PAIRS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    place, group = tl.program_id(1) // NUM_PAIR_BLOCKS, tl.program_id(2)
+    num_queries = tl.num_programs(1) // NUM_PAIR_BLOCKS - 2  # R
+    # Of several heads for the query, and of one for key and value.
+    head, num_heads = tl.where(place < num_queries, place, 0), tl.where(place < num_queries, num_queries, 1)
+    weight_ptr = of_head(place, num_queries, query_weight_ptr, key_weight_ptr, value_weight_ptr)
+    output_ptr = of_head(place, num_queries, query_ptr, key_ptr, value_ptr)
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
     )
@@ -88,13 +88,14 @@ def _gather_project(
             weight_2 = tl.load(weight + second[None, :] * hidden_size, mask=mask, other=0.0)
             output_1 = tl.dot(states, weight_1, output_1, input_precision="ieee")
             output_2 = tl.dot(states, weight_2, output_2, input_precision="ieee")
-        if bias_ptr is not None:
+        if query_bias_ptr is not None:
+            bias_ptr = of_head(place, num_queries, query_bias_ptr, key_bias_ptr, value_bias_ptr)
             output_1 += tl.load(bias_ptr + weight_row + first, mask=in_head, other=0.0).to(tl.float32)[None, :]
             output_2 += tl.load(bias_ptr + weight_row + second, mask=in_head, other=0.0).to(tl.float32)[None, :]
-        if ROTARY_DIM > 0:
-            cos_1, cos_2 = pair_angles(cos_ptr, token, filled, pair, 1.0, ROTARY_DIM)
-            sin_1, sin_2 = pair_angles(sin_ptr, token, filled, pair, 0.0, ROTARY_DIM)
-            output_1, output_2 = output_1 * cos_1 - output_2 * sin_1, output_2 * cos_2 + output_1 * sin_2
+        rotated = filled & (slot < tl.where(place <= num_queries, num_slots, 0))  # of the value none
+        cos_1, cos_2 = pair_angles(cos_ptr, token, rotated, pair, 1.0, ROTARY_DIM)
+        sin_1, sin_2 = pair_angles(sin_ptr, token, rotated, pair, 0.0, ROTARY_DIM)
+        output_1, output_2 = output_1 * cos_1 - output_2 * sin_1, output_2 * cos_2 + output_1 * sin_2
         output_1 = tl.where(filled[:, None], output_1, 0.0)  # the bias
         output_2 = tl.where(filled[:, None], output_2, 0.0)
 
@@ -288,7 +289,7 @@ def gather_project(
         query_weight: `[G, R * d, D]`, of the hidden states' dtype, as all weights and biases; d, rotary_dim even.
         key_weight, value_weight: `[G, d, D]`.
         query_bias: `[G, R * d]` or None.
-        key_bias, value_bias: `[G, d]` or None.
+        key_bias, value_bias: `[G, d]`, or None as the query's.
         cos, sin: `[B, T, rotary_dim]`; not differentiated.
 
     Returns:
@@ -298,30 +299,23 @@ def gather_project(
     num_groups, head_dim, _ = key_weight.shape
     num_slots = index.shape[2]
     tile = tiles(head_dim, hidden_states.dtype)
-    hidden_states, cos, sin = hidden_states.contiguous(), cos.contiguous(), sin.contiguous()
-    outputs = []
-    for weight, bias, rotary_dim in (
-        (query_weight, query_bias, cos.shape[-1]),
-        (key_weight, key_bias, cos.shape[-1]),
-        (value_weight, value_bias, 0),
-    ):
-        num_heads = weight.shape[1] // head_dim
-        output = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
-        launch(
-            _gather_project,
-            (tile.blocks(index), num_heads * triton.cdiv(head_dim // 2, tile.pairs), num_groups),
-            (hidden_states, index, count, weight, bias, cos, sin, output),
-            index,
-            num_tokens,
-            hidden_size,
-            BLOCK_D=tile.hidden,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            **tile.in_pairs(rotary_dim),
-        )
-        outputs.append(output)
-    query, key, value = outputs
-    return query, key.squeeze(2), value.squeeze(2)
+    num_heads = query_weight.shape[1] // head_dim
+    query = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
+    key, value = (hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim) for _ in range(2))
+    weights = (query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
+    launch(
+        _gather_project,
+        (tile.blocks(index), (num_heads + 2) * triton.cdiv(head_dim // 2, tile.pairs), num_groups),
+        (hidden_states, index, count, *weights, cos, sin, query, key, value),
+        index,
+        num_tokens,
+        hidden_size,
+        BLOCK_D=tile.hidden,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        **tile.in_pairs(cos.shape[-1]),
+    )
+    return query, key, value
 
 
 @gather_project.register_fake
@@ -466,9 +460,11 @@ def production_builds() -> list[KernelBuild]:
     for head_dim in (64, 128):
         tile = tiles(head_dim, torch.bfloat16)
         rotation, outer = tile.in_pairs(head_dim), tile.in_pieces(tile.head)
-        projection = {"bias_ptr": None, "BLOCK_D": tile.hidden} | rotation
+        projection = dict.fromkeys(("query_bias_ptr", "key_bias_ptr", "value_bias_ptr")) | rotation
+        projection["BLOCK_D"] = tile.hidden
         inner = {"ATOMIC": True} | tile.in_pieces(tile.inner)
-        forward = tensors("*bf16", "hidden", "weight", "cos", "sin", "output") | SLOTS | {"hidden_size": "i32:16"}
+        forward = tensors("*bf16", "hidden", "query_weight", "key_weight", "value_weight", "cos", "sin")
+        forward |= tensors("*bf16", "query", "key", "value") | SLOTS | {"hidden_size": "i32:16"}
         unrotated = tensors("*bf16", "grad", "cos", "sin", "output") | SLOTS
         hidden = tensors("*bf16", "query_grad", "key_grad", "value_grad", "query_weight", "key_weight", "value_weight")
         hidden |= SLOTS | tensors("*fp32", "output") | {"hidden_size": "i32:16", "num_heads": "i32"}

@@ -38,6 +38,11 @@ def _selected_positions(
         tl.store(index_ptr + place, tl.broadcast_to(token[:, None], slot.shape), mask=fits)
         count += tl.sum(chosen, 0)
     tl.store(count_ptr + row * num_groups + group, tl.minimum(count, num_slots), mask=group < num_groups)
+    for start in range(0, num_slots, BLOCK_T):
+        slot = (start + tl.arange(0, BLOCK_T))[:, None]
+        place = (row * num_groups + group)[None, :] * num_slots + slot
+        is_empty = (slot >= count[None, :]) & (slot < num_slots) & (group < num_groups)[None, :]
+        tl.store(index_ptr + place, tl.zeros([BLOCK_T, BLOCK_G], tl.int32), mask=is_empty)
 
 
 @torch.library.custom_op("mosa::selected_positions", mutates_args=())
@@ -53,7 +58,7 @@ def selected_positions(selected: torch.Tensor, num_slots: int) -> tuple[torch.Te
         index `[B, G, K]` int32, ascending positions, 0 in empty slots, which come last; and count `[B, G]` int32.
     """
     batch_size, num_tokens, num_groups = selected.shape
-    index = selected.new_zeros(batch_size, num_groups, num_slots, dtype=torch.int32)
+    index = selected.new_empty(batch_size, num_groups, num_slots, dtype=torch.int32)
     count = selected.new_empty(batch_size, num_groups, dtype=torch.int32)
     grid = (batch_size, triton.cdiv(num_groups, BLOCK_GROUPS))
     with torch.cuda.device_of(selected):
