@@ -17,10 +17,11 @@ from .undo import MAX_UNDO, UndoRecord, of_todays_rows
 class Counts(NamedTuple):
     """What the host has to know of a call, asked all at once: a GPU makes it wait for every question."""
 
-    num_far: int  # selected recent tokens out of the window, of the row and group that has most
-    num_selected: int | None  # that a budget compares, of the one that has most; None: it can evict nothing
     length: torch.Tensor  # [B, G] int64, entries of each range after the call, if a budget evicts nothing
-    lengths: list[int]  # the same
+    lengths: list[int] | None = None  # the same, if asked
+    num_far: int | None = None  # selected recent tokens out of the window, of the row and group that has most
+    num_selected: int | None = None  # that a budget compares, of the one that has most; None: it can evict nothing
+    up_to: torch.Tensor | None = None  # [B, G, F] int64, see `KeyValues.far_up_to`
 
 
 class CallLog:
@@ -35,6 +36,7 @@ class CallLog:
         # [B] int64: tokens that the memory knows of; and with those that it does not know of yet, if there are any.
         self.num_stored = torch.zeros(len(selected), dtype=torch.int64, device=selected.device)
         self.num_seen: torch.Tensor | None = None
+        self.num_next: torch.Tensor | None = None  # when the call that goes on has ended; None: nobody has counted
         self.pending_columns = 0  # columns that it does not know of yet
         self._max_tokens = 0
         # [B] int64: `crop` cannot go back before the first; of tokens before the second the ring held none.
@@ -67,8 +69,9 @@ class CallLog:
         """Tokens of every row, if it is known that there has been no padding."""
         return self.max_tokens if self.max_tokens < NEVER and all(mask is None for mask in self.masks) else None
 
-    def begin(self, mask: torch.Tensor | None, num_columns: int) -> None:
-        """A call begins, with padding where `mask` [B, T] is False."""
+    def begin(self, mask: torch.Tensor | None, num_columns: int, num_tokens: torch.Tensor | None = None) -> None:
+        """A call begins, with padding where `mask` [B, T] is False; `num_tokens` as `SparseStore.begin` takes them."""
+        self.num_next = num_tokens
         if mask is None and self.masks and self.masks[-1] is None:
             self.lengths[-1] += num_columns
         elif self.max_tokens < NEVER:
@@ -77,7 +80,9 @@ class CallLog:
 
     def expect(self, num_columns: int, valid: torch.Tensor | None) -> None:
         """The call's columns are pending, of which `valid` [B, T] are tokens (None: all)."""
-        self.num_seen = self.num_tokens + (num_columns if valid is None else valid.sum(1))
+        if self.num_next is None:
+            self.num_next = self.num_tokens + (num_columns if valid is None else valid.sum(1))
+        self.num_seen, self.num_next = self.num_next, None
         self.pending_columns += num_columns
         self.max_tokens += num_columns if self.max_tokens < NEVER else 0
 
@@ -88,8 +93,9 @@ class CallLog:
             self.num_stored.add_(new)
             self._lose_count()
         else:
-            self.num_stored = self.num_stored + new
+            self.num_stored = self.num_stored + new if self.num_next is None else self.num_next
             self.max_tokens += 1
+        self.num_next = None
 
     def settle(self) -> None:
         """The memory knows of what was pending."""
@@ -99,6 +105,27 @@ class CallLog:
         else:
             self.num_stored = self.num_tokens
         self.num_seen, self.pending_columns = None, 0
+
+    def num_before(self, num_kept: torch.Tensor | None, window: int) -> torch.Tensor | int:
+        """Entries of a range before tokens that join it: the ring's, and `num_kept` [B, G] kept ones (None: none)."""
+        common = self.common_length if window else 0
+        num_ring = self.num_tokens.clamp(max=window)[:, None] if common is None else min(common, window)
+        return num_ring if num_kept is None else num_ring + num_kept
+
+    def count(
+        self, joins: torch.Tensor, num_kept: torch.Tensor | None, compared: torch.Tensor | None, window: int
+    ) -> Counts:
+        """Of the recent tokens `[B, G, F]` those that `joins` the kept ones, and those `compared` with by a budget."""
+        up_to, before = joins.cumsum(-1), self.num_before(num_kept, window)
+        joined = up_to[..., -1] if joins.shape[-1] else joins.sum(-1)
+        length = joined + before
+        if compared is None and isinstance(before, int):
+            lengths = length.flatten().tolist()
+            return Counts(length, lengths, max(lengths, default=before) - before, None, up_to)
+        asked = (joined, length) if compared is None else (joined, length, compared.sum(-1))
+        num_far, lengths, *num_selected = torch.stack(asked).flatten(1).tolist()
+        most = max(num_selected[0], default=0) if num_selected else None
+        return Counts(length, lengths, max(num_far, default=0), most, up_to)
 
     def _lose_count(self) -> None:
         """What follows may be captured, and run without us."""

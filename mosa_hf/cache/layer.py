@@ -176,7 +176,7 @@ class SparseLayer(MixedLayer):
         for store, (selected, score) in zip(self.stores, routed, strict=True):
             selected = layout.pad_left(selected.transpose(1, 2), dim=2)
             score = None if score is None else layout.pad_left(score.transpose(1, 2), dim=2)
-            store.begin(selected, score, valid, layout.valid)
+            store.begin(selected, score, valid, layout.valid, layout.num_tokens)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, in_forward: bool = False, **kwargs: Any

@@ -85,7 +85,12 @@ class SparseStore:
         return int(self.memory.num_evicted.sum()) if self.overflows and self.memory is not None else 0
 
     def begin(
-        self, selected: torch.Tensor, score: MaybeTensor = None, valid: MaybeTensor = None, mask: MaybeTensor = None
+        self,
+        selected: torch.Tensor,
+        score: MaybeTensor = None,
+        valid: MaybeTensor = None,
+        mask: MaybeTensor = None,
+        num_tokens: MaybeTensor = None,
     ) -> None:
         """
         A call of T tokens begins.
@@ -95,10 +100,11 @@ class SparseStore:
             score: `[B, G, T]`, what a budget compares, inf for tokens that are never evicted.
             valid: `[B, T]` bool, False on padding, which is on the left; None without padding.
             mask: `valid` as the caller of the model passed it, with padding anywhere.
+            num_tokens: `[B]` int64, real tokens seen once it has ended; None: the store counts.
         """
         if self.calls is None:
             self.calls = CallLog(selected, self.is_fixed)
-        self.calls.begin(mask, selected.shape[2])
+        self.calls.begin(mask, selected.shape[2], num_tokens)
         self.routed = selected, score if self.needs_score else None, valid
 
     def extend(
@@ -135,8 +141,8 @@ class SparseStore:
         num_far = max(recent["selected"].shape[-1] - self.window, 0)
         evicted, kept = self._evictions(recent, kept, num_far)
         key, value, position, selected = (recent[name] for name in ("key", "value", "position", "selected"))
-        most = None if self.counts is None else self.counts.num_far
-        return KeyValues(key, value, position, filled, selected, evicted, recent.get("score"), most), kept
+        far = (None, None) if self.counts is None else (self.counts.num_far, self.counts.up_to)
+        return KeyValues(key, value, position, filled, selected, evicted, recent.get("score"), *far), kept
 
     def takes_one_token(self) -> bool:
         """Whether the call's only token can be added to memory as it is."""
@@ -184,10 +190,9 @@ class SparseStore:
         """
         calls, (selected, score, _) = self._begun()
         kept = self.kept = None if self.memory is None else self._kept(self.memory, calls)
-        if score is None:
-            return kept, None
-        recent = {"score": score, "position": position[:, None].expand_as(selected), "selected": selected}
-        evicted, kept = self._evictions(recent, kept)
+        recent = {"position": position[:, None].expand_as(selected), "selected": selected}
+        recent |= {} if score is None else {"score": score}
+        evicted, kept = self._evictions(recent, kept, selected.shape[2] if selected.shape[2] > 1 else None)
         return kept, evicted
 
     def remember(self, new: KeyValues) -> PackedKeyValues:
@@ -213,12 +218,13 @@ class SparseStore:
             if self.memory is None:
                 self._allocate(new.key, new.value, num_groups)
             self.recent = of_selected(new, groups, num_groups)
+            self.counts = self.counts and self.counts._replace(up_to=None)  # which is of columns, not of slots
             self.evict()
             return
         record = self._new_record(calls)
         calls.settle()
         calls.note(record)
-        self.routed = None
+        self.routed = self.counts = None
 
     # One token
 
@@ -289,7 +295,8 @@ class SparseStore:
         may_evict = self.budget is not None and ranked["score"].shape[-1] > self.budget
         if num_far is not None and (num_far or may_evict) and not is_captured():
             compared = ranked["selected"] if may_evict else None
-            self.counts = self._count(recent["selected"][..., :num_far], kept, compared)
+            joins, length = recent["selected"][..., :num_far], None if kept is None else kept.length
+            self.counts = self._begun()[0].count(joins, length, compared, self.window)
         if self.budget is None:
             return None, kept
         evicted = evicted_at(**ranked, budget=self.budget, most=self.counts and self.counts.num_selected)
@@ -302,22 +309,6 @@ class SparseStore:
             flat = torch.full((len(kept.key),), NEVER, dtype=torch.int64, device=evicted.device)
             kept = kept._replace(evicted_at=flat.index_put((entries,), of_kept))
         return evicted[..., num_kept:], kept
-
-    def _count(self, joins: torch.Tensor, kept: PackedKeyValues | None, compared: MaybeTensor) -> Counts:
-        """Of the recent tokens that may join the `kept` ones, `[B, G, S]` bool, and those that a budget compares."""
-        calls, _ = self._begun()
-        joined = joins.sum(-1)
-        length = joined + self._num_before(calls, None if kept is None else kept.length)
-        asked = (joined, length) if compared is None else (joined, length, compared.sum(-1))
-        num_far, lengths, *num_selected = torch.stack(asked).flatten(1).tolist()
-        most = max(num_selected[0], default=0) if num_selected else None
-        return Counts(max(num_far, default=0), most, length, lengths)
-
-    def _num_before(self, calls: CallLog, num_kept: MaybeTensor) -> torch.Tensor | int:
-        """Entries before those that join: the ring's, and `num_kept` [B, G] kept ones (None: none)."""
-        common = calls.common_length
-        num_ring = calls.num_tokens.clamp(max=self.window)[:, None] if common is None else min(common, self.window)
-        return num_ring if num_kept is None else num_ring + num_kept
 
     def _commit(self, kept: PackedKeyValues | None, is_final: bool, counts: Counts | None = None) -> None:
         """
@@ -335,20 +326,21 @@ class SparseStore:
         num_far = max(position.shape[2] - self.window, 0)
         joins, in_ring = selected[..., :num_far], position[..., num_far:]
         num_kept = stays.sum(-1) if stays is not None else None if kept is None else kept.length
-        before = self._num_before(calls, num_kept)
-        if counts is not None and selected is recent["selected"]:  # nothing is evicted
-            memory.make_room(kept, stays, self.window, counts.length, counts.lengths)
-        else:
-            memory.make_room(kept, stays, self.window, joins.sum(-1) + before)
+        before = calls.num_before(num_kept, self.window)
+        if counts is None or selected is not recent["selected"]:  # nobody has asked, or some are evicted
+            counts = Counts(length=joins.sum(-1) + before)
+        memory.make_room(kept, stays, self.window, counts.length, counts.lengths)
         start, targets = memory.start[..., None], []
         if num_far:
-            place = start + joins.cumsum(-1) + (before - 1 if isinstance(before, int) else before[..., None] - 1)
+            up_to = joins.cumsum(-1) if counts.up_to is None else counts.up_to
+            place = start + up_to + (before - 1 if isinstance(before, int) else before[..., None] - 1)
             targets.append(torch.where(joins, place, memory.null))
         if self.window:
             place = start + in_ring % self.window
             targets.append(place if common is not None else torch.where(in_ring >= 0, place, memory.null))
         if targets:
-            memory.write(torch.cat(targets, dim=-1), recent | {"selected": selected})
+            target = targets[0] if len(targets) == 1 else torch.cat(targets, dim=-1)
+            memory.write(target, recent | {"selected": selected})
         if "score" in memory.states:
             num_selected = selected.sum(-1) if num_kept is None else selected.sum(-1) + num_kept
             memory.num_selected = memory.replaced(memory.num_selected, num_selected)

@@ -48,6 +48,7 @@ class Tokens(NamedTuple):
     gate: torch.Tensor  # [B, T, G], factor on a selected token's output: sigmoid(z) in the paper
     score: torch.Tensor | None = None  # [B, T, G], what a cache budget compares: logits, inf if never to be evicted
     evicted_at: torch.Tensor | None = None  # [B, T, G] int64, see `KeyValues`
+    num_selected: int | None = None  # of the row and group that has most; None: ask the device
 
 
 class KeyValues(NamedTuple):
@@ -64,6 +65,7 @@ class KeyValues(NamedTuple):
     score: torch.Tensor | None = None  # [B, G, S], see `Tokens`; None: no budget
     # Selected tokens of these that are out of the last one's window, of the group that has most. None: ask the device
     num_far: int | None = None
+    far_up_to: torch.Tensor | None = None  # [B, G, F] int64, the F tokens out of it: how many are selected up to each
 
 
 class PackedKeyValues(NamedTuple):

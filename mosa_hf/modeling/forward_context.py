@@ -174,9 +174,9 @@ class ForwardContextMixin(Decoder):
         if position_ids.ndim == 3:  # multimodal: of text, time, height and width; or without those of the text
             of_text, may_be_packed = position_ids[0], may_be_packed and len(position_ids) == 4
         has_begun = may_look and isinstance(past_length, int) and past_length > 0 and mask.seen is None
-        layout = CallLayout.build(
-            tokens, mask, of_text, num_cached_tokens(past_key_values), may_be_packed, may_look, not has_begun
-        )
+        num_cached, is_eager = num_cached_tokens(past_key_values), not is_captured()
+        counts = past_key_values is not None and is_eager
+        layout = CallLayout.build(tokens, mask, of_text, num_cached, may_be_packed, is_eager, not has_begun, counts)
         if may_look:
             check_sequence_lengths(options, layout)
             if past_key_values is not None:

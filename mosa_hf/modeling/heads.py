@@ -79,7 +79,7 @@ class MosaHeads(nn.Module):
         cos, sin = (x.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1) for x in position_embeddings)
         tokens = Tokens(layout.position, layout.valid, layout.segment, cos, sin, selected, logits.sigmoid(), score)
         hidden_states = layout.pad_left(hidden_states, dim=1)
-        tokens = Tokens._make(None if x is None else layout.pad_left(x, dim=1) for x in tokens)
+        tokens = Tokens._make(layout.pad_left(x, dim=1) if isinstance(x, torch.Tensor) else x for x in tokens)
         if cache is not None:
             output = self._attend_cached(hidden_states, tokens, cache)
         else:
@@ -99,7 +99,10 @@ class MosaHeads(nn.Module):
         if not is_host and not torch.is_grad_enabled() and store.takes_one_token():
             return backend(hidden_states).selected_heads(hidden_states, weights, tokens, store.remember)[0]
         past, evicted = store.read(tokens.position)
-        tokens = tokens._replace(evicted_at=None if evicted is None else evicted.transpose(1, 2))
+        tokens = tokens._replace(
+            evicted_at=None if evicted is None else evicted.transpose(1, 2),
+            num_selected=None if store.counts is None else store.counts.num_far,
+        )
         kernels = backend(hidden_states)
         # Where gradients are wanted, those of groups that select nothing are: they are 0.
         looks = is_host and not torch.is_grad_enabled()

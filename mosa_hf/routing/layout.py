@@ -23,6 +23,7 @@ class CallLayout:
         first: `[B, T]` bool, the first token of each sequence; None if it is known that none is among these.
         order, inverse: `[B, T]` int64, the permutation that moves a row's padding to its left, and back. None where
             padding already is on the left.
+        num_tokens: `[B]` int64, the real tokens of a row, cached ones and these; None: not counted.
         copies: on other devices.
     """
 
@@ -32,6 +33,7 @@ class CallLayout:
     first: torch.Tensor | None
     order: torch.Tensor | None
     inverse: torch.Tensor | None
+    num_tokens: torch.Tensor | None = None
     copies: dict[torch.device, "CallLayout"] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -44,6 +46,7 @@ class CallLayout:
         may_be_packed: bool,
         may_look: bool = True,
         may_begin: bool = True,
+        counts: bool = False,
     ) -> "CallLayout":
         """
         Args:
@@ -54,6 +57,7 @@ class CallLayout:
             may_be_packed: Transformers' rule: neither a mask nor a cache was given.
             may_look: whether what is done may depend on data.
             may_begin: whether the first token of a sequence may be among these.
+            counts: whether `num_tokens` is asked for, once for all layers of a cache.
         """
         batch_size, num_tokens = inputs_embeds.shape[:2]
         device = inputs_embeds.device
@@ -63,6 +67,7 @@ class CallLayout:
             position = torch.arange(num_tokens, device=device).expand(batch_size, -1)
         else:
             position = (valid.long().cumsum(1) - 1).clamp(min=0)
+            # A GPU is waited for once a call, lest every layer moves all that it reads.
             if num_tokens > 1 and (not may_look or bool((valid[:, :-1] & ~valid[:, 1:]).any())):
                 order, inverse = padding_first(valid)
 
@@ -82,10 +87,14 @@ class CallLayout:
             first = None if first is None else first & (num_cached_tokens == 0)
         if first is not None and valid is not None:
             first = first & valid
+        total: torch.Tensor | None = None
+        if counts:
+            total = torch.full((batch_size,), num_tokens, device=device) if valid is None else valid.sum(1)
+            total = total if num_cached_tokens is None else total + num_cached_tokens[:, 0]
         looks = num_tokens == 1 and device.type == "cpu" and not is_captured()
         if first is not None and looks and not first.any():
             first = None  # nothing for every layer's router to look at
-        return cls(position, valid, segment, first, order, inverse)
+        return cls(position, valid, segment, first, order, inverse, total)
 
     def to(self, device: torch.device) -> "CallLayout":
         """This layout on the device of a layer; it is copied there once."""

@@ -34,7 +34,8 @@ def sparse_attention(
     selected = recent.selected if recent.valid is None else recent.selected & recent.valid  # [B, G, N]
     # Before the slot at which a query stands, those that are a window away or more are far.
     num_far = num_slots = max(num_recent - window, 0)
-    count = selected[..., :num_far].cumsum(-1, dtype=torch.int32)  # [B, G, F], up to a slot
+    # [B, G, F], up to a slot
+    count = selected[..., :num_far].cumsum(-1, dtype=torch.int32) if recent.far_up_to is None else recent.far_up_to
     before = F.pad(count, (num_recent - num_far, 0))[..., num_recent - num_queries :]  # [B, G, T], far of a query
     start = window_start = None
     if recent.valid is not None:
@@ -49,7 +50,7 @@ def sparse_attention(
     # Far slots: cached entries, then the selected recent tokens.
     if num_far and not torch.compiler.is_compiling():
         num_slots = int(count[..., -1].max()) if recent.num_far is None else recent.num_far
-    wanted = torch.arange(1, num_slots + 1, dtype=torch.int32, device=query.device)
+    wanted = torch.arange(1, num_slots + 1, dtype=count.dtype, device=query.device)
     index = torch.searchsorted(count, wanted.expand(*count.shape[:2], -1).contiguous())  # [B, G, K]
     if num_slots and (torch.compiler.is_compiling() or window == 0):
         index = index.clamp(max=num_far - 1)  # of groups that select fewer
