@@ -5,15 +5,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from .memory import may_change
-
-SLACK = 64  # one free entry for so many that are held
+from .memory import MIN_FREE, SLACK, may_change
 
 
 class PreallocatedDynamicLayer(DynamicLayer):
     """
-    Keys and values with a little slack behind them: upstream's layer copies all of them for every new token. What was
-    cropped is overwritten, and so is what another cache shares of it: copy a cache by `copy.deepcopy`.
+    Keys and values with a little slack behind them, on a GPU with some for short ones, too: upstream's layer copies
+    all of them for every new token. What was cropped is overwritten, and so is what another cache shares of it: copy a
+    cache by `copy.deepcopy`.
     """
 
     def update(
@@ -51,7 +50,8 @@ def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if is_whole and fits and held.stride() == layout and may_change(held):
         grown = held.as_strided((batch_size, num_heads, length, head_dim), layout)
     else:
-        grown = held.new_empty(batch_size, num_heads, length + num_held // SLACK, head_dim)[:, :, :length]
+        slack = num_held // SLACK + (0 if held.device.type == "cpu" else MIN_FREE)
+        grown = held.new_empty(batch_size, num_heads, length + slack, head_dim)[:, :, :length]
         grown[:, :, :num_held] = held
     grown[:, :, num_held:] = new
     return grown

@@ -85,8 +85,10 @@ class EntryMemory(Entries):
 
     def _places(self, length: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
         """First entries `[B, G]` and capacities for ranges of `length` [B, G], which the host knows as `lengths`."""
-        slack = 1 if length.device.type == "cpu" else GPU_SLACK
-        return _side_by_side(length + length // SLACK + slack), [each + each // SLACK + slack for each in lengths]
+        if length.device.type == "cpu":
+            return _side_by_side(length + length // SLACK + 1), [each + each // SLACK + 1 for each in lengths]
+        slack = max(lengths, default=0) // SLACK + GPU_SLACK  # the same for all is fewer operations
+        return _side_by_side(length + slack), [each + slack for each in lengths]
 
     def _ask(self, length: torch.Tensor) -> list[int]:
         """`length` [B, G] as the host knows it, which a GPU is asked for."""
