@@ -37,8 +37,10 @@ def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     """
     if held.shape[-2:-1] == (0,):  # cropped to nothing: upstream does not reorder its rows
         held = held.flatten()
-    is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    if is_traced or not held.numel() or held.shape[:2] != new.shape[:2] or held.dtype != new.dtype:
+    is_traced, is_cpu = torch.compiler.is_compiling() or torch.is_grad_enabled(), new.device.type == "cpu"
+    if not held.numel() and held.dtype == new.dtype and not is_cpu:
+        held = new.new_empty(*new.shape[:2], 0, new.shape[3])  # with slack from the first call on
+    if is_traced or held.ndim == 1 or held.shape[:2] != new.shape[:2] or held.dtype != new.dtype:
         return torch.cat((held, new), dim=-2)  # promotes types, and raises
     batch_size, num_heads, num_held, head_dim = held.shape
     length = num_held + new.shape[2]
@@ -50,8 +52,9 @@ def _append(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     if is_whole and fits and held.stride() == layout and may_change(held):
         grown = held.as_strided((batch_size, num_heads, length, head_dim), layout)
     else:
-        slack = num_held // SLACK + (0 if held.device.type == "cpu" else MIN_FREE)
+        slack = num_held // SLACK if is_cpu else length // SLACK + MIN_FREE
         grown = held.new_empty(batch_size, num_heads, length + slack, head_dim)[:, :, :length]
-        grown[:, :, :num_held] = held
+        if num_held:
+            grown[:, :, :num_held] = held
     grown[:, :, num_held:] = new
     return grown

@@ -203,7 +203,8 @@ class Store(RuleBasedStateMachine):
         self.num_tokens_ever += batch_size * length
         num_cached = torch.tensor([len(row.tokens) for row in self.rows])
         mask = TokenMask(None if valid.all() else valid)
-        layout = CallLayout.build(tokens, mask, torch.arange(length)[None], num_cached, False)
+        counts = seed % 2 == 0  # else each store does
+        layout = CallLayout.build(tokens, mask, torch.arange(length)[None], num_cached, False, counts=counts)
         for b, row in enumerate(self.rows):
             for t in range(length):
                 row.columns.append(int(tokens[b, t]) if valid[b, t] else None)
@@ -230,7 +231,7 @@ class Store(RuleBasedStateMachine):
                 self.check_read(read, each, new)
                 if not isinstance(read, PackedKeyValues) and read[0].num_far is not None:
                     far = read[0].selected[..., : max(read[0].selected.shape[-1] - each.window, 0)]
-                    assert read[0].num_far == far.sum(-1).max()
+                    assert read[0].num_far == far.sum(-1).max() and torch.equal(read[0].far_up_to, far.cumsum(-1))
             self.layer.evict()
         if self.layer.record_past:
             self.num_recorded += length
