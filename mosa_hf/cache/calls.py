@@ -119,9 +119,10 @@ class CallLog:
         up_to, before = joins.cumsum(-1), self.num_before(num_kept, window)
         joined = up_to[..., -1] if joins.shape[-1] else joins.sum(-1)
         length = joined + before
-        if compared is None and isinstance(before, int):
+        if isinstance(before, int) and (compared is None or compared.shape == joins.shape):  # which are the same then
             lengths = length.flatten().tolist()
-            return Counts(length, lengths, max(lengths, default=before) - before, None, up_to)
+            most = max(lengths, default=before) - before
+            return Counts(length, lengths, most, None if compared is None else most, up_to)
         asked = (joined, length) if compared is None else (joined, length, compared.sum(-1))
         num_far, lengths, *num_selected = torch.stack(asked).flatten(1).tolist()
         most = max(num_selected[0], default=0) if num_selected else None
