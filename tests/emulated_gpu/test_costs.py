@@ -17,7 +17,7 @@ LIMITS = {
     "padded": ((-4, 2), (81, 102)),
     "beams": ((19, 0), (66, 0)),
     "native": ((11, 17), (87, 104)),
-    "native with a budget": ((15, 16), (96, 106)),
+    "native with a budget": ((15, 16), (96, 104)),
 }
 # With a growing cache and with a static one, for which the original itself waits once; of the others: 1 and 2.
 PROMPT_WAITS = {"two sets": (2, 3)}
