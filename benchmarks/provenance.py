@@ -13,15 +13,15 @@ import transformers
 import mosa_hf
 
 
-def origin_of(module: str, arguments: list[str]) -> dict[str, Any]:
-    """How, when and with what a run of `module` measures; without paths of this machine."""
+def origin_of(module: str, arguments: list[str], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """How, when and with what a run of `module` measures, models of `dtype`; without paths of this machine."""
     words = [Path(word).name if Path(word).is_absolute() or Path(word).exists() else word for word in arguments]
     num_threads = torch.get_num_threads()
     threads = f"{num_threads} thread" if num_threads == 1 else f"{num_threads} threads"
     return {
         "command": shlex.join(["python", "-m", module, *words]),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, {threads}, float32",
+        "machine": f"{os.cpu_count()} x {platform.machine()}, {threads}, {str(dtype).removeprefix('torch.')}",
         "versions": {
             "mosa_hf": mosa_hf.__version__,
             "transformers": transformers.__version__,

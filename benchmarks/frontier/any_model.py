@@ -31,7 +31,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, load_routers, save_routers
 from mosa_hf.conversion import calibration_windows, default_text
+from mosa_hf.conversion.allocation import candidate_plan
+from mosa_hf.conversion.calibration import RouterFit, fit_routers
 from mosa_hf.evaluation import CacheMemory, filled_cache, score
+from mosa_hf.modeling.configuration import sparse_config_of
+from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.fingerprint import model_fingerprint
 from testing import pretrained
 from testing.packages import cached
@@ -90,8 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     name = Path(options.model).name
     board = options.output / f"frontier-{name}.jsonl"
     subjects = Subjects(model, tokenizer, options.ours)
-    measure(subjects, questions, board, origin_of("benchmarks.frontier", arguments) | {"model": name})
-    print(scoreboard.write(board, name))
+    measure(subjects, questions, board, origin_of("benchmarks.frontier", arguments, model.dtype) | {"model": name})
+    print(scoreboard.write(board, name, subjects.fingerprint))
 
 
 @dataclass(frozen=True)
@@ -149,20 +153,30 @@ class Subjects:
     def fingerprint(self) -> str:
         return model_fingerprint(self.original)
 
+    @cached_property
+    def _calibration(self) -> torch.Tensor:
+        text = default_text()
+        check_unseen([each for name in NAMES for each in passages(name)], list(text.documents))
+        return calibration_windows(self.tokenizer, text.documents)
+
+    @cached_property
+    def _fits(self) -> list[RouterFit | None]:
+        family = family_of(self.original.config.model_type)
+        config = sparse_config_of(family.config_class.from_base(self.original.config))
+        return fit_routers(self.original, self._calibration, candidate_plan(config, ConversionConfig()))
+
     def converted(self, setting: str) -> PreTrainedModel:
         """With routers that are fitted once, and kept in the cache of `testing/packages.py`."""
         if setting not in self._converted:
-            text = default_text()
-            check_unseen([each for name in NAMES for each in passages(name)], list(text.documents))
             window, sparsity = setting.split("/")
             conversion = ConversionConfig(window=int(window), sparsity=float(sparsity))
 
             def fit(scratch: Path) -> Path:
-                calibration = calibration_windows(self.tokenizer, text.documents)
-                save_routers(convert_model(self.original, conversion, calibration), scratch / "routers")
+                converted = convert_model(self.original, conversion, self._calibration, self._fits)
+                save_routers(converted, scratch / "routers")
                 return scratch / "routers"
 
-            about = f"{self.fingerprint}-{text.sha256[:8]}-{setting.replace('/', '-')}"
+            about = f"{self.fingerprint}-{default_text().sha256[:8]}-{setting.replace('/', '-')}"
             self._converted[setting] = load_routers(self.original, cached(f"routers-{about}", fit)).eval()
         return self._converted[setting]
 

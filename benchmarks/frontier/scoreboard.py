@@ -26,9 +26,12 @@ def lines(path: Path) -> dict[str, dict[str, Any]]:
     return {key(line): line for line in result_lines.read(path)}
 
 
-def write(path: Path, name: str) -> str:
-    """The table beside a file of lines, and the picture; returns the former."""
-    found = list(lines(path).values())
+def write(path: Path, name: str, base: str) -> str:
+    """
+    The table beside a file of lines, and the picture; returns the former. They show the lines of one `base` alone: a
+    model of other weights, or of another dtype, has a fingerprint of its own, and no average with this one.
+    """
+    found = [line for line in lines(path).values() if line["base"] == base]
     if not found:
         return "Nothing is measured yet."
     text = page(found, name, path.with_suffix(".png").name)

@@ -176,3 +176,8 @@ def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch,
     assert table[3].startswith("| ours, window 64, sparsity 8 | 0.") and "±" in table[3]
     assert "Passages of each text: 2 to 2." in page and str(tmp_path) not in page
     assert board.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # What is there of other weights, or of another dtype, is no part of the page.
+    with board.open("a") as file:
+        file.write(json.dumps(rows[0] | {"base": "0" * 16, "kv_bytes": 1}) + "\n")
+    command.main(options)
+    assert board.with_suffix(".md").read_text() == page and len(read) == 16
