@@ -43,6 +43,7 @@ ELSEWHERE = {
     "python -m benchmarks.speed.decode": "tests/benchmarks/test_frontier.py",
     "python -m benchmarks.speed.kernels": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.speed.latent_decode": "tests/tools/test_benchmarks.py",
+    "python -m benchmarks.speed.prompt": "tests/benchmarks/test_prompt.py",
     "python -m benchmarks.speed.training": "tests/tools/test_benchmarks.py",
     "python -m tests.emulated_gpu": "tests/emulated_gpu/test_costs.py",
     "lm_eval": "tests/tools/test_lm_eval.py",

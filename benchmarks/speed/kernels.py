@@ -33,7 +33,7 @@ from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import CallLayout, TokenMask
 
 from .paper_layer import PaperLayer
-from .training import resident_memory
+from .resident_memory import resident_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton") if DEVICE == "cuda" else ("torch",)

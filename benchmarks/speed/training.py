@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -27,6 +26,7 @@ from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import CallLayout, TokenMask
 
 from .paper_layer import PaperLayer, published_layout
+from .resident_memory import resident_memory
 
 HIDDEN_SIZE, HEAD_DIM = 512, 64
 SHAPES = [(2, 1024, 17, 32), (2, 1024, 128, 64), (1, 4096, 64, 16), (1, 8192, 60, 128)]  # B, T, groups, ρ
@@ -118,19 +118,6 @@ def peak_memory(shape: tuple[int, ...], contender: str, work: str) -> int:
     module = [sys.executable, "-m", "benchmarks.speed.training"]
     command = [*module, "--memory-of", ",".join(map(str, shape)), contender, work]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-def resident_memory(call: Callable[[], object]) -> int:
-    """How far this process' resident set grows during one call, in bytes; Linux only."""
-
-    def read(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
-    before = read("VmRSS")
-    call()
-    return read("VmHWM") - before
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
