@@ -5,7 +5,7 @@ VENV_PYTHON := $(VENV)/bin/python
 OLDEST ?= .venv-oldest
 SERVING ?= .venv-vllm
 
-.PHONY: demo test families tools notebooks test-oldest serving lint docs dist clean
+.PHONY: demo test families tools notebooks test-oldest serving fresh lint docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -30,6 +30,10 @@ tools: $(VENV)/.mosa-hf-tools
 notebooks: $(VENV)/.mosa-hf-notebooks
 	PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -q -o addopts="" -n 2 --nbmake \
 		--nbmake-timeout=600 notebooks
+
+# The property tests, on other examples than those of every other run.
+fresh: $(VENV)/.mosa-hf-test
+	$(VENV_PYTHON) -m pytest -q -m hypothesis --hypothesis-profile fresh
 
 # The oldest versions that pyproject.toml allows, in an environment of their own.
 test-oldest: $(OLDEST)/.mosa-hf-oldest

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -18,6 +19,12 @@ if not torch.cuda.is_available():  # before anything imports Triton, which reads
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel  # noqa: E402
 from mosa_hf.modeling.family import family_of  # noqa: E402
 from testing.tiny import text_tokenizer, tiny_base  # noqa: E402
+
+# Property tests draw the same examples in every run, so that none fails by chance on a change of something else;
+# `--hypothesis-profile fresh` draws others, which `make fresh` does every night.
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("fresh", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fixed")
 
 collect_ignore = ["modeling/upstream"]  # suites to inherit from: `test_upstream.py` does
 # The first one converts what another one of them needs, which would wait for it.

@@ -53,6 +53,7 @@ ELSEWHERE = {
     "make VENV=path/to/your/environment demo": "tests/benchmarks/test_frontier.py",
     "make demo": "tests/benchmarks/test_frontier.py",
     "make test": ".ci/run",
+    "make fresh": ".github/workflows/nightly.yml",
     "make tools": ".github/workflows/nightly.yml",
     "make serving": ".github/workflows/nightly.yml",
     "make families": ".github/workflows/nightly.yml",

@@ -402,8 +402,6 @@ class FixedPaperStore(FixedStore, PaperStore):
 SETTINGS = settings(
     max_examples=20,
     stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
     report_multiple_bugs=False,
     suppress_health_check=list(HealthCheck),
 )

@@ -37,7 +37,7 @@ def memory(capacity: int, has_position: bool, has_score: bool, is_coded: bool = 
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8)
 @given(
     window=st.sampled_from([0, 1, 4]),
     budget=st.sampled_from([None, 1, 3]),

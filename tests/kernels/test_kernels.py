@@ -13,7 +13,7 @@ from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
 
 from .triton.common import coded, random_evictions, random_packed
 
-FAST = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+FAST = {"suppress_health_check": list(HealthCheck)}
 OPTIONS = {
     "scale": st.sampled_from([None, 0.3]),
     "softcap": st.sampled_from([None, 2.0]),

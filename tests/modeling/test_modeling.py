@@ -143,7 +143,7 @@ def test_training_step_with_the_auxiliary_loss():
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=50, suppress_health_check=list(HealthCheck))
 @given(
     form=st.sampled_from(["native", "sparse"]),
     training=st.booleans(),

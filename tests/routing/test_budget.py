@@ -9,7 +9,7 @@ from mosa_hf.kernels.tensors import NEVER
 from mosa_hf.routing.budget import evicted_at, within_budget
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(
     num_slots=st.integers(1, 14),
     budget=st.integers(1, 6),

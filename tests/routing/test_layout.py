@@ -42,7 +42,7 @@ masks = st.integers(1, 8).flatmap(
 )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100)
 @given(mask=masks, num_cached=st.lists(st.integers(0, 3), min_size=4, max_size=4), cache=st.sampled_from("nds"))
 def test_positions_and_order_with_padding_anywhere(mask, num_cached, cache):
     """Without a cache, behind a growing one, and behind a static one, whose mask covers all of it."""

@@ -133,7 +133,7 @@ def masks(draw):
     return calls, torch.cat(counts, dim=1), use_cache
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300)
 @given(case=masks(), name=st.sampled_from(list(MODELS)))
 def test_a_mask_is_obeyed_or_refused(case, name):
     calls, counts, use_cache = case

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mosa_hf.routing import select_by_expert_choice, select_by_threshold
 
-FAST = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+FAST = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
