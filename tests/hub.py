@@ -55,7 +55,7 @@ class Hub:
 @contextmanager
 def serving(hub: Hub) -> Iterator[Hub]:
     """`hub`, at its address until the block ends."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub}))
     hub.address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -67,124 +67,124 @@ def serving(hub: Hub) -> Iterator[Hub]:
         thread.join()
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers for the `hub` of a subclass."""
 
-        def log_message(self, *args: Any) -> None:
-            pass
+    hub: Hub
+    protocol_version = "HTTP/1.1"
 
-        def handle_one(self) -> None:
-            hub.requests.append((self.command, self.path))
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            self.answer(unquote(urlsplit(self.path).path).strip("/").split("/"), body)
+    def log_message(self, *args: Any) -> None:
+        pass
 
-        do_GET = do_HEAD = do_POST = do_PUT = handle_one
+    def handle_one(self) -> None:
+        self.hub.requests.append((self.command, self.path))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.answer(unquote(urlsplit(self.path).path).strip("/").split("/"), body)
 
-        def send(self, content: bytes | dict | list, status: int = 200, **headers: str) -> None:
-            is_json = not isinstance(content, bytes)
-            content = json.dumps(content).encode() if is_json else content
-            self.send_response(status)
-            headers = {"Content-Type": "application/json" if is_json else "application/octet-stream", **headers}
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+    do_GET = do_HEAD = do_POST = do_PUT = handle_one
 
-        def refuse(self, code: str, status: int = 404) -> None:
-            self.send({"error": code}, status, X_Error_Code=code, X_Error_Message=code)
+    def send(self, content: bytes | dict | list, status: int = 200, **headers: str) -> None:
+        is_json = not isinstance(content, bytes)
+        content = json.dumps(content).encode() if is_json else content
+        self.send_response(status)
+        headers = {"Content-Type": "application/json" if is_json else "application/octet-stream", **headers}
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
-        def is_known(self) -> bool:
-            return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+    def refuse(self, code: str, status: int = 404) -> None:
+        self.send({"error": code}, status, X_Error_Code=code, X_Error_Message=code)
 
-        def answer(self, path: list[str], body: bytes) -> None:
-            match path:
-                case ["api", "whoami-v2"]:
-                    self.send({"name": "someone", "type": "user"}) if self.is_known() else self.refuse("", 401)
-                case ["api", "validate-yaml"]:
-                    self.send({"errors": [], "warnings": []})
-                case ["api", "repos", "create"] if self.is_known():
-                    asked = json.loads(body)
-                    name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
-                    hub.repositories.setdefault(name, {})
-                    self.send({"url": f"{hub.address}/{name}", "id": name, "name": name})
-                case ["api", "models", owner, name, *rest]:
-                    self.of_repository(f"{owner}/{name}", rest, body)
-                case ["objects", sha256] if self.command == "PUT":
-                    hub.objects[sha256] = body
-                    self.send({})
-                case [owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git") and self.is_known():
-                    objects = [self.upload(each) for each in json.loads(body)["objects"]]
-                    self.send({"transfer": "basic", "objects": objects})
-                case [owner, name, "resolve", revision, *file]:
-                    self.file(f"{owner}/{name}", revision, "/".join(file))
-                case _:
-                    self.refuse("RepoNotFound")
+    def is_known(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-        def upload(self, asked: dict) -> dict:
-            """Where a large file goes."""
-            return {**asked, "actions": {"upload": {"href": f"{hub.address}/objects/{asked['oid']}"}}}
-
-        def is_refused(self, name: str, revision: str = "main") -> bool:
-            if name not in hub.repositories:
+    def answer(self, path: list[str], body: bytes) -> None:
+        match path:
+            case ["api", "whoami-v2"]:
+                self.send({"name": "someone", "type": "user"}) if self.is_known() else self.refuse("", 401)
+            case ["api", "validate-yaml"]:
+                self.send({"errors": [], "warnings": []})
+            case ["api", "repos", "create"] if self.is_known():
+                asked = json.loads(body)
+                name = f"{asked.get('organization') or 'someone'}/{asked['name']}"
+                self.hub.repositories.setdefault(name, {})
+                self.send({"url": f"{self.hub.address}/{name}", "id": name, "name": name})
+            case ["api", "models", owner, name, *rest]:
+                self.of_repository(f"{owner}/{name}", rest, body)
+            case ["objects", sha256] if self.command == "PUT":
+                self.hub.objects[sha256] = body
+                self.send({})
+            case [owner, name, "info", "lfs", "objects", "batch"] if name.endswith(".git") and self.is_known():
+                objects = [self.upload(each) for each in json.loads(body)["objects"]]
+                self.send({"transfer": "basic", "objects": objects})
+            case [owner, name, "resolve", revision, *file]:
+                self.file(f"{owner}/{name}", revision, "/".join(file))
+            case _:
                 self.refuse("RepoNotFound")
-            elif name in hub.gated and not self.is_known():
-                self.refuse("GatedRepo", 403)
-            elif revision not in ("main", hub.commit(name)):
-                self.refuse("RevisionNotFound")
-            else:
-                return False
-            return True
 
-        def of_repository(self, name: str, rest: list[str], body: bytes) -> None:
-            match rest:
-                case [] | ["revision", _]:
-                    if not self.is_refused(name, rest[1] if rest else "main"):
-                        files = [{"rfilename": path} for path in hub.repositories[name]]
-                        self.send({"id": name, "sha": hub.commit(name), "siblings": files})
-                case ["tree", revision, *folder]:
-                    if not self.is_refused(name, revision):
-                        inside = "".join(f"{each}/" for each in folder)
-                        found = [
-                            {
-                                "type": "file",
-                                "path": path,
-                                "size": len(content),
-                                "oid": digest_of(content),
-                            }
-                            for path, content in hub.repositories[name].items()
-                            if path.startswith(inside)
-                        ]
-                        self.send(found) if found else self.refuse("EntryNotFound")
-                case ["preupload", "main"] if self.is_known():
-                    files = [
-                        {"path": each["path"], "uploadMode": mode_of(each["path"]), "shouldIgnore": False}
-                        for each in json.loads(body)["files"]
+    def upload(self, asked: dict) -> dict:
+        """Where a large file goes."""
+        return {**asked, "actions": {"upload": {"href": f"{self.hub.address}/objects/{asked['oid']}"}}}
+
+    def is_refused(self, name: str, revision: str = "main") -> bool:
+        if name not in self.hub.repositories:
+            self.refuse("RepoNotFound")
+        elif name in self.hub.gated and not self.is_known():
+            self.refuse("GatedRepo", 403)
+        elif revision not in ("main", self.hub.commit(name)):
+            self.refuse("RevisionNotFound")
+        else:
+            return False
+        return True
+
+    def of_repository(self, name: str, rest: list[str], body: bytes) -> None:
+        match rest:
+            case [] | ["revision", _]:
+                if not self.is_refused(name, rest[1] if rest else "main"):
+                    files = [{"rfilename": path} for path in self.hub.repositories[name]]
+                    self.send({"id": name, "sha": self.hub.commit(name), "siblings": files})
+            case ["tree", revision, *folder]:
+                if not self.is_refused(name, revision):
+                    inside = "".join(f"{each}/" for each in folder)
+                    found = [
+                        {
+                            "type": "file",
+                            "path": path,
+                            "size": len(content),
+                            "oid": digest_of(content),
+                        }
+                        for path, content in self.hub.repositories[name].items()
+                        if path.startswith(inside)
                     ]
-                    self.send({"files": files})
-                case ["commit", "main"] if self.is_known():
-                    for line in body.splitlines():
-                        each = json.loads(line)
-                        value = each["value"]
-                        if each["key"] == "file":
-                            hub.repositories[name][value["path"]] = base64.b64decode(value["content"])
-                        elif each["key"] == "lfsFile":
-                            hub.repositories[name][value["path"]] = hub.objects[value["oid"]]
-                    commit = hub.commit(name)
-                    self.send({"commitUrl": f"{hub.address}/{name}/commit/{commit}", "commitOid": commit})
-                case _:
-                    self.refuse("EntryNotFound")
+                    self.send(found) if found else self.refuse("EntryNotFound")
+            case ["preupload", "main"] if self.is_known():
+                files = [
+                    {"path": each["path"], "uploadMode": mode_of(each["path"]), "shouldIgnore": False}
+                    for each in json.loads(body)["files"]
+                ]
+                self.send({"files": files})
+            case ["commit", "main"] if self.is_known():
+                for line in body.splitlines():
+                    each = json.loads(line)
+                    value = each["value"]
+                    if each["key"] == "file":
+                        self.hub.repositories[name][value["path"]] = base64.b64decode(value["content"])
+                    elif each["key"] == "lfsFile":
+                        self.hub.repositories[name][value["path"]] = self.hub.objects[value["oid"]]
+                commit = self.hub.commit(name)
+                self.send({"commitUrl": f"{self.hub.address}/{name}/commit/{commit}", "commitOid": commit})
+            case _:
+                self.refuse("EntryNotFound")
 
-        def file(self, name: str, revision: str, path: str) -> None:
-            if self.is_refused(name, revision):
-                return
-            if path not in hub.repositories[name]:
-                return self.refuse("EntryNotFound")
-            content, commit = hub.repositories[name][path], hub.commit(name)
-            self.send(content, ETag=f'"{digest_of(content)}"', X_Repo_Commit=commit)
-
-    return Handler
+    def file(self, name: str, revision: str, path: str) -> None:
+        if self.is_refused(name, revision):
+            return
+        if path not in self.hub.repositories[name]:
+            return self.refuse("EntryNotFound")
+        content, commit = self.hub.repositories[name][path], self.hub.commit(name)
+        self.send(content, ETag=f'"{digest_of(content)}"', X_Repo_Commit=commit)
 
 
 def digest_of(content: bytes) -> str:
