@@ -19,7 +19,7 @@ PUBLIC = {
         load_routers save_cache save_routers to_dense trace_routing use_backend
     """,
     "mosa_hf.conversion": """
-        ConversionConfig Found HealingTrainer Loading PlanningConfig RateAnnealing Text TokenWindows
+        ConversionConfig Found HealingTrainer Loading PlanningConfig Text TokenWindows
         calibration_windows convert_checkpoint convert_model convert_to_native default_text find_source load_kvzap
         measured_texts read_text search_plan teacher_of to_dense
     """,

@@ -17,9 +17,6 @@ class HealingArguments:
     )
     lora_rank: int = field(default=16, metadata={"help": "rank of the adapters"})
     window_length: int = field(default=1024, metadata={"help": "tokens of an example"})
-    anneal_steps: int = field(
-        default=0, metadata={"help": "steps over which groups go from selecting all tokens to their rates"}
-    )
     cache_length: int = field(
         default=4096, metadata={"help": "log the share of keys and values that a cache keeps of this many tokens"}
     )

@@ -14,14 +14,11 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 
 from ..api import GroupPlan
 from ..atomic_write import atomic_directory, atomic_file, check_absent
 from ..conversion import Text, read_text
-from ..conversion.annealing import RateAnnealing
 from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
-from ..conversion.windows import spread
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.router_files import check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
@@ -30,7 +27,6 @@ from .run_evaluate import auto_class_of
 
 logger = getLogger(__name__)
 
-RATE_WINDOWS = 8  # of the text, on which rates are measured that are to fall
 ABOUT_NAME = "healing.json"  # in `--output_dir`: what its checkpoints are of
 
 
@@ -59,10 +55,6 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         router.requires_grad_(healing.learn == "routers")
     teacher, student = teacher_of(model), cast(PreTrainedModel, model)
     examples = TokenWindows(tokenizer, text.documents, healing.window_length)
-    callbacks = []
-    if healing.anneal_steps:  # measured before anything learns, so that a run that goes on has the same thresholds
-        text_of_rates = logging.tqdm(spread(examples.windows, RATE_WINDOWS).split(1), desc="Reading rates")
-        callbacks.append(RateAnnealing(model, text_of_rates, healing.anneal_steps))
     set_seed(training.seed)  # adapters start at random
     if healing.learn == "lora":
         student = cast(
@@ -73,7 +65,6 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         teacher,
         args=training,
         train_dataset=examples,
-        callbacks=callbacks,
         top_k=healing.top_k,
         cache_length=healing.cache_length,
     )
@@ -93,7 +84,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
 
 def about(healing: HealingArguments, model: PreTrainedModel, text: Text) -> dict[str, Any]:
     """What a checkpoint of a healing belongs to."""
-    settings = ("learn", "lora_rank", "window_length", "anneal_steps", "top_k")
+    settings = ("learn", "lora_rank", "window_length", "top_k")
     return {
         "model": model_fingerprint(model),
         "plan": GroupPlan.of_config(model.config).to_list(),

@@ -12,7 +12,6 @@ from .texts import Text, read_text
 from .windows import calibration_windows
 
 if TYPE_CHECKING:
-    from .annealing import RateAnnealing
     from .healing import HealingTrainer, TokenWindows, teacher_of
     from .kvzap import load_kvzap
     from .native import convert_to_native
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 # What takes longer to import than a user of the package, who needs none of it, should wait.
 LATER = {
-    "RateAnnealing": "annealing",
     "HealingTrainer": "healing",
     "TokenWindows": "healing",
     "teacher_of": "healing",
@@ -38,7 +36,6 @@ __all__ = [
     "HealingTrainer",
     "Loading",
     "PlanningConfig",
-    "RateAnnealing",
     "Text",
     "TokenWindows",
     "calibration_windows",
