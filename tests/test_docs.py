@@ -149,9 +149,9 @@ def test_the_pages_quote_the_frontier():
     readme, choosing = (path.read_text(encoding="utf-8") for path in (DOCS.parent / "README.md", DOCS / "choosing.md"))
     page = (RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct.md").read_text(encoding="utf-8")
     (head, _, *rows), (own_head, _, *own_rows) = (table_with(text, "niah_single_1") for text in (page, readme))
-    assert len(own_rows) == 8 and len(rows) == 3 and own_head == ["", *(row[0] for row in rows)]
+    assert len(own_rows) == 8 and len(rows) == 4 and own_head == ["", *(row[0] for row in rows)]
     assert own_rows == [[name, *(row[head.index(name)] for row in rows)] for name, *_ in own_rows]
-    original, ours, _ = (dict(zip(head, row, strict=True)) for row in rows)
+    original, ours, *_ = (dict(zip(head, row, strict=True)) for row in rows)
     for task in ("niah_single_1", "niah_multikey_3"):
         (found, asked), (kept, _) = (each[task].partition(" ")[0].split("/") for each in (original, ours))
         assert f"{kept} of {asked} for {found}" in unwrapped(readme) or f"({kept} for {found})" in unwrapped(readme)
@@ -279,18 +279,20 @@ def rows_of(page: Path) -> dict[str, list[str]]:
 
 
 def test_choices_have_the_frontiers_figures():
-    page, results = (DOCS / "choosing.md").read_text(encoding="utf-8"), rows_of(FRONTIER)
-    measured = [cells for cells in rows_of(DOCS / "choosing.md").values() if len(cells) == 5 and cells[1][0].isdigit()]
-    assert len(measured) == 7
-    for choice, share, *scores in measured:
-        result = results["original" if choice == "the original" else f"ours, {choice.partition(':')[0]}"]
-        assert [share, *scores] == [result[0], *result[3:5], result[7]]
-    share, *_, keys = results["sink + window, window 1344"]
-    keys = keys.partition(",")[0]
-    quoted = paragraph(page, "heal.md")
-    assert share in quoted and keys in quoted
-    found = [int(cells[4].partition("/")[0]) for cells in measured]
-    assert int(keys.partition("/")[0]) < min(found)
+    page = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    head, _, *rows = table_with((RESULTS / "frontier-SmolLM2-135M-Instruct.md").read_text(encoding="utf-8"), "code")
+    results = {row[0].partition(", ")[2] or row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    _, _, *choices = table_with(page, "perplexity, code")
+    assert len(choices) == 8 == len(results)
+    for _, choice, *figures in choices:
+        name = {"the original": "original"}.get(choice, choice.partition(":")[0])
+        own = results["sink + window" if "no routers" in choice else name]
+        assert figures == [own[column] for column in ("KV bytes", "documentation", "code")]
+    old = rows_of(FRONTIER)
+    quoted = paragraph(page, "frontier.md")
+    for name in ("sink + window, window 1344", "ours, window 512, sparsity 8"):
+        share, *_, keys = old[name]
+        assert share in quoted and f"found {keys.partition(',')[0]}" in quoted
 
 
 def test_choices_have_the_figures_of_healing_and_decoding():
