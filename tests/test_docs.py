@@ -290,9 +290,13 @@ def test_choices_have_the_frontiers_figures():
         assert figures == [own[column] for column in ("KV bytes", "documentation", "code")]
     old = rows_of(FRONTIER)
     quoted = paragraph(page, "frontier.md")
+    found = []
     for name in ("sink + window, window 1344", "ours, window 512, sparsity 8"):
         share, *_, keys = old[name]
-        assert share in quoted and f"found {keys.partition(',')[0]}" in quoted
+        keys = keys.partition(",")[0]
+        assert share in quoted and f"found {keys}" in quoted
+        found.append(int(keys.partition("/")[0]))
+    assert found[0] < found[1]
 
 
 def test_choices_have_the_figures_of_healing_and_decoding():

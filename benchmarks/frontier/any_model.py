@@ -30,12 +30,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, load_routers, save_routers
-from mosa_hf.conversion import calibration_windows, default_text
-from mosa_hf.conversion.allocation import candidate_plan
-from mosa_hf.conversion.calibration import RouterFit, fit_routers
+from mosa_hf.conversion import default_text
+from mosa_hf.conversion.calibration import RouterFit
 from mosa_hf.evaluation import CacheMemory, filled_cache, score
-from mosa_hf.modeling.configuration import sparse_config_of
-from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.fingerprint import model_fingerprint
 from testing import pretrained
 from testing.packages import cached
@@ -45,7 +42,7 @@ from .. import metrics, result_lines
 from ..provenance import origin_of
 from . import ruler, scoreboard, writing
 from .asking import ask
-from .methods import digest_of
+from .methods import digest_of, fits_of_all
 from .tasks import check_unseen, sample_of
 
 LENGTHS = (4096, 8192, 16384)
@@ -155,15 +152,12 @@ class Subjects:
 
     @cached_property
     def _calibration(self) -> torch.Tensor:
-        text = default_text()
-        check_unseen([each for name in NAMES for each in passages(name)], list(text.documents))
-        return calibration_windows(self.tokenizer, text.documents)
+        check_unseen([each for name in NAMES for each in passages(name)], list(default_text().documents))
+        return metrics.calibration(self.tokenizer)
 
     @cached_property
     def _fits(self) -> list[RouterFit | None]:
-        family = family_of(self.original.config.model_type)
-        config = sparse_config_of(family.config_class.from_base(self.original.config))
-        return fit_routers(self.original, self._calibration, candidate_plan(config, ConversionConfig()))
+        return fits_of_all(self.original, self._calibration)
 
     def converted(self, setting: str) -> PreTrainedModel:
         """With routers that are fitted once, and kept in the cache of `testing/packages.py`."""

@@ -8,11 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, load_routers
 from mosa_hf.conversion.allocation import candidate_plan
-from mosa_hf.conversion.calibration import fit_routers
+from mosa_hf.conversion.calibration import RouterFit, fit_routers
+from mosa_hf.modeling.configuration import sparse_config_of
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
@@ -55,7 +57,7 @@ class Models:
 
     @cached_property
     def _fits(self):
-        return fit_routers(self.original, self.calibration, candidate_plan(self._config, ConversionConfig()))
+        return fits_of_all(self.original, self.calibration)
 
     def converted(self, conversion: ConversionConfig) -> PreTrainedModel:
         if conversion not in self._converted:
@@ -100,6 +102,12 @@ class Models:
             parameters = {"file": path.name, "plan": digest}
             methods.append(Method("plan", parameters, lambda conversion=conversion: self.converted(conversion)))
         return methods
+
+
+def fits_of_all(model: PreTrainedModel, calibration: torch.Tensor) -> list[RouterFit | None]:
+    """Routers of every group that can be sparse, on windows `[N, T]`: all conversions of the model may share them."""
+    config = family_of(model.config.model_type).config_class.from_base(model.config)
+    return fit_routers(model, calibration, candidate_plan(sparse_config_of(config), ConversionConfig()))
 
 
 def digest_of(model: PreTrainedModel) -> str:

@@ -11,8 +11,6 @@ threads.
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,7 +26,7 @@ from mosa_hf.conversion import calibration_windows
 from testing import corpora, pretrained
 
 from .. import metrics
-from .resident_memory import resident_memory
+from .resident_memory import of_own_process, resident_memory
 
 WARM_UP = 16  # tokens read before anything is measured
 
@@ -54,19 +52,13 @@ def seconds_of(calls: list[Callable[[], object]], rounds: int) -> list[list[floa
     return seconds
 
 
-def memory_of(folder: Path, text: Path, length: int) -> int:
-    """Bytes that one prompt takes beside the model, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speed.prompt", "--memory-of", str(folder), str(text), str(length)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--converted", type=Path, help="a converted SmolLM2, as `mosa-convert` wrote it")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 512, 4096], help="tokens of a prompt")
     parser.add_argument("--rounds", type=int, default=9, help="that are timed of each length")
     parser.add_argument("--processes", type=int, default=5, help="whose memory is measured, at the last length")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # folder, text, length: see `memory_of`
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # folder, text, length: see `of_own_process`
     options = parser.parse_args()
     if options.memory_of:
         folder, text, length = options.memory_of
@@ -94,9 +86,10 @@ def main() -> None:
             cells = [f"{1e3 * median(each):.1f}" for each in (theirs, ours)] + [f"{ratio:.2f}"]
             print(f"| {length} | ms | {' | '.join(cells)} |", flush=True)
         taken: dict[Path, list[int]] = {directory: [], folder: []}
+        words = [str(text), str(options.lengths[-1])]
         for _ in tqdm(range(options.processes), desc="Memory", unit="pair"):
             for each, own in taken.items():
-                own.append(memory_of(each, text, options.lengths[-1]))
+                own.append(of_own_process("benchmarks.speed.prompt", str(each), *words))
     base, own = (median(each) for each in taken.values())
     print(f"| {options.lengths[-1]} | peak bytes | {base:,} | {own:,} | {own / base:.2f} |")
     spread = ", ".join(f"{min(each):,} to {max(each):,}" for each in taken.values())

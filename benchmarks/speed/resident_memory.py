@@ -1,5 +1,7 @@
-"""How much memory of this process one call takes."""
+"""How much memory one call takes, of this process or of one of its own."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,3 +17,9 @@ def resident_memory(call: Callable[[], object]) -> int:
     before = read("VmRSS")
     call()
     return read("VmHWM") - before
+
+
+def of_own_process(module: str, *words: str) -> int:
+    """What `module`, called with `--memory-of` and `words`, prints of a call in a process that does nothing else."""
+    command = [sys.executable, "-m", module, "--memory-of", *words]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])

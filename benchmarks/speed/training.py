@@ -11,8 +11,6 @@ its own.
 """
 
 import argparse
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from statistics import median
@@ -26,7 +24,7 @@ from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import CallLayout, TokenMask
 
 from .paper_layer import PaperLayer, published_layout
-from .resident_memory import resident_memory
+from .resident_memory import of_own_process, resident_memory
 
 HIDDEN_SIZE, HEAD_DIM = 512, 64
 SHAPES = [(2, 1024, 17, 32), (2, 1024, 128, 64), (1, 4096, 64, 16), (1, 8192, 60, 128)]  # B, T, groups, ρ
@@ -113,13 +111,6 @@ def compare(baseline: Callable[[], object], ours: Callable[[], object], rounds: 
     return [*(f"{milliseconds:.1f}" for milliseconds in wall), *(f"{ratio:.2f}" for ratio in ratios)]
 
 
-def peak_memory(shape: tuple[int, ...], contender: str, work: str) -> int:
-    """Bytes that one call takes on top of what is there before it, measured in a process of its own."""
-    module = [sys.executable, "-m", "benchmarks.speed.training"]
-    command = [*module, "--memory-of", ",".join(map(str, shape)), contender, work]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
 def parse_shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(",")))
 
@@ -128,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", type=parse_shape, default=SHAPES, metavar="B,T,groups,rho")
     parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # shape, contender, work: see `peak_memory`
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)  # shape, contender, work: see `of_own_process`
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.memory_of:
@@ -155,7 +146,11 @@ def main() -> None:
         baselines = calls_of(baseline, inputs)
         for work, call in calls_of(ours, inputs).items():
             times = compare(baselines[work], call, options.rounds)
-            memory = [f"{peak_memory(shape, contender, work):,}" for contender in ("baseline", "ours")]
+            words = ",".join(map(str, shape))
+            memory = [
+                f"{of_own_process('benchmarks.speed.training', words, contender, work):,}"
+                for contender in ("baseline", "ours")
+            ]
             print("| " + " | ".join([", ".join(map(str, shape)), work, *times, *memory]) + " |", flush=True)
 
 

@@ -4,11 +4,13 @@ import copy
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch.multiprocessing import get_context, start_processes
 from torch.utils.data import TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -18,6 +20,7 @@ from mosa_hf.cli import heal
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, mean_divergence, teacher_of
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.kv_share import kv_share
+from mosa_hf.modeling.router_files import ROUTERS_NAME
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
 
 from ..modeling.test_training import windows_of_bytes
@@ -192,6 +195,30 @@ def test_the_command(learn, tmp_path):
         assert type(names["model"]) is MosaLlamaForCausalLM
     with pytest.raises(SystemExit, match="exists: remove it"):
         run("parts", 4, "parts.healed")
+
+
+@pytest.mark.slow  # models are healed
+@pytest.mark.parametrize("learn", ["lora", "full"])
+def test_an_interrupted_run_goes_on(learn, tmp_path):
+    """To what an unbroken run writes; with the thresholds of the conversion, to the bit."""
+    common = f"{prepare(tmp_path)} --learn {learn} --per_device_train_batch_size 2 --max_steps 4"
+
+    def run(name: str) -> None:
+        options = f"--output_dir {tmp_path / name} --save_steps 2 --destination {tmp_path / f'{name}.healed'}"
+        heal.main(f"{common} {options}".split())
+
+    run("whole")
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    run("parts")
+    weights = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}[learn]
+    whole, parts = (load_file(tmp_path / f"{name}.healed" / weights) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    for name, each in whole.items():
+        torch.testing.assert_close(parts[name], each, rtol=0, atol=1e-5, msg=name)
+    expected = load_file(tmp_path / "converted" / "model.safetensors")
+    found = load_file(tmp_path / "parts.healed" / (ROUTERS_NAME if learn == "lora" else weights))
+    names = [name for name in expected if name.endswith("threshold")]
+    assert len(names) == 3 and all(torch.equal(found[name], expected[name]) for name in names)
 
 
 def test_checkpoints_of_another_healing_are_refused(tmp_path):
