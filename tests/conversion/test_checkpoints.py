@@ -497,6 +497,7 @@ print((kilobytes("VmHWM") - before) / 1024)
 """
 
 
+@pytest.mark.slow  # a large file
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_memory_of_a_large_checkpoint(tmp_path):
     """4 GB in 8 shards, whose files are sparse: the tensors' numbers are holes that read as zeros."""

@@ -28,9 +28,14 @@ def of_original():
     return [layer_costs(CASES["original"], is_static, num_steps=2) for is_static in (False, True)]
 
 
-@pytest.mark.parametrize(
-    ("name", "is_static"), [*((name, False) for name in LIMITS), *((name, True) for name in LIMITS if name != "beams")]
-)
+def cases() -> list:
+    """Every kind with both caches; what others nearly stand for is slow, since each takes seconds."""
+    quick = {("one set", False), ("one set", True), ("two sets", False), ("native", False)}
+    own = [(name, is_static) for name in LIMITS for is_static in (False, True) if (name, is_static) != ("beams", True)]
+    return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in own]
+
+
+@pytest.mark.parametrize(("name", "is_static"), cases())
 def test_a_layer_asks_little(name, is_static, of_original):
     costs = layer_costs(CASES[name], is_static, num_steps=3)
     of_step, of_prompt = (limits[is_static] for limits in LIMITS[name])

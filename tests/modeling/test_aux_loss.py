@@ -230,6 +230,7 @@ def gradients_on_rank(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow  # two processes
 @pytest.mark.skipif(not dist.is_available() or torch.accelerator.is_available(), reason="the processes share a CPU")
 def test_two_processes(tmp_path: Path):
     torch.multiprocessing.start_processes(gradients_on_rank, (str(tmp_path),), nprocs=2, start_method="forkserver")

@@ -24,7 +24,11 @@ FAST = "aot_eager"
 
 def cases(**budgets: int | None) -> pytest.MarkDecorator:
     """These forms with their budgets, and the others on the compiler that users have."""
-    own = [(name, budget, FAST) for name, budget in budgets.items()]
+    variants = ("int8", "softcap")
+    own = [
+        pytest.param(name, budget, FAST, marks=pytest.mark.slow if name in variants else ())
+        for name, budget in budgets.items()
+    ]
     slow = [pytest.param(name, None, "inductor", marks=pytest.mark.real) for name in FORMS if "layer" in name]
     return pytest.mark.parametrize("name, budget, compiler", [*own, *slow])
 
@@ -53,7 +57,9 @@ def test_forward(name, budget, compiler):
     assert_no_graph_break()
 
 
-@pytest.mark.parametrize("name, budget", [("native", None), ("sparse", 3), ("int8", 3)])
+@pytest.mark.parametrize(
+    "name, budget", [("native", None), ("sparse", 3), pytest.param("int8", 3, marks=pytest.mark.slow)]
+)
 def test_training(name, budget):
     """Loss, gradients and the thresholds' moving average; the native model's auxiliary loss."""
     fields = {"mosa_router_aux_loss_coef": 0.5} if name == "native" else {}

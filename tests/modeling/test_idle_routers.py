@@ -144,6 +144,7 @@ def train_on_rank(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow  # two processes
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes share a CPU")
 def test_two_processes_train(tmp_path: Path):
     """The original's kind of step: processes agree, what learns has moved, and idle routers are as they were."""

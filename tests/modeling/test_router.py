@@ -192,6 +192,7 @@ def train_on_rank(rank: int, directory: str, form: Form) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # two processes
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_ranks_average_their_thresholds(tmp_path: Path):
     form = FORMS["native"]  # routes by expert choice: no layer sees what thresholds became

@@ -66,7 +66,8 @@ def test_it_gets_all_heads(groups, make, seen):
         torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+# flex_attention compiles.
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("groups", [[ONE] * 3, [ONE, NONE, ONE]], ids=["sparse", "mixed"])
 @torch.no_grad()
 def test_masks_of_a_static_cache(groups, implementation):
