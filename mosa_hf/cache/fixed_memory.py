@@ -56,7 +56,7 @@ class FixedMemory(EntryMemory):
         Entries.lengthen(self, new)
         self.last_read = None
 
-    def reserve_one(self) -> None:
+    def reserve_one(self, num_certain: int = 1) -> None:
         pass
 
 

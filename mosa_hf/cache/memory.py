@@ -9,8 +9,7 @@ from ..kernels.entry_codes import encoded
 from ..kernels.tensors import NEVER, Entries, PackedKeyValues, Rows
 
 SLACK = 64  # one free entry for so many that a range holds: little memory against a copy of all for each new entry
-
-
+AHEAD = 16  # entries that a range may have free for tokens which are sure to come
 # A GPU that had to be asked how full ranges are would be waited for: it is asked every so many tokens.
 GPU_SLACK, MIN_FREE = 40, 24
 
@@ -137,13 +136,13 @@ class EntryMemory(Entries):
         self.is_full = self.is_full and isinstance(new, int)
         self.free, self.max_length, self.last_read = self.free - 1, self.max_length + 1, None
 
-    def reserve_one(self) -> None:
-        """Make room for one more entry in every range."""
+    def reserve_one(self, num_certain: int = 1) -> None:
+        """Make room for one more entry in every range; so many they will need whatever is selected."""
         if self.free > 0:
             return
         lengths = self._ask(self.length)
         if self._least_free(lengths) <= (0 if self.length.device.type == "cpu" else MIN_FREE):
-            self._move(lengths)
+            self._move(lengths, max(min(num_certain, AHEAD), 1))
         self._set_length(self.length, lengths)
 
     def reserve(self, num_more: int) -> None:
@@ -174,9 +173,9 @@ class EntryMemory(Entries):
         for name, own in self.states.items():
             own.index_copy_(0, target, old[name].index_select(0, source))
 
-    def _move(self, lengths: list[int]) -> None:
-        """The ranges as they are, of `lengths`, in new memory with room for more."""
-        places = self._places(self.length + 1, [each + 1 for each in lengths])
+    def _move(self, lengths: list[int], num_more: int) -> None:
+        """The ranges as they are, of `lengths`, in new memory with room for so many more."""
+        places = self._places(self.length + num_more, [each + num_more for each in lengths])
         if self.length.device.type != "cpu":
             self._lay_out(*self.slots(), *places)
             return

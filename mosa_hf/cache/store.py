@@ -238,7 +238,7 @@ class SparseStore:
             None if score is None else score[..., 0],
             None if valid is None else valid[:, 0],
         )
-        memory.reserve_one()
+        memory.reserve_one(self.window - calls.max_tokens)  # a ring that is not full takes every token
         if not memory.may_change(memory.num_evicted):
             memory.num_evicted = memory.num_evicted.clone()
         notes, common = self._can_note(), calls.common_length if valid is None else None
