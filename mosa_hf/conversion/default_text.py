@@ -1,8 +1,9 @@
 """
-The text that routers are fitted on where none is given: half documentation, half what programs write. It needs no
-network and is the same on every machine, so that routers are, too. The documentation is this project's own, as it was
-when it was taken; the other half is generated here, for routers that saw prose alone lose more of what is looked up in
-JSON, tables and logs.
+The text that routers are fitted on where none is given: documentation, what programs write, and notes among sentences
+that repeat. It needs no network and is the same on every machine, so that routers are, too. The documentation is this
+project's own, as it was when it was taken. The rest is generated here: routers that saw prose alone lose more of what
+is looked up in JSON, tables and logs, and such as never saw anything repeat keep the repetition and lose the one fact
+in it (docs/choosing.md).
 """
 
 import json
@@ -15,7 +16,7 @@ from .texts import Text
 
 SEED = 20261129
 PROSE = "default_prose.txt"  # beside this file; it stays as it is when the documentation changes
-# Of what is generated; about as many tokens as the prose has, which takes about twice the characters a token.
+# Of records, about as many tokens as the prose has; of notes, which take twice the characters a token, half of that.
 GENERATED_CHARACTERS = 56_000
 SYLLABLES = (
     *("ba", "cor", "del", "en", "fi", "gra", "hol", "is", "jun", "kel", "lo", "mar", "nis", "or", "pel", "qua", "ri"),
@@ -45,13 +46,23 @@ EVENTS = (
     "user {word} logged in from {address}",
     "wrote {number} rows to {word}_{serial}.db",
 )
+SUBJECTS = ("bridge", "carpet", "curtain", "ferry", "garden", "kettle", "lamp", "market", "orchard", "river")
+VERBS = ("belongs to", "is older than", "leans on", "looks like", "passes", "stands behind", "waits by")
+PLACES = ("a quiet street", "every window", "our neighbours", "the harbour", "the hill", "the old gate", "the station")
+NOTES = (
+    "The {field} of {name} is {value}.",
+    "{name} has the {field} {value}.",
+    "Note for later: {name}, {field} {value}.",
+    "To reach {name}, use {field} {value}.",
+)
 Item = TypeVar("Item")
 
 
 def default_text() -> Text:
-    """Two documents: the prose, and what is generated."""
-    name = "mosa_hf's default: documentation, and generated JSON, CSV, logs, code and lists"
-    return Text(documents=(prose(), generated_text(GENERATED_CHARACTERS)), name=name)
+    """Three documents: the prose, records, and notes."""
+    name = "mosa_hf's default: documentation, generated JSON, CSV, logs, code and lists, and notes in filler"
+    records, notes = (generated_text(GENERATED_CHARACTERS, kinds=kinds) for kinds in (KINDS, (notes_in_filler,)))
+    return Text(documents=(prose(), records, notes), name=name)
 
 
 def prose() -> str:
@@ -59,11 +70,16 @@ def prose() -> str:
     return files(__package__).joinpath(PROSE).read_text(encoding="utf-8")
 
 
-def generated_text(num_characters: int, seed: int = SEED) -> str:
-    """At least `num_characters` of what programs write, the same for a seed on every machine and version of Python."""
+def generated_text(
+    num_characters: int, seed: int = SEED, kinds: Sequence[Callable[["Source"], str]] | None = None
+) -> str:
+    """
+    At least `num_characters` of each of some kinds in turn (None: `KINDS`, what programs write), the same for a seed
+    on every machine and version of Python.
+    """
     source, parts, length = Source(seed), [], 0
     while length < num_characters:
-        for make in KINDS:
+        for make in KINDS if kinds is None else kinds:
             parts.append(make(source))
             length += len(parts[-1]) + 2
     return "\n\n".join(parts)
@@ -197,6 +213,19 @@ def table(source: Source) -> str:
     fields = source.several(FIELDS, 3)
     rows = [[source.word(), *(str(source.value(field)) for field in fields)] for _ in range(source.number(8, 14))]
     return "\n".join(f"| {' | '.join(row)} |" for row in [["name", *fields], ["---"] * (len(fields) + 1), *rows])
+
+
+def notes_in_filler(source: Source) -> str:
+    """A few plain sentences over and over, and notes among them that are written once."""
+    filler = [
+        f"The {source.pick(SUBJECTS)} {source.pick(VERBS)} {source.pick(PLACES)}." for _ in range(source.number(4, 8))
+    ]
+    sentences = [filler[i % len(filler)] for i in range(source.number(45, 60))]
+    for _ in range(source.number(4, 7)):
+        field, name = source.pick(FIELDS), source.pick((source.word(), f"{source.word()} {source.word()}"))
+        note = source.pick(NOTES).format(field=field, name=name, value=source.value(field))
+        sentences.insert(source.number(2, len(sentences)), note[0].upper() + note[1:])
+    return " ".join(sentences)
 
 
 KINDS: tuple[Callable[[Source], str], ...] = (

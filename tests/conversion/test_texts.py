@@ -3,13 +3,15 @@
 import hashlib
 import json
 import random
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mosa_hf.conversion import ConversionConfig, Text, calibration_windows, convert_checkpoint, default_text, read_text
-from mosa_hf.conversion.default_text import KINDS, Source, generated_text
+from mosa_hf.conversion.default_text import KINDS, Source, generated_text, notes_in_filler
 from testing.tiny import SENTENCES, byte_tokenizer, text_tokenizer, tiny_base
 
 CHAT = [{"role": "user", "content": "What is a boat?"}, {"role": "assistant", "content": "What floats."}]
@@ -103,21 +105,29 @@ def test_chats_as_one_string():
     assert text.as_string(tokenizer) == "Before.\n\n[user] What is a boat?\n[assistant] What floats.\n"
 
 
-def test_the_default_text_is_half_generated_and_always_the_same():
+def test_the_default_text_has_three_parts_and_is_always_the_same():
     text, again = default_text(), default_text()
     assert text == again and text.sha256 == again.sha256
-    documentation, generated = text.documents
+    documentation, records, notes = text.documents
     # The same on every machine: prose that is never edited, and what takes nothing but `random()` from the standard
     # library's generator.
-    for own, digest in ((documentation, "a770b87f9cb92772"), (generated, "ff02f0d77303105a")):
+    digests = ("a770b87f9cb92772", "ff02f0d77303105a", "a9d32a18d68c46fa")
+    for own, digest in zip((documentation, records, notes), digests, strict=True):
         assert hashlib.sha256(own.encode()).hexdigest().startswith(digest)
     assert hashlib.sha256(generated_text(210_000).encode()).hexdigest().startswith("0b728ef1d65e875a")
     state = random.getstate()
     assert generated_text(1000) != generated_text(1000, seed=1) and random.getstate() == state
     for make in KINDS:
         assert len(set(make(Source(0)).split())) > 20
-    windows = calibration_windows(text_tokenizer(), text.documents, 12, 512)
-    assert 4 <= sum(text_tokenizer().decode(row) in generated for row in windows) <= 8
+    windows = [text_tokenizer().decode(row) for row in calibration_windows(text_tokenizer(), text.documents, 12, 512)]
+    assert [sum(window in own for window in windows) for own in text.documents] == [5, 5, 2]
+
+
+def test_notes_are_written_once_among_sentences_that_repeat():
+    for seed in range(20):
+        sentences = Counter(re.split(r"(?<=\.) (?=[A-Z])", notes_in_filler(Source(seed))))
+        once = [sentence for sentence, times in sentences.items() if times == 1]
+        assert 4 <= len(once) <= 7 and len(sentences) <= len(once) + 8
 
 
 def test_paths_and_texts_of_names_calibrate(folder):
