@@ -31,7 +31,7 @@ def write(path: Path, name: str, base: str) -> str:
     The table beside a file of lines, and the picture; returns the former. They show the lines of one `base` alone: a
     model of other weights, or of another dtype, has a fingerprint of its own, and no average with this one.
     """
-    found = [line for line in lines(path).values() if line["base"] == base]
+    found = latest([line for line in lines(path).values() if line["base"] == base])
     if not found:
         return "Nothing is measured yet."
     text = page(found, name, path.with_suffix(".png").name)
@@ -40,6 +40,12 @@ def write(path: Path, name: str, base: str) -> str:
     with atomic_file(path.with_suffix(".png")) as unfinished:
         draw(found).savefig(unfinished, format="png", dpi=110)
     return text
+
+
+def latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a setting that was measured with routers of several fits, those lines that are of the last one."""
+    last = {label(line): line["parameters"] for line in found}
+    return [line for line in found if line["parameters"] == last[label(line)]]
 
 
 def label(line: dict[str, Any]) -> str:
