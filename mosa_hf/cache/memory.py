@@ -245,10 +245,10 @@ class EntryMemory(Entries):
     def deselect(self, entries: torch.Tensor) -> None:
         self.states["selected"] = self.states["selected"].index_fill(0, entries, False)
 
-    def write(self, target: torch.Tensor, rows: Rows) -> None:
-        """Write the slots of `rows` [B, G, S, ...], by name, to the entries `target` [B, G, S]."""
+    def write(self, target: torch.Tensor, rows: Rows, has_null: bool = True) -> None:
+        """Write the slots of `rows` [B, G, S, ...], by name, to the entries `target` [B, G, S], null ones maybe."""
         # No shape may depend on data in a graph, and a GPU would be waited for.
-        is_whole = torch.compiler.is_compiling() or target.device.type != "cpu"
+        is_whole = not has_null or torch.compiler.is_compiling() or target.device.type != "cpu"
         writes = None if is_whole else target != self.null
         index = target if writes is None else target[writes]
         rows = {name: rows[name] if writes is None else rows[name][writes] for name in self.states if name in rows}

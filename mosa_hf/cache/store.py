@@ -340,7 +340,7 @@ class SparseStore:
             targets.append(place if common is not None else torch.where(in_ring >= 0, place, memory.null))
         if targets:
             target = targets[0] if len(targets) == 1 else torch.cat(targets, dim=-1)
-            memory.write(target, recent | {"selected": selected})
+            memory.write(target, recent | {"selected": selected}, has_null=num_far > 0 or common is None)
         if "score" in memory.states:
             num_selected = selected.sum(-1) if num_kept is None else selected.sum(-1) + num_kept
             memory.num_selected = memory.replaced(memory.num_selected, num_selected)

@@ -279,7 +279,7 @@ class ForwardContextMixin(Decoder):
         modules = self.running_attention()
         check_numbered(modules, self.config.num_hidden_layers)
         check_windows(modules, past_key_values.is_sliding)
-        specs = self.cache_specs()
+        specs = self._specs_of(modules)
         length = max_cache_len or self.config.max_position_embeddings
         upgrade_cache(past_key_values, specs, length, type(self).__name__)
         if not is_captured():
@@ -287,8 +287,12 @@ class ForwardContextMixin(Decoder):
 
     def cache_specs(self) -> dict[int, SparseSpec | None]:
         """What a cache has to know of each layer that runs; None: the layer has no sparse groups or MoSA heads."""
+        return self._specs_of(self.running_attention())
+
+    def _specs_of(self, modules: dict[int, nn.Module]) -> dict[int, SparseSpec | None]:
+        """`cache_specs`, of `running_attention`, which looks through all modules of the model."""
         specs: dict[int, SparseSpec | None] = dict.fromkeys(range(self.config.num_hidden_layers))
-        for module in self.running_attention().values():
+        for module in modules.values():
             if hasattr(module, "cache_spec"):
                 caching = cast(CachingAttention, module)
                 if (spec := caching.cache_spec()).sets:
