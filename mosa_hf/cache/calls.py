@@ -6,6 +6,8 @@ but not as many tokens.
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,37 @@ class Counts(NamedTuple):
     num_far: int | None = None  # selected recent tokens out of the window, of the row and group that has most
     num_selected: int | None = None  # that a budget compares, of the one that has most; None: it can evict nothing
     up_to: torch.Tensor | None = None  # [B, G, F] int64, see `KeyValues.far_up_to`
+
+
+class Question(NamedTuple):
+    """`Counts` before the host knows; see `answers`."""
+
+    length: torch.Tensor
+    up_to: torch.Tensor
+    before: torch.Tensor | int  # entries of a range before the recent tokens that join it
+    compares: bool  # whether a budget does
+    asked: tuple[torch.Tensor, ...]  # [B, G] each: `length`, and what does not follow from it
+
+    def answered(
+        self, lengths: list[int], joined: list[int] | None = None, compared: list[int] | None = None
+    ) -> Counts:
+        if joined is None:
+            assert isinstance(self.before, int)
+            joined = compared = [length - self.before for length in lengths]
+        num_selected = max(compared or (), default=0) if self.compares else None
+        return Counts(self.length, lengths, max(joined, default=0), num_selected, self.up_to)
+
+
+def answers(questions: Sequence[Question | None]) -> list[Counts | None]:
+    """What the device says to all of them at once, so that it is waited for once; None: nothing was asked."""
+    asked = [each.flatten() for question in questions if question is not None for each in question.asked]
+    if not asked:
+        return [None] * len(questions)
+    numbers = iter((asked[0] if len(asked) == 1 else torch.cat(asked)).tolist())
+    return [
+        question and question.answered(*(list(islice(numbers, each.numel())) for each in question.asked))
+        for question in questions
+    ]
 
 
 class CallLog:
@@ -112,21 +145,18 @@ class CallLog:
         num_ring = self.num_tokens.clamp(max=window)[:, None] if common is None else min(common, window)
         return num_ring if num_kept is None else num_ring + num_kept
 
-    def count(
+    def question(
         self, joins: torch.Tensor, num_kept: torch.Tensor | None, compared: torch.Tensor | None, window: int
-    ) -> Counts:
+    ) -> Question:
         """Of the recent tokens `[B, G, F]` those that `joins` the kept ones, and those `compared` with by a budget."""
         up_to, before = joins.cumsum(-1), self.num_before(num_kept, window)
         joined = up_to[..., -1] if joins.shape[-1] else joins.sum(-1)
         length = joined + before
         if isinstance(before, int) and (compared is None or compared.shape == joins.shape):  # which are the same then
-            lengths = length.flatten().tolist()
-            most = max(lengths, default=before) - before
-            return Counts(length, lengths, most, None if compared is None else most, up_to)
-        asked = (joined, length) if compared is None else (joined, length, compared.sum(-1))
-        num_far, lengths, *num_selected = torch.stack(asked).flatten(1).tolist()
-        most = max(num_selected[0], default=0) if num_selected else None
-        return Counts(length, lengths, max(num_far, default=0), most, up_to)
+            asked: tuple[torch.Tensor, ...] = (length,)
+        else:
+            asked = (length, joined) if compared is None else (length, joined, compared.sum(-1))
+        return Question(length, up_to, before, compared is not None, asked)
 
     def _lose_count(self) -> None:
         """What follows may be captured, and run without us."""

@@ -21,6 +21,7 @@ from ..compat import QuantizedLayer
 from ..kernels import is_free
 from ..kernels.tensors import KeyValues, PackedKeyValues, take
 from ..routing.layout import CallLayout
+from .calls import answers
 from .dense import PreallocatedDynamicLayer
 from .fixed_memory import static_capacity
 from .store import SparseStore
@@ -201,10 +202,13 @@ class SparseLayer(MixedLayer):
             )
         if self.dense_groups is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        layout, self._read = self._layout, []
+        layout, questions, reads = self._layout, [], []
         for store, groups in zip(self.stores, self.sparse_groups, strict=True):
             key, value = (layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states))
-            self._read.append(store.extend(key, value))
+            question, read = store.extend(key, value)
+            questions.append(question)
+            reads.append(read)
+        self._read = [read(counts) for read, counts in zip(reads, answers(questions), strict=True)]
         dense = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
         held = super().update(*dense, *args, **kwargs)
         # A first call within all windows is plain attention of all groups, which any implementation computes.

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.entry_codes import decoded
-from ..kernels.tensors import KeyValues, Rows, gather_slots
+from ..kernels.tensors import KeyValues, PackedKeyValues, Rows, gather_slots
 from ..routing.layout import padding_first
 from .memory import EntryMemory
 
@@ -59,3 +59,16 @@ def cropped(recent: Rows, num_tokens: torch.Tensor, removed: torch.Tensor) -> Ro
     position = num_tokens[:, None] - source.shape[1] + torch.arange(source.shape[1], device=removed.device)
     position = position.masked_fill((source < 0) | (position < 0), -1)[:, None].expand_as(rows["selected"])
     return rows | {"position": position, "selected": rows["selected"] & (position >= 0)}
+
+
+def after_kept(
+    memory: EntryMemory | None, kept: PackedKeyValues | None, recent: Rows
+) -> tuple[Rows, torch.Tensor | None]:
+    """What a budget compares [B, G, S], by name: of the kept entries, padded, and then `recent`; and those entries."""
+    recent = {name: recent[name] for name in ("score", "position", "selected")}
+    if memory is None or kept is None:
+        return recent, None
+    entries, filled = kept.slots()
+    entries = torch.where(filled, entries, memory.null)
+    of_kept = {name: memory.states[name][entries] for name in ("score", "position")} | {"selected": filled}
+    return {name: torch.cat((of_kept[name].to(own.dtype), own), dim=-1) for name, own in recent.items()}, entries

@@ -1,5 +1,7 @@
 """What a set of groups of a layer remembers: the last tokens, and selected ones before (docs/design.md, section 4)."""
 
+from collections.abc import Callable
+
 import torch
 
 from ..kernels import backend
@@ -8,15 +10,17 @@ from ..kernels.capture import is_captured
 from ..kernels.entry_codes import rounded
 from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues, Rows
 from ..routing.budget import evicted_at, within_budget
-from .calls import CallLog, Counts
+from .calls import CallLog, Counts, Question, answers
 from .fixed_memory import FixedMemory
 from .memory import EntryMemory
-from .recent import cropped, extended, of_ring, of_selected
+from .recent import after_kept, cropped, extended, of_ring, of_selected
 from .undo import UndoRecord
 
 # What the routers said of a call: selected, score and valid, as `SparseStore.begin` takes them.
 Routing = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 MaybeTensor = torch.Tensor | None
+# What the queries of a call may read, of what the device said.
+Read = Callable[[Counts | None], PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]]
 
 
 class SparseStore:
@@ -107,9 +111,7 @@ class SparseStore:
         self.calls.begin(mask, selected.shape[2], num_tokens)
         self.routed = selected, score if self.needs_score else None, valid
 
-    def extend(
-        self, key: torch.Tensor, value: torch.Tensor
-    ) -> PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]:
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Question | None, Read]:
         """
         Take in the call's tokens.
 
@@ -117,8 +119,8 @@ class SparseStore:
             key, value: `[B, G, T, d]`, padding on the left.
 
         Returns:
-            What its queries may read: for a single token a row, packed entries, all of which it reads; else
-            (recent, cached) as `sparse_attention` reads them.
+            What the device has to be asked, and, of its answer, what the queries may read: for a single token a row,
+            packed entries, all of which it reads; else (recent, cached) as `sparse_attention` reads them.
         """
         calls, (selected, score, valid) = self._begun()
         memory = self._allocate(key, value, key.shape[1]) if self.memory is None else self.memory
@@ -126,7 +128,7 @@ class SparseStore:
             if torch.is_grad_enabled():  # else nothing reaches a graph
                 key, value = key.detach(), value.detach()
             self._append_token(memory, calls, key[:, :, 0], value[:, :, 0])
-            return memory.read()
+            return None, lambda counts: memory.read()
         if self.is_coded:
             key, value = rounded(key), rounded(value)
         new = {"key": key, "value": value, "selected": selected} | ({} if score is None else {"score": score})
@@ -139,10 +141,16 @@ class SparseStore:
             recent["selected"] = recent["selected"] & filled
         self.recent = recent
         num_far = max(recent["selected"].shape[-1] - self.window, 0)
-        evicted, kept = self._evictions(recent, kept, num_far)
-        key, value, position, selected = (recent[name] for name in ("key", "value", "position", "selected"))
-        far = (None, None) if self.counts is None else (self.counts.num_far, self.counts.up_to)
-        return KeyValues(key, value, position, filled, selected, evicted, recent.get("score"), *far), kept
+        question, ranked = self._question(recent, kept, num_far)
+
+        def read(counts: Counts | None) -> tuple[KeyValues, PackedKeyValues | None]:
+            self.counts = counts
+            evicted, cached = self._evictions(kept, *ranked)
+            key, value, position, selected = (recent[name] for name in ("key", "value", "position", "selected"))
+            far = (None, None) if counts is None else (counts.num_far, counts.up_to)
+            return KeyValues(key, value, position, filled, selected, evicted, recent.get("score"), *far), cached
+
+        return question, read
 
     def takes_one_token(self) -> bool:
         """Whether the call's only token can be added to memory as it is."""
@@ -192,7 +200,9 @@ class SparseStore:
         kept = self.kept = None if self.memory is None else self._kept(self.memory, calls)
         recent = {"position": position[:, None].expand_as(selected), "selected": selected}
         recent |= {} if score is None else {"score": score}
-        evicted, kept = self._evictions(recent, kept, selected.shape[2] if selected.shape[2] > 1 else None)
+        question, ranked = self._question(recent, kept, selected.shape[2] if selected.shape[2] > 1 else None)
+        (self.counts,) = answers([question])
+        evicted, kept = self._evictions(kept, *ranked)
         return kept, evicted
 
     def remember(self, new: KeyValues) -> PackedKeyValues:
@@ -284,26 +294,32 @@ class SparseStore:
         length = self.window if torch.compiler.is_compiling() else min(self.window, calls.max_tokens)
         return of_ring(memory, calls.num_stored, length, self.window) if length else None
 
-    def _evictions(
-        self, recent: Rows, kept: PackedKeyValues | None, num_far: int | None = None
-    ) -> tuple[MaybeTensor, PackedKeyValues | None]:
+    def _question(
+        self, recent: Rows, kept: PackedKeyValues | None, num_far: int | None
+    ) -> tuple[Question | None, tuple[Rows, MaybeTensor]]:
         """
-        When the budget evicts each of the recent tokens `[B, G, S]`, if it evicts any; and `kept` that say so. Asks
-        for `counts`, if the first `num_far` of these tokens will leave the window, and maybe join the kept entries.
+        What to ask if the first `num_far` of the recent tokens `[B, G, S]` will leave the window, and maybe join the
+        kept entries; and what a budget compares, as `after_kept` gives it.
         """
-        ranked, entries = ({}, None) if self.budget is None else _after_kept(self.memory, kept, recent)
+        ranked, entries = ({}, None) if self.budget is None else after_kept(self.memory, kept, recent)
         may_evict = self.budget is not None and ranked["score"].shape[-1] > self.budget
-        if num_far is not None and (num_far or may_evict) and not is_captured():
-            compared = ranked["selected"] if may_evict else None
-            joins, length = recent["selected"][..., :num_far], None if kept is None else kept.length
-            self.counts = self._begun()[0].count(joins, length, compared, self.window)
+        if num_far is None or not (num_far or may_evict) or is_captured():
+            return None, (ranked, entries)
+        compared, length = ranked["selected"] if may_evict else None, None if kept is None else kept.length
+        question = self._begun()[0].question(recent["selected"][..., :num_far], length, compared, self.window)
+        return question, (ranked, entries)
+
+    def _evictions(
+        self, kept: PackedKeyValues | None, ranked: Rows, entries: MaybeTensor
+    ) -> tuple[MaybeTensor, PackedKeyValues | None]:
+        """When the budget evicts each of the recent tokens `[B, G, S]`, if it evicts any; and `kept` that say so."""
         if self.budget is None:
             return None, kept
         evicted = evicted_at(**ranked, budget=self.budget, most=self.counts and self.counts.num_selected)
         self.is_over = None if torch.compiler.is_compiling() else evicted is not None
         if evicted is None:
             return None, kept
-        num_kept = evicted.shape[-1] - recent["score"].shape[-1]
+        num_kept = 0 if entries is None else entries.shape[-1]
         if kept is not None and entries is not None:
             of_kept = evicted[..., :num_kept].masked_fill(~ranked["selected"][..., :num_kept], NEVER)
             flat = torch.full((len(kept.key),), NEVER, dtype=torch.int64, device=evicted.device)
@@ -359,7 +375,7 @@ class SparseStore:
         """Which of the kept entries the budget leaves (None: all), and which of the recent tokens stay selected."""
         if self.budget is None or self.is_over is False:
             return None, recent["selected"]
-        ranked, entries = _after_kept(memory, kept, recent)
+        ranked, entries = after_kept(memory, kept, recent)
         selected = ranked["selected"]
         if self.is_over is None and not torch.compiler.is_compiling():
             if not bool((selected.sum(-1) > self.budget).any()):
@@ -475,16 +491,3 @@ class SparseStore:
             held = [*self.memory.tensors(), self.calls.num_stored]
             held += [states for record in self.calls.records for states in record.tensors()]
         return held + list((self.recent or {}).values())
-
-
-def _after_kept(
-    memory: EntryMemory | None, kept: PackedKeyValues | None, recent: Rows
-) -> tuple[Rows, torch.Tensor | None]:
-    """What a budget compares [B, G, S], by name: of the kept entries, padded, and then `recent`; and those entries."""
-    recent = {name: recent[name] for name in ("score", "position", "selected")}
-    if memory is None or kept is None:
-        return recent, None
-    entries, filled = kept.slots()
-    entries = torch.where(filled, entries, memory.null)
-    of_kept = {name: memory.states[name][entries] for name in ("score", "position")} | {"selected": filled}
-    return {name: torch.cat((of_kept[name].to(own.dtype), own), dim=-1) for name, own in recent.items()}, entries
