@@ -34,11 +34,13 @@ def write(path: Path, name: str, base: str) -> str:
     found = latest([line for line in lines(path).values() if line["base"] == base])
     if not found:
         return "Nothing is measured yet."
-    text = page(found, name, path.with_suffix(".png").name)
+    asked = any("answers" in line for line in found)  # else there is nothing to draw
+    text = page(found, name, path.with_suffix(".png").name if asked else None)
     with atomic_file(path.with_suffix(".md")) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-    with atomic_file(path.with_suffix(".png")) as unfinished:
-        draw(found).savefig(unfinished, format="png", dpi=110)
+    if asked:
+        with atomic_file(path.with_suffix(".png")) as unfinished:
+            draw(found).savefig(unfinished, format="png", dpi=110)
     return text
 
 
@@ -93,8 +95,8 @@ def cells(found: list[dict[str, Any]], length: int) -> dict[str, dict[str, dict[
     return table
 
 
-def page(found: list[dict[str, Any]], name: str, picture: str) -> str:
-    """Markdown."""
+def page(found: list[dict[str, Any]], name: str, picture: str | None) -> str:
+    """Markdown, which shows the file `picture`."""
     parts = []
     for length in sorted({line["length"] for line in found}):
         table = cells(found, length)
@@ -111,7 +113,7 @@ def page(found: list[dict[str, Any]], name: str, picture: str) -> str:
         name=name,
         about=about(found),
         tables="\n".join(parts),
-        picture=picture,
+        picture="" if picture is None else f"\n![Answers and their intervals]({picture})\n",
     )
 
 
@@ -127,9 +129,7 @@ window of as many bytes as the first conversion takes of each context. The promp
 
 {about}
 
-{tables}
-![Answers and their intervals]({picture})
-"""
+{tables}{picture}"""
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
