@@ -74,8 +74,8 @@ def generated_text(
     num_characters: int, seed: int = SEED, kinds: Sequence[Callable[["Source"], str]] | None = None
 ) -> str:
     """
-    At least `num_characters` of each of some kinds in turn (None: `KINDS`, what programs write), the same for a seed
-    on every machine and version of Python.
+    At least `num_characters`, of some kinds in turn (None: `KINDS`, what programs write); the same for a seed on every
+    machine and version of Python.
     """
     source, parts, length = Source(seed), [], 0
     while length < num_characters:
