@@ -319,12 +319,12 @@ class SparseStore:
         self.is_over = None if torch.compiler.is_compiling() else evicted is not None
         if evicted is None:
             return None, kept
-        num_kept = 0 if entries is None else entries.shape[-1]
-        if kept is not None and entries is not None:
-            of_kept = evicted[..., :num_kept].masked_fill(~ranked["selected"][..., :num_kept], NEVER)
-            flat = torch.full((len(kept.key),), NEVER, dtype=torch.int64, device=evicted.device)
-            kept = kept._replace(evicted_at=flat.index_put((entries,), of_kept))
-        return evicted[..., num_kept:], kept
+        if kept is None or entries is None:
+            return evicted, kept
+        num_kept = entries.shape[-1]
+        of_kept = evicted[..., :num_kept].masked_fill(~ranked["selected"][..., :num_kept], NEVER)
+        flat = torch.full((len(kept.key),), NEVER, dtype=torch.int64, device=evicted.device)
+        return evicted[..., num_kept:], kept._replace(evicted_at=flat.index_put((entries,), of_kept))
 
     def _commit(self, kept: PackedKeyValues | None, is_final: bool, counts: Counts | None = None) -> None:
         """

@@ -5,7 +5,7 @@ import torch
 
 from mosa_hf.cache.calls import CallLog
 from mosa_hf.cache.fixed_memory import FixedMemory
-from mosa_hf.cache.memory import SLACK, EntryMemory
+from mosa_hf.cache.memory import AHEAD, SLACK, EntryMemory
 from mosa_hf.cache.undo import MAX_UNDO, UndoRecord
 
 LIKE = (torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 6), 3)  # keys of 4 channels, values of 6, of 2 rows and 3 groups
@@ -65,6 +65,14 @@ def test_growing_memory_has_little_slack_and_asks_for_more_when_it_is_full():
         assert memory.free >= 0 and bool((memory.length <= memory.capacity).all())
         assert memory.null <= 6 * (number + 1 + number // SLACK + 2)
     assert held(memory)[3] == [3000 + n for n in range(200)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_certain", "room"), [(-3, 1), (1, 1), (5, 5), (1000, AHEAD)])
+def test_growing_memory_gets_room_for_tokens_that_are_sure_to_come(num_certain, room):
+    memory = memory_of("growing")
+    memory.reserve_one(num_certain)
+    assert memory.capacities == [room + 1] * memory.length.numel()  # and one of slack
 
 
 @torch.no_grad()
