@@ -1,5 +1,6 @@
 """The files that others' tools read: workflows, the citation, what a distribution holds."""
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -37,6 +38,15 @@ def test_workflows_run_what_there_is(path):
     made = {target for line in ran for target in re.findall(r"\bmake ([\w-]+)", line)}
     assert made <= make_targets()
     assert path.name != "nightly.yml" or make_targets() - made == {"clean", "lint"}  # which `make test` does
+
+
+def test_the_serving_environment_has_what_every_test_needs():
+    """It does not install the extra `test`, yet `conftest.py` is read there, too."""
+    tree = ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    needed = imported & set(PROJECT["optional-dependencies"]["test"])
+    installed = re.split(r"==.*\n|\n", (ROOT / "tests" / "serving.txt").read_text(encoding="utf-8"))
+    assert {"hypothesis", "pytest"} <= needed <= set(installed)
 
 
 def test_publishing_has_no_token():
