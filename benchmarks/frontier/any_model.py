@@ -9,12 +9,14 @@ Six tasks of RULER (`ruler.py`), several questions for each context, a long list
 original, by what `mosa-convert` makes of it by default (and by other windows and sparsities), and by as large a window
 with the first token and no routers. What was read once is asked all questions. After the first reading of every kind
 comes the second one, and so on: stop it when you like, the table has what there is; the same command goes on from
-there.
+there. `--rivals` then asks other methods about all that was read, by the code of kvpress, in an environment of its
+own.
 
 Lines are appended to `frontier-NAME.jsonl`; `frontier-NAME.md` and `.png` show them.
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -27,12 +29,14 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, load_routers, save_routers
+from mosa_hf.compat import CACHE
 from mosa_hf.conversion import default_text
 from mosa_hf.conversion.calibration import RouterFit
-from mosa_hf.evaluation import CacheMemory, filled_cache, score
+from mosa_hf.evaluation import CacheMemory, Sample, filled_cache, score
+from mosa_hf.modeling.devices import input_device
 from mosa_hf.modeling.fingerprint import model_fingerprint
 from testing import pretrained
 from testing.packages import cached
@@ -42,6 +46,7 @@ from .. import metrics, result_lines
 from ..provenance import origin_of
 from . import ruler, scoreboard, writing
 from .asking import ask
+from .measuring import KVPRESS, baselines_answers
 from .methods import digest_of, fits_of_all
 from .tasks import check_unseen, sample_of
 
@@ -56,6 +61,7 @@ FETCHED: dict[str, Callable[[], Path]] = {
 }
 TASKS = [*ruler.TASKS, writing.TASK, *NAMES]
 ORIGINAL, WINDOW = "original", "sink + window"
+RIVALS = ("StreamingLLM", "SnapKV", "TOVA", "ExpectedAttention", "KeyDiff", "KVzip")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,6 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help=f"folder, name on the Hub, or one of {', '.join(FETCHED)}")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens, answers included")
     parser.add_argument("--ours", nargs="+", default=["512/8"], metavar="WINDOW/SPARSITY", help="conversions")
+    parser.add_argument(
+        "--rivals", nargs="*", choices=RIVALS, default=[], help="with as many bytes as the first of these"
+    )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--contexts", type=int, default=16, help="of each task and length (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=10, help="of a context (default: %(default)s)")
@@ -91,7 +100,12 @@ def main(arguments: list[str] | None = None) -> None:
     name = Path(options.model).name
     board = options.output / f"frontier-{name}.jsonl"
     subjects = Subjects(model, tokenizer, options.ours)
-    measure(subjects, questions, board, origin_of("benchmarks.frontier", arguments, model.dtype) | {"model": name})
+    origin = origin_of("benchmarks.frontier", arguments, model.dtype) | {"model": name}
+    try:
+        measure(subjects, questions, board, origin)
+        measure_rivals(subjects, questions, options.rivals, board, origin, str(directory))
+    except KeyboardInterrupt:
+        print("Stopped. What was measured is kept; the same command goes on from there.")
     print(scoreboard.write(board, name, subjects.fingerprint))
 
 
@@ -114,28 +128,50 @@ class Asked:
             return writing.reading(tokenizer, self.length, self.index)
         return ruler.reading(tokenizer, self.task, self.length, self.index, self.questions)
 
+    def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
+        """Of a text."""
+        return sample_of(tokenizer, passages(self.task)[self.index], PROMPTS[self.length], SCORED)
+
+    def content(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What is read and asked, for `baselines.py`."""
+        return self.sample(tokenizer).to_dict() if self.task in NAMES else dataclasses.asdict(self.reading(tokenizer))
+
     def read_by(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> dict[str, Any]:
         """Context, answers and bytes after them, of one model."""
         if self.task not in NAMES:
             reading = self.reading(tokenizer)
             cache = filled_cache(model, torch.tensor([reading.context]))
-            answers = [dataclasses.asdict(ask(model, tokenizer, cache, each)) for each in reading.questions]
+            reader = CacheReader(model, cache)
+            answers = [dataclasses.asdict(ask(reader, tokenizer, each)) for each in reading.questions]
             return {
                 "answers": answers,
                 "tokens": len(reading.context),
                 "kv_bytes": sum(cache_bytes(cache).values()),
                 "digest": _digest(dataclasses.asdict(reading)),
             }
-        passage = passages(self.task)[self.index]
-        sample = sample_of(tokenizer, passage, PROMPTS[self.length], SCORED)
+        sample = self.sample(tokenizer)
         (own,) = score(CacheMemory(model, sample.context), sample)
         return {
             "loss": -own.log_probability / own.tokens,
-            "passage": passage.name,
+            "passage": passages(self.task)[self.index].name,
             "tokens": own.length,
             "kv_bytes": own.kv_bytes,
             "digest": _digest(sample.to_dict()),
         }
+
+
+class CacheReader:
+    """A model that goes on after what a cache holds, see `asking.Reader`."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache):
+        self.model, self.cache = model, cache
+
+    def read(self, ids: list[int], keep: int) -> torch.Tensor:
+        input_ids = torch.tensor([ids], device=input_device(self.model))
+        return self.model(input_ids, use_cache=True, logits_to_keep=keep, **{CACHE: self.cache}).logits[0]
+
+    def copy(self) -> "CacheReader":
+        return CacheReader(self.model, copy.deepcopy(self.cache))
 
 
 class Subjects:
@@ -193,15 +229,40 @@ def measure(subjects: Subjects, questions: list[Asked], path: Path, origin: dict
     with tqdm(total=len(questions), unit="context") as progress:
         for asked in questions:
             progress.set_postfix_str(f"{asked.task}, {asked.length}")
-            try:
-                for line in _readings(subjects, asked, known):
-                    line |= origin
-                    result_lines.append(path, [line])
-                    known[scoreboard.key(line)] = line
-            except KeyboardInterrupt:
-                print("Stopped. What was measured is kept; the same command goes on from there.")
-                return
+            for line in _readings(subjects, asked, known):
+                line |= origin
+                result_lines.append(path, [line])
+                known[scoreboard.key(line)] = line
             progress.update()
+
+
+def measure_rivals(
+    subjects: Subjects, questions: list[Asked], rivals: list[str], path: Path, origin: dict[str, Any], directory: str
+) -> None:
+    """
+    Append to the lines of `path` what they lack of other methods: about each reading of the original and the first
+    conversion, with as many bytes as the latter had.
+    """
+    known, first = scoreboard.lines(path), subjects.ours[0]
+    readings, heads = [], []
+    for asked in filter(Asked.exists, questions if rivals else []):
+        head = {**dataclasses.asdict(asked), "base": subjects.fingerprint}
+        identity = subjects.identity(first)
+        original = known.get(scoreboard.key({**head, "method": ORIGINAL, "parameters": {}}))
+        own = known.get(scoreboard.key({**head, "method": _method(first), "parameters": identity}))
+        head["parameters"] = {"as many bytes as": identity}
+        lacking = [name for name in rivals if scoreboard.key({**head, "method": name}) not in known]
+        if original is not None and own is not None and lacking:
+            methods = dict.fromkeys(lacking, own["kv_bytes"] / original["kv_bytes"])
+            readings.append(asked.content(subjects.tokenizer) | {"methods": methods})
+            heads.append({**head, "digest": own["digest"]})
+    if not readings:
+        return
+    dtype = str(subjects.original.dtype).removeprefix("torch.")
+    for answer in baselines_answers({"model": directory, "dtype": dtype, "readings": readings}):
+        versions = answer.pop("versions") | {"kvpress": KVPRESS.partition("==")[2]}
+        line = heads[answer.pop("reading")] | answer
+        result_lines.append(path, [line | origin | {"versions": versions}])
 
 
 def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -213,8 +274,7 @@ def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]
         found = original | asked.read_by(subjects.tokenizer, subjects.original)
         yield found
     for i, setting in enumerate(subjects.ours):
-        method = "default" if ConversionConfig() == ConversionConfig(*_numbers(setting)) else "ours"
-        line = {**head, "method": method, "parameters": subjects.identity(setting)}
+        line = {**head, "method": _method(setting), "parameters": subjects.identity(setting)}
         own = known.get(scoreboard.key(line))
         if own is None:
             own = line | asked.read_by(subjects.tokenizer, subjects.converted(setting))
@@ -228,10 +288,11 @@ def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]
                 yield window | {"window": tokens} | read
 
 
-def _numbers(setting: str) -> tuple[float, int]:
-    """Sparsity and window."""
+def _method(setting: str) -> str:
+    """What a conversion is called."""
     window, sparsity = setting.split("/")
-    return float(sparsity), int(window)
+    is_default = ConversionConfig() == ConversionConfig(window=int(window), sparsity=float(sparsity))
+    return "default" if is_default else "ours"
 
 
 def _digest(content: Any) -> str:

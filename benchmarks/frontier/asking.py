@@ -1,15 +1,35 @@
-"""What a model that has read a context answers, and how probable it finds the right answer."""
+"""
+What a model that has read a context answers, and how probable it finds the right answer. Needs torch and a tokenizer
+only: `baselines.py` asks the same in an environment that has no `mosa_hf`.
+"""
 
-import copy
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mosa_hf.compat import CACHE
-from mosa_hf.modeling.devices import input_device
 
-from .ruler import Question
+@dataclass(frozen=True)
+class Question:
+    """
+    What is asked after a context.
+
+    prompt: token ids, to the point where the answer begins.
+    answer: token ids of a right answer, whose probability is measured.
+    references: all of them are in a right answer; it is right in part if some are.
+    max_new_tokens: that a model may answer with.
+    """
+
+    prompt: list[int]
+    answer: list[int]
+    references: tuple[str, ...]
+    max_new_tokens: int
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Question":
+        """Makes one from `dataclasses.asdict`, or from JSON of it."""
+        return cls(**{**content, "references": tuple(content["references"])})
 
 
 @dataclass(frozen=True)
@@ -25,34 +45,43 @@ class Answer:
     tokens: int
 
 
+class Reader(Protocol):
+    """A model that has read a context."""
+
+    model: PreTrainedModel
+
+    def read(self, ids: list[int], keep: int) -> torch.Tensor:
+        """The last logits `[keep, V]` after tokens that it then has read, too."""
+
+    def copy(self) -> "Reader":
+        """One that goes on from here and leaves this one as it is."""
+
+
 @torch.inference_mode()
-def ask(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, question: Question) -> Answer:
+def ask(reader: Reader, tokenizer: PreTrainedTokenizerBase, question: Question) -> Answer:
     """
     Greedy decoding after a context, and the probability of the right answer. RULER's score is the share of references
-    that are in what is decoded (`string_match_all`).
-
-    Args:
-        cache: of the context. It stays as it is.
+    that are in what is decoded (`string_match_all`). The reader stays as it is.
     """
     right = torch.tensor(question.answer)
-    ids = question.prompt + question.answer
-    logits = _read(model, copy.deepcopy(cache), ids, keep=len(right) + 1)[:-1].float().cpu()
+    logits = reader.copy().read(question.prompt + question.answer, keep=len(right) + 1)[:-1].float().cpu()
     log_probability = -torch.nn.functional.cross_entropy(logits, right, reduction="sum").item()
     if bool((logits.argmax(-1) == right).all()):  # so that is what greedy decoding gives
         found = len(question.references)
     else:
-        found = _num_found(model, tokenizer, copy.deepcopy(cache), question)
+        found = _num_found(reader.copy(), tokenizer, question)
     return Answer(found, len(question.references), log_probability, len(right))
 
 
-def _num_found(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache: Cache, question: Question) -> int:
+def _num_found(reader: Reader, tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
     """References in what is decoded."""
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    generation = reader.model.generation_config
+    ends = None if generation is None else generation.eos_token_id
     stops = set(ends if isinstance(ends, list) else [ends])
     decoded: list[int] = []
     found, ids = 0, question.prompt
     while len(decoded) < question.max_new_tokens:
-        token = int(_read(model, cache, ids, keep=1)[-1].argmax())
+        token = int(reader.read(ids, keep=1)[-1].argmax())
         if token in stops:
             break
         decoded.append(token)
@@ -61,9 +90,3 @@ def _num_found(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, cache
         if found == len(question.references):
             break
     return found
-
-
-def _read(model: PreTrainedModel, cache: Cache, ids: list[int], keep: int) -> torch.Tensor:
-    """The last logits `[keep, V]` after tokens that the cache then holds too."""
-    input_ids = torch.tensor([ids], device=input_device(model))
-    return model(input_ids, use_cache=True, logits_to_keep=keep, **{CACHE: cache}).logits[0]

@@ -3,12 +3,13 @@ The baselines of `benchmarks.frontier`, by the code of kvpress. `python -m bench
 an environment of its own, for kvpress wants an older Transformers than `mosa_hf`, of which one file alone is loaded
 here.
 
-JOB is a JSON file: the model's folder, methods, suites, and the text to train KVzap on (see `main`). A line of JSON
-on stdout is one method's scores in one suite. Prompts are read in full attention, once for all methods: each takes
-from a layer's keys and values what it keeps.
+JOB is a JSON file (see `main`): suites, of which a line of JSON on stdout is one method's scores in one; or readings,
+of which a line is what one method answers about one. Prompts are read in full attention, once for all methods: each
+takes from a layer's keys and values what it keeps. KVzip alone reads them by itself, twice.
 """
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import json
@@ -22,7 +23,9 @@ import transformers
 from kvpress import (
     DMSPress,
     ExpectedAttentionPress,
+    KeyDiffPress,
     KVzapPress,
+    KVzipPress,
     SnapKVPress,
     StreamingLLMPress,
     TOVAPress,
@@ -30,7 +33,9 @@ from kvpress import (
 from kvpress.presses.base_press import BasePress
 from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+
+from .asking import Question, ask
 
 SCORING = Path(__file__).parents[2] / "mosa_hf" / "evaluation" / "scoring.py"
 _spec = importlib.util.spec_from_file_location("scoring", SCORING)
@@ -42,6 +47,8 @@ PRUNING = {
     "SnapKV": SnapKVPress,
     "TOVA": TOVAPress,
     "ExpectedAttention": ExpectedAttentionPress,
+    "KeyDiff": KeyDiffPress,
+    "KVzip": KVzipPress,
 }
 FLOOR = 1e-9  # least score before the logarithm, as of our routers; KVzap's recipe has none
 
@@ -81,9 +88,7 @@ class PressedMemory:
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(self.layers):
             cache.update(keys, values, layer)  # copies them
-        attentions = [layer.self_attn for layer in self.model.model.layers]
-        for attention, masked in zip(attentions, self.masked, strict=True):
-            attention.masked_key_indices = masked
+        attentions = self.mask()
         goes_on = isinstance(self.press, DMSPress)
         if goes_on:
             self.press.scores_buffer = dict(self.buffer)
@@ -94,13 +99,60 @@ class PressedMemory:
             for part, place in zip(ids.split(step, dim=1), positions.split(step), strict=True):
                 output = self.model(part, position_ids=place[None], past_key_values=cache, use_cache=True)
                 logits.append(output.logits[0])
-        held = 0.0
-        for layer, attention in zip(cache.layers, attentions, strict=True):
-            gone = 0 if attention.masked_key_indices is None else len(attention.masked_key_indices[0])
-            entries = layer.keys[..., 0].numel()
-            held += (layer.keys.nbytes + layer.values.nbytes) * (1 - gone / entries)
+        held = sum(
+            _bytes_held(layer.keys, layer.values, attention.masked_key_indices)
+            for layer, attention in zip(cache.layers, attentions, strict=True)
+        )
+        for attention in attentions:
             attention.masked_key_indices = None
         return torch.cat(logits), held
+
+    def mask(self) -> list[torch.nn.Module]:
+        """Let the attention modules leave out what is masked, from now on; returns them."""
+        attentions = [layer.self_attn for layer in self.model.model.layers]
+        for attention, masked in zip(attentions, self.masked, strict=True):
+            attention.masked_key_indices = masked
+        return attentions
+
+    def kv_bytes(self) -> float:
+        """Of the context."""
+        return sum(_bytes_held(*layer, masked) for layer, masked in zip(self.layers, self.masked, strict=True))
+
+
+def _bytes_held(keys: torch.Tensor, values: torch.Tensor, masked: list[torch.Tensor] | None) -> float:
+    """Of a layer, as if what is masked were gone."""
+    gone = 0 if masked is None else len(masked[0])
+    return (keys.nbytes + values.nbytes) * (1 - gone / keys[..., 0].numel())
+
+
+class PressedReader:
+    """A model that goes on after what a press has left of a context, see `asking.Reader`."""
+
+    def __init__(self, memory: PressedMemory):
+        self.memory, self.model, self.num_read = memory, memory.model, memory.num_tokens
+        self.cache = DynamicCache()
+        for layer, (keys, values) in enumerate(memory.layers):
+            self.cache.update(keys, values, layer)
+
+    def read(self, ids: list[int], keep: int) -> torch.Tensor:
+        positions = self.num_read + torch.arange(len(ids))
+        attentions = self.memory.mask()
+        logits = self.model(
+            torch.tensor([ids]),
+            position_ids=positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits[0]
+        for attention in attentions:
+            attention.masked_key_indices = None
+        self.num_read += len(ids)
+        return logits
+
+    def copy(self) -> "PressedReader":
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
 
 
 def read_pressed(
@@ -108,14 +160,18 @@ def read_pressed(
 ) -> list[PressedMemory]:
     """
     What each of `presses`, with its step, leaves of `context` [1, T], which the model reads once, all of it in full
-    attention.
+    attention, and once more for each KVzip.
     """
     memories = [PressedMemory(model, press, context.shape[1], step) for press, step in presses]
+    pruning = [memory for memory in memories if not isinstance(memory.press, KVzipPress)]
+    for memory in memories:
+        if isinstance(memory.press, KVzipPress):
+            _read_twice(memory, context)
 
     def press_each(module, args, kwargs, output):
         layer = kwargs["past_key_values"].layers[module.layer_idx]
         keys, values = layer.keys, layer.values
-        for memory in memories:
+        for memory in pruning:
             module.masked_key_indices = None
             memory.press.forward_hook(module, args, kwargs, output)
             memory.layers.append((layer.keys, layer.values))
@@ -128,7 +184,8 @@ def read_pressed(
         layer.self_attn.rotary_emb = model.model.rotary_emb  # presses look for it there
         handles.append(layer.self_attn.register_forward_hook(press_each, with_kwargs=True))
     try:
-        model(context, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
+        if pruning:
+            model(context, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
@@ -136,6 +193,17 @@ def read_pressed(
         if isinstance(memory.press, DMSPress):
             memory.buffer = dict(memory.press.scores_buffer)
     return memories
+
+
+def _read_twice(memory: PressedMemory, context: torch.Tensor) -> None:
+    """KVzip has the model repeat the context, by hooks of its own, and masks what that needs least."""
+    cache = DynamicCache()
+    with memory.press(memory.model):
+        memory.model(context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for layer, decoder_layer in zip(cache.layers, memory.model.model.layers, strict=True):
+        memory.layers.append((layer.keys, layer.values))
+        memory.masked.append(decoder_layer.self_attn.masked_key_indices)
+        decoder_layer.self_attn.masked_key_indices = None
 
 
 def train_kvzap(model: PreTrainedModel, text: dict) -> tuple[KVzapModel, torch.Tensor]:
@@ -241,11 +309,44 @@ def answers_to(job: dict) -> Iterator[dict]:
                 yield answer | ({"threshold": press.threshold} if isinstance(press, DMSPress) else {})
 
 
+@torch.inference_mode()
+def answers_about(job: dict) -> Iterator[dict]:
+    """The answers to a job of readings, see `main`, one after another."""
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    total = sum(len(reading["methods"]) for reading in job["readings"])
+    with tqdm(total=total, desc="Rivals", unit="reading") as progress:
+        for i, reading in enumerate(job["readings"]):
+            names, kept = zip(*reading["methods"].items(), strict=True)
+            presses = [
+                (PRUNING[name](compression_ratio=1 - share), None) for name, share in zip(names, kept, strict=True)
+            ]
+            memories = read_pressed(model, presses, torch.tensor([reading["context"]]))
+            for name, memory in zip(names, memories, strict=True):
+                answer = {"reading": i, "method": name, "kv_bytes": memory.kv_bytes()}
+                if "questions" in reading:
+                    reader = PressedReader(memory)
+                    asked = map(Question.from_dict, reading["questions"])
+                    answers = [dataclasses.asdict(ask(reader, tokenizer, each)) for each in asked]
+                    answer |= {"answers": answers, "tokens": len(reading["context"])}
+                else:
+                    (own,) = scoring.score(memory, scoring.Sample.from_dict(reading))
+                    answer |= {"loss": -own.log_probability / own.tokens, "tokens": own.length}
+                    answer["kv_bytes"] = own.kv_bytes
+                yield answer
+                progress.update()
+
+
 def main() -> None:
     """
-    The job: `model`, a folder; `methods`; `suites`, each with `samples` and the indices of its `methods`; `text`,
-    see `train_kvzap`. An answer: `suite` and `method`, both indices; `scores`; of KVzap the `threshold`;
-    `versions`.
+    A job of suites: `model`, a folder; `methods`; `suites`, each with `samples` and the indices of its `methods`;
+    `text`, see `train_kvzap`. An answer: `suite` and `method`, both indices; `scores`; of KVzap the `threshold`.
+
+    A job of readings: `model`; its `dtype`; `readings`, each with a `context`, `questions` or the `continuations` of a
+    sample, and `methods`, the share of the entries that each keeps. An answer: `reading`, an index, and `method`;
+    `kv_bytes` and `tokens`; `answers`, or the `loss`.
+
+    Answers to both have `versions`.
     """
     with open(sys.argv[1], encoding="utf-8") as file:
         job = json.load(file)
@@ -253,7 +354,7 @@ def main() -> None:
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # libraries may print too
         try:
-            for answer in answers_to(job):
+            for answer in answers_about(job) if "readings" in job else answers_to(job):
                 print(json.dumps({**answer, "versions": versions}), file=answers, flush=True)
         except KeyboardInterrupt:  # whoever asked has it too, and says so
             sys.exit(130)

@@ -13,29 +13,14 @@ from transformers import PreTrainedTokenizerBase
 from mosa_hf.conversion.default_text import Source
 from mosa_hf.evaluation.samples import start_of
 
+from .asking import Question
+
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 LONGER = 8  # tokens that an answer may be longer than the right one
 HOPS = 4  # of a chain of variables
 COMMON, COMMON_TIMES, RARE_TIMES = 10, 30, 3  # words, and how often they are in the list
 CODED, MOST_FREQUENT = 50, 3  # words of the coded text, and how many are asked for
 ZIPF = 2.0
-
-
-@dataclass(frozen=True)
-class Question:
-    """
-    What is asked after a context.
-
-    prompt: token ids, to the point where the answer begins.
-    answer: token ids of a right answer, whose probability is measured.
-    references: all of them are in a right answer; it is right in part if some are.
-    max_new_tokens: that a model may answer with.
-    """
-
-    prompt: list[int]
-    answer: list[int]
-    references: tuple[str, ...]
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ def page(found: list[dict[str, Any]], name: str, picture: str | None) -> str:
     return PAGE.format(
         name=name,
         about=about(found),
+        rivals=OF_RIVALS if any("kvpress" in line.get("versions", {}) for line in found) else "",
         tables="\n".join(parts),
         picture="" if picture is None else f"\n![Answers and their intervals]({picture})\n",
     )
@@ -126,10 +127,15 @@ model writes by itself. Perplexity of 512 tokens of passages that calibration ne
 brackets the change against the original and its standard error from passage to passage. KV bytes are those of live
 tensors, as a share of the original's after the same tokens, on average. "sink + window" keeps the first token and a
 window of as many bytes as the first conversion takes of each context. The prompt is read as sparsely as all else.
-
+{rivals}
 {about}
 
 {tables}{picture}"""
+
+
+OF_RIVALS = """Other methods, by the code of kvpress, read the prompt in full and keep as many bytes of it as the first
+conversion has of the same context, one question after another; KVzip reads it twice, and what it drops is only masked.
+"""
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.frontier import __main__ as command
 from benchmarks.frontier import any_model, ruler, scoreboard, writing
-from benchmarks.frontier.asking import ask
+from benchmarks.frontier.asking import Question, ask
 from mosa_hf.evaluation import filled_cache
 from testing.passages import Passage
 from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
@@ -94,25 +94,26 @@ def test_answers_are_those_of_greedy_decoding():
     decoded = model.generate(torch.cat([context, torch.tensor([prompt])], 1), max_new_tokens=12, do_sample=False)
     decoded = decoded[0, 43:].tolist()
     cache = filled_cache(model, context)
+    reader = any_model.CacheReader(model, cache)
     wrong = [(decoded[0] + 1) % 256, *decoded[1:4]]
 
     def question(answer, references, most):
         return ruler.Question(prompt, answer, references, most)
 
     early, late = (tokenizer.decode(part) for part in (decoded[:4], decoded[6:12]))
-    right = ask(model, tokenizer, cache, question(decoded[:4], (early,), 12))
+    right = ask(reader, tokenizer, question(decoded[:4], (early,), 12))
     assert (right.found, right.of, right.tokens) == (1, 1, 4)
     with torch.no_grad():
         ids = torch.cat([context, torch.tensor([prompt + decoded[:4]])], 1)
         expected = model(ids, use_cache=False).logits[0, 42:46].log_softmax(-1)[range(4), decoded[:4]].sum()
     assert right.log_probability == pytest.approx(float(expected), abs=1e-4)
     # Not what was expected, but with some of the references in it, later on.
-    some = ask(model, tokenizer, cache, question(wrong, (late, "not in it"), 12))
+    some = ask(reader, tokenizer, question(wrong, (late, "not in it"), 12))
     assert (some.found, some.of) == (1, 2) and some.log_probability < right.log_probability
     assert late not in tokenizer.decode(decoded[:11])
-    assert ask(model, tokenizer, cache, question(wrong, (late,), 11)).found == 0
+    assert ask(reader, tokenizer, question(wrong, (late,), 11)).found == 0
     model.generation_config.eos_token_id = decoded[11]  # what comes after the end is no answer
-    assert ask(model, tokenizer, cache, question(wrong, (late,), 12)).found == 0
+    assert ask(reader, tokenizer, question(wrong, (late,), 12)).found == 0
     assert cache.get_seq_length() == 40
 
 
@@ -192,3 +193,43 @@ def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch,
     written = scoreboard.write(texts, "texts", rows[0]["base"])
     assert "| original | 1.000 |" in written and "png" not in written
     assert not texts.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_rivals_have_as_many_bytes_and_the_same_questions(options, tmp_path, monkeypatch):
+    board, jobs = tmp_path / "frontier-tiny.jsonl", []
+
+    def answers(job):
+        jobs.append(json.loads(json.dumps(job)))
+        for i, reading in enumerate(job["readings"]):
+            for name, kept in reading["methods"].items():
+                own = {"reading": i, "method": name, "kv_bytes": kept, "tokens": len(reading["context"])}
+                if "questions" in reading:
+                    answer = {"found": 0, "of": 1, "log_probability": -3.0, "tokens": 2}
+                    own["answers"] = [answer for _ in reading["questions"]]
+                else:
+                    own["loss"] = 4.0
+                yield own | {"versions": {"transformers": "5.2"}}
+
+    monkeypatch.setattr(any_model, "baselines_answers", answers)
+    command.main([*options, "--rivals", "SnapKV"])
+    command.main([*options, "--rivals", "SnapKV", "KVzip"])
+    command.main([*options, "--rivals", "KVzip"])
+    assert [[[*each["methods"]] for each in job["readings"]] for job in jobs] == [[["SnapKV"]] * 4, [["KVzip"]] * 4]
+    rows = [json.loads(line) for line in board.read_text().splitlines()]
+    ours = {(row["task"], row["index"]): row for row in rows if row["parameters"].get("window") == 64}
+    originals = {(row["task"], row["index"]): row for row in rows if row["method"] == "original"}
+    rivals = [row for row in rows if row["method"] in ("SnapKV", "KVzip")]
+    assert len(ours) == 4 and len(rivals) == 8
+    tokenizer = byte_tokenizer()
+    for row in rivals:
+        place = row["task"], row["index"]
+        assert row["digest"] == ours[place]["digest"] and row["versions"]["kvpress"]
+        assert row["kv_bytes"] == ours[place]["kv_bytes"] / originals[place]["kv_bytes"]
+    needles, passage = jobs[0]["readings"][0], jobs[0]["readings"][1]
+    asked = any_model.Asked("niah_single_1", 1500, 0, 2).reading(tokenizer)
+    assert needles["context"] == asked.context and jobs[0]["dtype"] == "float32"
+    assert [Question.from_dict(each) for each in needles["questions"]] == asked.questions
+    assert len(passage["context"]) == 300 and passage["continuations"][0]["answers"] == [[1, 41]]
+    page = board.with_suffix(".md").read_text()
+    assert "by the code of kvpress" in page and "| SnapKV | " in page
