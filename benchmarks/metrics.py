@@ -10,12 +10,15 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from mosa_hf import GroupPlan, cache_bytes, to_dense, trace_routing
 from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows, default_text
+from mosa_hf.conversion.windows import NUM_WINDOWS, WINDOW_LENGTH
 from mosa_hf.evaluation import filled_cache
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 
-def calibration(tokenizer: PreTrainedTokenizerBase, num_windows: int = 12, window_length: int = 1024) -> torch.Tensor:
+def calibration(
+    tokenizer: PreTrainedTokenizerBase, num_windows: int = NUM_WINDOWS, window_length: int = WINDOW_LENGTH
+) -> torch.Tensor:
     """Token ids `[N, T]` of the text that `mosa-convert` takes by default."""
     return calibration_windows(tokenizer, default_text().documents, num_windows, window_length)
 

@@ -253,7 +253,7 @@ def measure_rivals(
         head["parameters"] = {"as many bytes as": identity}
         lacking = [name for name in rivals if scoreboard.key({**head, "method": name}) not in known]
         if original is not None and own is not None and lacking:
-            methods = dict.fromkeys(lacking, own["kv_bytes"] / original["kv_bytes"])
+            methods = dict.fromkeys(lacking, min(own["kv_bytes"] / original["kv_bytes"], 1.0))
             readings.append(asked.content(subjects.tokenizer) | {"methods": methods})
             heads.append({**head, "digest": own["digest"]})
     if not readings:

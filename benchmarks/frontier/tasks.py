@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mosa_hf.conversion.windows import NUM_WINDOWS, WINDOW_LENGTH
 from mosa_hf.evaluation import Sample, retrieval, text_samples
 from testing import corpora
 from testing.passages import NUM_PASSAGES, Passage, passages
@@ -33,8 +34,8 @@ class Size:
     passages: int = NUM_PASSAGES
     context: int = 3000
     contexts: int = 2
-    windows: int = 12
-    window: int = 1024
+    windows: int = NUM_WINDOWS
+    window: int = WINDOW_LENGTH
     characters: int | None = None
 
 

@@ -32,8 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--texts", type=int, default=3, help="stretches of it that plans are measured on (default: %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=6, help="exchanges that are tried (default: %(default)s)")
-    parser.add_argument("--windows", type=int, default=12, help="calibration windows (default: %(default)s)")
-    parser.add_argument("--window-length", type=int, default=1024, help="tokens of one (default: %(default)s)")
+    parser.add_argument("--windows", type=int, default=18, help="calibration windows (default: %(default)s)")
+    parser.add_argument("--window-length", type=int, default=1024, help="tokens of a window (default: %(default)s)")
     add_loading(parser, "read the text")
     parser.add_argument(
         "--uniform", type=Path, metavar="FILE", help="write the best uniform plan too, to compare with"

@@ -36,7 +36,7 @@ from .default_text import default_text
 from .publishing import check_can_publish, publish
 from .sources import ADAPTER_NAME, CARD_NAME, COMPANIONS, Loading, Source, check_loading, find_source
 from .texts import Text, read_text
-from .windows import calibration_windows, is_text
+from .windows import NUM_WINDOWS, WINDOW_LENGTH, calibration_windows, is_text
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +79,8 @@ def convert_checkpoint(
     *,
     routers: str | os.PathLike | None = None,
     routers_only: bool = False,
-    num_windows: int = 12,
-    window_length: int = 1024,
+    num_windows: int = NUM_WINDOWS,
+    window_length: int = WINDOW_LENGTH,
     push_to_hub: str | None = None,
     **loading: Unpack[Loading],
 ) -> GroupPlan:

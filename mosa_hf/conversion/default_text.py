@@ -16,8 +16,8 @@ from .texts import Text
 
 SEED = 20261129
 PROSE = "default_prose.txt"  # beside this file; it stays as it is when the documentation changes
-# Of records, about as many tokens as the prose has; of notes, which take twice the characters a token, half of that.
-GENERATED_CHARACTERS = 56_000
+# Of each, about as many tokens as the prose has; notes take more than twice the characters a token.
+CHARACTERS_OF_RECORDS, CHARACTERS_OF_NOTES = 56_000, 132_000
 SYLLABLES = (
     *("ba", "cor", "del", "en", "fi", "gra", "hol", "is", "jun", "kel", "lo", "mar", "nis", "or", "pel", "qua", "ri"),
     *("sol", "ta", "ul", "ven", "wes", "yar", "zim"),
@@ -61,7 +61,8 @@ Item = TypeVar("Item")
 def default_text() -> Text:
     """Three documents: the prose, records, and notes."""
     name = "mosa_hf's default: documentation, generated JSON, CSV, logs, code and lists, and notes in filler"
-    records, notes = (generated_text(GENERATED_CHARACTERS, kinds=kinds) for kinds in (KINDS, (notes_in_filler,)))
+    records = generated_text(CHARACTERS_OF_RECORDS)
+    notes = generated_text(CHARACTERS_OF_NOTES, kinds=(notes_in_filler,))
     return Text(documents=(prose(), records, notes), name=name)
 
 

@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ..modeling.token_ids import check_no_padding, check_token_ids, padding_token
 
-WINDOW_LENGTH = 1024  # of documents that are given as token ids
+NUM_WINDOWS, WINDOW_LENGTH = 18, 1024  # that are read of a calibration text where nothing else is said
 
 Chat = Sequence[Mapping[str, Any]]  # messages with `role` and `content`
 
@@ -43,8 +43,8 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str |
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     text: str | Sequence[str | Chat],
-    num_windows: int = 12,
-    window_length: int = 1024,
+    num_windows: int = NUM_WINDOWS,
+    window_length: int = WINDOW_LENGTH,
 ) -> torch.Tensor:
     """
     At most `num_windows` windows of `window_length` tokens, spread evenly over `text`: token ids `[N, T]`. `text` may

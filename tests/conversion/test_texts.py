@@ -1,6 +1,7 @@
 """Texts by name: files of every kind, data sets, chats; and the one that is there without any."""
 
 import hashlib
+import inspect
 import json
 import random
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from mosa_hf.cli import convert, plan
 from mosa_hf.conversion import ConversionConfig, Text, calibration_windows, convert_checkpoint, default_text, read_text
 from mosa_hf.conversion.default_text import KINDS, Source, generated_text, notes_in_filler
+from mosa_hf.conversion.windows import NUM_WINDOWS, WINDOW_LENGTH
 from testing.tiny import SENTENCES, byte_tokenizer, text_tokenizer, tiny_base
 
 CHAT = [{"role": "user", "content": "What is a boat?"}, {"role": "assistant", "content": "What floats."}]
@@ -111,7 +114,7 @@ def test_the_default_text_has_three_parts_and_is_always_the_same():
     documentation, records, notes = text.documents
     # The same on every machine: prose that is never edited, and what takes nothing but `random()` from the standard
     # library's generator.
-    digests = ("a770b87f9cb92772", "ff02f0d77303105a", "a9d32a18d68c46fa")
+    digests = ("a770b87f9cb92772", "ff02f0d77303105a", "f12bafcd61fd341a")
     for own, digest in zip((documentation, records, notes), digests, strict=True):
         assert hashlib.sha256(own.encode()).hexdigest().startswith(digest)
     assert hashlib.sha256(generated_text(210_000).encode()).hexdigest().startswith("0b728ef1d65e875a")
@@ -119,8 +122,21 @@ def test_the_default_text_has_three_parts_and_is_always_the_same():
     assert generated_text(1000) != generated_text(1000, seed=1) and random.getstate() == state
     for make in KINDS:
         assert len(set(make(Source(0)).split())) > 20
-    windows = [text_tokenizer().decode(row) for row in calibration_windows(text_tokenizer(), text.documents, 12, 512)]
-    assert all(2 <= sum(window in own for window in windows) <= 6 for own in text.documents)
+    windows = [text_tokenizer().decode(row) for row in calibration_windows(text_tokenizer(), text.documents)]
+    assert len(windows) == NUM_WINDOWS
+    assert all(3 <= sum(window in own for window in windows) <= 8 for own in text.documents)  # of characters
+
+
+def test_as_many_windows_are_read_wherever_nothing_else_is_said(capsys):
+    for function in (calibration_windows, convert_checkpoint):
+        defaults = inspect.signature(function).parameters
+        assert (defaults["num_windows"].default, defaults["window_length"].default) == (NUM_WINDOWS, WINDOW_LENGTH)
+    for command in (convert, plan):
+        with pytest.raises(SystemExit):
+            command.main(["--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"calibration windows (default: {NUM_WINDOWS})" in shown
+        assert f"tokens of a window (default: {WINDOW_LENGTH})" in shown
 
 
 def test_notes_are_written_once_among_sentences_that_repeat():
