@@ -13,6 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import mosa_hf
+from benchmarks.frontier import scoreboard
+from benchmarks.frontier.any_model import RIVALS
 from benchmarks.pretrain.page import Measured
 from benchmarks.pretrain.rows import read_rows
 from benchmarks.pretrain.runs import PRESETS, Run
@@ -149,9 +151,22 @@ def test_the_pages_quote_the_frontier():
     readme, choosing = (path.read_text(encoding="utf-8") for path in (DOCS.parent / "README.md", DOCS / "choosing.md"))
     page = (RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct.md").read_text(encoding="utf-8")
     (head, _, *rows), (own_head, _, *own_rows) = (table_with(text, "niah_single_1") for text in (page, readme))
-    assert len(own_rows) == 8 and len(rows) == 4 and own_head == ["", *(row[0] for row in rows)]
-    assert own_rows == [[name, *(row[head.index(name)] for row in rows)] for name, *_ in own_rows]
-    original, ours, *_ = (dict(zip(head, row, strict=True)) for row in rows)
+    by_name = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    shown = [by_name[name] for name in own_head[1:]]
+    assert len(own_rows) == 8 and len(shown) == 4
+    assert own_rows == [[name, *(each[name] for each in shown)] for name, *_ in own_rows]
+    original, ours, *_ = shown
+    # The README and the page say what others answer about two of the contexts, and what the defaults do there.
+    lines = [*scoreboard.lines(RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct.jsonl").values()]
+    lines = scoreboard.latest([line for line in lines if line["base"] == lines[-1]["base"]])
+    those = scoreboard.cells([line for line in lines if line["index"] < 2], 4096)
+    for task, called in (("niah_single_1", "Lone needles:"), ("niah_multikey_3", "Random strings:")):
+        said = unwrapped(readme)[unwrapped(readme).index(called) :].partition(".")[0]
+        found = {name: "{right}/{answers}".format(**row[task]) for name, row in those.items()}
+        assert set(RIVALS) & found.keys() == set(RIVALS) - {"StreamingLLM"}
+        assert all(f"{name} {found[name]}" in said for name in RIVALS if name in found)
+        default = found["default, window 512, sparsity 8"]
+        assert f"the defaults {default}" in said and f"({found['KVzip']} for {default}" in unwrapped(choosing)
     for task in ("niah_single_1", "niah_multikey_3"):
         (found, asked), (kept, _) = (each[task].partition(" ")[0].split("/") for each in (original, ours))
         assert f"{kept} of {asked} for {found}" in unwrapped(readme) or f"({kept} for {found})" in unwrapped(readme)

@@ -134,16 +134,17 @@ window of as many bytes as the first conversion takes of each context. The promp
 
 
 OF_RIVALS = """Other methods, by the code of kvpress, read the prompt in full and keep as many bytes of it as the first
-conversion has of the same context, one question after another; KVzip reads it twice, and what it drops is only masked.
+conversion has of the same context, and all of what follows: of texts, which are read on, they end with more. KVzip
+reads the prompt twice, and what it drops is only masked.
 """
 
 
 def draw(found: list[dict[str, Any]]) -> Figure:
     """Of each length: the share of right answers of each task, with intervals, a mark for each method."""
     lengths = sorted({line["length"] for line in found})
-    figure = Figure(figsize=(7.5, 3.2 * len(lengths)), layout="constrained")
+    figure = Figure(figsize=(7.5, 3.2 * len(lengths) + 0.5), layout="constrained")
     for axes, length in zip(figure.subplots(len(lengths), 1, squeeze=False)[:, 0], lengths, strict=True):
-        table = cells(found, length)
+        table = cells([line for line in found if "answers" in line], length)
         tasks = list(dict.fromkeys(task for own in table.values() for task, row in own.items() if "answers" in row))
         for i, (name, own) in enumerate(table.items()):
             rows = [(place, own[task]) for place, task in enumerate(tasks) if task in own]
@@ -153,7 +154,8 @@ def draw(found: list[dict[str, Any]]) -> Figure:
                 [max(share - low, 0) for share, (low, _) in zip(shares, bounds, strict=True)],
                 [max(high - share, 0) for share, (_, high) in zip(shares, bounds, strict=True)],
             ]
-            places = [place + 0.15 * (i - (len(table) - 1) / 2) for place, _ in rows]
+            apart = min(0.15, 0.8 / len(table))
+            places = [place + apart * (i - (len(table) - 1) / 2) for place, _ in rows]
             named = f"{name} ({own['KV bytes']['share']:.2f} of the bytes)"
             marks = {"fmt": "os^Dv"[i % 5], "markersize": 5, "capsize": 2, "label": named}
             if rows:
@@ -161,6 +163,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
         axes.set(title=f"{length} tokens", ylim=(-0.03, 1.03), xlim=(-0.6, max(len(tasks), 1) - 0.4))
         axes.set_xticks(range(len(tasks)), tasks, fontsize=8)
         axes.grid(alpha=0.3)
-    if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.axes[0].legend(fontsize=7)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    if handles:  # below, where it hides no point
+        figure.legend(handles, labels, fontsize=7, ncols=2, loc="outside lower center")
     return figure
