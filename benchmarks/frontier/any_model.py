@@ -243,11 +243,13 @@ def measure_rivals(
     Append to the lines of `path` what they lack of other methods: about each reading of the original and the first
     conversion, with as many bytes as the latter had.
     """
+    if not rivals:
+        return
     known, first = scoreboard.lines(path), subjects.ours[0]
+    identity = subjects.identity(first)
     readings, heads = [], []
-    for asked in filter(Asked.exists, questions if rivals else []):
+    for asked in filter(Asked.exists, questions):
         head = {**dataclasses.asdict(asked), "base": subjects.fingerprint}
-        identity = subjects.identity(first)
         original = known.get(scoreboard.key({**head, "method": ORIGINAL, "parameters": {}}))
         own = known.get(scoreboard.key({**head, "method": _method(first), "parameters": identity}))
         head["parameters"] = {"as many bytes as": identity}
@@ -258,8 +260,9 @@ def measure_rivals(
             heads.append({**head, "digest": own["digest"]})
     if not readings:
         return
-    dtype = str(subjects.original.dtype).removeprefix("torch.")
-    for answer in baselines_answers({"model": directory, "dtype": dtype, "readings": readings}):
+    model = subjects.original
+    job = {"model": directory, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
+    for answer in baselines_answers(job | {"readings": readings}):
         versions = answer.pop("versions") | {"kvpress": KVPRESS.partition("==")[2]}
         line = heads[answer.pop("reading")] | answer
         result_lines.append(path, [line | origin | {"versions": versions}])

@@ -92,7 +92,8 @@ class PressedMemory:
         goes_on = isinstance(self.press, DMSPress)
         if goes_on:
             self.press.scores_buffer = dict(self.buffer)
-        positions = self.num_tokens + torch.arange(ids.shape[1])
+        ids = ids.to(self.model.device)
+        positions = self.num_tokens + torch.arange(ids.shape[1], device=ids.device)
         step = self.step or ids.shape[1]
         logits = []
         with self.press(self.model) if goes_on else contextlib.nullcontext():
@@ -135,10 +136,10 @@ class PressedReader:
             self.cache.update(keys, values, layer)
 
     def read(self, ids: list[int], keep: int) -> torch.Tensor:
-        positions = self.num_read + torch.arange(len(ids))
+        positions = self.num_read + torch.arange(len(ids), device=self.model.device)
         attentions = self.memory.mask()
         logits = self.model(
-            torch.tensor([ids]),
+            torch.tensor([ids], device=self.model.device),
             position_ids=positions[None],
             past_key_values=self.cache,
             use_cache=True,
@@ -313,6 +314,7 @@ def answers_to(job: dict) -> Iterator[dict]:
 def answers_about(job: dict) -> Iterator[dict]:
     """The answers to a job of readings, see `main`, one after another."""
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"])).eval()
+    model.to(job["device"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     total = sum(len(reading["methods"]) for reading in job["readings"])
     with tqdm(total=total, desc="Rivals", unit="reading") as progress:
@@ -321,19 +323,18 @@ def answers_about(job: dict) -> Iterator[dict]:
             presses = [
                 (PRUNING[name](compression_ratio=1 - share), None) for name, share in zip(names, kept, strict=True)
             ]
-            memories = read_pressed(model, presses, torch.tensor([reading["context"]]))
+            memories = read_pressed(model, presses, torch.tensor([reading["context"]], device=model.device))
             for name, memory in zip(names, memories, strict=True):
-                answer = {"reading": i, "method": name, "kv_bytes": memory.kv_bytes()}
                 if "questions" in reading:
                     reader = PressedReader(memory)
                     asked = map(Question.from_dict, reading["questions"])
                     answers = [dataclasses.asdict(ask(reader, tokenizer, each)) for each in asked]
-                    answer |= {"answers": answers, "tokens": len(reading["context"])}
+                    found = {"answers": answers, "tokens": len(reading["context"]), "kv_bytes": memory.kv_bytes()}
                 else:
                     (own,) = scoring.score(memory, scoring.Sample.from_dict(reading))
-                    answer |= {"loss": -own.log_probability / own.tokens, "tokens": own.length}
-                    answer["kv_bytes"] = own.kv_bytes
-                yield answer
+                    loss = -own.log_probability / own.tokens
+                    found = {"loss": loss, "tokens": own.length, "kv_bytes": own.kv_bytes}
+                yield {"reading": i, "method": name, **found}
                 progress.update()
 
 
@@ -342,9 +343,9 @@ def main() -> None:
     A job of suites: `model`, a folder; `methods`; `suites`, each with `samples` and the indices of its `methods`;
     `text`, see `train_kvzap`. An answer: `suite` and `method`, both indices; `scores`; of KVzap the `threshold`.
 
-    A job of readings: `model`; its `dtype`; `readings`, each with a `context`, `questions` or the `continuations` of a
-    sample, and `methods`, the share of the entries that each keeps. An answer: `reading`, an index, and `method`;
-    `kv_bytes` and `tokens`; `answers`, or the `loss`.
+    A job of readings: `model`; its `dtype` and `device`; `readings`, each with a `context`, `questions` or the
+    `continuations` of a sample, and `methods`, the share of the entries that each keeps. An answer: `reading`, an
+    index, and `method`; `kv_bytes` and `tokens`; `answers`, or the `loss`.
 
     Answers to both have `versions`.
     """
