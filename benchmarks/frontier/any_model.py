@@ -40,13 +40,13 @@ from mosa_hf.modeling.devices import input_device
 from mosa_hf.modeling.fingerprint import model_fingerprint
 from testing import pretrained
 from testing.packages import cached
-from testing.passages import NAMES, passages
+from testing.passages import NAMES, Passage, passages
 
 from .. import metrics, result_lines
 from ..provenance import origin_of
 from . import ruler, scoreboard, writing
 from .asking import ask
-from .measuring import KVPRESS, baselines_answers
+from .measuring import baselines_answers, versions_of
 from .methods import digest_of, fits_of_all
 from .tasks import check_unseen, sample_of
 
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     origin = origin_of("benchmarks.frontier", arguments, model.dtype) | {"model": name}
     try:
         measure(subjects, questions, board, origin)
-        measure_rivals(subjects, questions, options.rivals, board, origin, str(directory))
+        measure_rivals(subjects, questions, options.rivals, board, origin)
     except KeyboardInterrupt:
         print("Stopped. What was measured is kept; the same command goes on from there.")
     print(scoreboard.write(board, name, subjects.fingerprint))
@@ -128,9 +128,14 @@ class Asked:
             return writing.reading(tokenizer, self.length, self.index)
         return ruler.reading(tokenizer, self.task, self.length, self.index, self.questions)
 
+    @cached_property
+    def passage(self) -> Passage:
+        """Of a text."""
+        return passages(self.task)[self.index]
+
     def sample(self, tokenizer: PreTrainedTokenizerBase) -> Sample:
         """Of a text."""
-        return sample_of(tokenizer, passages(self.task)[self.index], PROMPTS[self.length], SCORED)
+        return sample_of(tokenizer, self.passage, PROMPTS[self.length], SCORED)
 
     def content(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """What is read and asked, for `baselines.py`."""
@@ -153,7 +158,7 @@ class Asked:
         (own,) = score(CacheMemory(model, sample.context), sample)
         return {
             "loss": -own.log_probability / own.tokens,
-            "passage": passages(self.task)[self.index].name,
+            "passage": self.passage.name,
             "tokens": own.length,
             "kv_bytes": own.kv_bytes,
             "digest": _digest(sample.to_dict()),
@@ -237,7 +242,7 @@ def measure(subjects: Subjects, questions: list[Asked], path: Path, origin: dict
 
 
 def measure_rivals(
-    subjects: Subjects, questions: list[Asked], rivals: list[str], path: Path, origin: dict[str, Any], directory: str
+    subjects: Subjects, questions: list[Asked], rivals: list[str], path: Path, origin: dict[str, Any]
 ) -> None:
     """
     Append to the lines of `path` what they lack of other methods: about each reading of the original and the first
@@ -261,11 +266,11 @@ def measure_rivals(
     if not readings:
         return
     model = subjects.original
-    job = {"model": directory, "dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)}
-    for answer in baselines_answers(job | {"readings": readings}):
-        versions = answer.pop("versions") | {"kvpress": KVPRESS.partition("==")[2]}
-        line = heads[answer.pop("reading")] | answer
-        result_lines.append(path, [line | origin | {"versions": versions}])
+    dtype = str(model.dtype).removeprefix("torch.")
+    job = {"model": model.name_or_path, "dtype": dtype, "device": str(model.device), "readings": readings}
+    for answer in baselines_answers(job):
+        line = heads[answer.pop("reading")] | answer | origin
+        result_lines.append(path, [line | {"versions": versions_of(answer)}])
 
 
 def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ _spec = importlib.util.spec_from_file_location("scoring", SCORING)
 scoring = sys.modules["scoring"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(scoring)
 
-PRUNING = {
+PRESSES = {
     "StreamingLLM": StreamingLLMPress,
     "SnapKV": SnapKVPress,
     "TOVA": TOVAPress,
@@ -85,10 +85,7 @@ class PressedMemory:
 
     def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
         """See `scoring.Memory`."""
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.layers):
-            cache.update(keys, values, layer)  # copies them
-        attentions = self.mask()
+        cache = self.filled_cache()
         goes_on = isinstance(self.press, DMSPress)
         if goes_on:
             self.press.scores_buffer = dict(self.buffer)
@@ -96,24 +93,35 @@ class PressedMemory:
         positions = self.num_tokens + torch.arange(ids.shape[1], device=ids.device)
         step = self.step or ids.shape[1]
         logits = []
-        with self.press(self.model) if goes_on else contextlib.nullcontext():
-            for part, place in zip(ids.split(step, dim=1), positions.split(step), strict=True):
-                output = self.model(part, position_ids=place[None], past_key_values=cache, use_cache=True)
-                logits.append(output.logits[0])
-        held = sum(
-            _bytes_held(layer.keys, layer.values, attention.masked_key_indices)
-            for layer, attention in zip(cache.layers, attentions, strict=True)
-        )
-        for attention in attentions:
-            attention.masked_key_indices = None
+        with self.masking() as attentions:
+            with self.press(self.model) if goes_on else contextlib.nullcontext():
+                for part, place in zip(ids.split(step, dim=1), positions.split(step), strict=True):
+                    output = self.model(part, position_ids=place[None], past_key_values=cache, use_cache=True)
+                    logits.append(output.logits[0])
+            held = sum(
+                _bytes_held(layer.keys, layer.values, attention.masked_key_indices)
+                for layer, attention in zip(cache.layers, attentions, strict=True)
+            )
         return torch.cat(logits), held
 
-    def mask(self) -> list[torch.nn.Module]:
-        """Let the attention modules leave out what is masked, from now on; returns them."""
+    def filled_cache(self) -> DynamicCache:
+        """A cache of its own with what is left."""
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.layers):
+            cache.update(keys, values, layer)  # copies them
+        return cache
+
+    @contextlib.contextmanager
+    def masking(self) -> Iterator[list[torch.nn.Module]]:
+        """The attention modules, which leave out what is masked meanwhile."""
         attentions = [layer.self_attn for layer in self.model.model.layers]
         for attention, masked in zip(attentions, self.masked, strict=True):
             attention.masked_key_indices = masked
-        return attentions
+        try:
+            yield attentions
+        finally:
+            for attention in attentions:
+                attention.masked_key_indices = None
 
     def kv_bytes(self) -> float:
         """Of the context."""
@@ -131,24 +139,20 @@ class PressedReader:
 
     def __init__(self, memory: PressedMemory):
         self.memory, self.model, self.num_read = memory, memory.model, memory.num_tokens
-        self.cache = DynamicCache()
-        for layer, (keys, values) in enumerate(memory.layers):
-            self.cache.update(keys, values, layer)
+        self.cache = memory.filled_cache()
 
     def read(self, ids: list[int], keep: int) -> torch.Tensor:
         positions = self.num_read + torch.arange(len(ids), device=self.model.device)
-        attentions = self.memory.mask()
-        logits = self.model(
-            torch.tensor([ids], device=self.model.device),
-            position_ids=positions[None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits[0]
-        for attention in attentions:
-            attention.masked_key_indices = None
+        with self.memory.masking():
+            output = self.model(
+                torch.tensor([ids], device=self.model.device),
+                position_ids=positions[None],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         self.num_read += len(ids)
-        return logits
+        return output.logits[0]
 
     def copy(self) -> "PressedReader":
         other = copy.copy(self)
@@ -271,8 +275,8 @@ def make_presses(model: PreTrainedModel, methods: list[dict], text: dict) -> lis
     presses, kvzap = [], None
     for method in methods:
         parameters = method["parameters"]
-        if method["name"] in PRUNING:
-            presses.append(PRUNING[method["name"]](compression_ratio=1 - parameters["kept"]))
+        if method["name"] in PRESSES:
+            presses.append(PRESSES[method["name"]](compression_ratio=1 - parameters["kept"]))
             continue
         if kvzap is None:
             kvzap = train_kvzap(model, text)
@@ -321,7 +325,7 @@ def answers_about(job: dict) -> Iterator[dict]:
         for i, reading in enumerate(job["readings"]):
             names, kept = zip(*reading["methods"].items(), strict=True)
             presses = [
-                (PRUNING[name](compression_ratio=1 - share), None) for name, share in zip(names, kept, strict=True)
+                (PRESSES[name](compression_ratio=1 - share), None) for name, share in zip(names, kept, strict=True)
             ]
             memories = read_pressed(model, presses, torch.tensor([reading["context"]], device=model.device))
             for name, memory in zip(names, memories, strict=True):

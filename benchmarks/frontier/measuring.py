@@ -79,7 +79,7 @@ def measure_baselines(
     for answer in baselines_answers(job):
         suite, method = remaining[answer["suite"]], methods[answer["method"]]
         scores = [Score(**each) for each in answer["scores"]]
-        own_origin = {**origin, "versions": answer["versions"] | {"kvpress": KVPRESS.partition("==")[2]}}
+        own_origin = {**origin, "versions": versions_of(answer)}
         if "threshold" in answer:
             own_origin["threshold"] = answer["threshold"]
         results.add(make_rows(method, suite, scores, bytes_per_token(models.original), own_origin))
@@ -107,6 +107,11 @@ def baselines_answers(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         finally:
             process.terminate()
             process.wait()
+
+
+def versions_of(answer: dict[str, Any]) -> dict[str, str]:
+    """What a baseline answered with, kvpress included."""
+    return answer["versions"] | {"kvpress": KVPRESS.partition("==")[2]}
 
 
 def kvpress_python() -> Path:

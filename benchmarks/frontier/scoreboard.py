@@ -146,6 +146,7 @@ def draw(found: list[dict[str, Any]]) -> Figure:
     for axes, length in zip(figure.subplots(len(lengths), 1, squeeze=False)[:, 0], lengths, strict=True):
         table = cells([line for line in found if "answers" in line], length)
         tasks = list(dict.fromkeys(task for own in table.values() for task, row in own.items() if "answers" in row))
+        apart = min(0.15, 0.8 / max(len(table), 1))
         for i, (name, own) in enumerate(table.items()):
             rows = [(place, own[task]) for place, task in enumerate(tasks) if task in own]
             shares = [row["right"] / row["answers"] for _, row in rows]
@@ -154,7 +155,6 @@ def draw(found: list[dict[str, Any]]) -> Figure:
                 [max(share - low, 0) for share, (low, _) in zip(shares, bounds, strict=True)],
                 [max(high - share, 0) for share, (_, high) in zip(shares, bounds, strict=True)],
             ]
-            apart = min(0.15, 0.8 / len(table))
             places = [place + apart * (i - (len(table) - 1) / 2) for place, _ in rows]
             named = f"{name} ({own['KV bytes']['share']:.2f} of the bytes)"
             marks = {"fmt": "os^Dv"[i % 5], "markersize": 5, "capsize": 2, "label": named}

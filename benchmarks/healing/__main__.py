@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, help=f"of {Recipe.examples} x {Recipe.tokens} tokens (default: {Recipe.steps})"
     )
-    parser.add_argument("--windows", type=int, help="of calibration text (default: 18)")
+    parser.add_argument("--windows", type=int, help=f"of calibration text (default: {Size.windows})")
     parser.add_argument("--smoke", action="store_true", help="tiny settings, which say nothing but that it runs")
     parser.add_argument("--output", type=Path, help="directory of the results; for --smoke a temporary one")
     options = parser.parse_args(arguments)
