@@ -2,15 +2,15 @@
 Memory against quality of any model: what its conversions lose of retrieval and of perplexity, and for how many bytes.
 
     python -m benchmarks.frontier --model Qwen/Qwen2.5-0.5B-Instruct --lengths 4096 8192
-    python -m benchmarks.frontier --model FOLDER --ours 512/8 256/16 --contexts 2
+    python -m benchmarks.frontier --model FOLDER --ours 512/8 512/8/int8 256/16 plan.json --contexts 2
 
 Six tasks of RULER (`ruler.py`), several questions for each context, a long list that the model goes on with
 (`writing.py`), and the perplexity of passages of four texts (`testing/passages.py`). Each reading is done by the
-original, by what `mosa-convert` makes of it by default (and by other windows and sparsities), and by as large a window
-with the first token and no routers. What was read once is asked all questions. After the first reading of every kind
-comes the second one, and so on: stop it when you like, the table has what there is; the same command goes on from
-there. `--rivals` then asks other methods about all that was read, by the code of kvpress, in an environment of its
-own.
+original, by what `mosa-convert` makes of it by default (and by other windows and sparsities, 8-bit entries, and plans
+of `GroupPlan.save`), and by as large a window with the first token and no routers. What was read once is asked all
+questions. After the first reading of every kind comes the second one, and so on: stop it when you like, the table has
+what there is; the same command goes on from there. `--rivals` then asks other methods about all that was read, by the
+code of kvpress, in an environment of its own.
 
 Lines are appended to `frontier-NAME.jsonl`; `frontier-NAME.md` and `.png` show them.
 """
@@ -73,7 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", required=True, help=f"folder, name on the Hub, or one of {', '.join(FETCHED)}")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, help="tokens, answers included")
-    parser.add_argument("--ours", nargs="+", default=["512/8"], metavar="WINDOW/SPARSITY", help="conversions")
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        type=conversion,
+        default=[conversion("512/8")],
+        metavar="WINDOW/SPARSITY",
+        help="conversions; with /int8 of 8-bit entries; or the file of a plan",
+    )
     parser.add_argument(
         "--rivals", nargs="*", choices=RIVALS, default=[], help="with as many bytes as the first of these"
     )
@@ -107,6 +114,33 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("Stopped. What was measured is kept; the same command goes on from there.")
     print(scoreboard.write(board, name, subjects.fingerprint))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A conversion, and what its entries are stored as (`mosa_cache_dtype`). Lines name it by `parameters`."""
+
+    config: ConversionConfig
+    parameters: tuple[tuple[str, Any], ...]
+    cache_dtype: str | None = None
+
+    @property
+    def method(self) -> str:
+        return "default" if self.config == ConversionConfig() else "ours"
+
+
+def conversion(word: str) -> Setting:
+    """What a word of `--ours` says: `WINDOW/SPARSITY`, `WINDOW/SPARSITY/int8`, or the file of a plan."""
+    if (path := Path(word)).suffix == ".json":
+        return Setting(ConversionConfig(plan=path), (("plan", path.name),))
+    window, sparsity, *eight_bit = word.split("/")
+    if eight_bit not in ([], ["int8"]):
+        raise ValueError(f"{word}: entries are of the model's dtype, or int8.")
+    config = ConversionConfig(window=int(window), sparsity=float(sparsity))
+    parameters: dict[str, Any] = {"window": config.window, "sparsity": config.sparsity}
+    if eight_bit:
+        parameters["cache_dtype"] = "int8"
+    return Setting(config, tuple(parameters.items()), *eight_bit)
 
 
 @dataclass(frozen=True)
@@ -182,9 +216,9 @@ class CacheReader:
 class Subjects:
     """The original, its conversions, and windows of as many bytes. Made when they are first needed."""
 
-    def __init__(self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ours: list[str]):
+    def __init__(self, original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ours: list[Setting]):
         self.original, self.tokenizer, self.ours = original, tokenizer, ours
-        self._converted: dict[str, PreTrainedModel] = {}
+        self._converted: dict[Setting, PreTrainedModel] = {}
         self._windows: dict[int, PreTrainedModel] = {}
 
     @cached_property
@@ -200,19 +234,20 @@ class Subjects:
     def _fits(self) -> list[RouterFit | None]:
         return fits_of_all(self.original, self._calibration)
 
-    def converted(self, setting: str) -> PreTrainedModel:
+    def converted(self, setting: Setting) -> PreTrainedModel:
         """With routers that are fitted once, and kept in the cache of `testing/packages.py`."""
         if setting not in self._converted:
-            window, sparsity = setting.split("/")
-            conversion = ConversionConfig(window=int(window), sparsity=float(sparsity))
+            config = setting.config
 
             def fit(scratch: Path) -> Path:
-                converted = convert_model(self.original, conversion, self._calibration, self._fits)
+                converted = convert_model(self.original, config, self._calibration, self._fits)
                 save_routers(converted, scratch / "routers")
                 return scratch / "routers"
 
-            about = f"{self.fingerprint}-{default_text().sha256[:8]}-{setting.replace('/', '-')}"
-            self._converted[setting] = load_routers(self.original, cached(f"routers-{about}", fit)).eval()
+            name = f"{config.window}-{config.sparsity:g}" if config.plan is None else _digest(config.plan.to_list())
+            routers = cached(f"routers-{self.fingerprint}-{default_text().sha256[:8]}-{name}", fit)
+            fields = {} if setting.cache_dtype is None else {"mosa_cache_dtype": setting.cache_dtype}
+            self._converted[setting] = load_routers(self.original, routers, **fields).eval()
         return self._converted[setting]
 
     def window(self, tokens: int) -> PreTrainedModel:
@@ -221,10 +256,9 @@ class Subjects:
             self._windows = {tokens: metrics.first_token_and_window(base, tokens)}  # one at a time
         return self._windows[tokens]
 
-    def identity(self, setting: str) -> dict[str, Any]:
+    def identity(self, setting: Setting) -> dict[str, Any]:
         """What tells a conversion from others."""
-        window, sparsity = setting.split("/")
-        return {"window": int(window), "sparsity": float(sparsity), "routers": digest_of(self.converted(setting))}
+        return {**dict(setting.parameters), "routers": digest_of(self.converted(setting))}
 
 
 def measure(subjects: Subjects, questions: list[Asked], path: Path, origin: dict[str, Any]) -> None:
@@ -256,7 +290,7 @@ def measure_rivals(
     for asked in filter(Asked.exists, questions):
         head = {**dataclasses.asdict(asked), "base": subjects.fingerprint}
         original = known.get(scoreboard.key({**head, "method": ORIGINAL, "parameters": {}}))
-        own = known.get(scoreboard.key({**head, "method": _method(first), "parameters": identity}))
+        own = known.get(scoreboard.key({**head, "method": first.method, "parameters": identity}))
         head["parameters"] = {"as many bytes as": identity}
         lacking = [name for name in rivals if scoreboard.key({**head, "method": name}) not in known]
         if original is not None and own is not None and lacking:
@@ -282,7 +316,7 @@ def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]
         found = original | asked.read_by(subjects.tokenizer, subjects.original)
         yield found
     for i, setting in enumerate(subjects.ours):
-        line = {**head, "method": _method(setting), "parameters": subjects.identity(setting)}
+        line = {**head, "method": setting.method, "parameters": subjects.identity(setting)}
         own = known.get(scoreboard.key(line))
         if own is None:
             own = line | asked.read_by(subjects.tokenizer, subjects.converted(setting))
@@ -294,13 +328,6 @@ def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]
             if scoreboard.key(window) not in known:
                 read = asked.read_by(subjects.tokenizer, subjects.window(tokens))
                 yield window | {"window": tokens} | read
-
-
-def _method(setting: str) -> str:
-    """What a conversion is called."""
-    window, sparsity = setting.split("/")
-    is_default = ConversionConfig() == ConversionConfig(window=int(window), sparsity=float(sparsity))
-    return "default" if is_default else "ours"
 
 
 def _digest(content: Any) -> str:

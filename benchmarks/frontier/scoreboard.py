@@ -51,9 +51,11 @@ def latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def label(line: dict[str, Any]) -> str:
-    given = line["parameters"]
-    settings = f", window {given['window']}, sparsity {given['sparsity']:g}" if "window" in given else ""
-    return line["method"] + settings
+    given, words = line["parameters"], [line["method"]]
+    if "window" in given:
+        words += [f"window {given['window']}", f"sparsity {given['sparsity']:g}"]
+    words += [given[name] for name in ("plan", "cache_dtype") if name in given]
+    return ", ".join(words)
 
 
 def cells(found: list[dict[str, Any]], length: int) -> dict[str, dict[str, dict[str, Any]]]:

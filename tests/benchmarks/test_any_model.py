@@ -10,6 +10,7 @@ import torch
 from benchmarks.frontier import __main__ as command
 from benchmarks.frontier import any_model, ruler, scoreboard, writing
 from benchmarks.frontier.asking import Question, ask
+from mosa_hf import GroupPlan, SparseGroup
 from mosa_hf.evaluation import filled_cache
 from testing.passages import Passage
 from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
@@ -193,6 +194,28 @@ def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch,
     written = scoreboard.write(texts, "texts", rows[0]["base"])
     assert "| original | 1.000 |" in written and "png" not in written
     assert not texts.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_plans_and_8_bit_entries_are_conversions_too(options, tmp_path):
+    near, far = SparseGroup(window=64, sparsity=8), SparseGroup(window=16, sparsity=2)
+    GroupPlan(((near, far), (None, near), (far, far))).save(tmp_path / "plan.json")
+    ours = ["64/8", "64/8/int8", str(tmp_path / "plan.json")]
+    command.main([*options, "--ours", *ours, "--tasks", "code", "--contexts", "1"])
+    board = tmp_path / "frontier-tiny.jsonl"
+    original, own, window, coded, planned = [json.loads(line) for line in board.read_text().splitlines()]
+    assert window["method"] == "sink + window"
+    assert coded["kv_bytes"] < 0.5 * own["kv_bytes"] and coded["loss"] != own["loss"]
+    assert coded["parameters"] == own["parameters"] | {"cache_dtype": "int8"}
+    assert planned["parameters"]["plan"] == "plan.json"
+    # One of six groups is dense, three have 64 tokens and an eighth of the rest, the others 16 and half of it.
+    share = (1 + 3 * (64 + 276 / 8) / 340 + 2 * (16 + 324 / 2) / 340) / 6
+    assert planned["kv_bytes"] / original["kv_bytes"] == pytest.approx(share, rel=0.2)
+    labels = [line.split("|")[1].strip() for line in board.with_suffix(".md").read_text().splitlines() if "| " in line]
+    assert labels[-3:] == ["sink + window", "ours, window 64, sparsity 8, int8", "ours, plan.json"]
+    for wrong in ("64/8/int4", "64-8", "64/8/int8/1"):
+        with pytest.raises(SystemExit):
+            command.main([*options, "--ours", wrong])
 
 
 @pytest.mark.slow
