@@ -1,12 +1,12 @@
 """The routers that sparse groups start from, fitted to the frozen model (docs/design.md, section 6).
 
 The model reads a text twice. What the second reading takes from a token of the first one, relative to what else there
-is, is the token's importance; a router is fitted by ridge regression to predict it, from what the attention layer
-sees when the token comes by. Importance is that of KVzip+ (arXiv 2505.23416, normalised as in arXiv 2601.07891), on a
-scale that groups of all layers share (`layer_offsets`), so one threshold can serve them all.
+is, is the token's importance (`importance.py`); a router is fitted by ridge regression to predict it, from what the
+attention layer sees when the token comes by. Importance is put on a scale that groups of all layers share
+(`layer_offsets`), so one threshold can serve them all.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from ..modeling.layers import (
     output_projection_of,
 )
 from ..modeling.modes import evaluating
+from .importance import output_gram, received, second_readings
 from .windows import calibration_ids
 
 # Least importance before the logarithm. A token below it is as good as never read; without the floor its logarithm,
@@ -62,8 +63,8 @@ class RouterFit:
 class _Regression:
     """What the sparse groups of one layer add up while the model reads.
 
-    All of it is allocated once: small tensors that outlive each call would settle between the attention matrices, keep
-    malloc from joining what those leave, and fragment the heap.
+    All of it is allocated once: small tensors that outlive each call would settle between large ones, keep malloc from
+    joining what those leave, and fragment the heap.
     """
 
     def __init__(self, groups: list[int], lengths: list[int], num_skipped: int):
@@ -111,30 +112,6 @@ class _Regression:
         return weight.float(), (mean[size:] - weight @ mean[:size]).float()
 
 
-def importance(
-    attention: torch.Tensor, hidden_states: torch.Tensor, value: torch.Tensor, output_gram: torch.Tensor
-) -> torch.Tensor:
-    """
-    KVzip+ scores of T tokens that are read again: the largest a_ij · ‖W_O v_j‖ / ‖h_i‖ over the queries i of the
-    second reading and the heads of a group.
-
-    Args:
-        attention: `[G, R, T, T]`, weights of the second reading's queries on the first one's keys.
-        hidden_states: `[T, D]`, what the attention module receives at the second reading.
-        value: `[G, T, d]`, of the first reading.
-        output_gram: `[G, R, d, d]`, W_O of each head times its transpose.
-
-    Returns:
-        `[T, G]` float32.
-    """
-    value = value.float()
-    squared = torch.einsum("gtd,grde,gte->grt", value, output_gram, value)  # ‖W_O v‖²
-    size = hidden_states.float().norm(dim=-1)[:, None]
-    size = size.masked_fill(size == 0, torch.inf)  # padding's embedding, of which there is nothing to be relative to
-    strongest = (attention / size).amax(2)  # [G, R, T]
-    return (strongest * squared.clamp_min(0).sqrt()).amax(1).T
-
-
 def layer_offsets(log_ratios: torch.Tensor) -> torch.Tensor:
     """
     What is added to the logarithm of importance before groups of different layers are compared, `[L]`.
@@ -150,39 +127,6 @@ def layer_offsets(log_ratios: torch.Tensor) -> torch.Tensor:
     """
     median = log_ratios.quantile(0.5)
     return log_ratios.clamp(median, median + MOST_OFFSET)
-
-
-def output_gram(projection: nn.Module, num_heads: int, head_dim: int, like: torch.Tensor) -> torch.Tensor:
-    """
-    W_O times its transpose for each head, `[H, d, d]` float32, of an output projection of whatever kind: it is asked
-    for what it makes of unit vectors, on the device and in the dtype of `like`.
-    """
-    size = num_heads * head_dim
-    weight = projection(torch.eye(size, dtype=like.dtype, device=like.device)[None])[0]
-    if getattr(projection, "bias", None) is not None:
-        weight = weight - projection(like.new_zeros(1, 1, size))[0]
-    heads = weight.float().unflatten(0, (num_heads, head_dim))  # [H, d, D]
-    return heads @ heads.transpose(1, 2)
-
-
-@contextmanager
-def _hooks(
-    modules: list[nn.Module], function: Callable[[int, nn.Module, torch.Tensor, tuple], None]
-) -> Iterator[None]:
-    """Call function(index, module, hidden_states, output) after each attention module, for the duration."""
-
-    def hook(index):
-        def call(module, args, kwargs, output):
-            function(index, module, kwargs["hidden_states"] if "hidden_states" in kwargs else args[0], output)
-
-        return call
-
-    handles = [module.register_forward_hook(hook(i), with_kwargs=True) for i, module in enumerate(modules)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -288,8 +232,8 @@ def fit_routers(
     Returns:
         One RouterFit per decoder layer, in order, of its sparse groups; None for a layer without.
 
-    Memory: eager attention holds a few times 2 * heads * T * T numbers for one layer at a time; the covariances take
-    4 * D * D bytes for each layer; everything else is 8 bytes per token and group, and a cache of 2 * T tokens.
+    Memory: the covariances take 4 * D * D bytes for each layer; what attention receives T * D numbers for each;
+    everything else is 8 bytes per token and group, and a cache of 2 * T tokens. Attention weights are not kept.
 
     Raises:
         ValueError: an argument out of range, a model without the expected attention modules, or activations that are
@@ -305,29 +249,28 @@ def fit_routers(
     sparse = [[group for group, kind in enumerate(plan.layers[layer]) if kind is not None] for layer in layers]
     regressions = [_Regression(groups, lengths, int(include_first)) for groups in sparse]
     grams: dict[int, torch.Tensor] = {}
-    read: dict[int, torch.Tensor] = {}  # layer → what its attention received at the first reading
+    states: dict[int, torch.Tensor] = {}  # layer → what its attention received at the first reading
     predicted: list[torch.Tensor] = []  # of each layer: [tokens, G]
 
-    def add(index, module, hidden_states, output):
-        if index not in read:
-            read[index] = hidden_states[0]
-            return
-        if output[1] is None:
-            raise ValueError(
-                f"`model` ({type(model).__name__}) does not show its attention weights; it must support "
-                "`attn_implementation='eager'`."
-            )
-        value = _values(module, cache.layers[module.layer_idx], num_tokens)
-        attention = output[1][0, :, :, :num_tokens].unflatten(0, (len(value), -1))
-        if index not in grams:
-            num_heads = output[1].shape[1]
-            gram = output_gram(output_projection_of(module), num_heads, value.shape[-1], hidden_states)
-            grams[index] = gram.unflatten(0, (len(value), -1))
-        scores = importance(attention, hidden_states[0], value, grams[index])
-        num_groups = len(plan.layers[layers[index]])
-        regressions[index].add(read.pop(index), scores.unflatten(1, (num_groups, -1)).amax(-1))
+    def read(reading: dict[str, Any], num_tokens: int) -> None:
+        cache = DynamicCache(config=config)
+        with received(modules, lambda index, hidden_states: states.update({index: hidden_states[0]})):
+            decoder(**reading, use_cache=True, **{CACHE: cache})
+        with second_readings(decoder, modules) as seconds:
+            decoder(**continued(reading, num_tokens), use_cache=True, **{CACHE: cache})
+        for index, second in enumerate(seconds):
+            module: Any = modules[index]
+            layer: Any = cache.layers[module.layer_idx]
+            value = _values(module, layer, num_tokens)
+            if index not in grams:
+                num_heads = len(second.strongest)
+                gram = output_gram(output_projection_of(module), num_heads, value.shape[-1], states[index])
+                grams[index] = gram.unflatten(0, (len(value), -1))
+            scores = second.importance(value, grams[index])
+            num_groups = len(plan.layers[layers[index]])
+            regressions[index].add(states.pop(index), scores.unflatten(1, (num_groups, -1)).amax(-1))
 
-    def route(index, module, hidden_states, output):
+    def route(index, hidden_states):
         weight, bias = solved[index]
         hidden_states = hidden_states[0].float()
         predicted[index][done : done + num_tokens] = nn.functional.linear(
@@ -336,13 +279,9 @@ def fit_routers(
 
     progress = logging.tqdm(total=2 * len(readings), desc="Fitting routers", unit="window")
     with progress, frozen(decoder):
-        implementation = decoder.config._attn_implementation
-        decoder.set_attn_implementation("eager")
-        with _hooks(modules, add), _layer_ratios(decoder) as ratios:
-            for reading, num_tokens in zip(readings, lengths, strict=True):  # the latter is read by `add`
-                cache = DynamicCache(config=config)
-                for inputs in (reading, continued(reading, num_tokens)):
-                    decoder(**inputs, use_cache=True, **{CACHE: cache})
+        with _layer_ratios(decoder) as ratios:
+            for reading, num_tokens in zip(readings, lengths, strict=True):
+                read(reading, num_tokens)
                 progress.update()
         solved = []
         for layer, own in zip(layers, regressions, strict=True):
@@ -355,8 +294,7 @@ def fit_routers(
             solved.append(own.solve(ridge))
             own.gram = None
             predicted.append(torch.empty_like(own.importance))
-        decoder.set_attn_implementation(implementation)
-        with _hooks(modules, route):
+        with received(modules, route):
             done = 0  # read by `route`
             for reading, num_tokens in zip(readings, lengths, strict=True):
                 decoder(**reading, use_cache=False)

@@ -8,8 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mosa_hf import ConversionConfig, GroupPlan, calibrate_thresholds, convert_model
+from mosa_hf.conversion import importance
 from mosa_hf.conversion.allocation import choose_groups, mean_losses, one_threshold
 from mosa_hf.conversion.calibration import FLOOR, fit_routers, layer_offsets
+from mosa_hf.conversion.importance import SecondReading
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.thresholds import highest_share
 from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
@@ -144,14 +146,27 @@ def test_matches_the_definition(model, input_ids, include_first, plan):
         sparse = [group for group in range(2) if groups[group] is not None]
         assert fit.weight.shape == (len(sparse), 48) and fit.importance.shape == (2, LENGTH, len(sparse))
         for i, group in enumerate(sparse):
-            importance, weight, bias, predicted = slow_fit(model, input_ids[:2], layer, group, include_first)
+            expected, weight, bias, predicted = slow_fit(model, input_ids[:2], layer, group, include_first)
             offset = offsets[layer]
-            importance, bias, predicted = importance * offset.exp(), bias + offset, predicted + offset
+            expected, bias, predicted = expected * offset.exp(), bias + offset, predicted + offset
             torch.testing.assert_close(fit.offset.double(), offset, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(fit.importance[..., i].double(), importance, rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(fit.importance[..., i].double(), expected, rtol=1e-3, atol=1e-7)
             torch.testing.assert_close(fit.weight[i].double(), weight, rtol=1e-2, atol=1e-3)
             torch.testing.assert_close(fit.bias[i].double(), bias, rtol=1e-2, atol=1e-2)
             torch.testing.assert_close(fit.predicted[..., i].double(), predicted, rtol=1e-2, atol=1e-2)
+
+
+def test_a_few_queries_are_looked_at_at_a_time(model, input_ids, monkeypatch):
+    whole, seen = fit_routers(model, input_ids, ALIKE), []
+    see = SecondReading.see
+    monkeypatch.setattr(SecondReading, "see", lambda self, x, first: (seen.append(x.shape[2]), see(self, x, first)))
+    monkeypatch.setattr(importance, "MOST_WEIGHTS", 6 * 2 * LENGTH * 7)
+    parts = fit_routers(model, input_ids, ALIKE)
+    assert seen == [7] * 6 + [6] + seen[7:] and len(seen) == 7 * 2 * 5  # blocks, layers, windows
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one.importance, other.importance, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(one.weight, other.weight, rtol=1e-3, atol=1e-4)
+    assert not any(hasattr(layer.self_attn, importance.NAME) for layer in model.model.layers)
 
 
 def test_layers_without_sparse_groups(model, input_ids):
@@ -206,12 +221,12 @@ def test_what_groups_get_that_would_select_nothing_the_others_do_without(model, 
 def test_groups_that_lose_less_come_first(model, input_ids):
     fits = fit_routers(model, input_ids, ALIKE)
     losses = mean_losses(ALIKE, fits)
-    logits, importance = (
+    logits, measured = (
         torch.cat([getattr(fit, name)[:, 1:].flatten(0, 1) for fit in fits], dim=1)
         for name in ("predicted", "importance")
     )
     left_out = logits < highest_share(logits.view(-1, 1), [FEW.sparsity])  # one threshold for all four
-    torch.testing.assert_close(torch.tensor(losses).flatten(), (importance * left_out).mean(0))
+    torch.testing.assert_close(torch.tensor(losses).flatten(), (measured * left_out).mean(0))
     fits[1].importance[..., 0] *= 100
     worse = mean_losses(ALIKE, fits)
     assert worse[1][0] == pytest.approx(100 * losses[1][0], rel=1e-3) and worse[0] == losses[0]
@@ -251,7 +266,8 @@ def test_leaves_the_model_as_it_was(model, input_ids, error):
     handle.remove()
     assert model.config._attn_implementation == "sdpa"
     assert {name: module.training for name, module in model.named_modules()} == modes
-    assert not any(layer.self_attn._forward_hooks for layer in model.model.layers)
+    attention = [layer.self_attn for layer in model.model.layers]
+    assert not any(each._forward_pre_hooks or each._forward_hooks for each in attention)
 
 
 @pytest.mark.parametrize(
