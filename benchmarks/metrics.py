@@ -7,12 +7,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from mosa_hf import GroupPlan, cache_bytes, to_dense, trace_routing
+from mosa_hf import GroupPlan, to_dense, trace_routing
 from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows, default_text
 from mosa_hf.conversion.windows import NUM_WINDOWS, WINDOW_LENGTH
-from mosa_hf.evaluation import filled_cache
+from mosa_hf.evaluation import decoding_bytes, filled_cache
+from mosa_hf.modeling.configuration import SparseGroupsConfig
 from mosa_hf.modeling.group_plan import SparseGroup
+from mosa_hf.modeling.kv_share import planned_bytes
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 
@@ -34,8 +36,8 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
 
 
 def kv_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
-    """Bytes of the live tensors of the cache after reading `input_ids` [1, T]."""
-    return sum(cache_bytes(filled_cache(model, input_ids)).values())
+    """`decoding_bytes` of the cache after reading `input_ids` [1, T]."""
+    return decoding_bytes(filled_cache(model, input_ids))
 
 
 class Entries(NamedTuple):
@@ -83,18 +85,33 @@ def decode_speed(model: PreTrainedModel, cache: Cache, token: torch.Tensor, num_
     return num_tokens / (time.perf_counter() - start)
 
 
-NEVER = 1e6  # a sparsity: of 1, a group would keep everything whatever its threshold is
+NOTHING_SELECTED = 1e6  # a sparsity: of 1, a group would keep everything whatever its threshold is
 
 
 def first_token_and_window(model: PreTrainedModel, window: int) -> PreTrainedModel:
     """The baseline of selection: the same groups keep the first token and a longer window, and select nothing."""
-    plan = GroupPlan.of_config(model.config)
-    plan = plan.with_sparse(dict.fromkeys(plan.sparse_pairs(), SparseGroup(window, NEVER)))
     base = to_dense(model)
-    baseline = with_sparse_groups(base, type(model.config).from_base(base.config, mosa_plan=plan.to_list())).eval()
+    baseline = with_sparse_groups(base, _windows_alone(model, base, window)).eval()
     for router in baseline.mosa_routers().values():
         router.threshold.fill_(torch.inf)
     return baseline
+
+
+def window_of_share(model: PreTrainedModel, share: float, num_tokens: int) -> int:
+    """
+    The window with which `first_token_and_window` takes a share of the original's bytes after so many tokens. Layers
+    with a sliding window, and dense groups, take theirs in any case.
+    """
+    original, rest = planned_bytes(_windows_alone(model, to_dense(model), 1), num_tokens)
+    of_a_token = (original - rest) / (num_tokens - 1)
+    return max(round((share * original - rest) / of_a_token), 1)  # beside the first token
+
+
+def _windows_alone(model: PreTrainedModel, base: PreTrainedModel, window: int) -> SparseGroupsConfig:
+    """A config of `base` whose sparse groups, those of `model`, have a window and no more."""
+    plan = GroupPlan.of_config(model.config)
+    plan = plan.with_sparse(dict.fromkeys(plan.sparse_pairs(), SparseGroup(window, NOTHING_SELECTED)))
+    return type(model.config).from_base(base.config, mosa_plan=plan.to_list())
 
 
 def random_selection(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

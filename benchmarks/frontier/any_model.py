@@ -31,11 +31,11 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from mosa_hf import ConversionConfig, cache_bytes, convert_model, load_routers, save_routers
+from mosa_hf import ConversionConfig, convert_model, load_routers, save_routers
 from mosa_hf.compat import CACHE
 from mosa_hf.conversion import default_text
 from mosa_hf.conversion.calibration import RouterFit
-from mosa_hf.evaluation import CacheMemory, Sample, filled_cache, score
+from mosa_hf.evaluation import CacheMemory, Sample, decoding_bytes, filled_cache, score
 from mosa_hf.modeling.devices import input_device
 from mosa_hf.modeling.fingerprint import model_fingerprint
 from testing import pretrained
@@ -185,7 +185,7 @@ class Asked:
             return {
                 "answers": answers,
                 "tokens": len(reading.context),
-                "kv_bytes": sum(cache_bytes(cache).values()),
+                "kv_bytes": decoding_bytes(cache),
                 "digest": _digest(dataclasses.asdict(reading)),
             }
         sample = self.sample(tokenizer)
@@ -322,7 +322,8 @@ def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]
             own = line | asked.read_by(subjects.tokenizer, subjects.converted(setting))
             yield own
         if i == 0:
-            tokens = max(round(own["kv_bytes"] / found["kv_bytes"] * own["tokens"]) - 1, 1)
+            share = own["kv_bytes"] / found["kv_bytes"]
+            tokens = metrics.window_of_share(subjects.converted(setting), share, own["tokens"])
             parameters = {"as many bytes as": subjects.identity(setting)}
             window = {**head, "method": WINDOW, "parameters": parameters}
             if scoreboard.key(window) not in known:

@@ -3,7 +3,7 @@ What a model remembers of a long context, and what that takes: the parts of `mos
 scripts may call.
 """
 
-from .memory import CacheMemory, filled_cache
+from .memory import CacheMemory, decoding_bytes, filled_cache
 from .report import PERPLEXITY, Subject, evaluate, summary, table
 from .samples import fact_samples, text_samples
 from .scoring import Continuation, Sample, Score, following, score
@@ -18,6 +18,7 @@ __all__ = [
     "Subject",
     "TracedGroup",
     "TracedText",
+    "decoding_bytes",
     "evaluate",
     "fact_samples",
     "filled_cache",

@@ -4,6 +4,7 @@ import copy
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..cache import cache_bytes
 from ..compat import CACHE
@@ -19,6 +20,17 @@ def filled_cache(
     for part in input_ids.to(input_device(model)).split(chunk, dim=1):
         model(part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
+
+
+def decoding_bytes(cache: Cache) -> int:
+    """
+    Bytes that a cache holds while it decodes. After a call of many tokens, upstream's layers with a sliding window
+    hold all of them until the next call: here they let go of what they will not read.
+    """
+    for layer in cache.layers:
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    return sum(cache_bytes(cache).values())
 
 
 class CacheMemory:
@@ -38,4 +50,4 @@ class CacheMemory:
     def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
         cache = copy.deepcopy(self.cache)
         logits = self.model(ids.to(input_device(self.model)), use_cache=True, **{CACHE: cache}).logits[0]
-        return logits, sum(cache_bytes(cache).values())
+        return logits, decoding_bytes(cache)

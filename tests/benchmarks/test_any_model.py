@@ -7,10 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
+from benchmarks import metrics
 from benchmarks.frontier import __main__ as command
 from benchmarks.frontier import any_model, ruler, scoreboard, writing
 from benchmarks.frontier.asking import Question, ask
-from mosa_hf import GroupPlan, SparseGroup
+from mosa_hf import ConversionConfig, GroupPlan, SparseGroup, convert_model
 from mosa_hf.evaluation import filled_cache
 from testing.passages import Passage
 from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
@@ -194,6 +195,16 @@ def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch,
     written = scoreboard.write(texts, "texts", rows[0]["base"])
     assert "| original | 1.000 |" in written and "png" not in written
     assert not texts.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_window_of_as_many_bytes_leaves_sliding_layers_theirs(family):
+    base, ids = tiny_base(family), random_tokens(1, 400, seed=3)
+    converted = convert_model(base, ConversionConfig(window=24, sparsity=4), random_tokens(4, 64)).eval()
+    original, own = (metrics.kv_bytes(model, ids) for model in (base, converted))
+    window = metrics.window_of_share(converted, own / original, ids.shape[1])
+    alone = metrics.first_token_and_window(converted, window)
+    assert metrics.kv_bytes(alone, ids) == pytest.approx(own, rel=0.05) and own < 0.8 * original
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ from transformers import AutoModelForCausalLM
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, save_routers
 from mosa_hf.cli import evaluate as command
 from mosa_hf.cli.run_evaluate import identity
+from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows
 from mosa_hf.evaluation import (
     CacheMemory,
     Continuation,
     Sample,
     Subject,
+    decoding_bytes,
     evaluate,
     fact_samples,
     filled_cache,
@@ -54,6 +56,20 @@ def test_scores_are_a_plain_forwards_loss(name, models):
     assert own.kv_bytes == dense if name == "original" else 0 < own.kv_bytes < 0.8 * dense
     if name == "original":
         assert own.kv_bytes == sum(cache_bytes(filled_cache(model, ids)).values())
+
+
+def test_layers_with_a_sliding_window_are_counted_as_they_decode():
+    """After a call of many tokens they hold all of them; one token later, what they will read."""
+    model, ids = tiny_base("gemma3_text"), random_tokens(1, 61, seed=3)
+    cache = filled_cache(model, ids)
+    own = [layer for layer in cache.layers if layer.is_sliding]
+    kept = [min(layer.keys.shape[2], 61) for layer in cache.layers]
+    assert own and decoding_bytes(cache) == sum(kept) * 2 * 2 * 8 * 4 < sum(
+        cache_bytes(filled_cache(model, ids)).values()
+    )
+    with torch.no_grad():
+        model(ids[:, :1], **{CACHE: cache})
+    assert [layer.keys.shape[2] for layer in own] == [own[0].sliding_window - 1] * len(own)
 
 
 def test_right_is_what_greedy_decoding_gives(models):
