@@ -146,6 +146,37 @@ def test_commands_read_their_options_before_they_import_anything_large(command):
     assert later == {f"mosa_hf.cli.run_{command}"}
 
 
+def arguments_of(node: ast.FunctionDef | ast.ClassDef) -> set[str]:
+    """Of a function, of a class's `__init__`, or the fields of one without."""
+    if isinstance(node, ast.ClassDef):
+        inits = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+        if not inits:
+            return {each.target.id for each in node.body if isinstance(each, ast.AnnAssign)}
+        (node,) = inits
+    given = node.args
+    return {
+        each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg) if each
+    }
+
+
+def described_in(docstring: str) -> set[str]:
+    """What the section of arguments has a line for."""
+    section = re.search(r"^Args:\n((?:    .*\n?|\n)*)", docstring, re.MULTILINE)
+    lines = re.findall(r"^    ([\w*`][\w*`, ]*)(?: \([^)]*\))?:", section[1] if section else "", re.MULTILINE)
+    return {name.strip(" `*") for line in lines for name in line.split(",")}
+
+
+def test_docstrings_describe_arguments_that_exist():
+    found, num_described = [], 0
+    for path in (path for folder in FOLDERS[1:] for path in sorted((ROOT / folder).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                described = described_in(ast.get_docstring(node) or "")
+                num_described += len(described)
+                found += [(str(path), node.name, name) for name in sorted(described - arguments_of(node))]
+    assert found == [] and num_described > 400
+
+
 def test_no_modules_need_each_other():
     """Counting what functions import, for that is how a circle hides."""
     circle = None

@@ -186,7 +186,7 @@ class SparseLayer(MixedLayer):
         As upstream's, for `[B, G, T, d]` of all groups.
 
         Args:
-            of_call: what `CacheInForward` says and no other caller knows of.
+            in_forward: what `CacheInForward` says and no other caller knows of.
 
         Returns:
             keys and values of the dense groups `[B, G_dense, S, d]`; of all groups in a first call within all windows.

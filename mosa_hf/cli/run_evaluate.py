@@ -31,6 +31,7 @@ from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
 from ..modeling.configuration import is_composite
 from ..modeling.model_card import with_measured
 from ..modeling.sparse_models import SparsePreTrainedMixin
+from .options import default_device_map
 
 
 def run(options: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def load(name: str, options: argparse.Namespace, revision: str | None = None) ->
     where = {"token": options.token} | ({} if revision is None else {"revision": revision})
     auto_class = auto_class_of(name, **where)
     return auto_class.from_pretrained(
-        name, dtype=options.dtype, device_map=options.device_map or "auto", **where
+        name, dtype=options.dtype, device_map=options.device_map or default_device_map(), **where
     ).eval()
 
 

@@ -13,6 +13,7 @@ import torch
 
 from .capture import is_captured, is_exported
 from .derivatives import is_transformed
+from .tensors import TRITON_HEAD_DIM
 
 
 class Backend(NamedTuple):
@@ -25,21 +26,20 @@ class Backend(NamedTuple):
 
 
 FILES = {"reference": "reference", "torch": "pytorch", "triton": "triton"}  # a backend's files in each folder
-TRITON_HEAD_DIM = 256  # up to which blocks of keys and values fit into a GPU's shared memory
 _backends: dict[str, Backend] = {}
 _chosen: str | None = None
 _has_gpu_build = bool(torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is not None
 
 
-_spills: dict[int, bool] = {}  # GPU → whether Triton's kernels do not fit its registers
+_is_old: dict[int, bool] = {}  # GPU → whether it is one on which Triton's kernels are not worth running
 
 
-def _fits(device: torch.device) -> bool:
+def _is_worth_it(device: torch.device) -> bool:
     """Whether Triton's kernels are worth running on a GPU: before sm_80 they spill 13 KB a thread."""
     index = device.index or 0
-    if index not in _spills and not torch.compiler.is_compiling():
-        _spills[index] = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
-    return not _spills.get(index, False)
+    if index not in _is_old and not torch.compiler.is_compiling():
+        _is_old[index] = torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    return not _is_old.get(index, False)
 
 
 def _load(name: str) -> Backend:
@@ -53,15 +53,16 @@ for _name in ("reference", "torch", *(["triton"] if _has_gpu_build else [])):
     _load(_name)
 
 
-def backend(states: torch.Tensor, value_dim: int | None = None) -> Backend:
+def backend(states: torch.Tensor, key_dim: int | None = None, value_dim: int | None = None) -> Backend:
     """
     The operations that run on tensors like `states`: what `use_backend` chose; else the reference in a program that is
     exported, which holds PyTorch's own operators then, and under transforms of `torch.func`; else Triton on a GPU of
-    sm_80 or later, PyTorch elsewhere, and where values have another size than keys.
+    sm_80 or later, PyTorch elsewhere, for float64, and for heads that Triton's kernels do not take.
 
     Args:
-        states: of which device, dtype and the last size, that of keys, count.
-        value_dim: of values; None: as keys.
+        states: of which device and dtype count.
+        key_dim: channels of a head's keys; None: it does not depend on them.
+        value_dim: of its values; None: as many.
     """
     if _chosen is not None:
         return _backends[_chosen]
@@ -69,8 +70,8 @@ def backend(states: torch.Tensor, value_dim: int | None = None) -> Backend:
         return _backends["reference"]
     # Triton's kernels add up in float32: a float64 model wants more.
     on_gpu = states.device.type == "cuda" and states.dtype != torch.float64
-    fits = value_dim in (None, states.shape[-1]) and (value_dim is None or value_dim <= TRITON_HEAD_DIM)
-    return _backends["triton" if on_gpu and _has_gpu_build and fits and _fits(states.device) else "torch"]
+    fits = key_dim is None or (key_dim <= TRITON_HEAD_DIM and value_dim in (None, key_dim))
+    return _backends["triton" if on_gpu and _has_gpu_build and fits and _is_worth_it(states.device) else "torch"]
 
 
 def is_free() -> bool:

@@ -14,6 +14,13 @@ from .capture import is_captured
 from .entry_codes import Rows, decode
 
 NEVER = torch.iinfo(torch.int64).max  # an `evicted_at` that no position reaches
+TRITON_HEAD_DIM = 256  # up to which blocks of keys and values fit into a GPU's shared memory
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise a ValueError for heads that Triton's kernels do not take."""
+    if head_dim > TRITON_HEAD_DIM:
+        raise ValueError(f"`head_dim` {head_dim} is more than {TRITON_HEAD_DIM}: choose `use_backend('torch')`.")
 
 
 class HeadWeights(NamedTuple):

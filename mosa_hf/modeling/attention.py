@@ -253,7 +253,7 @@ def sparse_attention(
         `[B, G, R, T, d]`.
     """
     entries = read if isinstance(read, PackedKeyValues) else read[0]
-    kernels = backend(query, entries.value.shape[-1])
+    kernels = backend(query, query.shape[-1], entries.value.shape[-1])
     if isinstance(read, PackedKeyValues):
         return kernels.sparse_decode(query.squeeze(3), read, **options).unsqueeze(3)
     recent, cached = read

@@ -85,7 +85,7 @@ class MosaHeads(nn.Module):
         else:
             if score is not None:
                 tokens = tokens._replace(evicted_at=self._evictions(tokens))
-            output, _ = backend(hidden_states).selected_heads(hidden_states, self._weights(), tokens)
+            output, _ = backend(hidden_states, self.head_dim).selected_heads(hidden_states, self._weights(), tokens)
         if self.o_bias is not None:
             output = output + self.o_bias
         if tokens.valid is not None:
@@ -96,14 +96,14 @@ class MosaHeads(nn.Module):
         """Attention over the cache and the call's own tokens, which the cache takes in."""
         weights, store = self._weights(), cache.stores[0]
         is_host = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        kernels = backend(hidden_states, self.head_dim)
         if not is_host and not torch.is_grad_enabled() and store.takes_one_token():
-            return backend(hidden_states).selected_heads(hidden_states, weights, tokens, store.remember)[0]
+            return kernels.selected_heads(hidden_states, weights, tokens, store.remember)[0]
         past, evicted = store.read(tokens.position)
         tokens = tokens._replace(
             evicted_at=None if evicted is None else evicted.transpose(1, 2),
             num_selected=None if store.counts is None else store.counts.num_far,
         )
-        kernels = backend(hidden_states)
         # Where gradients are wanted, those of groups that select nothing are: they are 0.
         looks = is_host and not torch.is_grad_enabled()
         groups = tokens.selected.flatten(0, 1).any(dim=0).nonzero()[:, 0] if looks else None

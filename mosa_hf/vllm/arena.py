@@ -120,7 +120,7 @@ class Arena:
         head_dim: d.
         max_len: tokens of a request at most.
         max_chunk: tokens that one step reads at most.
-        num_rows: requests that may have blocks at once.
+        spec: of the blocks that requests hold, and how many may hold some at once.
         device: of the state.
     """
 

@@ -98,7 +98,7 @@ def _read_set(
         recent_selected[None],
         until,
     )
-    heads = backend(query, value.shape[-1]).sparse_attention(
+    heads = backend(query, query.shape[-1], value.shape[-1]).sparse_attention(
         query.transpose(1, 2)[None],
         recent,
         kept,

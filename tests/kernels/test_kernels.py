@@ -1,11 +1,13 @@
 """Attention of sparse groups, PyTorch against the specification: outputs and all gradients, on random shapes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mosa_hf import use_backend
+from mosa_hf import kernels, use_backend
 from mosa_hf.kernels import backend
 from mosa_hf.kernels.sparse_attention import pytorch as sparse_attention
 from mosa_hf.kernels.sparse_decode import pytorch as sparse_decode
@@ -170,6 +172,17 @@ def test_sparse_decode(
         check("sparse_decode", (query, packed), options)
     finally:
         sparse_decode.LOOP = loop
+
+
+def test_what_triton_does_not_take_goes_to_pytorch(monkeypatch):
+    monkeypatch.setattr(kernels, "_has_gpu_build", True)
+    monkeypatch.setattr(kernels, "_is_worth_it", lambda device: True)
+    monkeypatch.setitem(kernels._backends, "triton", "triton")
+    states = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+    dims = [(), (256,), (64, 64), (257,), (512, 512), (64, 128)]
+    assert [backend(states, *each) == "triton" for each in dims] == [True, True, True, False, False, False]
+    states.dtype = torch.float64
+    assert backend(states, 64) is kernels._backends["torch"]
 
 
 def test_use_backend():

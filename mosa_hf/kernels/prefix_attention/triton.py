@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
-from ..tensors import NEVER, PackedKeyValues
+from ..tensors import NEVER, PackedKeyValues, check_head_dim
 from ..triton_builds import DTYPES, HEAD_DIMS, LABELS, KernelBuild
 from .reference import FarKeys, WindowKeys
 
@@ -90,8 +90,7 @@ def _check(
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"Queries are {query.dtype}; the kernels take float32, float16 and bfloat16.")
-    if head_dim > 256:
-        raise ValueError(f"Head size {head_dim} is larger than 256.")
+    check_head_dim(head_dim)
     if num_heads * num_queries * head_dim >= 2**31:
         raise ValueError(f"Queries {tuple(query.shape)} have 2**31 numbers or more in a group: read them in parts.")
     if far.evicted_at is not None and position is None:

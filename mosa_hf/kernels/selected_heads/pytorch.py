@@ -111,7 +111,7 @@ def _mask(new: KeyValues, segment: torch.Tensor | None, old: KeyValues | None) -
         mask = mask & (new.position[..., :, None] < new.evicted_at[..., None, :])
     if old is None:
         return mask
-    assert old.valid is not None  # runs have empty slots
+    assert old.valid is not None  # `pad` spells it out
     of_old = old.valid[:, :, None].expand(-1, -1, num_slots, -1)
     if old.evicted_at is not None:
         of_old = of_old & (new.position[..., :, None] < old.evicted_at[..., None, :])

@@ -112,7 +112,7 @@ def _far_slots(recent: KeyValues, far_bias: torch.Tensor | None, window: int) ->
 
 def _kept_columns(cached: KeyValues, positions: torch.Tensor) -> Columns:
     """The cached keys for queries at `positions` [B, 1, T, 1]."""
-    assert cached.valid is not None  # runs have empty slots
+    assert cached.valid is not None  # `pad` spells it out
     mask = cached.valid[:, :, None]
     if cached.evicted_at is not None:
         mask = mask & (positions < cached.evicted_at[:, :, None])

@@ -28,6 +28,6 @@ def sparse_decode(
     keys = packed.pad()
     if keys is None:
         return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
-    assert keys.valid is not None  # runs have empty slots
+    assert keys.valid is not None  # `pad` spells it out
     mask = keys.valid[:, :, None]  # [B, G, 1, S]
     return attend(query[:, :, :, None], keys.key, keys.value, mask, None, scale, softcap, sinks)[:, :, :, 0]

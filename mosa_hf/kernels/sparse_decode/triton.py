@@ -22,7 +22,7 @@ from ..prefix_attention.triton import (
     start_softmax,
     store_rows,
 )
-from ..tensors import PackedKeyValues
+from ..tensors import PackedKeyValues, check_head_dim
 from ..triton_builds import DTYPES, HEAD_DIMS, LABELS, KernelBuild
 from . import pytorch
 
@@ -68,8 +68,7 @@ def sparse_decode(
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, packed.key, packed.value))
     if learns or (packed.value_scale is not None and spills_codes(head_dim, dtype)):
         return pytorch.sparse_decode(query, packed, scale, softcap, sinks)
-    if head_dim > 256:
-        raise ValueError(f"Head size {head_dim} is larger than 256.")
+    check_head_dim(head_dim)
     heads = _decode(
         query.to(dtype).contiguous(),
         (packed.key.to(dtype) if packed.key_scale is None else packed.key).contiguous(),

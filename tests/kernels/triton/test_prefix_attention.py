@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused():
         prefix_attention(query, FarKeys(key, key, None, end, evicted_at=torch.zeros(1, 2, 3)))
     with pytest.raises(ValueError, match=r"Sinks \(2,\) do not fit"):
         prefix_attention(query, FarKeys(key, key, None, end), sinks=torch.zeros(2))
-    with pytest.raises(ValueError, match="512 is larger than 256"):
+    with pytest.raises(ValueError, match="`head_dim` 512 is more than 256: choose"):
         prefix_attention(torch.randn(1, 1, 1, 1, 512), FarKeys(key, key, None, end))
 
 

@@ -110,5 +110,5 @@ def test_can_be_captured_in_a_cuda_graph(cut):
 
 
 def test_heads_that_are_too_large_are_refused():
-    with pytest.raises(ValueError, match="512 is larger than 256"), torch.no_grad():
+    with pytest.raises(ValueError, match="`head_dim` 512 is more than 256: choose"), torch.no_grad():
         sparse_decode(torch.randn(1, 1, 1, 512), random_packed(torch.tensor([[2]]), 512))
