@@ -8,6 +8,7 @@ attention on a CPU computes the whole square.
 """
 
 from mosa_hf import MosaConfig
+from mosa_hf.routing.selection import num_selected
 
 
 def dense_head(config: MosaConfig, length: int) -> float:
@@ -30,11 +31,6 @@ def selected_head(config: MosaConfig, slots: float, squares: float | None = None
 
 def router(config: MosaConfig, length: int) -> float:
     return 2 * config.hidden_size * length
-
-
-def num_selected(length: int, sparsity: float, min_tokens: int = 2) -> int:
-    """Tokens that expert choice selects of `length`."""
-    return min(max(int(length / sparsity), min_tokens), length)
 
 
 def forward(

@@ -11,6 +11,7 @@ from torch import nn
 
 from mosa_hf.kernels.tensors import rotate
 from mosa_hf.modeling.heads import MosaHeads
+from mosa_hf.routing.selection import num_selected
 
 
 class PaperLayer(nn.Module):
@@ -46,8 +47,8 @@ class PaperLayer(nn.Module):
             `[B, T, D]`: the heads' outputs after W_O, summed.
         """
         batch_size, num_tokens, hidden_size = hidden_states.shape
-        num_selected = min(max(int(num_tokens // self.sparsity), self.min_tokens), num_tokens)
-        best = F.linear(hidden_states, self.router).sigmoid().topk(num_selected, dim=1)
+        most = num_selected(num_tokens, self.sparsity, self.min_tokens)
+        best = F.linear(hidden_states, self.router).sigmoid().topk(most, dim=1)
         gate, index = best.values.transpose(1, 2), best.indices.transpose(1, 2)  # [B, G, K]
 
         tokens = index.flatten(1)[..., None].expand(-1, -1, hidden_size)

@@ -22,7 +22,7 @@ from .layer import (
     upgrade_cache,
     upstream_class,
 )
-from .states import set_store_state, store_state
+from .states import set_store_state, states_below, store_state
 
 __all__ = [
     "CacheInForward",
@@ -40,6 +40,7 @@ __all__ = [
     "num_overflowed",
     "seen_tokens",
     "set_store_state",
+    "states_below",
     "static_length",
     "store_state",
     "upgrade_cache",

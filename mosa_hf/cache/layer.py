@@ -19,7 +19,7 @@ from transformers.cache_utils import (
 
 from ..compat import QuantizedLayer
 from ..kernels import is_free
-from ..kernels.tensors import KeyValues, PackedKeyValues, take
+from ..kernels.tensors import Readable, take
 from ..routing.layout import CallLayout
 from .calls import answers
 from .dense import PreallocatedDynamicLayer
@@ -215,7 +215,7 @@ class SparseLayer(MixedLayer):
         is_first = key_states.shape[2] > 1 and all(store.holds_only(key_states.shape[2]) for store in self.stores)
         return (key_states, value_states) if is_first and is_free() else held
 
-    def readable(self) -> list[PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]]:
+    def readable(self) -> list[Readable]:
         """What the call's queries may read, of each set of groups; see `SparseStore.extend`."""
         read, self._read = self._read, None
         return read
@@ -519,9 +519,14 @@ def upstream_class(layer: object) -> type:
     return DynamicLayer if layer_class is PreallocatedDynamicLayer else layer_class
 
 
+def sparse_layers(cache: Cache | None) -> list[SparseLayer]:
+    """The layers of a cache that `upgrade_cache` has given stores."""
+    return [] if cache is None else [layer for layer in cache.layers if isinstance(layer, SparseLayer)]
+
+
 def is_upgraded(cache: Cache) -> bool:
     """Whether `upgrade_cache` has seen this cache."""
-    return any(isinstance(layer, SparseLayer) for layer in cache.layers)
+    return bool(sparse_layers(cache))
 
 
 def static_length(cache: Cache) -> int:
@@ -531,31 +536,25 @@ def static_length(cache: Cache) -> int:
 
 def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
     """`[B]`: the real (not padding) tokens that an upgraded cache has seen; None if none."""
-    for layer in [] if cache is None else cache.layers:
-        if isinstance(layer, SparseLayer):
-            return layer.num_tokens
-    return None
+    return next((layer.num_tokens for layer in sparse_layers(cache)), None)
 
 
 def seen_tokens(cache: Cache) -> torch.Tensor | None:
     """`TokenMask.seen` of the tokens that an upgraded cache has seen."""
-    return next((layer.seen for layer in cache.layers if isinstance(layer, SparseLayer)), None)
+    return next((layer.seen for layer in sparse_layers(cache)), None)
 
 
 def note_seen(cache: Cache, seen: torch.Tensor | None) -> None:
     """An upgraded cache is about to see more tokens, and `TokenMask.seen` of all of them is `seen`."""
-    for layer in cache.layers:
-        if isinstance(layer, SparseLayer):
-            layer.seen = seen
-            return
+    for layer in sparse_layers(cache)[:1]:
+        layer.seen = seen
 
 
 def has_budget(cache: Cache) -> bool:
     """Whether an upgraded cache may have to evict selected tokens: one of a model with a budget, and a static one."""
-    return any(layer.needs_score for layer in cache.layers if isinstance(layer, SparseLayer))
+    return any(layer.needs_score for layer in sparse_layers(cache))
 
 
 def num_overflowed(cache: Cache) -> int:
     """Selected tokens for which a static cache lacked capacity, over all layers, rows and groups."""
-    stores = [store for layer in cache.layers if isinstance(layer, SparseLayer) for store in layer.stores]
-    return sum(store.num_overflowed() for store in stores)
+    return sum(store.num_overflowed() for layer in sparse_layers(cache) for store in layer.stores)

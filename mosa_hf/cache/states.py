@@ -1,5 +1,6 @@
 """What a sparse store remembers between two calls, taken apart for a file, and put together again."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,11 +44,7 @@ def set_store_state(store: SparseStore, tensors: Tensors, plain: dict[str, Any])
         ValueError: for states that are missing, unknown, or that no store like this can have had.
     """
     left = dict(tensors)
-
-    def part(prefix: str) -> Tensors:
-        names = [name for name in left if name.startswith(prefix + ".")]
-        return {name.removeprefix(prefix + "."): left.pop(name) for name in names}
-
+    part = partial(states_below, tensors=left)
     try:
         store.record_past = plain["record_past"]
         if (own := plain["calls"]) is not None:
@@ -67,6 +64,12 @@ def set_store_state(store: SparseStore, tensors: Tensors, plain: dict[str, Any])
         raise ValueError(f"these are not the states of such a cache: {error}") from error
     if left:
         raise ValueError(f"there are states that no cache has: {sorted(left)}")
+
+
+def states_below(prefix: str, tensors: Tensors) -> Tensors:
+    """Takes those out of `tensors` whose names begin with `prefix` and a dot, and names them without."""
+    names = [name for name in tensors if name.startswith(prefix + ".")]
+    return {name.removeprefix(prefix + "."): tensors.pop(name) for name in names}
 
 
 def _call_log(tensors: Tensors, is_fixed: bool) -> CallLog:

@@ -8,7 +8,7 @@ from ..kernels import backend
 from ..kernels.append_token.reference import Token
 from ..kernels.capture import is_captured
 from ..kernels.entry_codes import rounded
-from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues, Rows
+from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues, Readable, Rows
 from ..routing.budget import evicted_at, within_budget
 from .calls import CallLog, Counts, Question, answers
 from .fixed_memory import FixedMemory
@@ -20,7 +20,7 @@ from .undo import UndoRecord
 Routing = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 MaybeTensor = torch.Tensor | None
 # What the queries of a call may read, of what the device said.
-Read = Callable[[Counts | None], PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]]
+Read = Callable[[Counts | None], Readable]
 
 
 class SparseStore:

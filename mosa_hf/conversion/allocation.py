@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from ..modeling.configuration import SparseGroupsConfig
-from ..modeling.group_plan import GroupPlan, SparseGroup
+from ..modeling.group_plan import GroupPlan, SparseGroup, sparse_among
 from ..modeling.thresholds import highest_share
 from .calibration import RouterFit
 from .configuration import ConversionConfig
@@ -106,8 +106,8 @@ def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]
     """
     own: list[RouterFit | None] = []
     for groups, all_groups, fit in zip(plan.layers, candidates.layers, fits, strict=True):
-        fitted = [group for group, kind in enumerate(all_groups) if kind is not None]
-        kept = [fitted.index(group) for group, kind in enumerate(groups) if kind is not None]
+        fitted = sparse_among(all_groups)
+        kept = [fitted.index(group) for group in sparse_among(groups)]
         if not kept:
             own.append(None)
         else:
@@ -147,10 +147,9 @@ def of_groups(candidates: GroupPlan, states: list[torch.Tensor | None]) -> dict[
     """`states` [N, T, G] of each layer's candidates as `(layer, group)` → `[N, T]`."""
     found: dict[tuple[int, int], torch.Tensor] = {}
     for layer, (groups, own) in enumerate(zip(candidates.layers, states, strict=True)):
-        fitted = [group for group, kind in enumerate(groups) if kind is not None]
-        if fitted:
+        for i, group in enumerate(sparse_among(groups)):
             assert own is not None
-            found |= {(layer, group): own[..., i] for i, group in enumerate(fitted)}
+            found[layer, group] = own[..., i]
     return found
 
 

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ..compat import CACHE
 from ..modeling.decoder_inputs import continued, decoder_inputs, has_pictures
 from ..modeling.devices import input_device
-from ..modeling.group_plan import GroupPlan
+from ..modeling.group_plan import GroupPlan, sparse_among
 from ..modeling.layers import (
     attention_modules,
     check_numbered,
@@ -246,8 +246,7 @@ def fit_routers(
     _check_text(max(lengths), config.max_position_embeddings, ridge)
     modules = _attention_modules(model, layers)
     decoder = decoder_of(model)
-    sparse = [[group for group, kind in enumerate(plan.layers[layer]) if kind is not None] for layer in layers]
-    regressions = [_Regression(groups, lengths, int(include_first)) for groups in sparse]
+    regressions = [_Regression(sparse_among(plan.layers[layer]), lengths, int(include_first)) for layer in layers]
     grams: dict[int, torch.Tensor] = {}
     states: dict[int, torch.Tensor] = {}  # layer → what its attention received at the first reading
     predicted: list[torch.Tensor] = []  # of each layer: [tokens, G]

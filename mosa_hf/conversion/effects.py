@@ -19,7 +19,7 @@ from ..modeling.attention import LayerContext, LayerGroups, mosa_attention_forwa
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
 from ..modeling.family import family_of
-from ..modeling.group_plan import GroupPlan
+from ..modeling.group_plan import GroupPlan, sparse_among
 from ..modeling.layers import layer_of
 from ..modeling.router import MosaRouter
 from ..modeling.sparse_groups import SparseGroupsMixin
@@ -99,7 +99,7 @@ class Effects:
         """The model with a plan's groups, the fitted routers, and the thresholds that select at the plan's rates."""
         sparse = with_sparse_groups(self.model, self._config(plan)).eval()
         for layer, router in sparse.mosa_routers().items():
-            fitted = self._fitted(layer, [group for group, kind in enumerate(plan.layers[layer]) if kind is not None])
+            fitted = self._fitted(layer, sparse_among(plan.layers[layer]))
             router.weight.copy_(self.fits[layer].weight[fitted])
             router.threshold.copy_(self._thresholds(layer, plan))
         return sparse
@@ -115,7 +115,7 @@ class Effects:
 
     def _fitted(self, layer: int, groups: Sequence[int]) -> list[int]:
         """Where `groups` of a layer are among those that have fits."""
-        own = [group for group, kind in enumerate(self.candidates.layers[layer]) if kind is not None]
+        own = sparse_among(self.candidates.layers[layer])
         return [own.index(group) for group in groups]
 
     def _thresholds(self, layer: int, plan: GroupPlan) -> torch.Tensor:

@@ -4,6 +4,7 @@ gradients of gradients there is the reference, of PyTorch's own operations alone
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -45,15 +46,18 @@ def is_differentiated_again(grad: torch.Tensor) -> bool:
 
 
 def plain_gradients(
-    function: Callable[..., tuple[torch.Tensor, ...]],
-    inputs: tuple[torch.Tensor | None, ...],
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+    inputs: tuple[Any, ...],
     needed: tuple[bool, ...],
-    grads: tuple[torch.Tensor, ...],
+    grads: torch.Tensor | tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of the `needed` inputs of a function of PyTorch's own operations; they can be differentiated again."""
+    """
+    Gradients of the `needed` inputs of a function of PyTorch's own operations, from `grads` of what it returns; they
+    can be differentiated again.
+    """
     learn = [i for i, is_needed in enumerate(needed) if is_needed]
 
-    def output_of(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def output_of(*states: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         changed = dict(zip(learn, states, strict=True))
         return function(*(changed.get(i, x) for i, x in enumerate(inputs)))
 

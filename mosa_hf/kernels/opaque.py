@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from .derivatives import refuse_second_gradient
+from .derivatives import plain_gradients, refuse_second_gradient
 
 MaybeTensor = torch.Tensor | None
 
@@ -73,13 +73,6 @@ def _gradients(
     function: Callable[..., torch.Tensor], grad: torch.Tensor, inputs: tuple, learn: tuple[int, ...]
 ) -> list[torch.Tensor]:
     """Gradients of the inputs `learn`; an empty tensor for an input that is None."""
-    given = [i for i in learn if inputs[i] is not None]
-
-    def output_of(*states: torch.Tensor) -> torch.Tensor:
-        changed = dict(zip(given, states, strict=True))
-        return function(*(changed.get(i, x) for i, x in enumerate(inputs)))
-
-    # Not by autograd: an op runs below it.
-    pull_back = torch.func.vjp(output_of, *(inputs[i] for i in given))[1]
-    grads = dict(zip(given, pull_back(grad), strict=True))
-    return [grads[i].contiguous() if i in grads else grad.new_empty(0) for i in learn]
+    needed = tuple(i in learn and x is not None for i, x in enumerate(inputs))
+    grads = plain_gradients(function, inputs, needed, grad)  # not by autograd: an op runs below it
+    return [grad.new_empty(0) if (own := grads[i]) is None else own.contiguous() for i in learn]

@@ -148,6 +148,10 @@ class PackedKeyValues(NamedTuple):
         return *plain(*views), filled
 
 
+# What the queries of a call may read: packed entries, for one token a row; else what is recent, and what is cached.
+Readable = PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]
+
+
 def plain(key: torch.Tensor, value: torch.Tensor, *scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value `[..., d]` as attention reads them: decoded, if there are `scales` [...] of both."""
     return (decode(key, scales[0]), decode(value, scales[1])) if scales else (key, value)

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..cache import GroupSet, Routed
 from ..kernels import backend, is_free
 from ..kernels.entry_codes import rounded
-from ..kernels.tensors import KeyValues, PackedKeyValues, constant, take
+from ..kernels.tensors import KeyValues, PackedKeyValues, Readable, constant, take
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, added_to_scores
@@ -232,7 +232,7 @@ def _attend_densely(
 
 def sparse_attention(
     query: torch.Tensor,
-    read: PackedKeyValues | tuple[KeyValues, PackedKeyValues | None],
+    read: Readable,
     layout: CallLayout,
     window: int,
     gate: torch.Tensor | None,

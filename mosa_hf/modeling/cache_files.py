@@ -24,7 +24,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from ..atomic_write import atomic_file
-from ..cache import SparseLayer, set_store_state, static_length, store_state, upstream_class
+from ..cache import SparseLayer, set_store_state, states_below, static_length, store_state, upstream_class
 from .devices import execution_device
 from .fingerprint import model_fingerprint
 from .forward_context import ForwardContextMixin
@@ -99,7 +99,7 @@ def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
     devices = layer_devices(decoder)
     try:
         for layer_idx, (layer, plain) in enumerate(zip(cache.layers, about["layers"], strict=True)):
-            states = states_below(f"layers.{layer_idx}.", tensors)
+            states = states_below(f"layers.{layer_idx}", tensors)
             states = {name: x.to(devices[layer_idx]) for name, x in states.items()}
             set_layer_state(cast(CacheLayerMixin, layer), states, plain)
         if tensors:
@@ -254,7 +254,7 @@ def set_layer_state(layer: CacheLayerMixin, tensors: dict[str, torch.Tensor], pl
     if isinstance(layer, SparseLayer) and layer.stores:
         layer.seen = tensors.pop("seen", None)
     for i, (store, own) in enumerate(zip(stores, plain["stores"], strict=True)):
-        set_store_state(store, states_below(f"stores.{i}.", tensors), own)
+        set_store_state(store, states_below(f"stores.{i}", tensors), own)
     if tensors:
         key, value = tensors.pop("keys"), tensors.pop("values")
         layer.lazy_initialization(key, value)
@@ -270,12 +270,6 @@ def set_layer_state(layer: CacheLayerMixin, tensors: dict[str, torch.Tensor], pl
             setattr(layer, name, type(held)(number))
     if tensors:
         raise ValueError(f"there are states that no layer has: {sorted(tensors)}")
-
-
-def states_below(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Takes those out of `tensors` whose names begin with `prefix`, and names them without it."""
-    names = [name for name in tensors if name.startswith(prefix)]
-    return {name.removeprefix(prefix): tensors.pop(name) for name in names}
 
 
 # The file

@@ -48,6 +48,11 @@ class SparseGroup:
         return (near + min(far, math.inf if budget is None else budget)) / num_tokens
 
 
+def sparse_among(groups: Sequence[SparseGroup | None]) -> list[int]:
+    """The sparse ones among the groups of a layer, by index."""
+    return [group for group, kind in enumerate(groups) if kind is not None]
+
+
 @dataclass(frozen=True)
 class GroupPlan:
     """

@@ -13,11 +13,9 @@ import torch
 from torch import nn
 
 from ..cache import CacheInForward
-from ..kernels.tensors import KeyValues, PackedKeyValues
+from ..kernels.tensors import PackedKeyValues, Readable
 from ..routing.layout import CallLayout
 from .attention import LayerContext, sparse_attention, uncached
-
-Entries = PackedKeyValues | tuple[KeyValues, PackedKeyValues | None]  # what may be read, see `sparse_attention`
 
 if TYPE_CHECKING:
 
@@ -91,7 +89,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
         (routed,) = mosa.routed
         if mosa.cache is None:
             new = _joined(kv_nope, k_rot)
-            read: Entries = (uncached(*new, routed, mosa.layout, self.mosa_budget), None)
+            read: Readable = (uncached(*new, routed, mosa.layout, self.mosa_budget), None)
         else:
             (read,) = mosa.cache.readable()
         is_absorbed = mosa.cache is not None and not torch.is_grad_enabled() and self.absorbing_is_cheaper(query, read)
@@ -104,7 +102,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
     def attend_expanded(
         self,
         query: torch.Tensor,
-        read: Entries,
+        read: Readable,
         layout: CallLayout,
         window: int,
         gate: torch.Tensor | None,
@@ -127,7 +125,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
         """
         num_heads = query.shape[1]
         if isinstance(read, PackedKeyValues):
-            of_heads: Entries = self._expanded_memory(read, num_heads)
+            of_heads: Readable = self._expanded_memory(read, num_heads)
         else:
             recent, cached = read
             shared: dict[str, Any] = {
@@ -154,7 +152,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
     def attend_absorbed(
         self,
         query: torch.Tensor,
-        read: Entries,
+        read: Readable,
         layout: CallLayout,
         window: int,
         gate: torch.Tensor | None,
@@ -189,7 +187,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
             return cast(nn.Linear, self.kv_b_proj).weight
         return self.kv_b_proj(torch.eye(self.kv_lora_rank, dtype=like.dtype, device=like.device)).T
 
-    def absorbing_is_cheaper(self, query: torch.Tensor, read: Entries) -> bool:
+    def absorbing_is_cheaper(self, query: torch.Tensor, read: Readable) -> bool:
         """Whether `attend_absorbed` can compute this, and in fewer multiplications than `attend_expanded`."""
         if not self.expands_as_known or not is_linear(self.kv_b_proj):
             return False

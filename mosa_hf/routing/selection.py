@@ -66,8 +66,13 @@ def select_by_expert_choice(
     return selected, last.masked_fill(last.isinf(), torch.nan)  # a forced token has no logit to learn from
 
 
+def num_selected(length: int, sparsity: float, min_tokens: int) -> int:
+    """K of a sequence of `length` tokens."""
+    return min(max(int(length / sparsity), min_tokens), length)
+
+
 def _quota(length: torch.Tensor, sparsity: float, min_tokens: int) -> torch.Tensor:
-    """K of sequences of `length` int64 tokens each."""
+    """`num_selected` of sequences of `length` int64 tokens each."""
     # In float64 where there is one, as Python divides.
     length_as_float = length.to(torch.float32 if length.device.type == "mps" else torch.float64)
     return (length_as_float / sparsity).floor().long().clamp(min=min_tokens).minimum(length)
@@ -78,7 +83,7 @@ def _highest_of_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The K highest of each row of `score` [B, T, G], and the score `[G]` that B · K tokens of the batch reach."""
     batch_size, num_tokens, num_groups = score.shape
-    most = min(max(int(num_tokens / sparsity), min_tokens), num_tokens)
+    most = num_selected(num_tokens, sparsity, min_tokens)
     if valid is None:
         quota = torch.full((batch_size,), most, device=score.device)
     else:

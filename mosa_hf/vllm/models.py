@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.family import family_of
-from ..modeling.group_plan import GroupPlan
+from ..modeling.group_plan import GroupPlan, sparse_among
 from ..modeling.loading import OTHER_CONFIG, check_router_value
 from ..modeling.router import MosaRouter
 from ..modeling.router_files import read_routers
@@ -75,7 +75,7 @@ class SparseGroupsModel(ServedModel):
             sliding[layer] = attention.sliding_window
             own = local_groups(plan[layer], rank, size)
             groups = [_group(plan, sliding, config, layer, index) for index in own]
-            sparse = [index for index, kind in enumerate(plan[layer]) if kind is not None]
+            sparse = sparse_among(plan[layer])
             columns = {own.index(index): sparse.index(index) for index in sparse if index in own}
             router = None
             if sparse:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
+from ..gather_project.triton import weight_gradient
 from ..triton_builds import COUNTS, SLOTS, KernelBuild, tensors
 from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
 
@@ -127,56 +128,6 @@ def _heads_gradient(
     tl.store(gate_grad_ptr + place, gate_grad, mask=row < batch_size)
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def _weight_gradient(
-    grad_ptr,  # [B, T, D]
-    heads_ptr,  # [B, G, R, K, d]
-    gate_ptr,  # [B, G, K] float32
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    weight_grad_ptr,  # [G, D, R * d]
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    hidden_size,
-    NUM_PIECES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    piece, group = tl.program_id(1), tl.program_id(2)
-    num_heads = tl.num_programs(1) // NUM_PIECES
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = column < hidden_size
-    total = tl.zeros([BLOCK_D, BLOCK_HEAD], tl.float32)
-    for block in range(tl.cdiv(batch_size * num_slots, BLOCK_K)):
-        row, slot, token, filled = group_slots(
-            block, group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
-        )
-        if tl.max(filled.to(tl.int32), 0) > 0:
-            grad = tl.load(
-                grad_ptr + token[:, None] * hidden_size + column[None, :],
-                mask=filled[:, None] & inside[None, :],
-                other=0.0,
-            )  # [BLOCK_K, BLOCK_D]
-            heads = load_piece(
-                heads_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
-            )
-            gate = tl.load(gate_ptr + (row * num_groups + group) * num_slots + slot, mask=filled, other=0.0)
-            gated = (heads.to(tl.float32) * gate[:, None]).to(heads.dtype)
-            total = tl.dot(tl.trans(grad), gated, total, input_precision="ieee")
-
-    head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
-    weight_grad_ptr += group.to(tl.int64) * hidden_size * num_heads * HEAD_DIM
-    tl.store(
-        weight_grad_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
-        total.to(weight_grad_ptr.dtype.element_ty),
-        mask=inside[:, None] & in_head[None, :],
-    )
-
-
 @torch.library.custom_op("mosa::project_scatter", mutates_args=())
 def project_scatter(
     heads: torch.Tensor,
@@ -247,35 +198,6 @@ def _(grad, heads, gate, weight, index, count):
     return heads.new_empty(heads.shape), gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("mosa::project_scatter_weight_gradient", mutates_args=())
-def weight_gradient(
-    grad: torch.Tensor, heads: torch.Tensor, gate: torch.Tensor, index: torch.Tensor, count: torch.Tensor
-) -> torch.Tensor:
-    """Gradient `[G, D, R * d]` of W_O, from `grad` [B, T, D]."""
-    _, num_groups, num_heads, _, head_dim = heads.shape
-    tile = tiles(head_dim, heads.dtype)
-    _, num_tokens, hidden_size = grad.shape
-    weight_grad = heads.new_empty(num_groups, hidden_size, num_heads * head_dim)
-    launch(
-        _weight_gradient,
-        (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups),
-        (grad, heads, gate, index, count, weight_grad),
-        index,
-        num_tokens,
-        hidden_size,
-        num_warps=tile.num_warps,
-        num_stages=2,
-        **tile.in_pieces(tile.head),
-    )
-    return weight_grad
-
-
-@weight_gradient.register_fake
-def _(grad, heads, gate, index, count):
-    _, num_groups, num_heads, _, head_dim = heads.shape
-    return heads.new_empty(num_groups, grad.shape[2], num_heads * head_dim)
-
-
 def _save(ctx, inputs, output) -> None:
     heads, gate, weight, index, count, _ = inputs
     ctx.save_for_backward(heads, gate, weight, index, count)
@@ -287,13 +209,14 @@ def _backward(ctx, grad):
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
         heads_grad, gate_grad = heads_gradient(grad, heads, gate, weight, index, count)
     if ctx.needs_input_grad[2]:
-        weight_grad = weight_gradient(grad, heads, gate, index, count)
+        # The gradient of a projection from tokens to heads, the other way round.
+        gated = (heads * gate[:, :, None, :, None]).to(heads.dtype)
+        weight_grad = weight_gradient(grad, index, count, gated)[0].transpose(1, 2).contiguous()
     return heads_grad, gate_grad, weight_grad, None, None, None
 
 
 project_scatter.register_autograd(_backward, setup_context=_save)
 refuse_second_gradient(heads_gradient)
-refuse_second_gradient(weight_gradient)
 
 
 def production_builds() -> list[KernelBuild]:
@@ -305,11 +228,9 @@ def production_builds() -> list[KernelBuild]:
         heads = {"num_heads": "i32"} | slots
         forward = tensors("*bf16", "heads", "weight") | tensors("*fp32", "output") | heads
         backward = tensors("*bf16", "grad", "heads", "weight", "heads_grad") | tensors("*fp32", "gate_grad") | heads
-        weight = tensors("*bf16", "grad", "heads", "weight_grad") | slots
         name, warps = f"project_scatter d={head_dim}", tile.num_warps
         builds += [
             KernelBuild(name, _project_scatter, forward, inner, tile.scatter_warps, 2),
             KernelBuild(f"{name} heads gradient", _heads_gradient, backward, outer, warps, tile.num_stages),
-            KernelBuild(f"{name} weight gradient", _weight_gradient, weight, outer, warps, 2),
         ]
     return builds
