@@ -38,7 +38,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [single]
     if not (directory / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return []
-    files = [directory / name for name in sorted(set(_weight_map(directory).values()))]
+    files = [directory / name for name in sorted(set(weight_map(directory).values()))]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{directory} lacks the weight file {file.name}: copy or download it again.")
@@ -61,7 +61,7 @@ def tensor_headers(directory: Path) -> dict[str, TensorHeader]:
                 raise ValueError(f"{name} is both in {headers[name].file} and in {path}: keep one of them.")
             headers[name] = header
     if files and files[0].name != SAFE_WEIGHTS_NAME:
-        index, listed = directory / SAFE_WEIGHTS_INDEX_NAME, _weight_map(directory)
+        index, listed = directory / SAFE_WEIGHTS_INDEX_NAME, weight_map(directory)
         held = {name: header.file.name for name, header in headers.items() if header.file is not None}
         for name, file_name in listed.items():
             if held.get(name) != file_name:
@@ -145,7 +145,7 @@ def _headers_of(tensors: Mapping[str, torch.Tensor], file: Path | None) -> dict[
     }
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
+def weight_map(directory: Path) -> dict[str, str]:
     """Tensor name → file name of the index, whose file names may not lead out of the directory."""
     path = directory / SAFE_WEIGHTS_INDEX_NAME
     try:

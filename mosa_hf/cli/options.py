@@ -50,6 +50,11 @@ def loading_of(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def hub_of(options: Any) -> dict[str, str]:
+    """How the Hub is asked for what `options` name, as `from_pretrained` takes it."""
+    return {name: value for name in ("revision", "token") if (value := getattr(options, name)) is not None}
+
+
 def default_device_map() -> str | None:
     """Over all accelerators if there is any; None: the CPU."""
     import torch

@@ -5,9 +5,8 @@ from pathlib import Path
 
 from ..api import ConversionConfig
 from ..atomic_write import check_absent
-from ..conversion import find_source, read_text
-from ..conversion.checkpoint import convert_source, write_converted
-from ..conversion.publishing import check_can_publish, publish
+from ..conversion import read_text
+from ..conversion.checkpoint import convert_and_write
 from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
 from ..modeling.group_plan import GroupPlan, check_can_plot
 from ..modeling.kv_share import planned_bytes
@@ -20,26 +19,20 @@ def run(options: argparse.Namespace) -> None:
     check_absent(destination)
     if options.plot_plan:
         check_can_plot()
-    if options.push_to_hub:
-        check_can_publish(options.push_to_hub, options.token)
     given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}
     given = {name: value for name, value in given.items() if value is not None}
-    if options.routers is not None and (given or options.calibration):
-        raise ValueError("`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`.")
-    conversion = ConversionConfig(**given)
-    calibration = read_text(options.calibration) if options.calibration else None
-    loading = loading_of(options)
-    source = find_source(options.source, revision=options.revision, token=options.token)
-    converted = convert_source(
-        source,
-        conversion,
-        calibration,
-        options.routers,
+    converted, address = convert_and_write(
+        options.source,
+        destination,
+        ConversionConfig(**given) if given else None,
+        read_text(options.calibration) if options.calibration else None,
+        routers=options.routers,
+        routers_only=options.routers_only,
         num_windows=options.windows,
         window_length=options.window_length,
-        **loading,
+        push_to_hub=options.push_to_hub,
+        **loading_of(options),
     )
-    write_converted(converted, source, destination, routers_only=options.routers_only, place=options.push_to_hub)
     config = sparse_config_of(converted.config)
     plan = GroupPlan.of_config(config)
     if options.save_plan:
@@ -47,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
     if options.plot_plan:
         plan.plot(options.plot_plan)
     print(plan)
-    if options.push_to_hub:
-        print(f"Uploaded to {publish(destination, options.push_to_hub, options.token)}.")
+    if address is not None:
+        print(f"Uploaded to {address}.")
     auto = auto_class_name(type(converted))
     use = "`from_pretrained(base, routers=...)`" if options.routers_only else f"`{auto}.from_pretrained`"
     print(f"Wrote {destination}. Load it with `import mosa_hf` and {use}.")

@@ -31,7 +31,7 @@ from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
 from ..modeling.configuration import is_composite
 from ..modeling.model_card import with_measured
 from ..modeling.sparse_models import SparsePreTrainedMixin
-from .options import default_device_map
+from .options import default_device_map, hub_of
 
 
 def run(options: argparse.Namespace) -> None:
@@ -56,7 +56,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def measured(options: argparse.Namespace) -> dict[str, Any]:
-    hub = {name: value for name in ("revision", "token") if (value := getattr(options, name)) is not None}
+    hub = hub_of(options)
     tokenizer = AutoTokenizer.from_pretrained(folders_of(options.model)[-1], **hub)
     read = [read_text(name) for name in options.text]
     texts = {text.name: text.as_string(tokenizer) for text in read}

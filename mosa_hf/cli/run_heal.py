@@ -23,6 +23,7 @@ from ..modeling.fingerprint import model_fingerprint
 from ..modeling.router_files import check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
 from .healing_arguments import HealingArguments
+from .options import hub_of
 from .run_evaluate import auto_class_of
 
 logger = getLogger(__name__)
@@ -45,7 +46,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     logger.info("Text: %s, %s characters", text.name, f"{text.num_characters:,}")
     # Routers that learn get a gradient, and thresholds that follow them.
     gate = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.99} if healing.learn == "routers" else {}
-    hub = {name: value for name in ("revision", "token") if (value := getattr(healing, name)) is not None}
+    hub = hub_of(healing)
     model = auto_class_of(healing.model, **hub).from_pretrained(healing.model, dtype=healing.dtype, **hub, **gate)
     check_has_sparse_groups(model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model, **hub)

@@ -7,12 +7,13 @@ from transformers import AutoTokenizer
 from ..api import load_routers
 from ..conversion import read_text
 from ..evaluation import trace_text
+from .options import hub_of
 from .run_evaluate import load
 
 
 def run(options: argparse.Namespace) -> None:
     """Trace the text of `options`, write the page, and say so."""
-    hub = {name: value for name in ("revision", "token") if (value := getattr(options, name)) is not None}
+    hub = hub_of(options)
     text = read_text(options.text)  # before a model is loaded
     tokenizer = AutoTokenizer.from_pretrained(options.model, **hub)
     model = load(options.model, options, options.revision)

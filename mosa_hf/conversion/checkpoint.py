@@ -116,8 +116,36 @@ def convert_checkpoint(
         ValueError: for damaged weights, weights that disagree with the config, pickled weights, an unsupported family,
             a plan that does not fit, a short text, or a text without a tokenizer.
     """
+    converted, _ = convert_and_write(
+        source,
+        Path(destination),
+        conversion,
+        calibration,
+        routers=routers,
+        routers_only=routers_only,
+        num_windows=num_windows,
+        window_length=window_length,
+        push_to_hub=push_to_hub,
+        **loading,
+    )
+    return GroupPlan.of_config(converted.config)
+
+
+def convert_and_write(
+    source: str | os.PathLike,
+    destination: Path,
+    conversion: ConversionConfig | None,
+    calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
+    *,
+    routers: str | os.PathLike | None,
+    routers_only: bool,
+    num_windows: int,
+    window_length: int,
+    push_to_hub: str | None,
+    **loading: Unpack[Loading],
+) -> tuple[PreTrainedModel, str | None]:
+    """`convert_checkpoint`; returns what was written, maybe without weights, and where on the Hub it is."""
     check_loading(loading)
-    destination = Path(destination)
     check_absent(destination)
     if routers is not None and (conversion is not None or calibration is not None):
         raise ValueError("`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`.")
@@ -128,9 +156,7 @@ def convert_checkpoint(
         found, conversion, calibration, routers, num_windows=num_windows, window_length=window_length, **loading
     )
     write_converted(converted, found, destination, routers_only=routers_only, place=push_to_hub)
-    if push_to_hub is not None:
-        publish(destination, push_to_hub, loading.get("token"))
-    return GroupPlan.of_config(converted.config)
+    return converted, None if push_to_hub is None else publish(destination, push_to_hub, loading.get("token"))
 
 
 def convert_source(

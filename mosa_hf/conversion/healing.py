@@ -55,9 +55,6 @@ class HealingTrainer(Trainer):
         ValueError: for a teacher of another vocabulary, and for a `top_k` or `cache_length` below 1.
     """
 
-    # The loss is a mean over tokens: `Trainer` averages it over the micro-batches of a step.
-    model_accepts_loss_kwargs = False
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -77,6 +74,7 @@ class HealingTrainer(Trainer):
             if number < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {number}.")
         super().__init__(model, *args, **kwargs)
+        # The loss is a mean over tokens: `Trainer` averages it over the micro-batches of a step.
         self.model_accepts_loss_kwargs = False
         self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
         self._rates: dict[int, torch.Tensor] = {}  # layer -> [G], summed over its calls since the last log

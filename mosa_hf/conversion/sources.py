@@ -1,6 +1,5 @@
 """Where a model comes from: a folder, a GGUF file, or a name on the Hub, whose files are then fetched."""
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -20,6 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from ..safetensors_files import weight_map
 
 logger = logging.getLogger(__name__)
 
@@ -166,11 +167,7 @@ def _snapshot(name: str, where: dict[str, Any]) -> Source:
     where = where | {"revision": folder.name}  # the same commit
     weights = [SAFE_WEIGHTS_NAME]
     if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        try:
-            index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-            weights = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileNotFoundError(f"{name}: its {SAFE_WEIGHTS_INDEX_NAME} has no readable `weight_map`.") from error
+        weights = sorted(set(weight_map(folder).values()))
     snapshot_download(name, allow_patterns=weights, **where)
     if not (folder / ADAPTER_NAME).is_file() and not all((folder / file).is_file() for file in weights):
         raise FileNotFoundError(

@@ -92,7 +92,10 @@ def _strewn(tokenizer: PreTrainedTokenizerBase, text: str, facts: list[str], len
             break
         sentences.append(sentence)
     else:
-        raise ValueError(f"The text has fewer than the {room} tokens that are to surround the facts.")
+        raise ValueError(
+            f"The text has fewer than the {room} tokens that are to surround the facts: pass a longer one, or ask for "
+            "a shorter context."
+        )
     if not sentences:
         raise ValueError(
             f"{length} tokens have no room for a sentence of the text beside the facts: ask for a longer context."

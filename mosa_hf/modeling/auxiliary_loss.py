@@ -7,6 +7,7 @@ from torch import nn
 
 from ..routing import select_by_expert_choice
 from ..routing.layout import CallLayout
+from .devices import num_processes
 from .router import MosaRouter
 
 
@@ -63,14 +64,9 @@ class CarriedLoss(torch.autograd.Function):
         if ctx.num_items is None:
             share = (num_tokens > 0).to(of_loss)
         else:
+            # Gradients are averaged, each of a loss that was multiplied by the number of processes (`Trainer`).
             share = (num_tokens * num_processes() / ctx.num_items).to(of_loss)
         return of_states, torch.where(of_loss == 0, ctx.scale * share, of_loss), None, None
-
-
-def num_processes() -> int:
-    """Whose gradients are averaged, each of a loss that was multiplied by their number (`Trainer`)."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1
 
 
 def share_of_items(

@@ -47,6 +47,18 @@ else:
     DecoderConfig = object
 
 
+class ConfigView:
+    """A config that is another one in all but what a subclass sets."""
+
+    def __init__(self, config: PreTrainedConfig):
+        self.model_config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model_config":  # while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self.model_config, name)
+
+
 @dataclass(kw_only=True, repr=False)
 class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
     """
@@ -77,9 +89,9 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
             first token never is, under `mosa_include_first`. It is part of the function that the model computes, with
             a cache or without, in training too.
         mosa_cache_dtype (`str`, *optional*):
-            As what sparse groups keep, windows included, is stored: `"int8"`, codes with a scale for each key and each
-            value; by default the model's dtype. Keys and values of sparse groups are rounded to it with a cache or
-            without, in training too, where gradients pass as if they were not.
+            How the keys and values that sparse groups keep, windows included, are stored: `"int8"`, codes with a scale
+            for each key and each value; by default in the model's dtype. Keys and values of sparse groups are rounded
+            to it with a cache or without, in training too, where gradients pass as if they were not.
         mosa_conversion (`dict`, *optional*):
             What a converted checkpoint was made from. Informative; never read by the model.
     """

@@ -7,6 +7,12 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 
+def num_processes() -> int:
+    """That train one model together; 1 if nobody has said so."""
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if is_distributed else 1
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model wants its inputs; the CPU if its weights are offloaded, for hooks move inputs then."""
     return torch.device("cpu") if model.device.type == "meta" else model.device

@@ -24,10 +24,6 @@ class Family:
     # The decoder's, where the base model is but a wrapper around it (OPT): base → with sparse groups.
     inner_classes: dict[type[PreTrainedModel], type[PreTrainedModel]] = field(default_factory=dict)
 
-    @property
-    def causal_lm_class(self) -> type[PreTrainedModel]:
-        return self.head_classes["ForCausalLM"]
-
     def pairs(self) -> list[tuple[type[PreTrainedModel], type[PreTrainedModel]]]:
         """The base's model classes, each with the class with sparse groups."""
         heads = [(self.base_head_classes[name], self.head_classes[name]) for name in self.base_head_classes]

@@ -151,11 +151,15 @@ class GroupPlan:
             ValueError: for a plan that does not fit the model, naming layer and group.
         """
         if len(self.layers) != len(num_groups):
-            raise ValueError(f"The plan has {len(self.layers)} layers, but the model has {len(num_groups)}.")
+            raise ValueError(
+                f"The plan has {len(self.layers)} layers, but the model has {len(num_groups)}: give `plan` (in a "
+                "config `mosa_plan`) a list for each."
+            )
         for layer_idx, (groups, size, reason) in enumerate(zip(self.layers, num_groups, why_dense, strict=True)):
             if len(groups) != size:
                 raise ValueError(
-                    f"The plan names {len(groups)} groups in layer {layer_idx}, but the model has {size}."
+                    f"The plan names {len(groups)} groups in layer {layer_idx}, but the model has {size}: give `plan` "
+                    "(in a config `mosa_plan`) an entry for each."
                 )
             if reason is not None and any(groups):
                 raise ValueError(

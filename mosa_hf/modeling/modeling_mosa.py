@@ -28,7 +28,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from ..cache import CacheInForward, SparseLayer, SparseSpec
 from ..compat import CACHE, slice_logits_to_keep, takes_cache
 from .auxiliary_loss import CarriedLoss, router_loss, share_of_items
-from .configuration import PER_LAYER_FIELDS, MosaConfig
+from .configuration import PER_LAYER_FIELDS, ConfigView, MosaConfig
 from .forward_context import ForwardContext, ForwardContextMixin
 from .generation import MosaGenerationMixin
 from .heads import MosaHeads
@@ -38,20 +38,15 @@ from .remote_code import InstalledCodeModelMixin
 from .router import MosaRouter, active_module, init_router
 
 
-class LayerConfig:
+class LayerConfig(ConfigView):
     """
     A model's config with the window of one layer, for masks. `config.per_layer_config[i]` is that too, but copies,
     which PyTorch 2.9 cannot compile.
     """
 
     def __init__(self, config: MosaConfig, sliding_window: int | None):
-        self.model_config = config
+        super().__init__(config)
         self.sliding_window = sliding_window
-
-    def __getattr__(self, name: str):
-        if name == "model_config":  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self.model_config, name)
 
 
 class MosaAttention(LlamaAttention):

@@ -38,7 +38,10 @@ class SparseGroupsParallel(TensorParallelLayer):
         if not isinstance(module, LatentAttentionMixin):  # whose heads, wherever they are, read the same latents
             num_groups, size = module.mosa_groups.num_groups, mesh.size()
             if num_groups % size:
-                raise ValueError(f"{size} processes cannot share {num_groups} key/value groups evenly.")
+                raise ValueError(
+                    f"`tp_plan`: {size} processes cannot share {num_groups} key/value groups evenly; start as many as "
+                    "divide them."
+                )
             module.mosa_groups = module.mosa_groups.of_rank(mesh.get_local_rank(), num_groups // size)
         group = mesh.get_group()
         module.mosa_router.register_forward_hook(

@@ -14,14 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from ..cache import CacheInForward, Routed, SparseLayer, SparseSpec
 from ..compat import CACHE
 from ..kernels.tensors import take
 from .attention import LayerContext, LayerGroups
-from .configuration import SparseGroupsConfig
+from .configuration import ConfigView, SparseGroupsConfig
+from .devices import num_processes
 from .forward_context import ForwardContext, context_of_place
 from .group_plan import SparseGroup
 from .latent_attention import LatentAttentionMixin
@@ -31,18 +31,10 @@ from .router import MosaRouter, active_module
 logger = logging.get_logger(__name__)
 
 
-class DispatchingConfig:
-    """A model's config that names "mosa" as the attention implementation, and is the model's own in all else."""
+class DispatchingConfig(ConfigView):
+    """A model's config that names "mosa" as the attention implementation."""
 
     _attn_implementation = "mosa"
-
-    def __init__(self, config: PreTrainedConfig):
-        self.model_config = config
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "model_config":  # while it is being unpickled
-            raise AttributeError(name)
-        return getattr(self.model_config, name)
 
 
 if TYPE_CHECKING:
@@ -139,7 +131,7 @@ class SparseGroupsMixin(FamilyAttention):
                 self.mosa_layer = None
         # Other processes wait for this one's part of a router's gradient, be there any or none. The gradient of no
         # logits is 0, and of no number that may be infinite.
-        if gate is not None or (learns and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if gate is not None or (learns and num_processes() > 1):
             output = output + logits[..., :0].sum()
         return output, *others
 

@@ -16,9 +16,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 if TYPE_CHECKING:
     import torch
 
-BLOCK_SIZE = (
-    32  # entries of one block: what CPU kernels take as a unit, and little enough for a group that keeps little
-)
+# Entries of one block: what CPU kernels take as a unit, and little enough for a group that keeps little.
+BLOCK_SIZE = 32
 RATE_MARGIN = 0.01  # share of the tokens that a group may select above its slack
 Reserve = Literal["feedback", "rate", "budget"]
 

@@ -242,7 +242,7 @@ def test_lora_step_and_merge(family, explicit):
     after = logits_of(adapted.eval())
     assert difference(after, before) > 1e-2
     merged = adapted.merge_and_unload()
-    assert type(merged) is family_of(family).causal_lm_class
+    assert type(merged) is family_of(family).head_classes["ForCausalLM"]
     assert difference(logits_of(merged), after) < 1e-4
 
 
