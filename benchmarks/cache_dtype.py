@@ -8,21 +8,21 @@ An output that is there is gone on with.
 """
 
 import argparse
-import datetime
-import os
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mosa_hf.evaluation import Sample, Subject, evaluate, table
 
 from . import metrics
 from .frontier.tasks import Size, suites
+from .provenance import about, origin_of
 
 
 def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("converted", type=Path, help="folder that mosa-convert wrote")
     parser.add_argument("--passages", type=int, default=4, help="of each text (default: %(default)s)")
@@ -32,8 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     size = Size(prompt=512, scored=1280, context=1500, passages=options.passages)
     asked = suites(tokenizer, metrics.calibration(tokenizer), size)
     result = compare(options.converted, [sample for suite in asked for sample in suite.samples], options.output)
-    print(f"{datetime.date.today()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
-    print(table(result["rows"]))
+    print(f"{about([origin_of('benchmarks.cache_dtype', arguments)])}\n\n{table(result['rows'])}")
 
 
 def compare(folder: Path, samples: list[Sample], output: Path | None = None) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mosa_hf.conversion import calibration_windows
 from testing import corpora, pretrained
 
 from .. import metrics
+from ..provenance import about, origin_of
 
 TURN = 8  # tokens that one decodes before the next does, as it would alone: steps of others leave its memory cold
 CONTENDERS = ("original", "converted", "converted, static")
@@ -154,7 +155,7 @@ def main() -> None:
     decode(decoders, text, num_turns, arguments.busy)
     print_table(decoders, arguments.lengths, arguments.busy)
     num_sparse = len(GroupPlan.of_config(converted.config).sparse_pairs())
-    print(f"\n{num_sparse} groups are sparse. torch {torch.__version__}, {torch.get_num_threads()} threads.")
+    print(f"\n{num_sparse} groups are sparse.\n\n{about([origin_of('benchmarks.speed.decode', sys.argv[1:])])}")
 
 
 if __name__ == "__main__":

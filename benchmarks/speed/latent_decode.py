@@ -11,6 +11,7 @@ All contenders take turns of several tokens in one process, so that a slow minut
 
 import argparse
 import statistics
+import sys
 
 import torch
 from tqdm.auto import tqdm
@@ -21,6 +22,7 @@ from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.latent_attention import LatentAttentionMixin
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
+from ..provenance import about, origin_of
 from .decode import TURN, Decoder
 
 FIELDS = {
@@ -89,8 +91,8 @@ def main() -> None:
         for figure in (statistics.median, min):
             cells += [f"{1e3 * figure(own):.2f}", f"{figure(own) / figure(base):.2f}"]
         print("| " + " | ".join([*cells, f"{sum(cache_bytes(decoder.cache).values()):,}"]) + " |")
-    print(f"\n{arguments.length} tokens, {num_steps} steps each. torch {torch.__version__}, ", end="")
-    print(f"{torch.get_num_threads()} thread(s).")
+    print(f"\n{arguments.length} tokens, {num_steps} steps each.\n")
+    print(about([origin_of("benchmarks.speed.latent_decode", sys.argv[1:])]))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ threads.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from mosa_hf.conversion import calibration_windows
 from testing import corpora, pretrained
 
 from .. import metrics
+from ..provenance import about, origin_of
 from .resident_memory import of_own_process, resident_memory
 
 WARM_UP = 16  # tokens read before anything is measured
@@ -93,8 +95,8 @@ def main() -> None:
     base, own = (median(each) for each in taken.values())
     print(f"| {options.lengths[-1]} | peak bytes | {base:,} | {own:,} | {own / base:.2f} |")
     spread = ", ".join(f"{min(each):,} to {max(each):,}" for each in taken.values())
-    print(f"\nPeak bytes from process to process: {spread}.")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads.")
+    print(f"\nPeak bytes from process to process: {spread}.\n")
+    print(about([origin_of("benchmarks.speed.prompt", sys.argv[1:])]))
 
 
 if __name__ == "__main__":
