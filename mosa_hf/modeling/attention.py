@@ -28,6 +28,7 @@ class LayerGroups(NamedTuple):
     dense: tuple[int, ...]
     sets: tuple[GroupSet, ...]  # sparse groups of one window each
     columns: tuple[tuple[int, ...], ...]  # of each set's groups among the router's, which lists sparse groups in order
+    num_groups: int  # in all
 
     @classmethod
     def of_plan(cls, groups: Sequence[SparseGroup | None]) -> "LayerGroups":
@@ -41,11 +42,8 @@ class LayerGroups(NamedTuple):
             for window, members in windows.items()
         )
         columns = tuple(tuple(list(sparse).index(group) for group in each.groups) for each in sets)
-        return cls(tuple(group for group, kind in enumerate(groups) if kind is None), sets, columns)
-
-    @property
-    def num_groups(self) -> int:
-        return len(self.dense) + sum(len(each.groups) for each in self.sets)
+        dense = tuple(group for group, kind in enumerate(groups) if kind is None)
+        return cls(dense, sets, columns, len(groups))
 
     def of_rank(self, rank: int, num_groups: int) -> "LayerGroups":
         """Those that one process of a tensor-parallel model holds, `num_groups` of them, counted from its first."""
@@ -60,7 +58,7 @@ class LayerGroups(NamedTuple):
                 sets.append(each._replace(groups=tuple(each.groups[i] - first for i in members)))
                 columns.append(tuple(own[i] for i in members))
         dense = tuple(self.dense[i] - first for i in local(self.dense))
-        return LayerGroups(dense, tuple(sets), tuple(columns))
+        return LayerGroups(dense, tuple(sets), tuple(columns), num_groups)
 
 
 class LayerContext(NamedTuple):
