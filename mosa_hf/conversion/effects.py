@@ -140,7 +140,7 @@ class Effects:
         """
         The derivative `[M, L, G]` of the divergence, for each text from the `first` on, with respect to each group's
         move from `plan` to each of M other plans, at the plan: what the move alone would change the divergence by,
-        were that linear. Zero for groups that are dense.
+        were that linear. Zero for groups that are dense, and for those that a layer with fewer than G lacks.
 
         Args:
             moves: plans that have the same sparse groups as `plan`.
@@ -158,14 +158,15 @@ class Effects:
             elif isinstance(module, GradientCheckpointingLayer):
                 _recompute(module)
         model.enable_input_require_grads()
-        size = (len(moves), len(plan.layers), len(plan.layers[0]))
+        size = (len(moves), len(plan.layers), max(map(len, plan.layers)))
         for row in range(first, len(self.texts)):
             expected = self.expected(row)
             with torch.enable_grad():
                 divergence(self._logits(model, row), expected).backward()
             effects = torch.zeros(size)
             for layer, probe in probes.items():
-                effects[:, layer] = probe.take_effects()
+                own = probe.take_effects()
+                effects[:, layer, : own.shape[1]] = own
             yield effects
 
 

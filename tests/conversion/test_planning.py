@@ -15,6 +15,7 @@ from mosa_hf.conversion.planning import WINDOWS, PlanningConfig, Rates, Setting,
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.layers import output_projection_of
+from testing.decoders import classes_of, shaken, small_config
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
 
 TOKENS = 96
@@ -103,6 +104,21 @@ def test_effects_of_moves(family):
                         handle.remove()
                     slope = (values[1] - values[0]) / 2e-3
                     assert float(found[row][i, layer, group]) == pytest.approx(slope, abs=2e-3, rel=0.05)
+
+
+def test_layers_may_differ_in_groups():
+    (config_class, model_class), fields = classes_of("gemma4_text"), small_config("gemma4_text").to_dict()
+    fields["layer_types"] = ["sliding_attention", "full_attention"] * 3
+    fields["per_layer_config"] = {layer: {"head_dim": 16, "num_key_value_heads": 4} for layer in (1, 3, 5)}
+    model = shaken(model_class(config_class(**fields)))
+    found = search_plan(
+        model,
+        PlanningConfig(share=0.5, num_tokens=TOKENS, rounds=1),
+        random_tokens(4, 48),
+        random_tokens(2, TOKENS, seed=3),
+    )
+    assert {len(groups) for groups in found.plan.layers} == {2, 4}
+    assert found.divergence <= found.uniform_divergence and found.share <= 0.5
 
 
 def test_exchange():
