@@ -285,13 +285,13 @@ class SparseStore:
         """The kept entries; None if there are none, as far as that is known without asking the device."""
         # Of so few tokens memory that grows may have kept some, if there were more until `crop`; but it knows.
         most = calls.max_tokens if self.is_fixed else memory.max_length
-        if most <= self.window and not torch.compiler.is_compiling():
+        if most <= self.window:
             return None
         return memory.behind(self.window, calls.num_stored.clamp(max=self.window)[:, None])
 
     def _ring(self, memory: EntryMemory, calls: CallLog) -> Rows | None:
         """The ring in sequence order, as many tokens as a row may have in it."""
-        length = self.window if torch.compiler.is_compiling() else min(self.window, calls.max_tokens)
+        length = min(self.window, calls.max_tokens)
         return of_ring(memory, calls.num_stored, length, self.window) if length else None
 
     def _question(

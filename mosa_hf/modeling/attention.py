@@ -138,8 +138,9 @@ def mosa_attention_forward(
         return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
     num_groups = groups.num_groups
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
-    may_be_plain = is_free() and module.mosa_cache_dtype is None and (mosa.cache is not None or not dropout)
-    if may_be_plain and _is_within_windows(query, key, groups):
+    # A cache that gives all groups' keys has found that out; only some of its call may be captured.
+    may_be_plain = mosa.cache is not None or (is_free() and not dropout)
+    if may_be_plain and module.mosa_cache_dtype is None and _is_within_windows(query, key, groups):
         # Nothing is out of a window: plain causal attention, whatever is selected.
         output, _ = dense_attention(module, query, *_fitting(key, value, attention_mask), **options)
         if mosa.cache is not None:

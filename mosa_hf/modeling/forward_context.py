@@ -181,6 +181,9 @@ class ForwardContextMixin(Decoder):
             check_sequence_lengths(options, layout)
             if past_key_values is not None:
                 note_seen(past_key_values, mask.seen)
+        elif past_key_values is not None and not is_static and attention_mask is not None and not is_exported():
+            if attention_mask.ndim == 2:  # which is taken at its word, and calls that are not captured compare theirs
+                note_seen(past_key_values, attention_mask.bool())
         return ForwardContext(layout, {}, torch.is_grad_enabled()), past_key_values, position_ids
 
     def _check_arguments(

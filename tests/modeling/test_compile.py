@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
+
+from mosa_hf.compat import CACHE
 
 from ..conftest import FORMS, native_form, sparse_form
 from ..contract import check_same_step, padded_batch, training_step
@@ -84,6 +86,32 @@ def test_decoding_step(name, budget, compiler):
     assert torch.equal(model.generate(**batch, **options, **static), expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert_no_graph_break()
+
+
+@pytest.mark.parametrize("side", [None, pytest.param("left", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name, budget",
+    [
+        ("native", None),
+        ("sparse", None),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("sparse", 3), ("softcap", None), ("int8", None))),
+    ],
+)
+@torch.no_grad()
+def test_growing_cache(name, budget, side):
+    """A part of each call is captured, and a part is not; nor are some of the calls."""
+    model = FORMS[name].model(mosa_cache_budget=budget)
+    batch = padded_batch("left") if side else {"input_ids": padded_batch("left")["input_ids"]}
+    real = batch["attention_mask"].bool() if side else torch.ones_like(batch["input_ids"]).bool()
+    compiled, length = torch.compile(model, backend="eager"), real.shape[1]
+    expected = model(**batch, use_cache=False).logits
+    assert (compiled(**batch).logits - expected)[real].abs().max() < 1e-4
+    for models in ((compiled, compiled), (compiled, model), (model, compiled)):
+        cache, logits = DynamicCache(config=model.config), []
+        for i, (start, end) in enumerate([(0, length - 2), (length - 2, length - 1), (length - 1, length)]):
+            own = {key: x[:, (0 if key == "attention_mask" else start) : end] for key, x in batch.items()}
+            logits.append(models[i > 0](**own, **{CACHE: cache}).logits)
+        assert (torch.cat(logits, dim=1) - expected)[real].abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "everything"])

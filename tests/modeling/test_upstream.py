@@ -119,7 +119,7 @@ FAMILY = family_of("llama")
 SPARSE = (
     FAMILY.config_class,
     FAMILY.model_class,
-    FAMILY.causal_lm_class,
+    FAMILY.head_classes["ForCausalLM"],
     FAMILY.head_classes["ForSequenceClassification"],
 )
 AVERAGED = pytest.mark.xfail(

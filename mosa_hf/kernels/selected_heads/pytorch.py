@@ -20,15 +20,17 @@ from . import reference
 
 def selected_heads(
     hidden_states: torch.Tensor, weights: HeadWeights, tokens: Tokens, past: PackedKeyValues | Remember | None = None
-) -> tuple[torch.Tensor, KeyValues | None]:
+) -> tuple[torch.Tensor, KeyValues]:
     """
-    Same function as `reference.selected_heads`; only selected tokens are projected. In a compiled graph without a
-    `past`, there is nothing to append: None.
+    Same function as `reference.selected_heads`; only selected tokens are projected. In a compiled graph all are, for a
+    cache: where there is none, the compiler leaves that out.
     """
     if callable(past) or (torch.compiler.is_compiling() and past is not None):  # every shape has to be known
         return reference.selected_heads(hidden_states, weights, tokens, past)
     if torch.compiler.is_compiling():
-        return opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.evicted_at), None
+        _, key, value = reference.project(hidden_states, weights, tokens)
+        output = opaque_selected_heads(hidden_states, *weights[:7], *tokens[:7], tokens.evicted_at)
+        return output, reference.of_all(key, value, tokens)
     device_type, dtype = hidden_states.device.type, hidden_states.dtype
     if not torch.is_autocast_enabled(device_type):
         output, new = _selected_heads(hidden_states, weights, tokens, past)

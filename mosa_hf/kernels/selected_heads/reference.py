@@ -24,8 +24,7 @@ def selected_heads(
     """
     query, key, value = project(hidden_states, weights, tokens)
     selected = tokens.selected.transpose(1, 2)  # [B, G, T]
-    evicted_at, score = (None if x is None else x.transpose(1, 2) for x in (tokens.evicted_at, tokens.score))
-    new = KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None, evicted_at, score)
+    new = of_all(key, value, tokens)
     if callable(past):
         keys = join(past(new).pad())
     else:
@@ -40,6 +39,13 @@ def selected_heads(
     heads = attend(query, keys.key, keys.value, mask)  # [B, G, R, T, d]
     heads = heads * (tokens.gate.transpose(1, 2) * selected)[:, :, None, :, None].to(heads.dtype)
     return project_output(heads, weights), new
+
+
+def of_all(key: torch.Tensor, value: torch.Tensor, tokens: Tokens) -> KeyValues:
+    """What a cache has to append of the keys and values `[B, G, T, d]` of all tokens: a slot for each."""
+    selected = tokens.selected.transpose(1, 2)
+    evicted_at, score = (None if x is None else x.transpose(1, 2) for x in (tokens.evicted_at, tokens.score))
+    return KeyValues(key, value, tokens.position[:, None].expand_as(selected), selected, None, evicted_at, score)
 
 
 def project(
