@@ -413,6 +413,9 @@ class SparseStore:
         memory, calls = self.memory, self.calls
         if calls is None:
             return
+        if num_columns == sum(calls.lengths):
+            self._forget()
+            return
         if memory is not None:
             num_columns = self._undo(memory, calls, num_columns)
         if num_columns:

@@ -158,10 +158,11 @@ class MosaGenerationMixin(CausalLM):
         **kwargs,
     ) -> torch.Tensor | None:
         """
-        For static caches: the 2-D mask, as long as the cache. The 4-D masks that upstream would make here differ by
-        layer, and do not say which tokens are padding once a layer has a window.
+        For static caches: the 2-D mask, for single tokens as long as the cache, so that graphs see one shape. The 4-D
+        masks that upstream would make here differ by layer, and do not say which tokens are padding once a layer has a
+        window. Of several tokens recurrent layers read its end as theirs.
         """
-        if attention_mask is None or past_key_values is None:
+        if attention_mask is None or past_key_values is None or inputs_embeds.shape[1] > 1:
             return attention_mask
         missing = static_length(past_key_values) - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, max(missing, 0)), value=1)
