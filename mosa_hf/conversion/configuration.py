@@ -1,7 +1,9 @@
 """What a conversion should produce."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 from ..modeling.group_plan import GroupPlan, SparseGroup
 
@@ -34,7 +36,14 @@ class ConversionConfig:
     plan: GroupPlan | str | os.PathLike | None = None
 
     def __post_init__(self):
+        if not isinstance(self.include_first, bool):
+            raise ValueError(f"`include_first` must be True or False, got {self.include_first!r}.")
         if self.plan is not None:
+            if not isinstance(self.plan, GroupPlan | str | os.PathLike):
+                raise ValueError(
+                    f"`plan` must be a `GroupPlan` or the path of one, got a {type(self.plan).__name__}: "
+                    "`GroupPlan.from_list` reads lists."
+                )
             unset = ConversionConfig()
             if given := [
                 each for each in ("sparsity", "window", "groups") if getattr(self, each) != getattr(unset, each)
@@ -44,11 +53,14 @@ class ConversionConfig:
                 object.__setattr__(self, "plan", GroupPlan.load(self.plan))
             return
         SparseGroup(window=self.window, sparsity=self.sparsity)
-        if isinstance(self.groups, int):
+        if isinstance(self.groups, int) and not isinstance(self.groups, bool):
             if self.groups < 1:
                 raise ValueError(f"`groups` must be at least 1, or None for all groups, got {self.groups}.")
         elif self.groups is not None:
-            pairs = tuple(tuple(pair) for pair in self.groups)
+            try:
+                pairs = tuple(tuple(pair) for pair in cast(Iterable, self.groups))
+            except TypeError as error:
+                raise ValueError(f"`groups` must be a number or (layer, group) pairs, got {self.groups!r}.") from error
             if not pairs:
                 raise ValueError("`groups` names no (layer, group) pair: leave it out for all groups.")
             if any(len(pair) != 2 for pair in pairs):

@@ -1,5 +1,6 @@
 """Conversion of a pretrained model in memory: groups of its attention become sparse (docs/design.md, section 6)."""
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -51,6 +52,12 @@ def convert_model(
             model that is converted already, impossible group choice, or a calibration that is missing or no text of
             the model; the message names the remedy.
     """
+    if isinstance(model, str | os.PathLike):
+        raise ValueError(
+            f"`model` is the name {str(model)!r}, not a model: `convert_checkpoint` takes names and folders."
+        )
+    if not isinstance(conversion, ConversionConfig):
+        raise ValueError(f"`conversion` must be a `ConversionConfig`, got {conversion!r}.")
     check_convertible(model)
     check_reads_forwards(model)
     of_pictures = is_of_pictures(calibration)

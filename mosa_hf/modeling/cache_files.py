@@ -26,10 +26,10 @@ from transformers.modeling_utils import PreTrainedModel
 from ..atomic_write import atomic_file
 from ..cache import SparseLayer, set_store_state, states_below, static_length, store_state, upstream_class
 from .devices import execution_device
-from .fingerprint import model_fingerprint
+from .fingerprint import adapters_of, fields_of, model_fingerprint, numbers_fingerprint
 from .forward_context import ForwardContextMixin
 
-VERSION = 1
+VERSION = 2
 # Upstream's layers that can be written, and the numbers that they remember beside keys and values.
 PLAIN_STATES: dict[type, tuple[str, ...]] = {
     DynamicLayer: (),
@@ -155,7 +155,9 @@ def fingerprint_of(decoder: ForwardContextMixin) -> dict[str, Any]:
         "class": type(decoder).__name__,
         "groups": json.loads(json.dumps(list(decoder.cache_specs().values()))),
         "dtype": str(decoder.dtype),
-        "weights": model_fingerprint(decoder),
+        "weights": [model_fingerprint(decoder), numbers_fingerprint(decoder)],
+        "fields": fields_of(decoder.config),
+        "adapters": adapters_of(decoder),
     }
 
 
@@ -169,6 +171,8 @@ def check_fingerprint(path: Path, was: dict[str, Any], own: dict[str, Any]) -> N
         **named,
         "groups": "other groups than this one's, in kind, window, sparsity, `mosa_cache_budget` or `mosa_cache_dtype`",
         "weights": "other weights or thresholds than this one's",
+        "fields": "another configuration than this one's",
+        "adapters": "other active adapters than this one's, or others' scales",
     }
     for name in own:  # in order: another class has other groups, too
         if was.get(name) != own[name]:

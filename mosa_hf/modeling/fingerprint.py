@@ -1,7 +1,14 @@
 """Which model it is that unfinished work, or a cache, on disk is of."""
 
 import hashlib
+import json
+import re
+from typing import Any
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 NUMBERS = 64  # of a tensor: all of a large model's would take long to read
@@ -18,3 +25,46 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         numbers = tensor.detach().flatten()[:NUMBERS].cpu().double().tolist() if is_plain else []
         digest.update(f"{name} {list(tensor.shape)}: {numbers}\n".encode())
     return digest.hexdigest()[:16]
+
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their bytes
+# Fields of a config that every config has, or that say nothing of what a model computes in evaluation.
+COMMON = re.compile(
+    r"auto_map|use_cache|initializer_range|\w+_token_id|\w+_dropout|pretraining_tp|"
+    r"mosa_(conversion|gate_slope|plan|routing|sparsity|threshold_momentum|window)"
+)
+
+
+@torch.no_grad()
+def numbers_fingerprint(model: nn.Module) -> str:
+    """
+    Sixteen hexadecimal digits of all numbers, read as integers: a sum of the rows of each tensor, the i-th times i. It
+    is the same on every device. What is offloaded, and quantised tensors of a class of their own, do not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__") and tensor.numel():
+            words = tensor.detach().contiguous().flatten().view(WORDS[tensor.element_size()])
+            rows = words.view(len(tensor) if tensor.ndim else 1, -1).sum(-1, dtype=torch.int64)
+            total = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
+            digest.update(f"{name}: {int(total)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def fields_of(config: PreTrainedConfig) -> dict[str, str]:
+    """What a config says of the computation beside the plan, by field, as JSON."""
+    common = PreTrainedConfig().to_dict().keys()
+    return {
+        name: json.dumps(value, sort_keys=True, default=str)
+        for name, value in config.to_dict().items()
+        if name not in common and not COMMON.fullmatch(name)
+    }
+
+
+def adapters_of(model: nn.Module) -> dict[str, Any]:
+    """Which of PEFT's adapters are at work in which module, and by how much."""
+    return {
+        name: [list(module.active_adapters), module.disable_adapters, str(getattr(module, "scaling", None))]
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }

@@ -64,7 +64,7 @@ class MosaGenerationMixin(CausalLM):
                 field = "mosa_routing" if self.training else "mosa_inference_routing"
                 raise ValueError(
                     f"`generate` needs threshold routing, but `{field}='expert_choice'` is in force: which tokens it "
-                    f"selects depends on tokens that are not generated yet. Set `{field}='threshold'` in the config"
+                    f"selects depends on tokens that are not generated yet. Load the model with `{field}='threshold'`"
                     + (", or call `model.eval()`" if router.inference_routing == "threshold" else "")
                     + " (thresholds: `mosa_hf.calibrate_thresholds`)."
                 )

@@ -60,9 +60,21 @@ class GroupPlan:
 
     Args:
         layers: for each layer, what each of its groups is; None: dense.
+
+    Raises:
+        ValueError: naming layer and group, for what is neither.
     """
 
     layers: tuple[tuple[SparseGroup | None, ...], ...]
+
+    def __post_init__(self) -> None:
+        for layer, groups in enumerate(self.layers):
+            for group, kind in enumerate(groups):
+                if not isinstance(kind, SparseGroup | None):
+                    raise ValueError(
+                        f"`layers`: group {group} of layer {layer} is {kind!r}; give a `SparseGroup`, or None for a "
+                        "dense one. `GroupPlan.from_list` reads JSON."
+                    )
 
     @classmethod
     def uniform(

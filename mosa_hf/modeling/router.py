@@ -90,7 +90,8 @@ class MosaRouter(nn.Module):
         if cache is not None and self.routing == "expert_choice" and cache.has_tokens():
             raise ValueError(
                 "'expert_choice' routing selects from a whole sequence at once and cannot continue from a cache. Use "
-                "`model.eval()` with `mosa_inference_routing='threshold'`, or pass `use_cache=False`."
+                "`model.eval()` of a model that was loaded with `mosa_inference_routing='threshold'`, or pass "
+                "`use_cache=False`."
             )
 
     def groups_by_sparsity(self) -> dict[float, list[int]]:

@@ -212,6 +212,17 @@ def test_crop_needs_no_recording_without_a_window():
     check_continues(model, cache, input_ids)
 
 
+def test_a_cache_that_is_cropped_to_nothing_is_an_empty_one(form):
+    model, input_ids = form.model(), random_ids(2, 20)
+    cache = DynamicCache(config=model.config)
+    model.record_past(cache)
+    logits_after(model, cache, input_ids[:, :12])
+    cache.crop(-12)
+    assert cache.get_seq_length() == 0
+    logits_after(model, cache, input_ids[:, :14])
+    check_continues(model, cache, input_ids)
+
+
 @pytest.mark.parametrize("padding", [[1, 1, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1]])
 def test_crop_after_padding_anywhere_in_the_last_call(form, padding):
     model, input_ids = form.model(), random_ids(1, 12)

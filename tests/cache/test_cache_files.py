@@ -2,12 +2,16 @@
 
 import copy
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, cache_utils
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache, cache_utils
 from transformers.cache_utils import QuantizedCache
 
 from mosa_hf import cache_bytes, calibrate_thresholds, load_cache, save_cache
@@ -196,6 +200,52 @@ def test_another_models_file_is_refused(name, tmp_path):
     load_cache(path, copy.deepcopy(model))  # an equal one
 
 
+def set_last(name: str, factor: float) -> Callable[[], PreTrainedModel]:
+    """The model with another last row of a weight, whose beginning is the same."""
+
+    def make() -> PreTrainedModel:
+        model = FORMS["sparse"].model()
+        with torch.no_grad():
+            model.get_parameter(name)[-1] *= factor
+        return model
+
+    return make
+
+
+ALIKE = {
+    "row": (set_last("model.layers.1.self_attn.v_proj.weight", -1.0), "other weights or thresholds"),
+    "embedding": (set_last("model.embed_tokens.weight", 1.01), "other weights or thresholds"),
+    "field": (lambda: FORMS["sparse"].model(mosa_include_first=False), "another configuration"),
+    "upstream's field": (lambda: FORMS["sparse"].model(rms_norm_eps=0.5), "another configuration"),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_model_that_differs_in_little_is_another(name, tmp_path):
+    model, path = FORMS["sparse"].model(), tmp_path / "cache.safetensors"
+    save_cache(filled(model), path, model)
+    make, message = ALIKE[name]
+    with pytest.raises(ValueError, match=f"cache.safetensors is the cache of a model of {message}"):
+        load_cache(path, make())
+    load_cache(path, FORMS["sparse"].model(mosa_gate_slope=0.5))  # which training alone reads
+
+
+def test_adapters_are_part_of_the_model(tmp_path):
+    settings: Any = {"target_modules": ["q_proj", "v_proj"], "r": 2, "init_lora_weights": False}
+    model = get_peft_model(FORMS["sparse"].model(), LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+    model.add_adapter("other", LoraConfig(**settings))
+    path = tmp_path / "cache.safetensors"
+    save_cache(filled(model), path, model)
+    load_cache(path, model)
+    with rescale_adapter_scale(model, 0.5), pytest.raises(ValueError, match="other active adapters"):
+        load_cache(path, model)
+    with model.disable_adapter(), pytest.raises(ValueError, match="other active adapters"):
+        load_cache(path, model)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="other active adapters"):
+        load_cache(path, model)
+
+
 def test_other_thresholds_are_another_model(tmp_path):
     model, path = FORMS["sparse"].model(), tmp_path / "cache.safetensors"
     save_cache(filled(model), path, model)
@@ -304,7 +354,7 @@ def drop(name):
 
 
 CHANGED = {
-    "version": (lambda tensors, about: about.update(version=2), "version 2 of the format.*reads version 1"),
+    "version": (lambda tensors, about: about.update(version=1), "version 1 of the format.*reads version 2"),
     "missing": (drop(STORE + "entries.value"), "not the states of such a cache: 'value'"),
     "missing keys": (drop("layers.0.keys"), "does not hold.*keys"),
     "unknown": (put(STORE + "other", torch.ones(2)), "states that no cache has.*other"),

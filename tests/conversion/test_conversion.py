@@ -127,6 +127,11 @@ def test_routers_are_frozen_until_healing(tmp_path):
         ({"groups": ()}, "`groups` names no"),
         ({"groups": ((0, 0), (0, 0))}, "twice"),
         ({"groups": ((0, 0, 0),)}, "`groups` must be a number or"),
+        ({"groups": True}, "`groups` must be a number or"),
+        ({"groups": 1.5}, "`groups` must be a number or"),
+        ({"groups": [0]}, "`groups` must be a number or"),
+        ({"include_first": "no"}, "`include_first` must be True or False"),
+        ({"plan": [[None]]}, "`plan` must be a `GroupPlan` or the path of one, got a list: `GroupPlan.from_list`"),
         ({"sparsity": 0.5}, "`sparsity` must be a finite number of at least 1"),
         ({"sparsity": float("nan")}, "`sparsity` must be a finite number of at least 1"),
         ({"window": -1}, "`window` must be an integer of at least 0"),
@@ -137,6 +142,15 @@ def test_routers_are_frozen_until_healing(tmp_path):
 def test_impossible_conversions(fields, message):
     with pytest.raises(ValueError, match=message):
         ConversionConfig(**fields)
+
+
+def test_what_is_no_model_or_no_conversion():
+    with pytest.raises(ValueError, match="`model` is the name 'some/base', not a model: `convert_checkpoint`"):
+        convert_model("some/base", ConversionConfig())
+    with pytest.raises(ValueError, match="`conversion` must be a `ConversionConfig`, got {'window': 8}"):
+        convert_model(tiny_base(), {"window": 8})
+    with pytest.raises(ValueError, match=r"group 1 of layer 0 is \(8, 4\); give a `SparseGroup`"):
+        GroupPlan(((None, (8, 4)),))
 
 
 @torch.no_grad()

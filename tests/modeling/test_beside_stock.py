@@ -80,6 +80,24 @@ def test_generation(model_type, mode):
 
 
 @each_type
+def test_padded_prompts_on_a_static_cache(model_type):
+    """Padding reaches no layer, recurrent ones included."""
+    mask = torch.ones_like(IDS)
+    mask[0, :9] = 0
+
+    def generate(model, **options):
+        return model.generate(IDS, attention_mask=mask, **GREEDY, **options)
+
+    static = {"cache_implementation": "static"}
+    expected = outcome(lambda model: generate(model, **static), stock(model_type))
+    if isinstance(expected, str):
+        assert outcome(lambda model: generate(model, **static), same(model_type)) == expected
+        return
+    assert torch.equal(generate(same(model_type), **static), expected)
+    assert torch.equal(generate(sparse(model_type), **static), generate(sparse(model_type), use_cache=False))
+
+
+@each_type
 def test_crop(model_type):
     """The last four of a prompt are taken back; without more ado, what a model forgets cannot be."""
 
