@@ -9,15 +9,14 @@ from typing import NamedTuple
 
 import pytest
 
-from mosa_hf.cli import convert, evaluate, heal, plan, trace
+from mosa_hf.cli import convert, evaluate, heal, trace
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MAIN = {f"mosa-{each.__name__.rpartition('.')[2]}": each.main for each in (convert, evaluate, heal, plan, trace)}
+MAIN = {f"mosa-{each.__name__.rpartition('.')[2]}": each.main for each in (convert, evaluate, heal, trace)}
 # What makes a command small; of an option that is given twice the last counts.
 SMALL = {
     "mosa-convert": "--windows 2 --window-length 640",
-    "mosa-plan": "--windows 2 --window-length 128 --tokens 512 --texts 1 --rounds 1",
     "mosa-heal": "--max_steps 2 --window_length 64 --report_to none --use_cpu",
     "mosa-evaluate": "--context 900 --scored 32 --slices 1",
     "mosa-trace": "--tokens 64",

@@ -55,7 +55,7 @@ def test_it_installs_and_its_commands_answer(kind, distributions, tmp_path):
 
     listing = "import importlib.metadata as m; print(*m.distribution('mosa-hf').entry_points.names)"
     commands = run(python, "-c", listing, **quiet).split()
-    assert {"mosa-convert", "mosa-evaluate", "mosa-heal", "mosa-plan", "mosa-trace"} <= set(commands)
+    assert {"mosa-convert", "mosa-evaluate", "mosa-heal", "mosa-trace"} <= set(commands)
     for name in commands:
         if name.startswith("mosa-"):
             assert name in run(environment / "bin" / name, "--help", **quiet)

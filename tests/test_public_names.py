@@ -19,13 +19,12 @@ PUBLIC = {
         load_routers save_cache save_routers to_dense trace_routing use_backend
     """,
     "mosa_hf.conversion": """
-        ConversionConfig Found HealingTrainer Loading PlanningConfig Text TokenWindows
-        calibration_windows convert_checkpoint convert_model convert_to_native default_text find_source load_kvzap
-        measured_texts read_text search_plan teacher_of to_dense
+        ConversionConfig HealingTrainer Loading Text TokenWindows calibration_windows convert_checkpoint
+        convert_model convert_to_native default_text find_source load_kvzap read_text teacher_of to_dense
     """,
     "mosa_hf.evaluation": """
-        PERPLEXITY CacheMemory Continuation Sample Score Subject TracedGroup TracedText evaluate fact_samples
-        filled_cache following score summary table text_samples trace_text
+        PERPLEXITY CacheMemory Continuation Sample Score Subject TracedGroup TracedText decoding_bytes evaluate
+        fact_samples filled_cache following score summary table text_samples trace_text
     """,
 }
 FENCE = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -24,7 +24,7 @@ def test_the_site_builds_and_has_every_public_name(tmp_path):
     found = set(re.findall(r'id="(mosa_hf[\w.]*)"', reference))
     made = {name for name in mosa_hf.__all__ if re.fullmatch(r"Mosa[A-Z]\w*", name)}  # of families, or native
     assert {f"mosa_hf.{name}" for name in set(mosa_hf.__all__) - made} <= found
-    assert {"mosa_hf.conversion.search_plan", "mosa_hf.evaluation.trace_text", "mosa_hf.MosaConfig"} <= found
+    assert {"mosa_hf.conversion.read_text", "mosa_hf.evaluation.trace_text", "mosa_hf.MosaConfig"} <= found
     # Nothing is asked of others when a page is read, but what a reader clicks.
     for page in tmp_path.rglob("*.html"):
         asked = re.findall(

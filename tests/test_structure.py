@@ -134,7 +134,7 @@ def test_functions_import_nothing_of_ours():
     assert [(path, each.name) for path, each in ours if each.in_function and path.parts[1] != "cli"] == []
 
 
-@pytest.mark.parametrize("command", ["convert", "evaluate", "heal", "plan", "trace"])
+@pytest.mark.parametrize("command", ["convert", "evaluate", "heal", "trace"])
 def test_commands_read_their_options_before_they_import_anything_large(command):
     """So that `--help` is quick wherever importing `mosa_hf` is."""
     path = Path(f"mosa_hf/cli/{command}.py")

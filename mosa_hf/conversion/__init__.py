@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .healing import HealingTrainer, TokenWindows, teacher_of
     from .kvzap import load_kvzap
     from .native import convert_to_native
-    from .planning import Found, PlanningConfig, measured_texts, search_plan
 
 # What takes longer to import than a user of the package, who needs none of it, should wait.
 LATER = {
@@ -24,18 +23,12 @@ LATER = {
     "teacher_of": "healing",
     "load_kvzap": "kvzap",
     "convert_to_native": "native",
-    "Found": "planning",
-    "PlanningConfig": "planning",
-    "measured_texts": "planning",
-    "search_plan": "planning",
 }
 
 __all__ = [
     "ConversionConfig",
-    "Found",
     "HealingTrainer",
     "Loading",
-    "PlanningConfig",
     "Text",
     "TokenWindows",
     "calibration_windows",
@@ -45,9 +38,7 @@ __all__ = [
     "default_text",
     "find_source",
     "load_kvzap",
-    "measured_texts",
     "read_text",
-    "search_plan",
     "teacher_of",
     "to_dense",
 ]

@@ -7,7 +7,7 @@ import pytest
 
 import mosa_hf
 
-COMMANDS = ("convert", "evaluate", "heal", "plan", "trace")
+COMMANDS = ("convert", "evaluate", "heal", "trace")
 CODE = """
 import sys
 sys.argv = ["bin/mosa-{command}", "{option}"]
