@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .layers import layer_of
@@ -20,7 +21,7 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
         layer → one `[B, T, G]` bool tensor a call, on the CPU. Layers are counted from the first of the model.
 
     Raises:
-        ValueError: if the model has no MoSA heads, or is a part of one.
+        ValueError: if the model has no MoSA heads, is a part of one, or is compiled.
 
     ```python
     with trace_routing(model) as selected:
@@ -29,6 +30,8 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     ```
     """
     mosa_routers(model)  # that there are any
+    if any(is_compiled_module(each) or each._compiled_call_impl is not None for each in model.modules()):
+        raise ValueError("`model` is compiled, and its graphs pass over what is recorded here: trace it uncompiled.")
     layers = {  # of the routers too that an adapter replaces, until it is disabled
         module: layer_of(name, model) for name, module in model.named_modules() if isinstance(module, MosaRouter)
     }

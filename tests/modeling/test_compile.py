@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig, DynamicCache
 
+from mosa_hf import trace_routing
 from mosa_hf.compat import CACHE
 
 from ..conftest import FORMS, native_form, sparse_form
@@ -112,6 +113,19 @@ def test_growing_cache(name, budget, side):
             own = {key: x[:, (0 if key == "attention_mask" else start) : end] for key, x in batch.items()}
             logits.append(models[i > 0](**own, **{CACHE: cache}).logits)
         assert (torch.cat(logits, dim=1) - expected)[real].abs().max() < 1e-4
+
+
+def test_what_a_graph_passes_over_is_not_recorded():
+    model = FORMS["sparse"].model()
+    with pytest.raises(ValueError, match="`model` is compiled.*trace it uncompiled"):
+        with trace_routing(torch.compile(model, backend="eager")):
+            pass
+    with trace_routing(model) as selected, torch.no_grad():
+        model(padded_batch("left")["input_ids"], use_cache=False)
+    assert [len(calls) for calls in selected.values()] == [1] * len(selected)
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="`model` is compiled"), trace_routing(model):
+        pass
 
 
 @pytest.mark.parametrize("is_plain", [True, False], ids=["plain", "everything"])
