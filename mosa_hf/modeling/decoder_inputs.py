@@ -11,8 +11,8 @@ from .configuration import is_composite
 from .devices import input_device
 from .layers import decoder_of
 
-# Of what a processor makes, what a decoder reads by itself, and which tokens are of a picture.
-OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
+# Of what a processor makes, what a decoder reads by itself, and which tokens are of a picture; what a collator adds.
+OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 
 
 class _Recorded(Exception):

@@ -91,7 +91,10 @@ def test_calibration_sets_the_selection_rate():
     assert (selection_rates(model, text[-64:]) * 4 - 1).abs().max() < 0.2
     thresholds = [layer.self_attn.mosa.router.threshold.clone() for layer in model.model.layers]
     mask = torch.ones_like(text[:16])
-    calibrate_thresholds(model, [{"input_ids": rows, "attention_mask": mask} for rows in text[:64].split(16)])
+    # As a loader of batches to train on gives them.
+    calibrate_thresholds(
+        model, [{"input_ids": rows, "attention_mask": mask, "labels": rows} for rows in text[:64].split(16)]
+    )
     for layer, threshold in zip(model.model.layers, thresholds, strict=True):  # a mask that hides nothing is no mask
         assert torch.equal(layer.self_attn.mosa.router.threshold, threshold)
     mask[:, 100:] = 0
