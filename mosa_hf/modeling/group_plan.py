@@ -95,9 +95,14 @@ class GroupPlan:
         The plan of a model with sparse groups, or of the language model in it.
 
         Raises:
-            ValueError: if the config's is of another number of layers.
+            ValueError: if the config's is of another number of layers, and for what is no config with sparse groups.
         """
-        config = config.get_text_config(decoder=True)
+        decoder = getattr(config, "get_text_config", None)
+        if decoder is None or not hasattr(config := decoder(decoder=True), "layer_groups"):
+            raise ValueError(
+                f"`config` is a {type(config).__name__}, which names no sparse groups: pass `model.config` of a "
+                "converted model."
+            )
         if config.mosa_plan is not None and len(config.mosa_plan) != config.num_hidden_layers:
             raise ValueError(
                 f"`mosa_plan` names the groups of {len(config.mosa_plan)} layers, but `num_hidden_layers` is "

@@ -149,6 +149,9 @@ def test_what_is_no_model_or_no_conversion():
         convert_model("some/base", ConversionConfig())
     with pytest.raises(ValueError, match="`conversion` must be a `ConversionConfig`, got {'window': 8}"):
         convert_model(tiny_base(), {"window": 8})
+    for config in (tiny_base(), tiny_base().config):
+        with pytest.raises(ValueError, match="`config` is a Llama.*names no sparse groups: pass `model.config`"):
+            GroupPlan.of_config(config)
     with pytest.raises(ValueError, match=r"group 1 of layer 0 is \(8, 4\); give a `SparseGroup`"):
         GroupPlan(((None, (8, 4)),))
 
