@@ -59,7 +59,7 @@ def evaluate(
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
-        raise ValueError(f"Two of `subjects` have one name: {', '.join(names)}; the table tells them by it.")
+        raise ValueError(f"Two models have one name in `subjects`: {', '.join(names)}; give another.")
     for subject in subjects:
         _check_length(subject, samples)
     path = None if output is None else Path(output)

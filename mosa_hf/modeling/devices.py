@@ -7,10 +7,14 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 
+def is_distributed() -> bool:
+    """Whether processes, be it one, train a model together."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def num_processes() -> int:
-    """That train one model together; 1 if nobody has said so."""
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if is_distributed else 1
+    """That train one model together."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

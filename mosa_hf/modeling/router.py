@@ -18,7 +18,7 @@ from ..kernels.capture import is_exported
 from ..kernels.tensors import constant
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .configuration import RoutingConfig
-from .devices import num_processes
+from .devices import is_distributed
 from .forward_context import ForwardContext
 
 logger = logging.get_logger(__name__)
@@ -223,7 +223,7 @@ class MosaRouter(nn.Module):
         if choice is not None:
             seen += [choice[1].nan_to_num(), choice[1].isfinite().to(logits.dtype)]
         counts = torch.stack(seen)
-        if num_processes() > 1:
+        if is_distributed():
             torch.distributed.all_reduce(counts)
         num_free, num_selected, *others = counts
         share = torch.lerp(self.share, (num_selected / num_free).to(self.share.dtype), 1 - SHARE_MOMENTUM)

@@ -21,7 +21,7 @@ from ..compat import CACHE
 from ..kernels.tensors import take
 from .attention import LayerContext, LayerGroups
 from .configuration import ConfigView, SparseGroupsConfig
-from .devices import num_processes
+from .devices import is_distributed
 from .forward_context import ForwardContext, context_of_place
 from .group_plan import SparseGroup
 from .latent_attention import LatentAttentionMixin
@@ -131,7 +131,7 @@ class SparseGroupsMixin(FamilyAttention):
                 self.mosa_layer = None
         # Other processes wait for this one's part of a router's gradient, be there any or none. The gradient of no
         # logits is 0, and of no number that may be infinite.
-        if gate is not None or (learns and num_processes() > 1):
+        if gate is not None or (learns and is_distributed()):
             output = output + logits[..., :0].sum()
         return output, *others
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mosa_hf.cli import convert, plan
+from mosa_hf.cli import convert
 from mosa_hf.conversion import ConversionConfig, Text, calibration_windows, convert_checkpoint, default_text, read_text
 from mosa_hf.conversion.default_text import KINDS, Source, generated_text, notes_in_filler
 from mosa_hf.conversion.windows import NUM_WINDOWS, WINDOW_LENGTH
@@ -131,12 +131,11 @@ def test_as_many_windows_are_read_wherever_nothing_else_is_said(capsys):
     for function in (calibration_windows, convert_checkpoint):
         defaults = inspect.signature(function).parameters
         assert (defaults["num_windows"].default, defaults["window_length"].default) == (NUM_WINDOWS, WINDOW_LENGTH)
-    for command in (convert, plan):
-        with pytest.raises(SystemExit):
-            command.main(["--help"])
-        shown = " ".join(capsys.readouterr().out.split())
-        assert f"calibration windows (default: {NUM_WINDOWS})" in shown
-        assert f"tokens of a window (default: {WINDOW_LENGTH})" in shown
+    with pytest.raises(SystemExit):
+        convert.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"calibration windows (default: {NUM_WINDOWS})" in shown
+    assert f"tokens of a window (default: {WINDOW_LENGTH})" in shown
 
 
 def test_notes_are_written_once_among_sentences_that_repeat():
