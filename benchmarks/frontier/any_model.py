@@ -322,11 +322,11 @@ def _readings(subjects: Subjects, asked: Asked, known: dict[str, dict[str, Any]]
             own = line | asked.read_by(subjects.tokenizer, subjects.converted(setting))
             yield own
         if i == 0:
-            share = own["kv_bytes"] / found["kv_bytes"]
-            tokens = metrics.window_of_share(subjects.converted(setting), share, own["tokens"])
             parameters = {"as many bytes as": subjects.identity(setting)}
             window = {**head, "method": WINDOW, "parameters": parameters}
             if scoreboard.key(window) not in known:
+                share = own["kv_bytes"] / found["kv_bytes"]
+                tokens = metrics.window_of_share(subjects.converted(setting), share, own["tokens"])
                 read = asked.read_by(subjects.tokenizer, subjects.window(tokens))
                 yield window | {"window": tokens} | read
 

@@ -163,18 +163,6 @@ def _layer_ratios(decoder: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]
     ratios |= {place: (own[1] - own[0]) / max(count[place], 1) for place, own in total.items()}
 
 
-@contextmanager
-def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and attention implementation are put back whatever happens."""
-    implementation = model.config._attn_implementation
-    try:
-        with evaluating(model), torch.no_grad():
-            yield
-    finally:
-        if model.config._attn_implementation != implementation:
-            model.set_attn_implementation(implementation)
-
-
 def _attention_modules(model: PreTrainedModel, layers: list[int]) -> list[nn.Module]:
     """The attention modules of some layers."""
     modules = attention_modules(decoder_of(model))
@@ -277,7 +265,7 @@ def fit_routers(
         )
 
     progress = logging.tqdm(total=2 * len(readings), desc="Fitting routers", unit="window")
-    with progress, frozen(decoder):
+    with progress, evaluating(decoder), torch.no_grad():
         with _layer_ratios(decoder) as ratios:
             for reading, num_tokens in zip(readings, lengths, strict=True):
                 read(reading, num_tokens)

@@ -21,10 +21,14 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        is_plain = not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__")
-        numbers = tensor.detach().flatten()[:NUMBERS].cpu().double().tolist() if is_plain else []
+        numbers = tensor.detach().flatten()[:NUMBERS].cpu().double().tolist() if _is_plain(tensor) else []
         digest.update(f"{name} {list(tensor.shape)}: {numbers}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether its numbers are at hand: neither offloaded, nor of a class of its own."""
+    return not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__")
 
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by their bytes
@@ -43,7 +47,7 @@ def numbers_fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__") and tensor.numel():
+        if _is_plain(tensor) and tensor.numel():
             words = tensor.detach().contiguous().flatten().view(WORDS[tensor.element_size()])
             rows = words.view(len(tensor) if tensor.ndim else 1, -1).sum(-1, dtype=torch.int64)
             total = (rows * torch.arange(1, len(rows) + 1, device=rows.device)).sum()
