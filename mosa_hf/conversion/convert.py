@@ -26,7 +26,7 @@ def convert_model(
     model: PreTrainedModel,
     conversion: ConversionConfig,
     calibration: torch.Tensor | Sequence[Any] | None = None,
-    fits: list[RouterFit | None] | None = None,
+    fits: Sequence[RouterFit | None] | None = None,
 ) -> PreTrainedModel:
     """
     A model with sparse groups that shares every weight tensor with `model`, quantised ones too, and has routers fitted
@@ -70,12 +70,8 @@ def convert_model(
     if calibration is None and fits is None:
         choose_groups(conversion, candidates, None)  # raises what a text is needed for
     check_computes_the_same(model, candidates, family.config_class)
-    if fits is not None:
-        if calibration is None:
-            raise ValueError("`calibration` is needed to set thresholds: pass the token ids that `fits` are of.")
-        fits = fits_of(candidates, candidate_plan(base_config, ConversionConfig()), fits)
-    elif calibration is not None:
-        fits = fit_routers(model, calibration, candidates, include_first=conversion.include_first)
+    if fits is not None or calibration is not None:
+        fits = fits_for(model, conversion, base_config, calibration, fits)
     losses = None if fits is None else mean_losses(candidates, fits)
     plan = choose_groups(conversion, candidates, losses)
     if fits is not None and conversion.plan is None:
@@ -103,6 +99,27 @@ def convert_model(
         windows = logging.tqdm(windows, desc="Setting thresholds", unit="window")
         calibrate_thresholds(converted, windows)
     return converted
+
+
+def fits_for(
+    model: PreTrainedModel,
+    conversion: ConversionConfig,
+    base_config: SparseGroupsConfig,
+    calibration: torch.Tensor | Sequence[Any] | None,
+    fits: Sequence[RouterFit | None] | None,
+) -> list[RouterFit | None]:
+    """
+    The fits of a conversion's candidates: those that several conversions share, or of `calibration`.
+
+    Raises:
+        ValueError: for fits without the text that they are of.
+    """
+    candidates = candidate_plan(base_config, conversion)
+    if calibration is None:
+        raise ValueError("`calibration` is needed to set thresholds: pass the token ids that `fits` are of.")
+    if fits is not None:
+        return fits_of(candidates, candidate_plan(base_config, ConversionConfig()), list(fits))
+    return fit_routers(model, calibration, candidates, include_first=conversion.include_first)
 
 
 def check_convertible(model: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from transformers import LlamaForCausalLM
@@ -11,8 +12,9 @@ from ..modeling.family import family_of
 from ..modeling.modeling_mosa import MosaForCausalLM
 from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, mean_losses
-from .calibration import RouterFit, fit_routers
+from .calibration import RouterFit
 from .configuration import ConversionConfig
+from .convert import fits_for
 from .windows import calibration_ids
 
 # The gate must be neutral right after conversion and still pass a gradient to the routers. Logits of the size b + ε z
@@ -21,7 +23,10 @@ GATE_BIAS, GATE_SCALE = 8.0, 1e-3
 
 
 def convert_to_native(
-    model: LlamaForCausalLM, conversion: ConversionConfig, calibration: torch.Tensor | None = None
+    model: LlamaForCausalLM,
+    conversion: ConversionConfig,
+    calibration: torch.Tensor | None = None,
+    fits: Sequence[RouterFit | None] | None = None,
 ) -> MosaForCausalLM:
     """
     The native MoSA model with the weights of a Llama, copied: key/value groups become groups of the paper's heads, in
@@ -32,6 +37,7 @@ def convert_to_native(
         model: a `LlamaForCausalLM`, left as it was.
         conversion: what to produce, without a plan; its `window` has no meaning here and must be 0.
         calibration: token ids `[N, T]` that routers and thresholds are fitted on. May be left out for `sparsity=1`.
+        fits: of routers that several conversions of one model share, see `convert_model`.
 
     Raises:
         ValueError: for another model, a plan or a window; and see `convert_model`.
@@ -43,10 +49,10 @@ def convert_to_native(
     config = model.config
     if calibration is not None:
         calibration = calibration_ids(calibration, config)
-    candidates = candidate_plan(family_of("llama").config_class.from_base(config), conversion)
-    fits = None
-    if calibration is not None:
-        fits = fit_routers(model, calibration, candidates, include_first=conversion.include_first)
+    base_config = family_of("llama").config_class.from_base(config)
+    candidates = candidate_plan(base_config, conversion)
+    if fits is not None or calibration is not None:
+        fits = fits_for(model, conversion, base_config, calibration, fits)
     plan = choose_groups(conversion, candidates, None if fits is None else mean_losses(candidates, fits))
     converted = plan.sparse_pairs()
     native = MosaForCausalLM.from_pretrained(
@@ -97,7 +103,7 @@ def _state_dict(
     model: LlamaForCausalLM,
     converted: list[tuple[int, int]],
     fitted: list[tuple[int, int]],
-    fits: list[RouterFit | None] | None,
+    fits: Sequence[RouterFit | None] | None,
 ) -> dict[str, torch.Tensor]:
     """The weights of the converted model, by name; copies, so that training one model leaves the other as it is."""
     state_dict = {name: tensor.clone() for name, tensor in model.state_dict().items()}
