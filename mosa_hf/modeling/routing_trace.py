@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils.other import is_compiled_module
 from torch import nn
 
 from .layers import layer_of
