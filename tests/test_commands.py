@@ -32,11 +32,13 @@ ELSEWHERE = {
     "python -m benchmarks.frontier.picture": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.gpu": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.healing": "tests/benchmarks/test_healing.py",
+    "python -m benchmarks.healing.paper_form": "tests/benchmarks/test_healing.py",
     "python -m benchmarks.leak": "tests/benchmarks/test_leak.py",
     "python -m benchmarks.pretrain": "tests/benchmarks/test_pretrain.py",
     "python -m benchmarks.serving.client": "benchmarks/serving/load.py",  # which starts it, as its server
     "python -m benchmarks.serving.engine": "benchmarks/serving/contenders.py",  # which starts it, for each
     "python -m benchmarks.serving.throughput": "tests/vllm/test_benchmark.py",
+    "python -m benchmarks.speed.calibration": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.speed.compile_kernels": "tests/kernels/test_triton_compile.py",
     "python -m benchmarks.speed.compile_training": "tests/tools/test_compiled_training.py",
     "python -m benchmarks.speed.decode": "tests/benchmarks/test_frontier.py",

@@ -4,6 +4,7 @@ import argparse
 import json
 import random
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.frontier import tasks
 from benchmarks.frontier.tasks import Size, word_runs
 from benchmarks.healing import __main__ as command
+from benchmarks.healing import paper_form
 from benchmarks.healing import recipe as healed
+from mosa_hf import ConversionConfig
 from testing import corpora, pretrained
 from testing.markdown import unwrapped
 from testing.passages import Passage
@@ -113,3 +116,48 @@ def test_processes_that_a_step_cannot_be_shared_among(work, monkeypatch):
     with pytest.raises(ValueError, match="3 processes cannot share 2 examples"):
         run(work)
     assert not work.exists()
+
+
+def test_the_papers_heads_beside_sparse_groups(work, capsys):
+    """Each model is scored before training and after; with more steps it goes on; times are of what is there."""
+    recipe = paper_form.Recipe(
+        (2,),
+        ConversionConfig(window=0, sparsity=4),
+        ConversionConfig(window=5, sparsity=4),
+        steps=2,  # the first has a learning rate of 0
+        scored=(0, 2),
+        tokens=32,
+        rounds=1,
+        decoded=2,
+    )
+
+    def rows(recipe, is_timed=False):
+        paper_form.run(work, recipe, SIZE, work.parent, ORIGIN, is_timed)
+        return [json.loads(line) for line in (work.parent / "paper_form.jsonl").read_text().splitlines()]
+
+    first = rows(recipe)
+    cells = {(row["method"], row["parameters"].get("tokens")): row for row in first}
+    assert cells.keys() == {(paper_form.ORIGINAL, None), *product((paper_form.PAPER, paper_form.SPARSE), (0, 64))}
+    assert len({row["losses"][0] for row in first}) == len(first)  # what was trained is not what it was
+    assert cells[paper_form.ORIGINAL, None]["share"] == 1
+    assert all(row["share"] < 1 for row in first if row["method"] != paper_form.ORIGINAL)
+
+    longer = rows(replace(recipe, steps=3))
+    assert longer[: len(first)] == first
+    assert {row["parameters"]["tokens"] for row in longer[len(first) :]} == {96}
+    assert len(longer) == len(first) + 2 * len(SIZE.texts)
+
+    timed = rows(recipe, is_timed=True)[len(longer) :]
+    assert [row["task"] for row in timed] == [each for each in paper_form.TIMES.values() for _ in range(2)]
+    page = unwrapped((work.parent / "paper_form.md").read_text())
+    sparse = [row for row in first if row["method"] == paper_form.SPARSE and row["parameters"]["tokens"] == 64]
+    assert f"| 2 | sparse groups | 64 | {sum(row['share'] for row in sparse) / len(sparse):.3f} |" in page
+    assert f"{timed[0]['ratio']:.2f}" in page.splitlines()[-1]
+
+
+def test_both_forms_swap_the_same_groups(work):
+    recipe = paper_form.Recipe((3,), ConversionConfig(window=0, sparsity=4), ConversionConfig(window=5, sparsity=4))
+    models = paper_form.Models(work, recipe, SIZE)
+    own = [models.converted(form, 3) for form in (paper_form.PAPER, paper_form.SPARSE)]
+    first, second = (each.config.mosa_conversion["groups"] for each in own)
+    assert len(first) == 3 and first == second
