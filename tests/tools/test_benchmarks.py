@@ -10,6 +10,7 @@ pytestmark = pytest.mark.tools
 
 COMMANDS = {
     "benchmarks.gpu": "--smoke --parts decoding --output {folder}",
+    "benchmarks.speed.calibration": "--width 32 --tokens 64 --windows 1 --layers 1 2",
     "benchmarks.speed.kernels": "--cases smoke-attention smoke-decode smoke-heads --seconds 0.01",
     "benchmarks.speed.latent_decode": "--length 64 --turns 1",
     "benchmarks.speed.training": "--shapes 1,64,4,8 --rounds 1",
