@@ -40,7 +40,7 @@ def kv_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     return decoding_bytes(filled_cache(model, input_ids))
 
 
-class Entries(NamedTuple):
+class EntryCounts(NamedTuple):
     """Tokens whose keys and values the groups of a model keep, summed over layers and groups."""
 
     dense: int
@@ -48,7 +48,7 @@ class Entries(NamedTuple):
     sparse_groups: int
 
 
-def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
+def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> EntryCounts:
     """
     What a cache of `model` has to keep of `input_ids` [1, T] by definition (docs/design.md, section 4), counted from
     what the routers select: of a sparse group the window, and the selected tokens before it.
@@ -64,7 +64,7 @@ def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> Entries:
             far = torch.cat(selected[layer], dim=1)[0, : max(length - group.window, 0), i]
             sparse += min(length, group.window) + int(far.sum())
             num_sparse += 1
-    return Entries(dense, sparse, num_sparse)
+    return EntryCounts(dense, sparse, num_sparse)
 
 
 def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:

@@ -59,7 +59,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class GroupSet:
+class AlikeGroups:
     """Groups of one layer that are alike but for what they select."""
 
     like: Group
@@ -168,11 +168,11 @@ class Arena:
         self.pages: CpuPages | None = None
 
     @staticmethod
-    def _sets_of(groups: Sequence[Group]) -> list[GroupSet]:
+    def _sets_of(groups: Sequence[Group]) -> list[AlikeGroups]:
         alike: dict[tuple, list[int]] = {}
         for index, each in enumerate(groups):
             alike.setdefault((each.window, each.is_dense, each.is_sliding, each.budget), []).append(index)
-        return [GroupSet(groups[members[0]], tuple(members)) for members in alike.values()]
+        return [AlikeGroups(groups[members[0]], tuple(members)) for members in alike.values()]
 
     def bind(self, cache: torch.Tensor) -> None:
         """`cache`: `[N, 1, BLOCK_SIZE, 2 d]`, vLLM's memory."""
