@@ -42,7 +42,14 @@ def atomic_directory(destination: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(destination: Path) -> Iterator[Path]:
-    """A path to write to: the file replaces `destination` when the block ends, and vanishes if the block fails."""
+    """
+    A path to write to: the file replaces `destination` when the block ends, and vanishes if the block fails.
+
+    Raises:
+        IsADirectoryError: if `destination` is a folder.
+    """
+    if destination.is_dir():
+        raise IsADirectoryError(f"{destination} is a folder: name a file in it, or another one.")
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as scratch:
         yield Path(scratch) / destination.name

@@ -103,7 +103,12 @@ def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]
     Args:
         plan: some or all groups of `candidates`.
         candidates: the plan that `fits` are of.
+
+    Raises:
+        ValueError: for fits of another plan.
     """
+    if [fit is not None for fit in fits] != [any(groups) for groups in candidates.layers]:
+        raise ValueError("`fits` must be what `fit_routers` gave for the `candidate_plan` of this model.")
     own: list[RouterFit | None] = []
     for groups, all_groups, fit in zip(plan.layers, candidates.layers, fits, strict=True):
         fitted = sparse_among(all_groups)

@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
 
+from ..arguments import checked
 from ..atomic_write import atomic_directory, check_absent
 from ..compat import dequantized_gguf, exact_attention
 from ..modeling.configuration import SparseGroupsConfig, is_composite, sparse_config_of
@@ -71,6 +72,7 @@ HEADS_OF_OTHERS = (
 )
 
 
+@checked(source="`convert_model` takes a model")
 def convert_checkpoint(
     source: str | os.PathLike,
     destination: str | os.PathLike,

@@ -1,6 +1,5 @@
 """Conversion of a pretrained model in memory: groups of its attention become sparse (docs/design.md, section 6)."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -8,6 +7,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from ..arguments import checked
 from ..modeling.configuration import MosaConfig, SparseGroupsConfig, sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
@@ -22,6 +22,7 @@ from .exactness import check_computes_the_same
 from .windows import calibration_ids
 
 
+@checked(model="`convert_checkpoint` takes names and folders", conversion="`ConversionConfig(sparsity=8)` is one")
 def convert_model(
     model: PreTrainedModel,
     conversion: ConversionConfig,
@@ -52,12 +53,6 @@ def convert_model(
             model that is converted already, impossible group choice, or a calibration that is missing or no text of
             the model; the message names the remedy.
     """
-    if isinstance(model, str | os.PathLike):
-        raise ValueError(
-            f"`model` is the name {str(model)!r}, not a model: `convert_checkpoint` takes names and folders."
-        )
-    if not isinstance(conversion, ConversionConfig):
-        raise ValueError(f"`conversion` must be a `ConversionConfig`, got {conversion!r}.")
     check_convertible(model)
     check_reads_forwards(model)
     of_pictures = is_of_pictures(calibration)
@@ -140,6 +135,7 @@ def check_convertible(model: PreTrainedModel) -> None:
         )
 
 
+@checked()
 def to_dense(model: PreTrainedModel) -> PreTrainedModel:
     """
     The base model of a converted one: the class of its family in Transformers, sharing every weight tensor with

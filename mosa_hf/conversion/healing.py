@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..arguments import checked
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.kv_share import kv_share
 from ..modeling.layers import layer_of
@@ -55,6 +56,7 @@ class HealingTrainer(Trainer):
         ValueError: for a teacher of another vocabulary, and for a `top_k` or `cache_length` below 1.
     """
 
+    @checked()
     def __init__(
         self,
         model: PreTrainedModel,
@@ -128,6 +130,7 @@ class HealingTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+@checked()
 def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
     """
     The original of a converted model, to be taken before adapters are added. It shares the weights that do not learn,

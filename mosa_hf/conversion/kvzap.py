@@ -9,11 +9,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from ..arguments import checked
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.sparse_models import with_sparse_groups
 
 
+@checked()
 @torch.no_grad()
 def load_kvzap(
     model: PreTrainedModel,

@@ -3,10 +3,12 @@
 import copy
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
+from ..arguments import checked
 from ..modeling.configuration import MosaConfig
 from ..modeling.family import family_of
 from ..modeling.modeling_mosa import MosaForCausalLM
@@ -22,10 +24,11 @@ from .windows import calibration_ids
 GATE_BIAS, GATE_SCALE = 8.0, 1e-3
 
 
+@checked()
 def convert_to_native(
     model: LlamaForCausalLM,
     conversion: ConversionConfig,
-    calibration: torch.Tensor | None = None,
+    calibration: torch.Tensor | Sequence[Any] | None = None,
     fits: Sequence[RouterFit | None] | None = None,
 ) -> MosaForCausalLM:
     """
@@ -43,7 +46,7 @@ def convert_to_native(
         ValueError: for another model, a plan or a window; and see `convert_model`.
     """
     if type(model) is not LlamaForCausalLM:
-        raise ValueError(f"The native model takes the weights of a LlamaForCausalLM, not of a {type(model).__name__}.")
+        raise ValueError(f"`model` must have the weights of a LlamaForCausalLM, not of a {type(model).__name__}.")
     if conversion.plan is not None or conversion.window:
         raise ValueError("The paper's heads have no window and one sparsity: leave out `plan` and set `window=0`.")
     config = model.config

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from transformers.utils import CHAT_TEMPLATE_DIR, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..arguments import checked
 from ..safetensors_files import weight_map
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class Source:
         return {name: found[name] for name in LICENSE_FIELDS if isinstance(found.get(name), str)}
 
 
+@checked()
 def find_source(model: str | os.PathLike, *, revision: str | None = None, token: str | bool | None = None) -> Source:
     """
     The files of a model, fetched into the Hub's cache if it is a name there: weights in safetensors, config, tokenizer

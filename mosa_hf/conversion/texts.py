@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..arguments import check_argument, checked
 from .windows import Chat, is_chat
 
 MOST_CHARACTERS = 4_000_000  # that are read of a file of rows, or of a data set
@@ -30,6 +31,13 @@ class Text:
     documents: Sequence[str | Chat]
     name: str
 
+    def __post_init__(self) -> None:
+        is_list = isinstance(self.documents, Sequence) and not isinstance(self.documents, str)
+        if not is_list or not all(isinstance(each, str) or is_chat(each) for each in self.documents):
+            raise ValueError(
+                "`documents` must be a list of texts, and of chats: lists of messages with `role` and `content`."
+            )
+
     @property
     def sha256(self) -> str:
         """Of the documents."""
@@ -39,6 +47,7 @@ class Text:
     def num_characters(self) -> int:
         return sum(map(_length, self.documents))
 
+    @checked()
     def as_string(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """
         All documents, one after the other, chats as the tokenizer's template writes them.
@@ -57,6 +66,7 @@ class Text:
         return "\n\n".join(parts)
 
 
+@checked()
 def read_text(names: str | os.PathLike | Iterable[str | os.PathLike], most_characters: int = MOST_CHARACTERS) -> Text:
     """
     A text by name, or several as one.
@@ -73,7 +83,11 @@ def read_text(names: str | os.PathLike | Iterable[str | os.PathLike], most_chara
         ImportError: for Parquet and data sets without the extra `datasets`.
         ValueError: for files that cannot be read, rows without `text` or `messages`, and what has none at all.
     """
-    listed = [os.fspath(each) for each in ([names] if isinstance(names, str | os.PathLike) else names)]
+    if most_characters < 1:
+        raise ValueError(f"`most_characters` must be at least 1, got {most_characters}.")
+    given = [names] if isinstance(names, str | os.PathLike) else list(names)
+    check_argument("names", given, list[str | os.PathLike], "name files or data sets")
+    listed = [os.fspath(each) for each in given]
     documents: list[str | Chat] = []
     for name in listed:
         own = list(_limited(_documents(name), most_characters))

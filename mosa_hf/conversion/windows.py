@@ -8,6 +8,7 @@ import torch
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ..arguments import checked
 from ..modeling.token_ids import check_no_padding, check_token_ids, padding_token
 
 NUM_WINDOWS, WINDOW_LENGTH = 18, 1024  # that are read of a calibration text where nothing else is said
@@ -15,6 +16,7 @@ NUM_WINDOWS, WINDOW_LENGTH = 18, 1024  # that are read of a calibration text whe
 Chat = Sequence[Mapping[str, Any]]  # messages with `role` and `content`
 
 
+@checked()
 def token_windows(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str | Chat], length: int) -> torch.Tensor:
     """
     All windows of `length` tokens of a text, one after the other: token ids `[N, T]`. What is left at the end is
@@ -40,6 +42,7 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str |
     return cut(input_ids, length)
 
 
+@checked()
 def calibration_windows(
     tokenizer: PreTrainedTokenizerBase,
     text: str | Sequence[str | Chat],

@@ -6,22 +6,31 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from ..arguments import checked
 from ..cache import cache_bytes
 from ..compat import CACHE
 from ..modeling.devices import input_device
+from ..modeling.token_ids import check_token_ids
 
 
+@checked()
 @torch.inference_mode()
 def filled_cache(
     model: PreTrainedModel, input_ids: torch.Tensor, chunk: int = 1024, cache: Cache | None = None
 ) -> Cache:
     """The cache (a dynamic one by default) after reading `input_ids` [1, T]."""
+    if chunk < 1:
+        raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
+    if input_ids.ndim != 2 or not input_ids.numel():
+        raise ValueError(f"`input_ids` must be token ids [1, T], at least one, got shape {list(input_ids.shape)}.")
+    check_token_ids(input_ids, model.config.get_text_config(decoder=True).vocab_size, "input_ids")
     cache = DynamicCache(config=model.config) if cache is None else cache
     for part in input_ids.to(input_device(model)).split(chunk, dim=1):
         model(part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
 
 
+@checked()
 def decoding_bytes(cache: Cache) -> int:
     """
     Bytes that a cache holds while it decodes. After a call of many tokens, upstream's layers with a sliding window
@@ -42,6 +51,7 @@ class CacheMemory:
         context: token ids that it has read.
     """
 
+    @checked()
     def __init__(self, model: PreTrainedModel, context: list[int]):
         self.model = model
         self.cache = filled_cache(model, torch.tensor([context]))

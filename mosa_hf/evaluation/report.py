@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..arguments import check_argument, checked
 from ..atomic_write import atomic_file
 from .memory import CacheMemory
 from .scoring import Sample, Score, score
@@ -33,6 +34,7 @@ class Subject(NamedTuple):
     identity: str = ""
 
 
+@checked()
 def evaluate(
     subjects: list[Subject],
     samples: list[Sample],
@@ -54,13 +56,16 @@ def evaluate(
         for each model and sample the `Score`s of its continuations.
 
     Raises:
-        ValueError: for models of the same name, a file that is no earlier output, and contexts longer than a model
-            reads.
+        ValueError: for models of the same name, samples without tokens, a file that is no earlier output, and
+            contexts longer than a model reads.
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
         raise ValueError(f"Two models have one name in `subjects`: {', '.join(names)}; give another.")
-    for subject in subjects:
+    if not all(each.context and each.continuations and all(one.ids for one in each.continuations) for each in samples):
+        raise ValueError("`samples` has one without tokens: each must have a context, and something to read after it.")
+    for i, subject in enumerate(subjects):
+        check_argument(f"subjects[{i}].model", subject.model, PreTrainedModel, "load it first")
         _check_length(subject, samples)
     path = None if output is None else Path(output)
     known = {} if path is None else _known(path)
@@ -134,12 +139,14 @@ def interval(right: int, answers: int) -> tuple[float, float]:
     return max((centre - half) / (1 + weight), 0.0), min((centre + half) / (1 + weight), 1.0)
 
 
+@checked()
 def summary(task: str, scores: list[Score]) -> dict[str, float]:
     """
     What the scores of one task give: mean `log_probability` of the answers' `tokens`; `perplexity` of a text, else
     answers that are `right`, out of how many; means of `length` and `kv_bytes`.
     """
-    own = _of(task, scores)
+    if not (own := _of(task, scores)):
+        raise ValueError(f"`scores` has none of `task` {task!r}, but of {sorted({each.task for each in scores})}.")
     sums = {field.name: sum(getattr(each, field.name) for each in own) for field in dataclasses.fields(Score)[1:]}
     result = {"log_probability": sums["log_probability"] / sums["tokens"], "tokens": sums["tokens"]}
     if task.startswith(PERPLEXITY):
@@ -149,6 +156,7 @@ def summary(task: str, scores: list[Score]) -> dict[str, float]:
     return result | {"length": sums["length"] / len(own), "kv_bytes": sums["kv_bytes"] / len(own)}
 
 
+@checked(rows="pass `evaluate(...)['rows']`")
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown of `rows_of`: a line for each model, bytes at the mean length of its texts and of its facts."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -188,7 +196,7 @@ def _of(task: str, scores: list[Score]) -> list[Score]:
 
 def _check_length(subject: Subject, samples: list[Sample]) -> None:
     most = getattr(subject.model.config, "max_position_embeddings", None) or math.inf
-    longest = max(len(each.context) + max(len(one.ids) for one in each.continuations) for each in samples)
+    longest = max(len(each.context) + len(one.ids) for each in samples for one in each.continuations)
     if longest > most:
         raise ValueError(
             f"{subject.name} reads at most {most} tokens (`max_position_embeddings`), fewer than the {longest} of the "

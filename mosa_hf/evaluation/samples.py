@@ -3,12 +3,14 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import checked
 from ..conversion.windows import cut, spread
 from . import retrieval
 from .report import PERPLEXITY
 from .scoring import Sample, following
 
 
+@checked()
 def text_samples(
     tokenizer: PreTrainedTokenizerBase, name: str, text: str, context: int, scored: int, slices: int
 ) -> list[Sample]:
@@ -34,6 +36,7 @@ def text_samples(
     return [following(row, context, f"{PERPLEXITY}, {name}") for row in rows]
 
 
+@checked()
 def fact_samples(tokenizer: PreTrainedTokenizerBase, text: str, context: int, contexts: int) -> list[Sample]:
     """
     Stretches of `text` of about `context` tokens with facts in them, and the questions: `contexts` of each kind of
@@ -42,6 +45,8 @@ def fact_samples(tokenizer: PreTrainedTokenizerBase, text: str, context: int, co
     Raises:
         ValueError: for a text that is too short, and for contexts with no room for it beside the facts.
     """
+    if contexts < 1:
+        raise ValueError(f"`contexts` must be at least 1, got {contexts}.")
     start = start_of(tokenizer)
     return [
         Sample(start + sample.context, sample.continuations)

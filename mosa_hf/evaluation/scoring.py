@@ -26,6 +26,12 @@ class Continuation:
     ids: list[int]
     answers: list[tuple[int, int]]
 
+    def __post_init__(self) -> None:
+        if not all(0 < start < stop <= len(self.ids) for start, stop in self.answers):
+            raise ValueError(
+                f"`answers` must be spans of the {len(self.ids)} `ids`, behind the first of them, got {self.answers}."
+            )
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -39,12 +45,20 @@ class Sample:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Sample":
-        """Makes one from `to_dict`, or from JSON of it."""
-        continuations = [
-            Continuation(each["task"], each["ids"], [tuple(span) for span in each["answers"]])
-            for each in content["continuations"]
-        ]
-        return cls(content["context"], continuations)
+        """
+        Makes one from `to_dict`, or from JSON of it.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        try:
+            continuations = [
+                Continuation(each["task"], each["ids"], [tuple(span) for span in each["answers"]])
+                for each in content["continuations"]
+            ]
+            return cls(content["context"], continuations)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"`content` must be what `Sample.to_dict` gave ({error!r}).") from error
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,14 @@ def following(ids: torch.Tensor, context: int, task: str) -> Sample:
     """
     The first `context` of `ids` [T] as a context, and all but one of the others scored. That one is read only, so that
     what is scored was predicted with what the method has left of the context.
+
+    Raises:
+        ValueError: for a context that leaves nothing to score.
     """
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 1:
+        raise ValueError(f"`ids` must be a tensor of token ids [T], got {ids!r}: pass the row of one text.")
+    if not isinstance(context, int) or not 0 < context < len(ids) - 1:
+        raise ValueError(f"`context` must be at least 1, and leave two of the {len(ids)} `ids`, got {context!r}.")
     before, rest = ids[:context].tolist(), ids[context:].tolist()
     return Sample(before, [Continuation(task, rest, [(1, len(rest))])])
 
@@ -87,7 +108,17 @@ class Memory(Protocol):
 
 
 def score(memory: Memory, sample: Sample) -> list[Score]:
-    """The scores of each continuation, after `memory` of the sample's context."""
+    """
+    The scores of each continuation, after `memory` of the sample's context.
+
+    Raises:
+        ValueError: for what is no memory, or no sample.
+    """
+    if not hasattr(memory, "read") or not isinstance(sample, Sample):
+        raise ValueError(
+            "`memory` must have a method `read`, as a `CacheMemory` has, and `sample` be a `Sample`, got objects of "
+            f"class {type(memory).__name__} and {type(sample).__name__}: call `score(memory, sample)`."
+        )
     return [_score(memory, len(sample.context), each) for each in sample.continuations]
 
 

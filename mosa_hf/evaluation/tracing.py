@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import checked
 from ..atomic_write import atomic_file
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
@@ -43,6 +44,7 @@ class TracedGroup:
     selected: torch.Tensor
     until: torch.Tensor | None = None
 
+    @checked()
     def in_cache(self, at: int) -> torch.Tensor:
         """`[T]` bool: the tokens that the group's cache holds once token `at` has been read, it included."""
         position = torch.arange(len(self.selected))
@@ -89,12 +91,14 @@ class TracedText:
         text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
         return files(__package__).joinpath(PAGE).read_text(encoding="utf-8").replace(DATA, text, 1)
 
+    @checked()
     def save(self, path: str | os.PathLike) -> None:
         """Write the page; it replaces another one at once."""
         with atomic_file(Path(path)) as unfinished:
             unfinished.write_text(self.page(), encoding="utf-8")
 
 
+@checked()
 @torch.no_grad()
 def trace_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int | None = None

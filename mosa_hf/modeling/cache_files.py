@@ -21,8 +21,8 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_utils import PreTrainedModel
 
+from ..arguments import checked
 from ..atomic_write import atomic_file
 from ..cache import SparseLayer, set_store_state, states_below, static_length, store_state, upstream_class
 from .devices import execution_device
@@ -39,7 +39,8 @@ PLAIN_STATES: dict[type, tuple[str, ...]] = {
 }
 
 
-def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTrainedModel) -> None:
+@checked()
+def save_cache(past_key_values: Cache, path: str | os.PathLike, model: nn.Module) -> None:
     """
     Write a cache that `model` filled to one safetensors file, from which `load_cache` makes an equal one. A file that
     is there is replaced at once.
@@ -75,7 +76,8 @@ def save_cache(past_key_values: Cache, path: str | os.PathLike, model: PreTraine
         save_file(tensors, unfinished, metadata={"mosa_cache": text, "checksum": checksum(text, tensors)})
 
 
-def load_cache(path: str | os.PathLike, model: PreTrainedModel) -> Cache:
+@checked()
+def load_cache(path: str | os.PathLike, model: nn.Module) -> Cache:
     """
     The cache that `save_cache` wrote, on the devices where the layers of `model` compute.
 

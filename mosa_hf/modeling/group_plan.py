@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..arguments import check_argument, checked
 from ..atomic_write import atomic_file
 
 
@@ -35,6 +36,7 @@ class SparseGroup:
         if not is_number or not 1 <= self.sparsity < math.inf:
             raise ValueError(f"`sparsity` must be a finite number of at least 1, got {self.sparsity!r}.")
 
+    @checked()
     def kept_share(self, num_tokens: int, rate: float | None = None, budget: int | None = None) -> float:
         """
         The share of `num_tokens` tokens that a cache keeps: the window, and what is selected of the rest.
@@ -42,7 +44,12 @@ class SparseGroup:
         Args:
             rate: share of the tokens that is selected; None: 1 / ρ.
             budget: `mosa_cache_budget`.
+
+        Raises:
+            ValueError: for no tokens.
         """
+        if num_tokens < 1:
+            raise ValueError(f"`num_tokens` must be at least 1, got {num_tokens}.")
         near = min(self.window, num_tokens)
         far = (num_tokens - near) * (1 / self.sparsity if rate is None else rate)
         return (near + min(far, math.inf if budget is None else budget)) / num_tokens
@@ -68,7 +75,9 @@ class GroupPlan:
     layers: tuple[tuple[SparseGroup | None, ...], ...]
 
     def __post_init__(self) -> None:
+        check_argument("layers", self.layers, Collection[Any], "`GroupPlan.from_list` reads JSON")
         for layer, groups in enumerate(self.layers):
+            check_argument(f"layers[{layer}]", groups, Collection[Any], "give an entry for each group")
             for group, kind in enumerate(groups):
                 if not isinstance(kind, SparseGroup | None):
                     raise ValueError(
@@ -77,6 +86,7 @@ class GroupPlan:
                     )
 
     @classmethod
+    @checked()
     def uniform(
         cls, num_layers: int, num_groups: int | Sequence[int], group: SparseGroup, dense_layers: Collection[int] = ()
     ) -> "GroupPlan":
@@ -84,10 +94,21 @@ class GroupPlan:
         A plan with the same sparse groups in all layers but those that stay dense.
 
         Args:
+            num_layers: of the model, its dense ones included.
             num_groups: of every layer, or of each.
+            group: what each group of a sparse layer is.
+            dense_layers: counted from 0; they have as many groups, all dense.
+
+        Raises:
+            ValueError: for numbers below 1, and for layers that there are not.
         """
         sizes = [num_groups] * num_layers if isinstance(num_groups, int) else num_groups
-        return cls(tuple(((None if i in dense_layers else group),) * sizes[i] for i in range(num_layers)))
+        check_argument("num_groups", sizes, list[int], "pass a number, or one for each of `num_layers` layers")
+        if len(sizes) != num_layers or min(sizes) < 1:
+            raise ValueError(f"`num_groups` must be at least 1 in each of {num_layers} layers, got {num_groups}.")
+        if outside := set(dense_layers) - set(range(num_layers)):
+            raise ValueError(f"`dense_layers` names {sorted(outside)}, but there are layers 0 to {num_layers - 1}.")
+        return cls(tuple(((None if i in dense_layers else group),) * size for i, size in enumerate(sizes)))
 
     @classmethod
     def of_config(cls, config: Any) -> "GroupPlan":
@@ -112,6 +133,7 @@ class GroupPlan:
         return cls(config.layer_groups())
 
     @classmethod
+    @checked()
     def load(cls, path: str | os.PathLike) -> "GroupPlan":
         """
         Reads a JSON file, `{"layers": [...]}`, see `from_list`.
@@ -128,6 +150,7 @@ class GroupPlan:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    @checked()
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON file that `load` reads, a line for each layer; it replaces another one at once."""
         lines = ",\n".join("    " + json.dumps(groups) for groups in self.to_list())
@@ -191,8 +214,17 @@ class GroupPlan:
         """The `(layer, group)` of every sparse group."""
         return list(self.sparse())
 
+    @checked()
     def with_sparse(self, sparse: Mapping[tuple[int, int], SparseGroup]) -> "GroupPlan":
-        """A plan of as many layers and groups: those of `sparse`, by `(layer, group)`, and all others dense."""
+        """
+        A plan of as many layers and groups: those of `sparse`, by `(layer, group)`, and all others dense.
+
+        Raises:
+            ValueError: for groups that there are not.
+        """
+        known = {(layer, group) for layer, groups in enumerate(self.layers) for group in range(len(groups))}
+        if unknown := sparse.keys() - known:
+            raise ValueError(f"`sparse` names {sorted(unknown)}, which are no (layer, group) of the plan.")
         return GroupPlan(
             tuple(
                 tuple(sparse.get((layer, group)) for group in range(len(groups)))
@@ -210,6 +242,7 @@ class GroupPlan:
         num_groups = sum(map(len, self.layers))
         return f"{table}\n{len(self.sparse_pairs())} of {num_groups} groups sparse (window/sparsity)"
 
+    @checked()
     def plot(self, path: str | os.PathLike, num_tokens: int = 4096) -> None:
         """
         Write a heat map (PNG): what each group's cache keeps of `num_tokens` tokens, layers down, groups across.

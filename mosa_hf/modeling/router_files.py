@@ -15,6 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from ..arguments import checked
 from ..atomic_write import atomic_directory
 from ..safetensors_files import file_headers
 from .configuration import SparseGroupsConfig, sparse_config_of
@@ -31,6 +32,7 @@ OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download", "proxi
 LATER_FIELDS = ("mosa_router_hidden_size",)  # that older folders lack, and of which they mean the default
 
 
+@checked()
 def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_model: str | None = None) -> None:
     """
     Write the routers of a model with sparse groups, what they select, and a model card. The base model's weights are
@@ -74,6 +76,7 @@ def write_routers(
     (directory / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
+@checked()
 def load_routers(model: PreTrainedModel, directory: str | os.PathLike, **fields: Any) -> PreTrainedModel:
     """
     A model with sparse groups that shares the weights of `model`, which is left as it was.

@@ -7,12 +7,14 @@ import torch
 from accelerate.utils.other import is_compiled_module
 from torch import nn
 
+from ..arguments import checked
 from .layers import layer_of
 from .router import MosaRouter
 from .thresholds import mosa_routers
 
 
 @contextmanager
+@checked()
 def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     """
     Record the selections of every call of `model` inside the `with` block.

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from ..arguments import checked
 from .decoder_inputs import decoder_inputs, has_pictures
 from .devices import input_device
 from .forward_context import ForwardContext
@@ -19,6 +20,7 @@ from .token_ids import check_no_padding, check_token_ids, padding_token
 ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
 
 
+@checked()
 @torch.no_grad()
 def calibrate_thresholds(
     model: PreTrainedModel, batches: Iterable[torch.Tensor | Sequence[int] | Mapping[str, torch.Tensor]]
@@ -120,6 +122,8 @@ def read_batch(
             "of them. `mosa_hf.conversion.calibration_windows(tokenizer, texts)` makes them of texts and chats."
         )
     check_token_ids(inputs["input_ids"], config.vocab_size, "batches")
+    if not inputs["input_ids"].numel():
+        raise ValueError("`batches` has one that holds no tokens: leave it out.")
     read = {name: torch.atleast_2d(torch.as_tensor(states)) for name, states in inputs.items()}
     read["input_ids"] = read["input_ids"].long()
     if "attention_mask" not in read:

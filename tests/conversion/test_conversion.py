@@ -145,7 +145,7 @@ def test_impossible_conversions(fields, message):
 
 
 def test_what_is_no_model_or_no_conversion():
-    with pytest.raises(ValueError, match="`model` is the name 'some/base', not a model: `convert_checkpoint`"):
+    with pytest.raises(ValueError, match="`model` must be a model.*got 'some/base': `convert_checkpoint`"):
         convert_model("some/base", ConversionConfig())
     with pytest.raises(ValueError, match="`conversion` must be a `ConversionConfig`, got {'window': 8}"):
         convert_model(tiny_base(), {"window": 8})

@@ -243,14 +243,14 @@ def missing_router_field(work: Path, rng: random.Random) -> str:
 def plan_of_routers(work: Path, rng: random.Random) -> str:
     """A plan that names groups or layers that do not exist."""
     layers, groups = rng.choice([(2, 3), (3, 2), (1, 2), (2, 1), (0, 0), (9, 9)])
-    plan = GroupPlan.uniform(layers, groups, SparseGroup(8, 4)).to_list()
+    plan = [[{"window": 8, "sparsity": 4}] * groups] * layers
     edit_json(work / "routers" / ROUTERS_CONFIG, lambda content: content.update({"mosa_plan": plan}))
     return ROUTERS_CONFIG
 
 
 def plan_of_another_model(work: Path, rng: random.Random) -> str:
     layers, groups = rng.choice([(2, 3), (3, 2), (1, 2), (2, 1), (0, 0), (9, 9), (2, 100), (100, 2)])
-    GroupPlan.uniform(layers, groups, SparseGroup(8, 1)).save(work / "plan.json")
+    GroupPlan(((SparseGroup(8, 1),) * groups,) * layers).save(work / "plan.json")
     return "The plan"
 
 

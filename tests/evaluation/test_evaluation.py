@@ -275,7 +275,7 @@ def test_an_interrupted_run_goes_on(models, samples, tmp_path, monkeypatch):
 def test_what_cannot_be_evaluated(models):
     subject = Subject("original", models["original"])
     with pytest.raises(ValueError, match="Two models have one name"):
-        evaluate([subject, subject], [])
+        evaluate([subject, subject], [following(random_tokens(50), 40, "perplexity, short")])
     with pytest.raises(ValueError, match="original reads at most 2048 tokens.*fewer than the 2051.*shorter context"):
         evaluate([subject], [following(random_tokens(2051), 2000, "perplexity, long")])
 

@@ -107,5 +107,5 @@ def test_calibration_sets_the_selection_rate():
         calibrate_thresholds(model, [])
     with pytest.raises(ValueError, match="`batches` must be several .*pass a list of them"):
         calibrate_thresholds(model, {"input_ids": text[:16]})  # not several
-    with pytest.raises(ValueError, match="has no MoSA heads"):
+    with pytest.raises(ValueError, match="`model` must be a model with a config"):
         calibrate_thresholds(torch.nn.Linear(2, 2), [])
