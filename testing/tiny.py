@@ -168,5 +168,5 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def random_tokens(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(2, 256, shape, generator=torch.Generator().manual_seed(seed))
+def random_tokens(*shape: int, seed: int = 0, vocab_size: int = 256) -> torch.Tensor:
+    return torch.randint(2, vocab_size, shape, generator=torch.Generator().manual_seed(seed))

@@ -16,6 +16,8 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+
 from mosa_hf import MosaConfig, MosaForCausalLM, MosaForSequenceClassification, MosaModel  # noqa: E402
 from mosa_hf.modeling.family import family_of  # noqa: E402
 from testing.tiny import text_tokenizer, tiny_base  # noqa: E402
@@ -120,6 +122,26 @@ def tiny_config(**fields) -> MosaConfig:
 
 def tiny_model(seed: int = 0, **fields) -> MosaForCausalLM:
     return native_form().model(seed, **fields)
+
+
+def tiny_llama(seed: int = 0, **fields) -> LlamaForCausalLM:
+    """The stock model of the same shape."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | fields)).eval()
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """A compiler that has compiled nothing yet."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    """The folder of what `testing` fetches, with nothing in it."""
+    monkeypatch.setenv("MOSA_HF_CACHE", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

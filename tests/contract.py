@@ -4,11 +4,14 @@ cache, each row alone, packed rows and the reference agree; nothing leaks; train
 """
 
 import copy
+from functools import partial
 
 import torch
 from transformers import DynamicCache, StaticCache
 
 from mosa_hf import use_backend
+from testing.difference import max_difference
+from testing.tiny import random_tokens
 
 from .conftest import Form
 
@@ -20,9 +23,7 @@ MASKS = {
 }
 CHUNKS = ([1] * 6 + [9], [11, 1, 1, 5, 1])
 
-
-def random_ids(*shape: int, seed: int = 0, vocab_size: int = 97) -> torch.Tensor:
-    return torch.randint(2, vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+random_ids = partial(random_tokens, vocab_size=97)
 
 
 def padded_batch(padding: str = "left", seed: int = 0) -> dict[str, torch.Tensor]:
@@ -50,10 +51,6 @@ def in_chunks(model, batch: dict[str, torch.Tensor], sizes: list[int], cache) ->
         )
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
-
-
-def max_difference(a: torch.Tensor, b: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
-    return (a - b)[batch["attention_mask"].bool()].abs().max().item()
 
 
 @torch.no_grad()

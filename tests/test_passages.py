@@ -28,14 +28,8 @@ def test_passages_begin_lines_at_even_distances():
         pinned.cut(text, 4, 3000)
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("MOSA_HF_CACHE", str(tmp_path))
-    return tmp_path
-
-
-def test_another_text_than_the_one_that_was_meant_is_refused(cache):
-    (cache / "documentation.txt").write_text("Sphinx, as it never was.\n")
+def test_another_text_than_the_one_that_was_meant_is_refused(empty_cache):
+    (empty_cache / "documentation.txt").write_text("Sphinx, as it never was.\n")
     with pytest.raises(ValueError, match=r"'documentation' in .*tation.txt has the sha256 [0-9a-f]{64}, not f9"):
         pinned.passages("documentation")
     with pytest.raises(ValueError, match="no passages of 'python_docs' are known"):

@@ -10,12 +10,6 @@ from testing import corpora, packages, pretrained
 from testing.packages import SourceUnavailable
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MOSA_HF_CACHE", str(tmp_path))
-    return tmp_path
-
-
 def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
@@ -36,17 +30,17 @@ def test_an_unknown_text_names_those_that_exist():
 @pytest.mark.parametrize(
     "name", ["documentation", "code", "data", "shakespeare", "encyclopaedia", "python_docs", "debian_handbook"]
 )
-def test_a_tool_that_fails_is_reported_with_its_own_words(name, cache, monkeypatch):
+def test_a_tool_that_fails_is_reported_with_its_own_words(name, empty_cache, monkeypatch):
     def fail(command, **options):
         raise subprocess.CalledProcessError(1, command, stderr="W: retrying\nE: no route to host\n")
 
     monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(SourceUnavailable, match="failed: E: no route to host$"):
         corpora.text(name)
-    assert not files(cache)
+    assert not files(empty_cache)
 
 
-def test_a_missing_tool_is_named(cache, monkeypatch):
+def test_a_missing_tool_is_named(empty_cache, monkeypatch):
     def no_such_tool(command, **options):
         raise FileNotFoundError(command[0])
 
@@ -55,7 +49,7 @@ def test_a_missing_tool_is_named(cache, monkeypatch):
         corpora.text("debian_handbook")
 
 
-def test_unknown_debian_package_is_looked_up_in_fresh_lists(cache, monkeypatch):
+def test_unknown_debian_package_is_looked_up_in_fresh_lists(empty_cache, monkeypatch):
     calls = []
 
     def without_lists(command, cwd, **options):
@@ -76,35 +70,35 @@ def test_unknown_debian_package_is_looked_up_in_fresh_lists(cache, monkeypatch):
     assert "update" in calls[1]
 
 
-def test_cached_is_built_once(cache):
+def test_cached_is_built_once(empty_cache):
     def build(scratch):
         (scratch / "made").write_text("whole", encoding="utf-8")
         return scratch / "made"
 
     assert packages.cached("thing", build).read_text(encoding="utf-8") == "whole"
-    assert packages.cached("thing", None) == cache / "thing"
-    assert files(cache) == [cache / "thing"]
+    assert packages.cached("thing", None) == empty_cache / "thing"
+    assert files(empty_cache) == [empty_cache / "thing"]
 
 
-def test_an_interrupted_build_leaves_nothing(cache):
+def test_an_interrupted_build_leaves_nothing(empty_cache):
     def build(scratch):
         (scratch / "made").write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         packages.cached("thing", build)
-    assert list(cache.iterdir()) == []
+    assert list(empty_cache.iterdir()) == []
 
 
-def test_a_folder_that_another_process_finished_first_is_kept(cache):
+def test_a_folder_that_another_process_finished_first_is_kept(empty_cache):
     def build(scratch):
-        for folder in (scratch / "made", cache / "thing"):
+        for folder in (scratch / "made", empty_cache / "thing"):
             folder.mkdir()
             (folder / "owner").write_text(folder.name, encoding="utf-8")
         return scratch / "made"
 
     assert (packages.cached("thing", build) / "owner").read_text(encoding="utf-8") == "thing"
-    assert list(cache.iterdir()) == [cache / "thing"]
+    assert list(empty_cache.iterdir()) == [empty_cache / "thing"]
 
 
 def test_handbook_page_keeps_prose_and_listings_only():

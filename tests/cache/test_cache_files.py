@@ -20,7 +20,7 @@ from mosa_hf.modeling.cache_files import checksum
 
 from ..conftest import FORMS, PLAN, SHAPE, native_form, sparse_form
 from ..contract import random_ids
-from .test_lost_caches import LOST, ONE_WINDOW, SLIDING
+from .test_lost_caches import IDS, LOST, ONE_WINDOW, READ, SLIDING, fed, filled
 
 FILES = {
     **{name: form for name, (form, _) in LOST.items()},
@@ -29,21 +29,8 @@ FILES = {
     "native, budget": native_form(mosa_cache_budget=3, per_layer_config={2: {"sliding_window": 4}}),
     "dense": sparse_form(mosa_plan=[[None] * 3] * 3),
 }
-IDS = random_ids(2, 30)
 PADDING = torch.ones(2, 34, dtype=torch.long)
 PADDING[1, :7] = 0
-READ = 20
-
-
-@torch.no_grad()
-def fed(model, cache, start: int, end: int, **options) -> torch.Tensor:
-    return model(IDS[:, start:end], past_key_values=cache, **options).logits
-
-
-def filled(model, **options):
-    cache = DynamicCache(config=model.config)
-    fed(model, cache, 0, READ, **options)
-    return cache
 
 
 def made_without_a_config(model):

@@ -36,13 +36,13 @@ READ, LENGTHS = 20, (3, 1)  # tokens that a cache is filled with, and of the cal
 
 
 @torch.no_grad()
-def fed(model, cache, start: int, end: int, ids: torch.Tensor = IDS) -> torch.Tensor:
-    return model(ids[:, start:end], past_key_values=cache).logits
+def fed(model, cache, start: int, end: int, ids: torch.Tensor = IDS, **options) -> torch.Tensor:
+    return model(ids[:, start:end], past_key_values=cache, **options).logits
 
 
-def filled(model, make=DynamicCache):
+def filled(model, make=DynamicCache, **options):
     cache = make(config=model.config)
-    fed(model, cache, 0, READ)
+    fed(model, cache, 0, READ, **options)
     return cache
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mosa_hf import ConversionConfig, GroupPlan, convert_checkpoint, convert_model, save_routers
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.router_files import LATER_FIELDS
+from testing.json_files import edit_json
 from testing.tiny import random_tokens, tiny_base
 
 ROUNDS = 10
@@ -40,12 +41,6 @@ def pristine(tmp_path_factory) -> Path:
 
 def shard(work: Path, rng: random.Random) -> Path:
     return rng.choice(sorted((work / "base").glob("*.safetensors")))
-
-
-def edit_json(path: Path, edit: Callable[[dict], None]) -> None:
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
 
 
 def edit_tensors(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:

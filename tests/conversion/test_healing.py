@@ -22,6 +22,7 @@ from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.kv_share import kv_share
 from mosa_hf.modeling.router_files import ROUTERS_NAME
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
+from testing.training_rows import collate
 
 from ..modeling.test_training import windows_of_bytes
 
@@ -34,11 +35,6 @@ def arguments(output_dir, steps: int, **options) -> TrainingArguments:
         output_dir=output_dir, max_steps=steps, report_to=[], use_cpu=True, seed=0, disable_tqdm=True,
         **{"save_strategy": "no", "logging_steps": 10, **defaults, **options},
     )  # fmt: skip
-
-
-def collate(rows):
-    input_ids = torch.stack([row[0] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids}
 
 
 @pytest.fixture(scope="module")

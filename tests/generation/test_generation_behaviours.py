@@ -8,8 +8,6 @@ import torch
 from transformers import (
     DynamicCache,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessor,
     StoppingCriteria,
     cache_utils,
@@ -20,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from mosa_hf import cache_bytes
 from testing.tiny import text_tokenizer
 
-from ..conftest import FORMS, PLAN, SHAPE, Form, native_form, sparse_form
+from ..conftest import FORMS, PLAN, SHAPE, Form, native_form, sparse_form, tiny_llama
 from ..contract import random_ids
 
 NEW_TOKENS = 6
@@ -39,11 +37,6 @@ FP8 = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
 
 def prompt(rows: int = 2, seed: int = 0) -> torch.Tensor:
     return random_ids(rows, PROMPT_LENGTH, seed=seed)
-
-
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE)).eval()
 
 
 def greedy(model, *args, **kwargs) -> torch.Tensor:

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mosa_hf import cache_bytes, load_cache, save_cache, use_backend
 from mosa_hf.modeling.kv_share import planned_bytes
+from testing.difference import max_difference
 
 from ..conftest import PLAN, sparse_form
 from ..contract import (
@@ -18,7 +19,6 @@ from ..contract import (
     check_parity,
     check_training,
     in_chunks,
-    max_difference,
     padded_batch,
     random_ids,
     training_step,

@@ -10,6 +10,8 @@ from mosa_hf.compat import CACHE
 from ..conftest import FORMS, native_form, sparse_form
 from ..contract import check_same_step, padded_batch, training_step
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 ONE_LAYER = {"num_hidden_layers": 1}
 # Upstream compiles a step twice where layers have a sliding window.
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
@@ -34,12 +36,6 @@ def cases(**budgets: int | None) -> pytest.MarkDecorator:
     ]
     slow = [pytest.param(name, None, "inductor", marks=pytest.mark.real) for name in FORMS if "layer" in name]
     return pytest.mark.parametrize("name, budget, compiler", [*own, *slow])
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 def assert_no_graph_break() -> None:

@@ -23,6 +23,7 @@ from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.router_files import save_routers
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin
 from mosa_hf.modeling.sparse_models import with_sparse_groups, without_sparse_groups
+from testing.difference import difference
 from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
 
 from ..contract import check_parity, check_training, padded_batch
@@ -70,10 +71,6 @@ def sparse_model(family: str, budget: int | None = None, router_size: int | None
 @torch.no_grad()
 def logits_of(model, ids: torch.Tensor = IDS) -> torch.Tensor:
     return model(ids, use_cache=False).logits
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 @torch.no_grad()

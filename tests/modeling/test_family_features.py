@@ -19,6 +19,7 @@ from mosa_hf.modeling import attention
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import is_attention
 from mosa_hf.modeling.sparse_models import with_sparse_groups
+from testing.difference import difference
 from testing.tiny import FAMILIES, FIELDS, random_tokens, rope, tiny_base
 
 IDS = random_tokens(2, 30)
@@ -182,10 +183,6 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
     calls = [model(IDS[:, :PREFILL], past_key_values=cache)]
     calls += [model(IDS[:, i : i + 1], past_key_values=cache) for i in range(PREFILL, IDS.shape[1])]
     return torch.cat([call.logits for call in calls], dim=1)
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 @lru_cache(1)

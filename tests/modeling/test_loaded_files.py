@@ -1,7 +1,6 @@
 """Which files are checked when a model is loaded: those that the stock model loads too, and no others."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from transformers import LlamaForCausalLM
 from mosa_hf import MosaLlamaForCausalLM
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
+from testing.json_files import edit_json
 from testing.tiny import random_tokens, tiny_base
 
 from ..conftest import native_form
@@ -34,12 +34,6 @@ def tiny(kind: str):
 @torch.no_grad()
 def logits_of(model) -> torch.Tensor:
     return model(TOKENS, use_cache=False).logits
-
-
-def edit_json(path: Path, edit: Callable[[dict], None]) -> None:
-    content = json.loads(path.read_text())
-    edit(content)
-    path.write_text(json.dumps(content))
 
 
 def truncate(path: Path) -> str:

@@ -18,8 +18,9 @@ from mosa_hf import (
     use_backend,
 )
 from mosa_hf.modeling import attention
+from testing.difference import max_difference
 
-from ..conftest import FORMS, MIXED_LAYERS, SHAPE, native_form, sparse_form, tiny_model
+from ..conftest import FORMS, MIXED_LAYERS, SHAPE, native_form, sparse_form, tiny_llama, tiny_model
 from ..contract import (
     check_packed,
     check_parity,
@@ -28,7 +29,6 @@ from ..contract import (
     check_training,
     in_chunks,
     largest_leak,
-    max_difference,
     padded_batch,
     random_ids,
     training_step,
@@ -229,11 +229,6 @@ def test_expert_choice_cannot_be_decoded(form):
         model(input_ids[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="`mosa_routing='expert_choice'`.*model.eval()"):
         form.model(mosa_routing="expert_choice").train().generate(input_ids, max_new_tokens=2)
-
-
-def tiny_llama(**fields) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE | fields)).eval()
 
 
 def test_mosa_attention_on_a_stock_model():

@@ -47,6 +47,7 @@ from mosa_hf.modeling.decoder_inputs import continued, decoder_inputs
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import decoder_of
 from mosa_hf.modeling.sparse_models import with_sparse_groups
+from testing.difference import difference
 from testing.tiny import SENTENCES, byte_tokenizer, random_tokens
 from testing.tiny_multimodal import (
     END_TO_END,
@@ -95,10 +96,6 @@ def inputs_of(model_type: str, length: int = 24) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def logits_of(model, inputs, **options) -> torch.Tensor:
     return model(**inputs, **{"use_cache": False, **options}).logits
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return (a - b).abs().max().item()
 
 
 def left_padded(inputs, number: int = 5):

@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 
 from mosa_hf import RoutingCallback
+from testing.training_rows import collate
 
 from ..cache.test_cache import propagating
 from ..conftest import native_form, sparse_form
@@ -77,11 +78,6 @@ def test_trainer_logs_shares(name, tmp_path):
         tmp_path, max_steps=2, logging_steps=1, per_device_train_batch_size=8, gradient_accumulation_steps=2,
         report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
-
-    def collate(rows):
-        ids = torch.stack([row[0] for row in rows])
-        return {"input_ids": ids, "labels": ids}
-
     trainer = Trainer(model, arguments, collate, TensorDataset(TOKENS), callbacks=[RoutingCallback()])
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "selected" in entry]

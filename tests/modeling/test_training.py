@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 
 from mosa_hf import calibrate_thresholds, trace_routing
+from testing.training_rows import collate
 
 from ..conftest import native_form, sparse_form
 
@@ -38,11 +39,6 @@ def train(model, output_dir, resume: str | None = None) -> Trainer:
         disable_tqdm=True,
     )  # fmt: skip
     dataset = TensorDataset(windows_of_bytes()[:1000])
-
-    def collate(rows):
-        input_ids = torch.stack([row[0] for row in rows])
-        return {"input_ids": input_ids, "labels": input_ids}
-
     trainer = Trainer(model=model, args=arguments, train_dataset=dataset, data_collator=collate)
     trainer.train(resume_from_checkpoint=resume)
     return trainer

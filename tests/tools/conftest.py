@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+from torch import nn
 
 from mosa_hf import ConversionConfig, convert_checkpoint
 from testing.tiny import byte_tokenizer, tiny_base
@@ -49,6 +51,11 @@ def folders(tmp_path_factory) -> Folders:
         window_length=64,
     )
     return Folders(root / "original", root / "converted")
+
+
+def states_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights and buffers, as they are now."""
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 def shell_environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, Trainin
 
 from testing.tiny import random_tokens
 
-pytestmark = pytest.mark.tools
+pytestmark = [pytest.mark.tools, pytest.mark.usefixtures("fresh_compiler")]
 
 STEPS = 4
 
@@ -20,12 +20,6 @@ class Tokens(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens = random_tokens(32, seed=index)
         return {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
 
 
 def losses(model: PreTrainedModel, folder, **options) -> torch.Tensor:

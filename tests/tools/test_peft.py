@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mosa_hf import calibrate_thresholds, load_routers, save_routers, to_dense, trace_routing
@@ -15,7 +14,7 @@ from testing.tiny import random_tokens, tiny_base
 
 from ..cache.test_cache import propagating
 from ..conftest import FORMS, Form
-from .conftest import Folders
+from .conftest import Folders, states_of
 
 IDS = random_tokens(2, 48) % 97  # the native model's vocabulary
 ROUTERS = {"modules_to_save": ["mosa_router"]}
@@ -54,10 +53,6 @@ def difference(model, logits: torch.Tensor) -> float:
 
 def adapted_modules(model) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def states_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mosa_hf import MosaLlamaForCausalLM, trace_routing
 
 from ..conftest import tiny_model
-from .conftest import TEXT, Folders, plain_shell
+from .conftest import TEXT, Folders, plain_shell, states_of
 
 pytestmark = pytest.mark.tools
 trl = pytest.importorskip("trl")
@@ -74,11 +74,6 @@ rloo = partial(rewarded, trl.RLOOTrainer, trl.RLOOConfig)
 
 def tokenizer_of(model):
     return AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config.name_or_path)
-
-
-def states_of(model) -> dict[str, torch.Tensor]:
-    """Weights and buffers."""
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def changed(before: dict[str, torch.Tensor], model) -> set[str]:

@@ -57,6 +57,12 @@ def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:
     return [torch.randint(2, 256, (length,), generator=generator).tolist() for length in lengths]
 
 
+def llama_and_answers(folder: Path, prompts: Sequence[list[int]]) -> tuple[Path, list[list[int]]]:
+    """A model with every kind of group, and what it writes."""
+    save_tiny(folder, "llama", PLAN)
+    return folder, generated(folder, prompts)
+
+
 @torch.no_grad()
 def generated(path: Path | str, prompts: Sequence[list[int]], new_tokens: int = NEW_TOKENS) -> list[list[int]]:
     """What Transformers' `generate` writes after each prompt alone."""

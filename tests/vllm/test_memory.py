@@ -5,13 +5,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .serving import (
-    PLAN,
     check_nothing_held,
     count_preemptions,
     engine,
     generated,
+    llama_and_answers,
     random_prompts,
-    save_tiny,
     scheduler_of,
     served,
 )
@@ -23,9 +22,7 @@ NUM_BLOCKS = 160
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    save_tiny(path, "llama", PLAN)
-    return path, generated(path, PROMPTS)
+    return llama_and_answers(tmp_path_factory.mktemp("llama"), PROMPTS)
 
 
 def with_blocks(llm, num_blocks: int):

@@ -15,17 +15,24 @@ from vllm.lora.request import LoRARequest
 from mosa_hf import save_routers, to_dense
 from mosa_hf.modeling.router import MosaRouter
 
-from .serving import NEW_TOKENS, PLAN, check_nothing_held, engine, generated, random_prompts, save_tiny, served
+from .serving import (
+    NEW_TOKENS,
+    PLAN,
+    check_nothing_held,
+    engine,
+    generated,
+    llama_and_answers,
+    random_prompts,
+    save_tiny,
+    served,
+)
 
 PROMPTS = random_prompts(1, 5, 40, 70, 150, 333, 600)
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A model with every kind of group, and what it writes."""
-    path = tmp_path_factory.mktemp("llama")
-    save_tiny(path, "llama", PLAN)
-    return path, generated(path, PROMPTS)
+    return llama_and_answers(tmp_path_factory.mktemp("llama"), PROMPTS)
 
 
 @pytest.mark.parametrize("chunk", [64, 256, 4096])

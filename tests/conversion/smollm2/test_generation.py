@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from mosa_hf import ConversionConfig, convert_model, trace_routing
 from mosa_hf.conversion import calibration_windows, convert_to_native
 from testing import corpora
+from testing.difference import max_difference
 
 pytestmark = pytest.mark.real
 NEW_TOKENS = 16
@@ -48,10 +49,6 @@ def in_chunks(model, batch: dict[str, torch.Tensor], sizes: list[int], cache=Non
         )
         start = end
     return torch.cat(logits, dim=1)
-
-
-def max_difference(a: torch.Tensor, b: torch.Tensor, batch: dict[str, torch.Tensor]) -> float:
-    return (a - b)[batch["attention_mask"].bool()].abs().max().item()
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float64, 1e-9)], ids=["float32", "float64"])

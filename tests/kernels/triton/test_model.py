@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from mosa_hf import use_backend
+from testing.difference import max_difference
 
 from ...conftest import Form, native_form, sparse_form
-from ...contract import in_chunks, max_difference
+from ...contract import in_chunks
 
 pytest.importorskip("triton")
 
