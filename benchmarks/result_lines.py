@@ -22,6 +22,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def key(line: dict[str, Any], names: Iterable[str]) -> str:
+    """What tells a line from others: what it has of `names`."""
+    return json.dumps([line[name] for name in names], sort_keys=True)
+
+
+def by_key(path: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The lines of a file that may not exist yet, by `key`; of several with one key the last."""
+    return {key(line, names): line for line in read(path)}
+
+
 def append(path: Path, lines: Lines) -> None:
     """Add `lines` to a file, which may not exist yet, and neither may its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """The lines that `any_model.py` measured, as a table and a picture."""
 
-import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,8 @@ from .. import result_lines
 from ..provenance import about
 
 TELLS_APART = ("base", "method", "parameters", "task", "length", "index", "questions")
-
-
-def key(line: dict[str, Any]) -> str:
-    """What tells a line from others."""
-    return json.dumps([line[name] for name in TELLS_APART], sort_keys=True)
-
-
-def lines(path: Path) -> dict[str, dict[str, Any]]:
-    """Of a file that may not exist yet, by what tells them apart."""
-    return {key(line): line for line in result_lines.read(path)}
+key = partial(result_lines.key, names=TELLS_APART)
+lines = partial(result_lines.by_key, names=TELLS_APART)
 
 
 def write(path: Path, name: str, base: str) -> str:

@@ -1,7 +1,7 @@
 """The table and the picture of what `throughput.py` measured."""
 
-import json
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,8 @@ from ..provenance import about
 
 TELLS_APART = ("task", "index", "model", "settings", "requests", "prompt", "new")
 Line = dict[str, Any]
-
-
-def key(line: Line) -> str:
-    """What tells a line from others."""
-    return json.dumps([line[name] for name in TELLS_APART], sort_keys=True)
-
-
-def lines(path: Path) -> dict[str, Line]:
-    """Of a file that may not exist yet, by what tells them apart."""
-    return {key(line): line for line in result_lines.read(path)}
+key = partial(result_lines.key, names=TELLS_APART)
+lines = partial(result_lines.by_key, names=TELLS_APART)
 
 
 def write(path: Path) -> str:
