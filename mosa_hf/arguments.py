@@ -68,6 +68,7 @@ def check_argument(name: str, value: Any, annotation: Any, remedy: str) -> None:
     """
     Args:
         name: of the argument.
+        value: what was passed.
         annotation: of the argument. What is to be a `list` may be another collection, but not an empty one.
         remedy: what to do instead.
 

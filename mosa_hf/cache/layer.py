@@ -186,6 +186,8 @@ class SparseLayer(MixedLayer):
         As upstream's, for `[B, G, T, d]` of all groups.
 
         Args:
+            key_states, value_states: of the call's tokens, rotated.
+            args, kwargs: as upstream's layer takes them.
             in_forward: what `CacheInForward` says and no other caller knows of.
 
         Returns:

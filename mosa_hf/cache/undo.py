@@ -45,6 +45,7 @@ class UndoRecord:
         Give back to `memory`, which has room for one more entry in every range, what the call took.
 
         Args:
+            memory: of the store, changed in place.
             num_stored: `[B]`, tokens that the memory knew of after the call.
             removed: `[B]`, 1 where the call's token is real, 0 where it was padding.
             window: of the store.

@@ -68,6 +68,8 @@ def one_line_errors(name: str, parser: argparse.ArgumentParser, words: Mapping[s
     What a user can do something about ends the command with one line that names its own options.
 
     Args:
+        name: of the command.
+        parser: of its options.
         words: what messages call by the names of Python's arguments, in this command's words; what has an option of
             the same name needs none.
     """

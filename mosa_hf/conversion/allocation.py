@@ -17,6 +17,7 @@ def candidate_plan(config: SparseGroupsConfig, conversion: ConversionConfig) -> 
 
     Args:
         config: of the model, without a plan.
+        conversion: whose `plan` or `groups` are looked at, with `window` and `sparsity` for the latter.
 
     Raises:
         ValueError: for groups that the model lacks, or that cannot be sparse.
@@ -74,6 +75,7 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
     Args:
         plan: some or all groups of `candidates`.
         candidates: the plan that `fits` are of.
+        fits: of each layer, None for one without sparse groups.
     """
     logits = _tokens(plan, candidates, fits, "predicted")
     least = 1 / next(fit.predicted.shape[1] for fit in fits if fit is not None)  # a token of each window
@@ -103,6 +105,7 @@ def fits_of(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit | None]
     Args:
         plan: some or all groups of `candidates`.
         candidates: the plan that `fits` are of.
+        fits: of each layer, None for one without sparse groups.
 
     Raises:
         ValueError: for fits of another plan.

@@ -230,6 +230,10 @@ def write_converted(
     Write what `convert_source` gave: a directory that appears when it is whole.
 
     Args:
+        converted: the model, maybe without weights.
+        source: what it was converted from, whose files are linked.
+        destination: the directory, which must not exist.
+        routers_only: write the routers alone.
         place: the name that it will have on the Hub, for its card.
     """
     with atomic_directory(destination) as unfinished:

@@ -130,9 +130,11 @@ def second_reading_attention(
     The family's eager attention, block by block of queries; the module's `SecondReading` sees the weights.
 
     Args:
+        module: the attention module.
         query: `[1, H, T, d]`.
         key, value: `[1, G, S, d]`.
         attention_mask: `[1, 1 or H, T, S]`, added to scores.
+        options: of the family's eager attention function.
 
     Returns:
         output `[1, T, H, d]`, and no weights.

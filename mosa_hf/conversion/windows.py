@@ -23,9 +23,11 @@ def token_windows(tokenizer: PreTrainedTokenizerBase, text: str | Sequence[str |
     dropped.
 
     Args:
+        tokenizer: the model's.
         text: one text; or several texts or chats, each a list of messages as the tokenizer's chat template takes
             them. They are read one after the other, texts with an end-of-sequence token after them if the tokenizer
             has one, so that a window may hold the end of one and the beginning of the next.
+        length: tokens of a window.
 
     Raises:
         ValueError: for a text of less than one window, a window of no token, chats without a chat template, and what
@@ -119,6 +121,7 @@ def calibration_ids(calibration: Any, config: PreTrainedConfig) -> torch.Tensor:
             Documents of one length are windows as they are. Others are read one after the other, with the config's
             end-of-sequence token between them if it has one, and cut into windows of at most `WINDOW_LENGTH` tokens,
             which may hold the end of one document and the beginning of the next.
+        config: of the model, or of the language model in it.
 
     Raises:
         ValueError: for what has to be tokenized first, for padded batches, and for what is no token id of the model.

@@ -18,7 +18,18 @@ from ..modeling.token_ids import check_token_ids
 def filled_cache(
     model: PreTrainedModel, input_ids: torch.Tensor, chunk: int = 1024, cache: Cache | None = None
 ) -> Cache:
-    """The cache (a dynamic one by default) after reading `input_ids` [1, T]."""
+    """
+    The cache after reading a text.
+
+    Args:
+        model: a causal language model.
+        input_ids: `[1, T]`.
+        chunk: tokens that are read at once.
+        cache: to fill; None: a dynamic one.
+
+    Raises:
+        ValueError: for what is no token id of the model, and a `chunk` below 1.
+    """
     if chunk < 1:
         raise ValueError(f"`chunk` must be at least 1, got {chunk}.")
     if input_ids.ndim != 2 or not input_ids.numel():

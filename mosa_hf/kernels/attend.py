@@ -7,9 +7,11 @@ def scaled(
     query: torch.Tensor, key: torch.Tensor, scale: float | None = None, softcap: float | None = None
 ) -> torch.Tensor:
     """
-    Scores `[..., R, T, S]` of `query` [..., R, T, d] and `key` [..., S, d] that the R heads share.
+    Scores `[..., R, T, S]` of keys that R heads share.
 
     Args:
+        query: `[..., R, T, d]`.
+        key: `[..., S, d]`.
         scale: factor on q · k; None: d ** -0.5.
         softcap: c of c · tanh(score / c), which bounds the scaled scores; None: none.
     """
@@ -19,9 +21,10 @@ def scaled(
 
 def softmax(scores: torch.Tensor, sinks: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Weights of `scores` [..., S], -inf for what is not read, in float32 at least; all zero where nothing is read.
+    Weights, in float32 at least; all zero where nothing is read.
 
     Args:
+        scores: `[..., S]`, -inf for what is not read.
         sinks: one more score, whose weight is left out; broadcasts to `[...]`.
     """
     dtype = torch.promote_types(scores.dtype, torch.float32)

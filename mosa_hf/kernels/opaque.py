@@ -20,6 +20,7 @@ def opaque_op(
     `function` as the op `mosa::name`, and another for its gradients.
 
     Args:
+        name: of the op, without its namespace.
         function: its output is shaped like its first input, but for the last size.
         parameters: of a schema, in the order of the function's.
         learn: which of them have gradients.

@@ -106,6 +106,7 @@ def mosa_attention_forward(
         softcap: c of c · tanh(score / c).
         s_aux: `[H]`, a sink's score for each query head.
         mosa: None for a layer without sparse groups.
+        kwargs: what else the family hands to its attention function.
 
     Returns:
         output `[B, T, H, d]`, and attention weights `[B, H, T, S]` where the dense groups' implementation gives them

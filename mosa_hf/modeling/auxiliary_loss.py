@@ -17,7 +17,9 @@ def router_loss(logits: torch.Tensor, router: MosaRouter, layout: CallLayout) ->
     tokens and groups (the auxiliary loss of Mixture-of-Depths).
 
     Args:
+        router: of the layer.
         logits: `[B, T, G]` float32, of `router` in a call of this layout.
+        layout: of the call.
 
     Raises:
         ValueError: under reentrant gradient checkpointing, which hands out logits without a graph.

@@ -42,6 +42,7 @@ class SparseGroup:
         The share of `num_tokens` tokens that a cache keeps: the window, and what is selected of the rest.
 
         Args:
+            num_tokens: of one sequence, at least 1.
             rate: share of the tokens that is selected; None: 1 / ρ.
             budget: `mosa_cache_budget`.
 

@@ -15,6 +15,8 @@ def kv_share(config: SparseGroupsConfig, num_tokens: int, rates: Mapping[int, to
     over the layers that have keys and values of their own.
 
     Args:
+        config: of the model, or of the language model in it.
+        num_tokens: of one sequence.
         rates: layer → share of the tokens that each of its sparse groups selects, `[G]`; None: what the plan says.
     """
     kept = []

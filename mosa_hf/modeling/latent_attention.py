@@ -80,6 +80,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
         Args:
             query: `[B, H, T, nope + rope]`, rotated.
             kv_nope, k_rot: `[B, 1, T, rank]` and `[B, 1, T, rope]`, of the call's tokens.
+            mosa: what the mixin hands over.
             window: of the group.
             options: as `attend_expanded` takes them.
 

@@ -47,6 +47,7 @@ def passes_keywords(forward: Callable, callee: str | None = None) -> bool:
     Whether a function hands keyword arguments that it does not know on to what it calls.
 
     Args:
+        forward: the function.
         callee: the name of that; None: whatever it calls.
     """
     function = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))).body[0]
@@ -148,6 +149,7 @@ def attention_modules(decoder: nn.Module, attention_class: type[Attention] | Non
     Place of a layer → its attention module, for the layers of a decoder that have one; see `layer_of`.
 
     Args:
+        decoder: see `decoder_of`.
         attention_class: of the modules; None: whatever `is_attention` finds.
     """
     parts: list[nn.Module] = [part for each in attention_lists(decoder) for part in each]

@@ -84,6 +84,7 @@ class MosaAttention(LlamaAttention):
             mosa_context: what the layers of this model call share.
             attention_mask: of the dense heads, as the attention implementation wants it.
             past_key_values: an upgraded cache.
+            kwargs: of the attention implementation.
 
         Returns:
             output `[B, T, D]` and the dense heads' attention weights, where the implementation gives them.

@@ -122,6 +122,7 @@ def read_routers(
     What a folder of routers makes of a base model.
 
     Args:
+        family: of the base model.
         base: the base model's config.
         directory, fields: see `load_routers`.
         hub: how the Hub is asked for a folder, see `OF_THE_HUB`.

@@ -88,6 +88,7 @@ class SparseGroupsMixin(FamilyAttention):
 
         Args:
             hidden_states: `[B, T, D]`.
+            args, kwargs: as the family's forward takes them.
             mosa_context: what the layers of this model call share.
 
         Raises:

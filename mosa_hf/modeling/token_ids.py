@@ -8,6 +8,7 @@ def check_token_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None
     """
     Args:
         input_ids: of any shape.
+        vocab_size: of the model.
         name: of the argument that they were given as.
 
     Raises:

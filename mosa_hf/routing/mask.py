@@ -87,6 +87,8 @@ def columns_of_mask(
     As `read_mask` where nothing may depend on what the mask holds: in a graph, and on a device that nobody waits for.
 
     Args:
+        attention_mask: `[B, columns]`, or None.
+        batch_size, num_tokens: B and T of the call.
         past_length: where the call's tokens begin in a mask over a static cache; None: they are its last ones.
 
     Raises:
@@ -216,6 +218,8 @@ def check_same_padding(
     Args:
         masks: by layer type. One of a sliding layer may cover the last tokens alone.
         valid: `TokenMask.valid` of the sparse layers' own.
+        num_tokens: T of the call.
+        past_length: tokens that a cache holds before it.
 
     Raises:
         ValueError: for a 4-D mask that says of other tokens of the call that they are padding.

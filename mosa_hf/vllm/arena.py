@@ -220,6 +220,8 @@ class Arena:
         is known before anything is computed. Asks the device nothing.
 
         Args:
+            row: `[B]`, of requests.
+            past: `[B]`, tokens that they have.
             token: `[B]`, their places in the batch; None: they are all of it.
             longest: no request has more tokens.
         """

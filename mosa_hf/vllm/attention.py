@@ -223,6 +223,8 @@ def mosa_attention(
         query, output: `[T, G * R, d]`.
         key, value: `[T, G, d]`.
         logits: `[T, ...]`, of `SparseAttention.route`.
+        layer: counted from the first of the model.
+        arena_name: by which vLLM finds the module that holds the arena.
     """
     context = get_forward_context()
     arena: ArenaLayer = context.no_compile_layers[arena_name]

@@ -80,6 +80,8 @@ class CpuPages:
             query: `[B, G, R, d]`.
             length: `[B, G]` int32, entries of each, at least 1.
             table: `[B, G, N]` int32, their blocks.
+            scale: factor on q · k.
+            softcap: c of c · tanh(score / c); None: none.
             sinks: `[G, R]`.
             output: `[B, G, R, d]`, which this writes.
         """
