@@ -16,9 +16,9 @@ from mosa_hf.compat import CACHE
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import attention_modules, decoder_of
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin
-from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from .decoders import is_wrapper, tiny_decoder
+from .tiny import with_random_routers
 
 NUM_TOKENS, WINDOW, SPARSITY = 24, 4, 4
 TOLERANCE = 1e-4  # relative to the largest logit; or three times what upstream itself differs by
@@ -115,9 +115,7 @@ def check_decoder(model_type: str) -> Findings:
 def sparse_model(model: PreTrainedModel) -> PreTrainedModel:
     """With routers of random weights."""
     fields = {"mosa_sparsity": SPARSITY, "mosa_window": WINDOW, "mosa_gate_slope": 0.0}
-    config = family_of(model.config.model_type).config_class.from_base(model.config, **fields)
-    torch.manual_seed(0)
-    return with_sparse_groups(model, config).eval()
+    return with_random_routers(model, **fields)
 
 
 def _reloaded(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> str | None:

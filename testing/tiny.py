@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from mosa_hf.modeling.family import family_of
+from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 SHAPE = {
     "vocab_size": 256,
@@ -152,6 +153,13 @@ def tiny_base(family: str = "llama", head: str | None = "ForCausalLM", seed: int
             if parameter.ndim == 1:  # which start at 0 or 1, or nearly
                 parameter += 0.3 * torch.randn_like(parameter)
     return model.eval()
+
+
+def with_random_routers(base: PreTrainedModel, seed: int = 0, **fields) -> PreTrainedModel:
+    """`base` with sparse groups; `fields` are its config's `mosa_*`."""
+    config = family_of(base.config.model_type).config_class.from_base(base.config, **fields)
+    torch.manual_seed(seed)
+    return with_sparse_groups(base, config).eval()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -24,7 +24,7 @@ from mosa_hf.modeling.router_files import save_routers
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin
 from mosa_hf.modeling.sparse_models import with_sparse_groups, without_sparse_groups
 from testing.difference import difference
-from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
+from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base, with_random_routers
 
 from ..contract import check_parity, check_training, padded_batch
 
@@ -59,9 +59,7 @@ def sparse_model(family: str, budget: int | None = None, router_size: int | None
     row, base = family_of(family), shared_base(family)
     plan = graded_plan(row.config_class.from_base(base.config))
     fields = {"mosa_plan": plan, "mosa_cache_budget": budget, "mosa_router_hidden_size": router_size}
-    config = row.config_class.from_base(base.config, **fields)
-    torch.manual_seed(1)
-    model = with_sparse_groups(base, config)
+    model = with_random_routers(base, seed=1, **fields)
     calibrate_thresholds(model, [random_tokens(4, 32, seed=2)])
     for router in model.mosa_routers().values():
         router.threshold -= 1e-3  # or rounding decides what becomes of a token at the threshold
@@ -79,7 +77,7 @@ def test_selecting_everything_is_the_original(family):
     row = family_of(family)
     for head in (None, *row.base_head_classes):
         base = shared_base(family) if head == "ForCausalLM" else tiny_base(family, head)
-        model = with_sparse_groups(base, row.config_class.from_base(base.config, mosa_sparsity=1, mosa_window=3))
+        model = with_random_routers(base, mosa_sparsity=1, mosa_window=3)
         assert type(model) is (row.head_classes[head] if head else row.model_class)
         batch = padded_batch()
         tokens = batch["attention_mask"].bool()

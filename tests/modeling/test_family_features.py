@@ -16,11 +16,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from mosa_hf import use_backend
 from mosa_hf.modeling import attention
-from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import is_attention
-from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.difference import difference
-from testing.tiny import FAMILIES, FIELDS, random_tokens, rope, tiny_base
+from testing.tiny import FAMILIES, FIELDS, random_tokens, rope, tiny_base, with_random_routers
 
 IDS = random_tokens(2, 30)
 PREFILL = 22
@@ -165,12 +163,9 @@ def original(family: str) -> PreTrainedModel:
     return tiny_base(family)
 
 
-def sparse(base: PreTrainedModel, family: str, sparsity: float) -> PreTrainedModel:
+def sparse(base: PreTrainedModel, sparsity: float) -> PreTrainedModel:
     """`base` with sparse groups that select one token in `sparsity`, by routers that do not depend on the base."""
-    torch.manual_seed(1)
-    model = with_sparse_groups(
-        base, family_of(family).config_class.from_base(base.config, mosa_sparsity=sparsity, mosa_window=4)
-    )
+    model = with_random_routers(base, seed=1, mosa_sparsity=sparsity, mosa_window=4)
     for router in model.mosa_routers().values():
         nn.init.normal_(router.weight)
     return model
@@ -188,8 +183,8 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 @lru_cache(1)
 def logits_with_everything(family: str) -> dict[str, torch.Tensor]:
     base = original(family)
-    some = sparse(base, family, 3)
-    logits = {"original": logits_of(base), "all": logits_of(sparse(base, family, 1)), "some": logits_of(some)}
+    some = sparse(base, 3)
+    logits = {"original": logits_of(base), "all": logits_of(sparse(base, 1)), "some": logits_of(some)}
     with use_backend("reference"):
         logits["some by reference"] = logits_of(some)
     return logits
@@ -209,7 +204,7 @@ def test_feature(family, feature):
     assert difference(logits["all"], logits["original"]) < CLOSE
     # With less selected it does something still, and the kernels agree with their reference.
     assert difference(logits["some"], logits["original"]) > FAR
-    assert difference(logits_of(sparse(without, family, 3)), logits["some"]) > FAR
+    assert difference(logits_of(sparse(without, 3)), logits["some"]) > FAR
     assert difference(logits["some"], logits["some by reference"]) < CLOSE
 
 
@@ -226,7 +221,7 @@ def test_kernels_are_given_what_scores_need(family, option, operation, monkeypat
         return getattr(kernels, operation)(*args, **options)
 
     monkeypatch.setattr(attention, "backend", lambda *_: kernels._replace(**{operation: dropping}))
-    logits = logits_of(sparse(original(family), family, 1))
+    logits = logits_of(sparse(original(family), 1))
     error = (logits - logits_with_everything(family)["original"]).abs().amax((0, 2))
     prompt, tokens = error.split((PREFILL, len(error) - PREFILL))
     assert (prompt.max() > FAR) == (operation == "sparse_attention")

@@ -29,14 +29,12 @@ from mosa_hf import (
 )
 from mosa_hf.conversion.calibration import fit_routers
 from mosa_hf.kernels.tensors import NEVER, KeyValues, PackedKeyValues
-from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.group_plan import GroupPlan, SparseGroup
 from mosa_hf.modeling.latent_attention import expands_as_known, is_linear, is_plain
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin, sparse_attention_class
-from mosa_hf.modeling.sparse_models import with_sparse_groups
 from mosa_hf.routing.layout import CallLayout
 from testing.decoders import tiny_decoder
-from testing.tiny import random_tokens, tiny_base
+from testing.tiny import random_tokens, tiny_base, with_random_routers
 
 IDS = random_tokens(2, 40)
 WINDOW = 4
@@ -46,12 +44,8 @@ def sparse_model(plan=None, budget: int | None = None, **fields):
     """A DeepSeek-V3 whose random routers select about one token in two; by default, all layers are sparse."""
     base = tiny_base("deepseek_v3", **fields)
     group = {"window": WINDOW, "sparsity": 2}
-    config_class = family_of("deepseek_v3").config_class
-    config = config_class.from_base(
-        base.config, mosa_plan=plan or [[group]] * 3, mosa_cache_budget=budget, mosa_include_first=False
-    )
-    torch.manual_seed(1)
-    return with_sparse_groups(base, config)
+    fields = {"mosa_plan": plan or [[group]] * 3, "mosa_cache_budget": budget, "mosa_include_first": False}
+    return with_random_routers(base, seed=1, **fields)
 
 
 def attention_of(model, layer: int = 0) -> nn.Module:

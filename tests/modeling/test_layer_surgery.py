@@ -9,10 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mosa_hf import GroupPlan, calibrate_thresholds, load_routers, save_routers, to_dense, trace_routing
-from mosa_hf.modeling.family import family_of
-from mosa_hf.modeling.sparse_models import with_sparse_groups
 from mosa_hf.modeling.thresholds import mosa_routers
-from testing.tiny import tiny_base
+from testing.tiny import tiny_base, with_random_routers
 
 from ..conftest import native_form
 
@@ -28,9 +26,7 @@ def stock():
 
 
 def sparse(family: str = "llama", plan=PLAN, **fields):
-    base = tiny_base(family, **{"num_hidden_layers": 4, **fields})
-    torch.manual_seed(1)
-    return with_sparse_groups(base, family_of(family).config_class.from_base(base.config, mosa_plan=plan)).eval()
+    return with_random_routers(tiny_base(family, **{"num_hidden_layers": 4, **fields}), seed=1, mosa_plan=plan)
 
 
 def native(layers=NATIVE):
@@ -139,9 +135,7 @@ def test_routers_are_saved_of_a_model_that_was_only_moved(tmp_path):
 
 def test_a_pruned_base_is_converted(tmp_path):
     """By places too: which layer of a cache a module has is its own affair."""
-    moved = put(stock(), (2, 1, 0, 3), renumber=False)
-    config = family_of("llama").config_class.from_base(moved.config, mosa_plan=PLAN)
-    converted = with_sparse_groups(moved, config).eval()
+    converted = with_random_routers(put(stock(), (2, 1, 0, 3), renumber=False), mosa_plan=PLAN)
     assert [hasattr(layer.self_attn, "mosa_router") for layer in converted.model.layers] == [True, False, True, False]
     assert torch.equal(greedy(converted), greedy(converted, use_cache=False))
     assert torch.equal(logits_of(reload(converted, tmp_path)), logits_of(converted))

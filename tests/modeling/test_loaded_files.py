@@ -10,10 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from mosa_hf import MosaLlamaForCausalLM
-from mosa_hf.modeling.family import family_of
-from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.json_files import edit_json
-from testing.tiny import random_tokens, tiny_base
+from testing.tiny import random_tokens, tiny_base, with_random_routers
 
 from ..conftest import native_form
 
@@ -27,8 +25,7 @@ def tiny(kind: str):
     if kind == "native":
         return native_form().model()
     base = tiny_base()
-    config_class = family_of("llama").config_class
-    return base if kind == "stock" else with_sparse_groups(base, config_class.from_base(base.config, mosa_window=4))
+    return base if kind == "stock" else with_random_routers(base, mosa_window=4)
 
 
 @torch.no_grad()

@@ -46,9 +46,8 @@ from mosa_hf.modeling.configuration import sparse_config_of
 from mosa_hf.modeling.decoder_inputs import continued, decoder_inputs
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import decoder_of
-from mosa_hf.modeling.sparse_models import with_sparse_groups
 from testing.difference import difference
-from testing.tiny import SENTENCES, byte_tokenizer, random_tokens
+from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, with_random_routers
 from testing.tiny_multimodal import (
     END_TO_END,
     FIELDS,
@@ -79,10 +78,7 @@ def base_of(model_type: str):
 @lru_cache
 def sparse_of(model_type: str):
     """With routers of random weights, which share the weights of `base_of`."""
-    base = base_of(model_type)
-    config = family_of(model_type).config_class.from_base(base.config, mosa_sparsity=3, mosa_window=4)
-    torch.manual_seed(1)
-    model = with_sparse_groups(base, config).eval()
+    model = with_random_routers(base_of(model_type), seed=1, mosa_sparsity=3, mosa_window=4)
     calibrate_thresholds(model, [random_tokens(4, 32, seed=2)])
     for router in model.mosa_routers().values():
         router.threshold -= 1e-3  # or rounding decides what becomes of a token at the threshold
@@ -112,7 +108,7 @@ def test_selecting_everything_is_the_original(model_type):
     family, inputs = family_of(model_type), inputs_of(model_type)
     for head in (None, "ForConditionalGeneration"):
         base = base_of(model_type) if head else tiny_multimodal(model_type, None)
-        model = with_sparse_groups(base, family.config_class.from_base(base.config, mosa_sparsity=1, mosa_window=3))
+        model = with_random_routers(base, mosa_sparsity=1, mosa_window=3)
         assert type(model) is (family.head_classes[head] if head else family.model_class)
         for given in (inputs, prompt(base, model_type, picture=False)):
             for options in ({"use_cache": False}, {}):

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 import mosa_hf
 from mosa_hf import MosaConfig, save_routers
 from mosa_hf.modeling.family import family_of
-from mosa_hf.modeling.sparse_models import with_sparse_groups
-from testing.tiny import FAMILIES, random_tokens, tiny_base
+from testing.tiny import FAMILIES, random_tokens, tiny_base, with_random_routers
 
 from ..conftest import MIXED_LAYERS, tiny_model
 
@@ -42,10 +41,8 @@ METHODS = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind.valu
 
 
 def sparse(family: str, **fields) -> PreTrainedModel:
-    base = tiny_base(family)
     fields = {"mosa_sparsity": 4, "mosa_window": 3, "mosa_gate_slope": 0.0, **fields}
-    torch.manual_seed(0)
-    return with_sparse_groups(base, family_of(family).config_class.from_base(base.config, **fields)).eval()
+    return with_random_routers(tiny_base(family), **fields)
 
 
 def adapt(model: PreTrainedModel, method: str, **fields) -> PeftModel:

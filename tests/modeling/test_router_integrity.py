@@ -20,10 +20,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 
 from mosa_hf import ConversionConfig, MosaForCausalLM, MosaLlamaForCausalLM, convert_model, save_routers
-from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.loading import router_tensors_of
-from mosa_hf.modeling.sparse_models import with_sparse_groups
-from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base
+from testing.tiny import EVERY_FAMILY, random_tokens, tiny_base, with_random_routers
 
 from ..conftest import native_form
 
@@ -35,9 +33,7 @@ MODELS = {
 
 
 def sparse_model(family: str = "llama", head: str | None = "ForCausalLM", **fields):
-    base = tiny_base(family, head)
-    torch.manual_seed(0)
-    return with_sparse_groups(base, family_of(family).config_class.from_base(base.config, mosa_window=4, **fields))
+    return with_random_routers(tiny_base(family, head), mosa_window=4, **fields)
 
 
 @torch.no_grad()
