@@ -16,5 +16,6 @@ def is_exported() -> bool:
     Whether this is captured to run elsewhere, `torch.export` or `torch.jit.trace`: on any number of rows and tokens,
     and maybe where nobody knows our operations.
     """
-    # What `torch.compiler.is_exporting()` returns: within `torch.compile`, torch 2.9 takes that function for True.
-    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
+    # What `torch.compiler.is_exporting()` returns: within `torch.compile`, torch 2.9 takes that function for True. And
+    # what `torch.jit.is_tracing()` looks at, without its two calls: every layer asks.
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None

@@ -21,12 +21,11 @@ def is_transformed() -> bool:
     Whether this runs under `vmap`, forward-mode differentiation, or several transforms of `torch.func`. A single
     `grad` is what autograd does.
     """
-    if torch.compiler.is_compiling():
+    is_forward = forward_ad._current_level >= 0
+    if not (is_forward or torch._C._are_functorch_transforms_active()) or torch.compiler.is_compiling():
         return False
-    if forward_ad._current_level >= 0:
+    if is_forward:
         return True
-    if not torch._C._are_functorch_transforms_active():
-        return False
     transforms = [each.key() for each in retrieve_all_functorch_interpreters()]
     return transforms != [torch._C._functorch.TransformType.Grad]
 

@@ -17,10 +17,13 @@ def append_token(
     common: int | None = None,
 ) -> Taken:
     """Same function as `reference.append_token`."""
-    may_look = num_stored.device.type == "cpu" and not torch.compiler.is_compiling()
-    if may_look and common is None and token.valid is None:
+    is_host = num_stored.device.type == "cpu"
+    if common is None and token.valid is None and is_host and not torch.compiler.is_compiling():
         lengths = set(num_stored.tolist())
         common = lengths.pop() if len(lengths) == 1 else None
-    return reference.append_token(
-        entries, token, num_stored, window, budget, notes, common, lambda mask: not may_look or bool(mask.any())
-    )
+    return reference.append_token(entries, token, num_stored, window, budget, notes, common, _is_any)
+
+
+def _is_any(mask: torch.Tensor) -> bool:
+    """Whether a mask holds a True, as far as it may be looked at."""
+    return mask.device.type != "cpu" or torch.compiler.is_compiling() or bool(mask.any())
