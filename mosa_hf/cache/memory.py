@@ -231,12 +231,12 @@ class EntryMemory(Entries):
         # Exporters that take a cache apart build views of the memory as memory of their own.
         if self.last_read is not None and self.last_read.key is self.states["key"]:
             return self.last_read
-        packed = self._packed(self.start, self.length, self.max_length)
-        if torch.compiler.is_compiling() or self.length.device.type != "cpu":
-            return packed
-        is_even = self.is_full and self.stride is not None
-        self.last_read = packed._replace(is_full=True) if is_even else packed._replace(parts=packed.split())
-        return self.last_read
+        is_host = self.length.device.type == "cpu" and not torch.compiler.is_compiling()
+        is_even = is_host and self.is_full and self.stride is not None
+        packed = self._packed(self.start, self.length, self.max_length, is_full=is_even)
+        if is_host:
+            self.last_read = packed = packed if is_even else packed._replace(parts=packed.split())
+        return packed
 
     def remove(self, entry: torch.Tensor, where: torch.Tensor) -> None:
         super().remove(entry, where)

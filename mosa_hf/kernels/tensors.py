@@ -105,8 +105,8 @@ class PackedKeyValues(NamedTuple):
         if self.parts is not None:
             return self.parts
         starts, counts = self.start.flatten().tolist(), self.length.flatten().tolist()
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        return [tuple(x[i:j] for x in self.held()) for i, j in zip(starts, ends, strict=True)]
+        ranges = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        return list(zip(*([x[each] for each in ranges] for x in self.held()), strict=True))
 
     def at(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value `[..., d]` of `entries` [...]."""
@@ -132,19 +132,18 @@ class PackedKeyValues(NamedTuple):
 
     def padded_view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
-        Key and value `[B, G, S, d]` and which slots are filled `[B, G, S]` (None: all), S = `max_length`; no copy
+        Key and value `[B * G, S, d]` and which slots are filled `[B * G, S]` (None: all), S = `max_length`; no copy
         where ranges lie evenly and entries are no codes. Slots that are not filled may hold anything finite.
         """
         filled: torch.Tensor | None = None
         if self.stride is None:
-            entries, filled = self.slots()
+            entries, filled = (x.flatten(0, 1) for x in self.slots())
             return *self.at(entries), filled
         if not self.is_full:
-            filled = torch.arange(self.max_length, device=self.length.device) < self.length[..., None]
+            filled = torch.arange(self.max_length, device=self.length.device) < self.length.flatten()[:, None]
         slots = slice(self.offset, self.offset + self.max_length)
-        num_entries = self.start.numel() * self.stride
-        shape = (*self.start.shape, self.stride)
-        views = (x[:num_entries].view(shape + x.shape[1:])[:, :, slots] for x in self.held())
+        shape = (self.start.numel(), self.stride)
+        views = [x[: shape[0] * shape[1]].view(shape + x.shape[1:])[:, slots] for x in self.held()]
         return *plain(*views), filled
 
 
@@ -192,10 +191,13 @@ class Entries:
             max_length = int(length.max()) if length.numel() else 0
         return self._packed(start, length, max_length, offset)
 
-    def _packed(self, start: torch.Tensor, length: torch.Tensor, max_length: int, offset: int = 0) -> PackedKeyValues:
+    def _packed(
+        self, start: torch.Tensor, length: torch.Tensor, max_length: int, offset: int = 0, is_full: bool = False
+    ) -> PackedKeyValues:
         key, value = self.states["key"], self.states["value"]
-        packed = PackedKeyValues(key, value, start, length, max_length, self.stride, offset)
-        return packed._replace(key_scale=self.states.get("key_scale"), value_scale=self.states.get("value_scale"))
+        key_scale, value_scale = self.states.get("key_scale"), self.states.get("value_scale")
+        ranges = (start, length, max_length, self.stride, offset)
+        return PackedKeyValues(key, value, *ranges, is_full=is_full, key_scale=key_scale, value_scale=value_scale)
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The ranges, padded: entries `[B, G, S]` int64 and which of them are filled."""

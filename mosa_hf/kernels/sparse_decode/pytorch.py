@@ -18,33 +18,31 @@ def sparse_decode(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Same function as `reference.sparse_decode`."""
-    is_cpu = query.device.type == "cpu" and not torch.compiler.is_compiling()
     is_coded = packed.key_scale is not None  # whose ranges are never all decoded at once
     is_even = packed.is_full and packed.stride is not None
-    if is_cpu and (is_coded or (packed.start.numel() <= LOOP and not is_even)):
-        return _one_by_one(query, packed, scale, softcap, sinks)
+    if is_coded or (packed.start.numel() <= LOOP and not is_even):
+        if query.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _one_by_one(query, packed, scale, softcap, sinks)
     if packed.max_length == 0:
         return query.new_zeros(*query.shape[:-1], packed.value.shape[-1])
     key, value, filled = packed.padded_view()
-    mask = None if filled is None else filled.flatten(0, 1)
-    return _all_at_once(query, key.flatten(0, 1), value.flatten(0, 1), scale, softcap, sinks, mask)
+    return _all_at_once(query, key, value, filled, scale, softcap, sinks)
 
 
 def _all_at_once(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    filled: torch.Tensor | None,
     scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
-    filled: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Key and value `[B * G, S, d]`, of which `filled` [B * G, S] are read; None: all."""
     if softcap is None and sinks is None:
         # Fused attention sees a batch of rows x groups, and the heads, which share a group's keys, as its queries.
-        rows, key, value = (states[:, None] for states in (query.flatten(0, 1), key, value))
-        mask = None if filled is None else filled[:, None, None]
-        heads = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        mask, rows = None if filled is None else filled[:, None, None], query.flatten(0, 1)[:, None]
+        heads = F.scaled_dot_product_attention(rows, key[:, None], value[:, None], attn_mask=mask, scale=scale)
         return once(heads).reshape(*query.shape[:-1], -1)
     key, value = (states.unflatten(0, query.shape[:2]) for states in (key, value))
     scores = scaled(query[:, :, :, None], key, scale, softcap)[:, :, :, 0]  # [B, G, R, S]
@@ -65,11 +63,11 @@ def _one_by_one(
     heads = []
     for i, (one, part) in enumerate(zip(query.flatten(0, 1).unbind(), packed.split(), strict=True)):
         key, value = plain(*part)
-        if not len(key):
-            heads.append(one.new_zeros(len(one), value.shape[-1]))
+        if key.shape[0] == 0:
+            heads.append(one.new_zeros(one.shape[0], value.shape[-1]))
         elif is_plain:
-            one, key, value = (states[None, None] for states in (one, key, value))
-            heads.append(once(F.scaled_dot_product_attention(one, key, value, scale=scale))[0, 0])
+            rows, key, value = [states.view(1, 1, *states.shape) for states in (one, key, value)]
+            heads.append(once(F.scaled_dot_product_attention(rows, key, value, scale=scale)).flatten(0, 2))
         else:
             scores = scaled(one[:, None], key, scale, softcap)[:, 0]  # [R, S]
             weights = softmax(scores, None if sinks is None else sinks[i % query.shape[1]])
