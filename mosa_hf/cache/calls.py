@@ -47,9 +47,9 @@ class Question(NamedTuple):
 
 def answers(questions: Sequence[Question | None]) -> list[Counts | None]:
     """What the device says to all of them at once, so that it is waited for once; None: nothing was asked."""
-    asked = [each.flatten() for question in questions if question is not None for each in question.asked]
-    if not asked:
+    if not any(questions):
         return [None] * len(questions)
+    asked = [each.flatten() for question in questions if question is not None for each in question.asked]
     numbers = iter((asked[0] if len(asked) == 1 else torch.cat(asked)).tolist())
     return [
         question and question.answered(*(list(islice(numbers, each.numel())) for each in question.asked))
@@ -100,7 +100,8 @@ class CallLog:
     @property
     def common_length(self) -> int | None:
         """Tokens of every row, if it is known that there has been no padding."""
-        return self.max_tokens if self.max_tokens < NEVER and all(mask is None for mask in self.masks) else None
+        most, padded = self.max_tokens, [mask for mask in self.masks if mask is not None]
+        return most if most < NEVER and not padded else None
 
     def begin(self, mask: torch.Tensor | None, num_columns: int, num_tokens: torch.Tensor | None = None) -> None:
         """A call begins, with padding where `mask` [B, T] is False; `num_tokens` as `SparseStore.begin` takes them."""
@@ -127,7 +128,7 @@ class CallLog:
             self._lose_count()
         else:
             self.num_stored = self.num_stored + new if self.num_next is None else self.num_next
-            self.max_tokens += 1
+            self._max_tokens += 1
         self.num_next = None
 
     def settle(self) -> None:

@@ -36,7 +36,7 @@ class FixedMemory(EntryMemory):
         start = torch.arange(0, length.numel() * self.stride, self.stride, device=length.device).view_as(length)
         return start, [self.stride] * length.numel()
 
-    def may_change(self, states: torch.Tensor) -> bool:
+    def may_change(self, *held: torch.Tensor) -> bool:
         return True
 
     def replaced(self, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -206,13 +206,13 @@ class SparseLayer(MixedLayer):
             return super().update(key_states, value_states, *args, **kwargs)
         layout, questions, reads = self._layout, [], []
         for store, groups in zip(self.stores, self.sparse_groups, strict=True):
-            key, value = (layout.pad_left(take(states, groups, dim=1), dim=2) for states in (key_states, value_states))
-            question, read = store.extend(key, value)
+            key, value = take(key_states, groups, dim=1), take(value_states, groups, dim=1)
+            question, read = store.extend(layout.pad_left(key, dim=2), layout.pad_left(value, dim=2))
             questions.append(question)
             reads.append(read)
         self._read = [read(counts) for read, counts in zip(reads, answers(questions), strict=True)]
-        dense = (take(states, self.dense_groups, dim=1) for states in (key_states, value_states))
-        held = super().update(*dense, *args, **kwargs)
+        key, value = take(key_states, self.dense_groups, dim=1), take(value_states, self.dense_groups, dim=1)
+        held = super().update(key, value, *args, **kwargs)
         # A first call within all windows is plain attention of all groups, which any implementation computes.
         is_first = key_states.shape[2] > 1 and all(store.holds_only(key_states.shape[2]) for store in self.stores)
         return (key_states, value_states) if is_first and is_free() else held
@@ -526,9 +526,14 @@ def sparse_layers(cache: Cache | None) -> list[SparseLayer]:
     return [] if cache is None else [layer for layer in cache.layers if isinstance(layer, SparseLayer)]
 
 
+def _first_sparse_layer(cache: Cache) -> SparseLayer | None:
+    """The first of `sparse_layers`, which knows of all of them what is asked in every call."""
+    return next((layer for layer in cache.layers if isinstance(layer, SparseLayer)), None)
+
+
 def is_upgraded(cache: Cache) -> bool:
     """Whether `upgrade_cache` has seen this cache."""
-    return bool(sparse_layers(cache))
+    return _first_sparse_layer(cache) is not None
 
 
 def static_length(cache: Cache) -> int:
@@ -538,17 +543,19 @@ def static_length(cache: Cache) -> int:
 
 def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
     """`[B]`: the real (not padding) tokens that an upgraded cache has seen; None if none."""
-    return next((layer.num_tokens for layer in sparse_layers(cache)), None)
+    layer = None if cache is None else _first_sparse_layer(cache)
+    return None if layer is None else layer.num_tokens
 
 
 def seen_tokens(cache: Cache) -> torch.Tensor | None:
     """`TokenMask.seen` of the tokens that an upgraded cache has seen."""
-    return next((layer.seen for layer in sparse_layers(cache)), None)
+    layer = _first_sparse_layer(cache)
+    return None if layer is None else layer.seen
 
 
 def note_seen(cache: Cache, seen: torch.Tensor | None) -> None:
     """An upgraded cache is about to see more tokens, and `TokenMask.seen` of all of them is `seen`."""
-    for layer in sparse_layers(cache)[:1]:
+    if (layer := _first_sparse_layer(cache)) is not None:
         layer.seen = seen
 
 

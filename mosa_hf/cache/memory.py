@@ -97,12 +97,9 @@ class EntryMemory(Entries):
         """How many more entries than `lengths` fit into every range."""
         return min((x - y for x, y in zip(self.capacities, lengths, strict=True)), default=1)
 
-    def may_change(self, states: torch.Tensor) -> bool:
-        """Whether `states`, of what is held, may be written to."""
-        return may_change(states)
-
-    def may_change_all(self) -> bool:
-        return all(map(self.may_change, self.states.values()))
+    def may_change(self, *held: torch.Tensor) -> bool:
+        """Whether all of these, of what is held, may be written to."""
+        return may_change(*held)
 
     def replaced(self, counts: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """`new`, which may be written to `counts`."""
@@ -121,7 +118,7 @@ class EntryMemory(Entries):
         those of `kept` that `stays` [B, G, S] names (None: all) are held; the others are left to the caller.
         """
         lengths = self._ask(length) if lengths is None else lengths
-        if self._least_free(lengths) < 0 or stays is not None or not self.may_change_all():
+        if self._least_free(lengths) < 0 or stays is not None or not self.may_change(*self.states.values()):
             self._keep(kept, stays, offset, length, lengths)
         self._set_length(length, lengths)
 
@@ -288,8 +285,8 @@ def _side_by_side(capacity: torch.Tensor) -> torch.Tensor:
     return capacity.flatten().cumsum(0).view_as(capacity) - capacity
 
 
-def may_change(states: torch.Tensor) -> bool:
+def may_change(*held: torch.Tensor) -> bool:
     """Whether a cache may write into its tensors: not if autograd may have saved them, or inference mode made them."""
-    if torch.is_grad_enabled() or states.requires_grad:
+    if torch.is_grad_enabled() or [states for states in held if states.requires_grad]:
         return False
-    return torch.is_inference_mode_enabled() or not states.is_inference()
+    return torch.is_inference_mode_enabled() or not [states for states in held if states.is_inference()]

@@ -122,15 +122,16 @@ class SparseStore:
             What the device has to be asked, and, of its answer, what the queries may read: for a single token a row,
             packed entries, all of which it reads; else (recent, cached) as `sparse_attention` reads them.
         """
-        calls, (selected, score, valid) = self._begun()
+        calls, routing = self._begun()
         memory = self._allocate(key, value, key.shape[1]) if self.memory is None else self.memory
         if self.takes_one_token():
             if torch.is_grad_enabled():  # else nothing reaches a graph
                 key, value = key.detach(), value.detach()
-            self._append_token(memory, calls, key[:, :, 0], value[:, :, 0])
+            self._append_token(memory, calls, routing, key[:, :, 0], value[:, :, 0])
             return None, lambda counts: memory.read()
         if self.is_coded:
             key, value = rounded(key), rounded(value)
+        selected, score, valid = routing
         new = {"key": key, "value": value, "selected": selected} | ({} if score is None else {"score": score})
         kept = self.kept = self._kept(memory, calls)
         recent = self._ring(memory, calls) if self.recent is None else self.recent
@@ -156,8 +157,7 @@ class SparseStore:
         """Whether the call's only token can be added to memory as it is."""
         _, (selected, _, _) = self._begun()
         memory, is_single = self.memory, selected.shape[2] == 1 and self.recent is None and not self.record_past
-        may_change = memory is None or (memory.may_change_all() and memory.may_change(memory.length))
-        return is_single and may_change
+        return is_single and (memory is None or memory.may_change(memory.length, *memory.states.values()))
 
     def holds_only(self, num_columns: int) -> bool:
         """Whether the call of so many tokens is the first, and its queries read all, as they are; asks no device."""
@@ -180,7 +180,7 @@ class SparseStore:
     def evict(self) -> None:
         """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
         self.routed = None
-        if not (self.record_past and self.window):
+        if self.recent is not None and not (self.record_past and self.window):
             self._commit(self.kept, is_final=not self.record_past, counts=self.counts)
         self.counts = None
 
@@ -207,9 +207,9 @@ class SparseStore:
 
     def remember(self, new: KeyValues) -> PackedKeyValues:
         """Append a call's only token, where `takes_one_token`; all that it reads, itself included."""
-        calls, (selected, _, _) = self._begun()
-        memory = self._allocate(new.key, new.value, selected.shape[1]) if self.memory is None else self.memory
-        self._append_token(memory, calls, new.key[:, :, 0], new.value[:, :, 0])
+        calls, routing = self._begun()
+        memory = self._allocate(new.key, new.value, routing[0].shape[1]) if self.memory is None else self.memory
+        self._append_token(memory, calls, routing, new.key[:, :, 0], new.value[:, :, 0])
         self.routed = None
         return memory.read()
 
@@ -238,9 +238,11 @@ class SparseStore:
 
     # One token
 
-    def _append_token(self, memory: EntryMemory, calls: CallLog, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _append_token(
+        self, memory: EntryMemory, calls: CallLog, routing: Routing, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
         """Add a token `[B, G, d]` to every row but those in which it is padding."""
-        _, (selected, score, valid) = self._begun()
+        (selected, score, valid), most = routing, calls.max_tokens
         token = Token(
             key,
             value,
@@ -248,12 +250,12 @@ class SparseStore:
             None if score is None else score[..., 0],
             None if valid is None else valid[:, 0],
         )
-        memory.reserve_one(self.window - calls.max_tokens)  # a ring that is not full takes every token
-        if not memory.may_change(memory.num_evicted):
+        memory.reserve_one(self.window - most)  # a ring that is not full takes every token
+        if self.budget is not None and not memory.may_change(memory.num_evicted):
             memory.num_evicted = memory.num_evicted.clone()
         notes, common = self._can_note(), calls.common_length if valid is None else None
         taken = backend(key).append_token(memory, token, calls.num_stored, self.window, self.budget, notes, common)
-        if calls.max_tokens < self.window:  # no ring is full
+        if taken.overwritten is not None and most < self.window:  # no ring is full
             taken = taken._replace(overwritten=None)
         calls.add_one(token.valid)
         record = UndoRecord(selected.shape[1], *taken) if notes else None
