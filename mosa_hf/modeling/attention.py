@@ -77,6 +77,7 @@ class AttentionModule(Protocol):
     mosa_groups: LayerGroups
     mosa_budget: int | None
     mosa_cache_dtype: str | None
+    attend_latents: Any  # see `LatentAttentionMixin`; None: it has keys and values
 
 
 def mosa_attention_forward(
@@ -127,16 +128,16 @@ def mosa_attention_forward(
         check_has_mosa(module)
         return dense_attention(module, query, key, value, attention_mask, **options)
 
-    if (kwargs.get("sliding_window") or 0) >= module.config.max_position_embeddings:
+    if (own_window := kwargs.get("sliding_window")) and own_window >= module.config.max_position_embeddings:
         kwargs["sliding_window"] = None  # of all positions that there are
     check_options(kwargs, KNOWN)
     if not getattr(module, "is_causal", True):
         raise ValueError(f"`is_causal` of {type(module).__name__} is False. {POSSIBLE}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     groups = module.mosa_groups
-    if (attend := getattr(module, "attend_latents", None)) is not None:  # see `LatentAttentionMixin`
-        window = groups.sets[0].window
-        return attend(query, key, value, mosa, window, scale=scaling, softcap=softcap, sinks=s_aux), None
+    if module.attend_latents is not None:
+        options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+        return module.attend_latents(query, key, value, mosa, groups.sets[0].window, **options), None
     num_groups = groups.num_groups
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
     # A cache that gives all groups' keys has found that out; only some of its call may be captured.
@@ -150,7 +151,7 @@ def mosa_attention_forward(
             if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
                 output = output + 0.0 * gate.sum()
         return output, None
-    query = query.unflatten(1, (num_groups, -1))  # [B, G, R, T, d]
+    query = torch.unflatten(query, 1, (num_groups, -1))  # [B, G, R, T, d]
     sinks = None if s_aux is None else s_aux.view(num_groups, -1)
     outputs: list[torch.Tensor] = []  # of each set of groups, [B, T, G, R, d]
     order: list[int] = []  # of the groups in them

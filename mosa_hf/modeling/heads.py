@@ -67,9 +67,8 @@ class MosaHeads(nn.Module):
             ValueError: for expert-choice routing on top of cached tokens.
         """
         router = active_module(self.router)
-        router.check_cache(cache)
         layout = call.layout.to(hidden_states.device)
-        logits, selected = self.router(hidden_states, call, follows=cache is None)
+        logits, selected = self.router(hidden_states, call, cache, follows=cache is None)
         if call.router_logits is not None:  # the first ones, if checkpointing computes them again
             call.router_logits.setdefault(router, logits)
         needs_score = self.budget is not None or (cache is not None and cache.needs_score)

@@ -82,18 +82,6 @@ class MosaRouter(nn.Module):
         """The rule in force: "expert_choice" or "threshold"."""
         return self.training_routing if self.training else self.inference_routing
 
-    def check_cache(self, cache: SparseLayer | None) -> None:
-        """
-        Raises:
-            ValueError: for expert choice on top of cached tokens.
-        """
-        if cache is not None and self.routing == "expert_choice" and cache.has_tokens():
-            raise ValueError(
-                "'expert_choice' routing selects from a whole sequence at once and cannot continue from a cache. Use "
-                "`model.eval()` of a model that was loaded with `mosa_inference_routing='threshold'`, or pass "
-                "`use_cache=False`."
-            )
-
     def groups_by_sparsity(self) -> dict[float, list[int]]:
         """ρ → the groups that have it."""
         groups: dict[float, list[int]] = {}
@@ -102,12 +90,13 @@ class MosaRouter(nn.Module):
         return groups
 
     def forward(
-        self, hidden_states: torch.Tensor, call: ForwardContext, follows: bool = True
+        self, hidden_states: torch.Tensor, call: ForwardContext, cache: SparseLayer | None = None, follows: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states: `[B, T, D]`.
             call: of the model.
+            cache: the layer's, before it takes in the call's tokens.
             follows: whether thresholds may follow this call's logits: they do in training, of whole sequences, which
                 calls without a cache have.
 
@@ -115,8 +104,16 @@ class MosaRouter(nn.Module):
             logits `[B, T, G]` and selected `[B, T, G]` bool.
 
         Raises:
-            ValueError: in an export, for what is only there to train, or for expert choice.
+            ValueError: for expert choice on top of cached tokens, or in an export; in one, for what is only there to
+                train.
         """
+        routing = self.routing
+        if routing == "expert_choice" and cache is not None and cache.has_tokens():
+            raise ValueError(
+                "'expert_choice' routing selects from a whole sequence at once and cannot continue from a cache. Use "
+                "`model.eval()` of a model that was loaded with `mosa_inference_routing='threshold'`, or pass "
+                "`use_cache=False`."
+            )
         logits = self.logits(hidden_states)
         layout = call.layout.to(logits.device)
         valid, segment, first = layout.valid, layout.segment, layout.first if self.include_first else None
@@ -132,13 +129,13 @@ class MosaRouter(nn.Module):
             )
         follows = follows and learns and not (is_exported() and self.momentum == 1)
         moves = follows and self.momentum < 1
-        if moves or self.routing == "expert_choice":
+        if moves or routing == "expert_choice":
             selected, _ = choice = self._choose(logits.detach(), valid, first, segment)
         if follows:
             self._follow(logits.detach(), choice if moves else None, call)
-        if self.routing == "threshold":
+        if routing == "threshold":
             threshold = self.all_kept(call.thresholds.get(self, self.threshold))
-            selected = select_by_threshold(logits.detach(), threshold, valid, first)
+            selected = select_by_threshold(logits, threshold, valid, first)
         return logits, selected
 
     def all_kept(self, threshold: torch.Tensor) -> torch.Tensor:
@@ -152,9 +149,10 @@ class MosaRouter(nn.Module):
         if torch.is_autocast_enabled(hidden_states.device.type):
             with torch.autocast(hidden_states.device.type, enabled=False):
                 return self.logits(hidden_states)
-        if self.weight.dtype not in PRECISE and not torch.compiler.is_compiling():
+        weight = self.weight
+        if weight.dtype not in PRECISE and not torch.compiler.is_compiling():
             logger.warning_once(
-                f"Routers have been rounded to {self.weight.dtype}, past `model.to`: tokens whose score is close to a "
+                f"Routers have been rounded to {weight.dtype}, past `model.to`: tokens whose score is close to a "
                 "threshold may be selected otherwise than the checkpoint says. Load with "
                 "`from_pretrained(..., dtype=...)`, which leaves them in float32, and leave them out of the mixed "
                 "precision of FSDP."
@@ -164,7 +162,7 @@ class MosaRouter(nn.Module):
         if self.hidden_weight is not None:
             assert self.hidden_bias is not None
             states = F.gelu(F.linear(states, self.hidden_weight.to(dtype), self.hidden_bias.to(dtype)))
-        return F.linear(states, self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        return F.linear(states, weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
     def _learns(self) -> bool:
         weights = (self.weight, self.hidden_weight)

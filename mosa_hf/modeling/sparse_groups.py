@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.utils import logging
 
 from ..cache import CacheInForward, Routed, SparseLayer, SparseSpec
@@ -62,6 +61,7 @@ class SparseGroupsMixin(FamilyAttention):
     mosa_router: MosaRouter
     passes_on: ClassVar[bool]  # whether the family's code hands the attention function what it does not know
     cache_in_forward: type[CacheInForward] = CacheInForward
+    attend_latents = None  # of `LatentAttentionMixin`
     mosa_layer: LayerContext | None = None  # while a family's code runs that hands the attention function nothing
 
     def __reduce__(self) -> tuple:
@@ -97,30 +97,28 @@ class SparseGroupsMixin(FamilyAttention):
         if mosa_context is None and (mosa_context := context_of_place()) is None:
             raise ValueError(f"{type(self).__name__} runs within a MoSA model only: it lacks `mosa_context`.")
         name = CACHE if CACHE in kwargs else "layer_past"
-        past_key_values: Cache | None = kwargs.get(name)
-        cache = None
+        past_key_values: Any = kwargs.get(name)
+        cache: SparseLayer | None = None
         if past_key_values is not None and self.mosa_groups.sets:  # of a parallel process, all groups may be dense
-            cache = cast(SparseLayer, past_key_values.layers[self.layer_idx])
-        router = active_module(self.mosa_router)
-        router.check_cache(cache)
+            cache = past_key_values.layers[self.layer_idx]
+        outer = self.mosa_router
+        router = outer if type(outer) is MosaRouter else active_module(outer)
         layout = mosa_context.layout
-        learns = self._learns(mosa_context)
+        learns = mosa_context.has_grad and self._learns()
         follows = bool(self.mosa_gate_slope) and past_key_values is None
-        logits, selected = self.mosa_router(hidden_states, mosa_context, follows=follows)
+        logits, selected = outer(hidden_states, mosa_context, cache, follows)
         needs_score = self.mosa_budget is not None or (cache is not None and cache.needs_score)
         score = router.score(logits, layout.first) if needs_score else None
-        gate = self._gate(logits, selected, mosa_context)
-
-        def of_set(states, columns):
-            return None if states is None else take(states, columns, dim=2)
-
+        is_biased = self.training and self.mosa_gate_slope and mosa_context.has_grad
+        gate = self._gate(logits, selected, mosa_context) if is_biased else None
         columns = self.mosa_groups.columns
-        routed = [Routed(of_set(selected, own), of_set(score, own)) for own in columns]
+        routed = [
+            Routed(take(selected, own, dim=2), None if score is None else take(score, own, dim=2)) for own in columns
+        ]
         if cache is not None:
             cache.begin(layout, routed)
-            assert past_key_values is not None
             kwargs[name] = self.cache_in_forward(past_key_values)
-        gates = [of_set(gate, own) for own in columns]
+        gates = [None if gate is None else take(gate, own, dim=2) for own in columns]
         call = LayerContext(layout, routed, gates, cache)
         if self.passes_on:
             output, *others = super().forward(hidden_states, *args, mosa=call, **kwargs)
@@ -136,21 +134,19 @@ class SparseGroupsMixin(FamilyAttention):
             output = output + logits[..., :0].sum()
         return output, *others
 
-    def _learns(self, context: ForwardContext) -> bool:
-        """Whether this forward records gradients that routers want; warns if none will reach them."""
-        learns = context.has_grad and any(each.requires_grad for each in self.mosa_router.parameters())
+    def _learns(self) -> bool:
+        """Whether routers want the gradients that this forward records; warns if none will reach them."""
+        learns = any(each.requires_grad for each in self.mosa_router.parameters())
         if self.training and learns and not self.mosa_gate_slope and not torch.compiler.is_compiling():
             warn_of_idle_routers()
         return learns
 
-    def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ForwardContext) -> torch.Tensor | None:
+    def _gate(self, logits: torch.Tensor, selected: torch.Tensor, call: ForwardContext) -> torch.Tensor:
         """
         The routers' gradient `[B, T, G]` (docs/design.md, section 6): a far key's score rises with its margin over the
         threshold. Hard selection has no gradient, and is what evaluation uses. Zero for keys that are not selected,
         which no query reads from afar: under an infinite threshold, theirs would not be finite.
         """
-        if not (self.training and self.mosa_gate_slope and call.has_grad):
-            return None
         router = active_module(self.mosa_router)
         threshold = call.thresholds.get(router, router.threshold)
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
