@@ -34,7 +34,7 @@ def calls_attention_interface(module_class: Any) -> bool:
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module of a decoder is the causal self-attention of a layer, by Transformers' own code or ours."""
-    if getattr(module, "layer_idx", None) is None or not calls_attention_interface(cast(Any, type(module))):
+    if vars(module).get("layer_idx") is None or not calls_attention_interface(cast(Any, type(module))):
         return False
     if type(module).__module__.startswith("mosa_hf."):  # if it is not causal any more, its attention refuses that
         return True
