@@ -140,10 +140,12 @@ def mosa_attention_forward(
         return module.attend_latents(query, key, value, mosa, groups.sets[0].window, **options), None
     num_groups = groups.num_groups
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
+    is_whole = key.shape[1] == num_groups  # else a cache has picked the dense groups'
     # A cache that gives all groups' keys has found that out; only some of its call may be captured.
-    may_be_plain = mosa.cache is not None or (is_free() and not dropout)
+    may_be_plain = (mosa.cache is not None or is_free()) and not (dropout and groups.dense)
     if may_be_plain and module.mosa_cache_dtype is None and _is_within_windows(query, key, groups):
         # Nothing is out of a window: plain causal attention, whatever is selected.
+        options["dropout"] = 0.0  # which sparse groups do not know
         output, _ = dense_attention(module, query, *_fitting(key, value, attention_mask), **options)
         if mosa.cache is not None:
             mosa.cache.evict()
@@ -156,11 +158,13 @@ def mosa_attention_forward(
     outputs: list[torch.Tensor] = []  # of each set of groups, [B, T, G, R, d]
     order: list[int] = []  # of the groups in them
     if groups.dense:
-        own_query, own_key, own_value = take(query, groups.dense, dim=1), key, value
-        if mosa.cache is None:  # which has picked theirs
+        own_query, own_key, own_value, mask = take(query, groups.dense, dim=1), key, value, attention_mask
+        if is_whole:
             own_key, own_value = (take(states, groups.dense, dim=1) for states in (key, value))
+        if is_whole and mosa.cache is not None:
+            own_key, own_value, mask = _fitting(own_key, own_value, mask)
         own_sinks = None if sinks is None else take(sinks, groups.dense, dim=0)
-        outputs.append(_attend_densely(module, own_query, own_key, own_value, attention_mask, own_sinks, options))
+        outputs.append(_attend_densely(module, own_query, own_key, own_value, mask, own_sinks, options))
         order += groups.dense
     for each, routed, gate, read in zip(groups.sets, mosa.routed, mosa.gates, reads, strict=True):
         if read is None:

@@ -66,6 +66,24 @@ def test_it_gets_all_heads(groups, make, seen):
         torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [no_cache, dynamic])
+@pytest.mark.parametrize("groups", [[ONE] * 3, [ONE, NONE, ONE]], ids=["sparse", "mixed"])
+def test_dropout_acts_on_dense_groups_alone(groups, make):
+    model = sparse_form(mosa_plan=[groups] * 3).model(attention_dropout=0.5).train()
+    ids = torch.randint(3, 90, (2, 6))
+
+    def logits(**options):
+        torch.manual_seed(0)
+        return model(ids, **options).logits
+
+    with use_backend("reference"):  # which draws of dense groups only
+        expected = logits(use_cache=False)
+    cache = make(model.config)
+    torch.testing.assert_close(logits(past_key_values=cache, use_cache=cache is not None), expected)
+    is_dropped = not torch.allclose(expected, model.eval()(ids).logits, atol=1e-4)
+    assert is_dropped == (NONE in groups)
+
+
 # flex_attention compiles.
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("groups", [[ONE] * 3, [ONE, NONE, ONE]], ids=["sparse", "mixed"])
