@@ -16,15 +16,16 @@ class FixedMemory(EntryMemory):
 
     Args:
         window, limit: entries of a range: of a ring, and of selected tokens, those in the ring included.
+        max_cache_len: tokens of a row, which are all the entries that a range can need.
         like: see `EntryMemory`.
     """
 
     is_fixed = True
 
-    def __init__(self, window: int, limit: int, *like: Any):
+    def __init__(self, window: int, limit: int, max_cache_len: int, *like: Any):
         self.limit = limit
         # Without a window, a token is appended before the one that makes way for it is evicted.
-        self.stride: int = window + limit + (window == 0)
+        self.stride: int = min(window + limit + (window == 0), max_cache_len)
         self.max_length = self.stride
         super().__init__(*like)
         self._allocate(*self._places(self.length, []))

@@ -484,8 +484,11 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
     layer: Any = cache.layers[layer_idx]
     layer_class: type[CacheLayerMixin] = type(layer)
     capacities: list[int | None] = [None] * len(spec.sets)
+    most = None
     if isinstance(layer, StaticLayer):
-        length = max_cache_len if all(cache.is_sliding) else static_length(cache)
+        # Of more tokens than that a call is refused, if upstream's layers do not go on without the first ones.
+        most = None if all(cache.is_sliding) else static_length(cache)
+        length = max_cache_len if most is None else most
         if length is None:
             raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
         capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
@@ -497,7 +500,7 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
     layer.made_for, layer.owner, layer.num_dense = (layer_idx, spec.plain()), owner, spec.num_dense
     layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
     layer.stores = tuple(
-        SparseStore(each.window, spec.budget, capacity, spec.dtype is not None)
+        SparseStore(each.window, spec.budget, capacity, spec.dtype is not None, most)
         for each, capacity in zip(spec.sets, capacities, strict=True)
     )
     layer._seen = SeenMask()

@@ -40,12 +40,21 @@ class SparseStore:
         capacity: of fixed memory, how many selected tokens there is room for, those in the window included; more are
             evicted as by a budget. None: memory grows.
         is_coded: whether keys and values are stored as codes, so that they are rounded for all who read them.
+        max_cache_len: of fixed memory, so many tokens will a row have at most; None: nobody knows.
     """
 
     is_over: bool | None = None
 
-    def __init__(self, window: int, budget: int | None = None, capacity: int | None = None, is_coded: bool = False):
+    def __init__(
+        self,
+        window: int,
+        budget: int | None = None,
+        capacity: int | None = None,
+        is_coded: bool = False,
+        max_cache_len: int | None = None,
+    ):
         self.window, self.is_coded = window, is_coded
+        self.max_cache_len = NEVER if max_cache_len is None else max_cache_len
         self.is_fixed = capacity is not None
         limits = [limit for limit in (budget, capacity) if limit is not None]
         self.budget = min(limits, default=None)
@@ -172,7 +181,7 @@ class SparseStore:
         """Memory for entries like `key`, `value` [B, ., ., d]."""
         like = key, value, num_groups, self.needs_score or not self.window, self.needs_score, self.is_coded
         if self.is_fixed and self.budget is not None:
-            self.memory = FixedMemory(self.window, self.budget, *like)
+            self.memory = FixedMemory(self.window, self.budget, self.max_cache_len, *like)
         else:
             self.memory = EntryMemory(*like)
         return self.memory
@@ -286,14 +295,14 @@ class SparseStore:
     def _kept(self, memory: EntryMemory, calls: CallLog) -> PackedKeyValues | None:
         """The kept entries; None if there are none, as far as that is known without asking the device."""
         # Of so few tokens memory that grows may have kept some, if there were more until `crop`; but it knows.
-        most = calls.max_tokens if self.is_fixed else memory.max_length
+        most = min(calls.max_tokens, self.max_cache_len) if self.is_fixed else memory.max_length
         if most <= self.window:
             return None
         return memory.behind(self.window, calls.num_stored.clamp(max=self.window)[:, None])
 
     def _ring(self, memory: EntryMemory, calls: CallLog) -> Rows | None:
         """The ring in sequence order, as many tokens as a row may have in it."""
-        length = min(self.window, calls.max_tokens)
+        length = min(self.window, calls.max_tokens, self.max_cache_len)
         return of_ring(memory, calls.num_stored, length, self.window) if length else None
 
     def _question(

@@ -427,6 +427,19 @@ class propagating:
         self.logger.propagate = self.before
 
 
+@pytest.mark.parametrize("window", [36, 40, 10**9])
+@pytest.mark.parametrize("sparsity", [1.0, 4.0])
+def test_a_static_cache_has_room_for_its_tokens_alone(window, sparsity):
+    model = sparse_form(mosa_plan=[[None, *[{"window": window, "sparsity": sparsity}] * 2]]).model(num_hidden_layers=1)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    input_ids = random_ids(2, 40)
+    for start, end in [(0, 7), (7, 8), (8, 37), (37, 38), (38, 39)]:
+        logits_after(model, cache, input_ids[:, start:end])
+    check_continues(model, cache, input_ids)
+    (store,) = cache.layers[0].stores
+    assert len(store.memory.states["key"]) == 2 * 2 * 40 + 1  # rows, groups; and one where nothing is put
+
+
 @pytest.mark.parametrize("name, window", [("native", 0), ("sparse", 16)])
 def test_static_bytes_are_fixed_and_bounded(name, window):
     form = {"native": native_form(), "sparse": sparse_form(mosa_plan=[[None, *[{"window": 16, "sparsity": 16}] * 2]])}
