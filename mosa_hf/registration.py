@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import transformers
 from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG
-from peft.utils import constants
+from peft.utils import constants, transformers_weight_conversion
 from torch.nn.modules.module import _global_module_registration_hooks, register_module_module_registration_hook
 from transformers import AttentionInterface, AutoConfig, AutoModel
 from transformers.configuration_utils import PreTrainedConfig
@@ -62,8 +62,9 @@ AUTO = {
 }
 AUTO_CLASSES: list[Any] = [each for each in vars(modeling_auto).values() if _has_models(each)]
 PROCESSORS = [PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING, VIDEO_PROCESSOR_MAPPING, FEATURE_EXTRACTOR_MAPPING]
-# PEFT's tables by model type: what each of its methods adapts by default.
+# PEFT's tables by model type: what each method adapts by default, and how experts that are one tensor are adapted.
 PEFT_TABLES = [table for name, table in vars(constants).items() if name.startswith("TRANSFORMERS_MODELS_TO_")]
+PEFT_TABLES.append(transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN)
 LORA_TARGETS = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 # For types that PEFT does not know: what makes queries and values, or the latents of values.
 LORA_FALLBACK = ["q_proj", "v_proj", "qkv_proj", "query_key_value", "q_b_proj", "kv_a_proj_with_mqa"]

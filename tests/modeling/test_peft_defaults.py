@@ -1,17 +1,20 @@
 """PEFT's methods as they are by default, without `target_modules`: what works on the stock model works converted."""
 
+import copy
 import sys
 
 import peft
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import mosa_hf
 from mosa_hf import MosaConfig, save_routers
 from mosa_hf.modeling.family import family_of
+from testing.decoders import tiny_decoder
 from testing.tiny import FAMILIES, random_tokens, tiny_base, with_random_routers
 
 from ..conftest import MIXED_LAYERS, tiny_model
@@ -82,7 +85,7 @@ def tables() -> list[dict]:
     found = {id(each): each for module in modules for each in vars(module).values() if isinstance(each, dict)}
     tuners = [getattr(each, "target_module_mapping", None) for each in peft.PEFT_TYPE_TO_TUNER_MAPPING.values()]
     found |= {id(each): each for each in tuners if each}
-    return [each for each in found.values() if each.keys() & {"llama", "gpt_neox", "gemma3_text"}]
+    return [each for each in found.values() if each.keys() & {"llama", "gpt_neox", "gemma3_text", "qwen3_moe"}]
 
 
 def test_every_table_knows_every_type():
@@ -91,8 +94,9 @@ def test_every_table_knows_every_type():
         for family in map(family_of, FAMILIES):
             if family.name in table:
                 assert table[family.config_class.model_type] == table[family.name]
-        is_of_wrapped_attention = hasattr(table["llama"], "k_proj_layer")  # adaption prompts
-        assert is_of_wrapped_attention or table[MosaConfig.model_type] == table["llama"]
+        # Neither attention modules, which adaption prompts wrap, nor experts are like Llama's in the native model.
+        is_of_modules = "llama" not in table or hasattr(table["llama"], "k_proj_layer")
+        assert is_of_modules or table[MosaConfig.model_type] == table["llama"]
     before = [dict(table) for table in tables()]
     mosa_hf.registration.register()
     assert tables() == before
@@ -130,6 +134,40 @@ def test_saved_adapters_load(method, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
     assert torch.equal(loaded.generate(input_ids=IDS, **{**options, "use_cache": False}), tokens)
+
+
+def test_adapters_of_single_experts_are_put_into_the_tensor_of_all(tmp_path):
+    """As Transformers 4 had them, module by module."""
+    base = tiny_decoder("mixtral")
+    size, inner = base.config.hidden_size, base.config.intermediate_size
+    torch.manual_seed(0)
+    state = {
+        f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.lora_{letter}.weight": (
+            0.3 * torch.randn(*((4, num_in) if letter == "A" else (num_out, 4)))
+        )
+        for layer in range(base.config.num_hidden_layers)
+        for expert in range(base.config.num_local_experts)
+        for name, num_in, num_out in [("w1", size, inner), ("w2", inner, size), ("w3", size, inner)]
+        for letter in "AB"
+    }
+    save_file(state, tmp_path / "adapter_model.safetensors")
+    LoraConfig(r=4, lora_alpha=4, target_modules=["w1", "w2", "w3"]).save_pretrained(tmp_path)
+    converted = with_random_routers(base, mosa_sparsity=1, mosa_window=3)
+    stock = base(IDS).logits
+    expected = PeftModel.from_pretrained(base, tmp_path)(IDS).logits
+    assert not torch.allclose(expected, stock, atol=1e-2)
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(converted, tmp_path)(IDS).logits, expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"]])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_experts_are_adapted_as_in_the_original(family, targets):
+    base = tiny_decoder(family)
+    converted = with_random_routers(base, mosa_sparsity=4, mosa_window=3)
+    names = [trained_names(adapt(model, "LORA", target_modules=targets)) for model in (copy.deepcopy(base), converted)]
+    assert names[0] == names[1] and any("experts" in name for name in names[0])
 
 
 def test_an_adaption_prompt_leaves_routers_their_names(tmp_path):
