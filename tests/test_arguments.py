@@ -11,6 +11,7 @@ from mosa_hf import (
     ConversionConfig,
     GroupPlan,
     SparseGroup,
+    cache_bytes,
     calibrate_thresholds,
     calibration_windows,
     convert_checkpoint,
@@ -133,6 +134,7 @@ CALLS = [
     ("path", lambda at: trace_text(at.sparse, TOKENIZER, "A text.").save(None)),
     # Caches.
     ("past_key_values", lambda at: save_cache(at.sparse, at.folder / "new", at.cache)),
+    ("past_key_values", lambda at: cache_bytes(None)),
     ("cache", lambda at: decoding_bytes(None)),
     ("cache", lambda at: decoding_bytes(at.sparse)),
     ("cache", lambda at: decoding_bytes(EncoderDecoderCache(at.cache, at.cache))),

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
+from ..arguments import checked
 from .layer import SparseLayer
 
 
+@checked()
 def cache_bytes(past_key_values: Cache) -> dict[str, int]:
     """
     Bytes that a cache holds, summed over its live tensors.

@@ -13,7 +13,9 @@ LIKE = (torch.zeros(2, 1, 1, 4), torch.zeros(2, 1, 1, 6), 3)  # keys of 4 channe
 
 def memory_of(kind: str) -> EntryMemory:
     has_position, has_score = True, kind == "fixed"
-    return FixedMemory(2, 5, 40, *LIKE, has_position, has_score) if kind == "fixed" else EntryMemory(*LIKE, True, False)
+    return (
+        FixedMemory(2, 5, 40, *LIKE, has_position, has_score) if kind == "fixed" else EntryMemory(*LIKE, True, False)
+    )
 
 
 def append(memory: EntryMemory, number: int) -> torch.Tensor:
