@@ -142,13 +142,15 @@ class LatentAttentionMixin(FamilyLatentAttention):
         return sparse_attention(query[:, :, None], of_heads, layout, window, gate, sinks=sinks, **options)[:, :, 0]
 
     def _expanded_memory(self, packed: PackedKeyValues, num_heads: int) -> PackedKeyValues:
-        """The entries of a cache, head by head: as many ranges `[B, H]` for each that was one."""
-        num_entries = len(packed.key)
-        key, value = (states[0].flatten(0, 1) for states in self.expanded(packed.key[None, None]))
-        first = torch.arange(num_heads, device=key.device) * num_entries
-        evicted_at = None if packed.evicted_at is None else packed.evicted_at.repeat(num_heads)
-        start, length = packed.start + first, packed.length.expand(-1, num_heads)
-        return PackedKeyValues(key, value, start, length, packed.max_length, evicted_at=evicted_at)
+        """The entries of a cache, head by head: as many ranges `[B, H]`, of one length, for each that was one."""
+        latents, _, _ = packed.padded_view()  # row by row: adapters may differ from one to the next
+        key, value = (states.flatten(0, 2) for states in self.expanded(latents[:, None]))
+        evicted_at, (num_rows, stride) = packed.evicted_at, latents.shape[:2]
+        if evicted_at is not None:
+            evicted_at = evicted_at[packed.slots()[0]].expand(-1, num_heads, -1).flatten()
+        start = stride * torch.arange(num_rows * num_heads, device=key.device).view(num_rows, num_heads)
+        length = packed.length.expand(-1, num_heads)
+        return PackedKeyValues(key, value, start, length, stride, stride, evicted_at=evicted_at)
 
     def attend_absorbed(
         self,

@@ -236,6 +236,29 @@ def test_weights_are_those_of_the_moment():
     assert (seen[5] - seen[2]).abs().max() < 1e-4 and (seen[6] - seen[4]).abs().max() < 1e-4
 
 
+def test_adapters_that_differ_by_row():
+    """Of ranges that differ, too: each row's entries are expanded by its own adapter."""
+    model, names = sparse_model(budget=6), ["one", "two", "__base__"]
+    config = LoraConfig(r=2, target_modules=["kv_b_proj"], init_lora_weights=False)
+    model = get_peft_model(model, config, adapter_name="one")
+    model.add_adapter("two", config)
+    model.eval()
+    ids, mask = torch.randint(3, 90, (3, 30)), torch.ones(3, 30, dtype=torch.long)
+    mask[1, :7] = 0
+    options = {"attention_mask": mask, "adapter_names": names}
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False, **options).logits
+        cache = DynamicCache(config=model.config)
+        logits = []
+        for start, end in [(0, 17), (17, 18), (18, 25), (25, 26), (26, 30)]:
+            part = {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end], "adapter_names": names}
+            logits.append(model(past_key_values=cache, **part).logits)
+        assert (torch.cat(logits, dim=1) - expected)[mask.bool()].abs().max() < 1e-4
+        model.set_adapter("two")
+        alone = model(input_ids=ids[1:2], attention_mask=mask[1:2], use_cache=False).logits
+        assert (alone - expected[1:2])[mask[1:2].bool()].abs().max() < 1e-4
+
+
 class Rounded(nn.Module):
     """A projection whose weight is stored in another form, as quantised ones are."""
 
