@@ -27,7 +27,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mosa_hf import MosaConfig, use_backend
 from mosa_hf.kernels import backend
-from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues, rotate
+from mosa_hf.kernels.entries import PackedKeyValues
+from mosa_hf.kernels.rotary import rotate
+from mosa_hf.kernels.tensors import KeyValues
 from mosa_hf.modeling.forward_context import ForwardContext
 from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import CallLayout, TokenMask

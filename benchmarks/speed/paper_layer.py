@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mosa_hf.kernels.tensors import rotate
+from mosa_hf.kernels.rotary import rotate
 from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing.selection import num_selected
 

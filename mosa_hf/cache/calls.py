@@ -26,8 +26,8 @@ class Counts(NamedTuple):
     up_to: torch.Tensor | None = None  # [B, G, F] int64, see `KeyValues.far_up_to`
 
 
-class Question(NamedTuple):
-    """`Counts` before the host knows; see `answers`."""
+class PendingCounts(NamedTuple):
+    """`Counts` before the host knows them; see `fetch_counts`."""
 
     length: torch.Tensor
     up_to: torch.Tensor
@@ -35,9 +35,7 @@ class Question(NamedTuple):
     compares: bool  # whether a budget does
     asked: tuple[torch.Tensor, ...]  # [B, G] each: `length`, and what does not follow from it
 
-    def answered(
-        self, lengths: list[int], joined: list[int] | None = None, compared: list[int] | None = None
-    ) -> Counts:
+    def known(self, lengths: list[int], joined: list[int] | None = None, compared: list[int] | None = None) -> Counts:
         if joined is None:
             assert isinstance(self.before, int)
             joined = compared = [length - self.before for length in lengths]
@@ -45,16 +43,13 @@ class Question(NamedTuple):
         return Counts(self.length, lengths, max(joined, default=0), num_selected, self.up_to)
 
 
-def answers(questions: Sequence[Question | None]) -> list[Counts | None]:
-    """What the device says to all of them at once, so that it is waited for once; None: nothing was asked."""
-    if not any(questions):
-        return [None] * len(questions)
-    asked = [each.flatten() for question in questions if question is not None for each in question.asked]
+def fetch_counts(pending: Sequence[PendingCounts | None]) -> list[Counts | None]:
+    """All of them, of which the device is asked at once and waited for once; None: nothing was to be asked."""
+    if not any(pending):
+        return [None] * len(pending)
+    asked = [each.flatten() for one in pending if one is not None for each in one.asked]
     numbers = iter((asked[0] if len(asked) == 1 else torch.cat(asked)).tolist())
-    return [
-        question and question.answered(*(list(islice(numbers, each.numel())) for each in question.asked))
-        for question in questions
-    ]
+    return [one and one.known(*(list(islice(numbers, each.numel())) for each in one.asked)) for one in pending]
 
 
 class CallLog:
@@ -146,9 +141,9 @@ class CallLog:
         num_ring = self.num_tokens.clamp(max=window)[:, None] if common is None else min(common, window)
         return num_ring if num_kept is None else num_ring + num_kept
 
-    def question(
+    def pending_counts(
         self, joins: torch.Tensor, num_kept: torch.Tensor | None, compared: torch.Tensor | None, window: int
-    ) -> Question:
+    ) -> PendingCounts:
         """Of the recent tokens `[B, G, F]` those that `joins` the kept ones, and those `compared` with by a budget."""
         up_to, before = joins.cumsum(-1), self.num_before(num_kept, window)
         joined = up_to[..., -1] if joins.shape[-1] else joins.sum(-1)
@@ -157,7 +152,7 @@ class CallLog:
             asked: tuple[torch.Tensor, ...] = (length,)
         else:
             asked = (length, joined) if compared is None else (length, joined, compared.sum(-1))
-        return Question(length, up_to, before, compared is not None, asked)
+        return PendingCounts(length, up_to, before, compared is not None, asked)
 
     def _lose_count(self) -> None:
         """What follows may be captured, and run without us."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.tensors import Entries
+from ..kernels.entries import Entries
 from .memory import EntryMemory
 
 

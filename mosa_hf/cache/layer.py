@@ -19,9 +19,10 @@ from transformers.cache_utils import (
 
 from ..compat import QuantizedLayer
 from ..kernels import is_free
-from ..kernels.tensors import Readable, take
+from ..kernels.entries import Readable
+from ..kernels.indexing import take
 from ..routing.layout import CallLayout
-from .calls import answers
+from .calls import fetch_counts
 from .dense import PreallocatedDynamicLayer
 from .fixed_memory import static_capacity
 from .store import SparseStore
@@ -204,13 +205,13 @@ class SparseLayer(MixedLayer):
             )
         if self.dense_groups is None:
             return super().update(key_states, value_states, *args, **kwargs)
-        layout, questions, reads = self._layout, [], []
+        layout, pending, reads = self._layout, [], []
         for store, groups in zip(self.stores, self.sparse_groups, strict=True):
             key, value = take(key_states, groups, dim=1), take(value_states, groups, dim=1)
-            question, read = store.extend(layout.pad_left(key, dim=2), layout.pad_left(value, dim=2))
-            questions.append(question)
+            counts, read = store.extend(layout.pad_left(key, dim=2), layout.pad_left(value, dim=2))
+            pending.append(counts)
             reads.append(read)
-        self._read = [read(counts) for read, counts in zip(reads, answers(questions), strict=True)]
+        self._read = [read(counts) for read, counts in zip(reads, fetch_counts(pending), strict=True)]
         key, value = take(key_states, self.dense_groups, dim=1), take(value_states, self.dense_groups, dim=1)
         held = super().update(key, value, *args, **kwargs)
         # A first call within all windows is plain attention of all groups, which any implementation computes.

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..kernels.entry_codes import encoded
-from ..kernels.tensors import NEVER, Entries, PackedKeyValues, Rows
+from ..kernels.entries import Entries, PackedKeyValues
+from ..kernels.entry_codes import Rows, encoded
+from ..kernels.tensors import NEVER
 
 SLACK = 64  # one free entry for so many that a range holds: little memory against a copy of all for each new entry
 AHEAD = 16  # entries that a range may have free for tokens which are sure to come

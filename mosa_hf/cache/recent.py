@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from ..kernels.entry_codes import decoded
-from ..kernels.tensors import KeyValues, PackedKeyValues, Rows, gather_slots
+from ..kernels.entries import PackedKeyValues
+from ..kernels.entry_codes import Rows, decoded
+from ..kernels.indexing import gather_slots
+from ..kernels.tensors import KeyValues
 from ..routing.layout import padding_first
 from .memory import EntryMemory
 

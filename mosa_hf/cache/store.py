@@ -7,10 +7,11 @@ import torch
 from ..kernels import backend
 from ..kernels.append_token.reference import Token
 from ..kernels.capture import is_captured
-from ..kernels.entry_codes import rounded
-from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues, Readable, Rows
+from ..kernels.entries import PackedKeyValues, Readable
+from ..kernels.entry_codes import Rows, rounded
+from ..kernels.tensors import NEVER, KeyValues
 from ..routing.budget import evicted_at, within_budget
-from .calls import CallLog, Counts, Question, answers
+from .calls import CallLog, Counts, PendingCounts, fetch_counts
 from .fixed_memory import FixedMemory
 from .memory import EntryMemory
 from .recent import after_kept, cropped, extended, of_ring, of_selected
@@ -120,7 +121,7 @@ class SparseStore:
         self.calls.begin(mask, selected.shape[2], num_tokens)
         self.routed = selected, score if self.needs_score else None, valid
 
-    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[Question | None, Read]:
+    def extend(self, key: torch.Tensor, value: torch.Tensor) -> tuple[PendingCounts | None, Read]:
         """
         Take in the call's tokens.
 
@@ -151,7 +152,7 @@ class SparseStore:
             recent["selected"] = recent["selected"] & filled
         self.recent = recent
         num_far = max(recent["selected"].shape[-1] - self.window, 0)
-        question, ranked = self._question(recent, kept, num_far)
+        pending, ranked = self._pending_counts(recent, kept, num_far)
 
         def read(counts: Counts | None) -> tuple[KeyValues, PackedKeyValues | None]:
             self.counts = counts
@@ -160,7 +161,7 @@ class SparseStore:
             far = (None, None) if counts is None else (counts.num_far, counts.up_to)
             return KeyValues(key, value, position, filled, selected, evicted, recent.get("score"), *far), cached
 
-        return question, read
+        return pending, read
 
     def takes_one_token(self) -> bool:
         """Whether the call's only token can be added to memory as it is."""
@@ -209,8 +210,8 @@ class SparseStore:
         kept = self.kept = None if self.memory is None else self._kept(self.memory, calls)
         recent = {"position": position[:, None].expand_as(selected), "selected": selected}
         recent |= {} if score is None else {"score": score}
-        question, ranked = self._question(recent, kept, selected.shape[2] if selected.shape[2] > 1 else None)
-        (self.counts,) = answers([question])
+        pending, ranked = self._pending_counts(recent, kept, selected.shape[2] if selected.shape[2] > 1 else None)
+        (self.counts,) = fetch_counts([pending])
         evicted, kept = self._evictions(kept, *ranked)
         return kept, evicted
 
@@ -305,9 +306,9 @@ class SparseStore:
         length = min(self.window, calls.max_tokens, self.max_cache_len)
         return of_ring(memory, calls.num_stored, length, self.window) if length else None
 
-    def _question(
+    def _pending_counts(
         self, recent: Rows, kept: PackedKeyValues | None, num_far: int | None
-    ) -> tuple[Question | None, tuple[Rows, MaybeTensor]]:
+    ) -> tuple[PendingCounts | None, tuple[Rows, MaybeTensor]]:
         """
         What to ask if the first `num_far` of the recent tokens `[B, G, S]` will leave the window, and maybe join the
         kept entries; and what a budget compares, as `after_kept` gives it.
@@ -317,8 +318,8 @@ class SparseStore:
         if num_far is None or not (num_far or may_evict) or is_captured():
             return None, (ranked, entries)
         compared, length = ranked["selected"] if may_evict else None, None if kept is None else kept.length
-        question = self._begun()[0].question(recent["selected"][..., :num_far], length, compared, self.window)
-        return question, (ranked, entries)
+        pending = self._begun()[0].pending_counts(recent["selected"][..., :num_far], length, compared, self.window)
+        return pending, (ranked, entries)
 
     def _evictions(
         self, kept: PackedKeyValues | None, ranked: Rows, entries: MaybeTensor

@@ -13,7 +13,7 @@ import torch
 
 from .capture import is_captured, is_exported
 from .derivatives import is_transformed
-from .tensors import TRITON_HEAD_DIM
+from .head_dim import TRITON_HEAD_DIM
 
 
 class Backend(NamedTuple):

@@ -13,8 +13,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..cache import GroupSet, Routed
 from ..kernels import backend, is_free
+from ..kernels.entries import PackedKeyValues, Readable
 from ..kernels.entry_codes import rounded
-from ..kernels.tensors import KeyValues, PackedKeyValues, Readable, constant, take
+from ..kernels.indexing import constant, take
+from ..kernels.tensors import KeyValues
 from ..routing.budget import evicted_at
 from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, added_to_scores

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..cache import CacheInForward
-from ..kernels.tensors import PackedKeyValues, Readable
+from ..kernels.entries import PackedKeyValues, Readable
 from ..routing.layout import CallLayout
 from .attention import LayerContext, sparse_attention, uncached
 

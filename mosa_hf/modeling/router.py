@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..cache import SparseLayer
 from ..kernels.capture import is_exported
-from ..kernels.tensors import constant
+from ..kernels.indexing import constant
 from ..routing.selection import select_by_expert_choice, select_by_threshold
 from .configuration import RoutingConfig
 from .devices import is_distributed

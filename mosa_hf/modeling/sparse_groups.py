@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..cache import CacheInForward, Routed, SparseLayer, SparseSpec
 from ..compat import CACHE
-from ..kernels.tensors import take
+from ..kernels.indexing import take
 from .attention import LayerContext, LayerGroups
 from .configuration import ConfigView, SparseGroupsConfig
 from .devices import is_distributed

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import backend
-from ..kernels.tensors import NEVER, KeyValues, PackedKeyValues
+from ..kernels.entries import PackedKeyValues
+from ..kernels.tensors import NEVER, KeyValues
 from ..routing import evicted_at, within_budget
 from .arena import MANY, Arena, Chunk, Group, TokenStates
 from .spec import BLOCK_SIZE, blocks_of

@@ -28,7 +28,8 @@ from mosa_hf.cache import (
 )
 from mosa_hf.cache.fixed_memory import static_capacity
 from mosa_hf.cache.memory import AHEAD, SLACK
-from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues, plain
+from mosa_hf.kernels.entries import PackedKeyValues, plain
+from mosa_hf.kernels.tensors import KeyValues
 from mosa_hf.routing import CallLayout, TokenMask
 
 MAX_COLUMNS, MAX_LENGTH = 60, 90

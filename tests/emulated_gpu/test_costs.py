@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mosa_hf.cache.calls import answers
+from mosa_hf.cache.calls import fetch_counts
 from mosa_hf.cache.store import SparseStore
 
 from .cases import CASES, layer_costs
@@ -55,8 +55,8 @@ def test_growing_memory_asks_seldom():
             selected = on_device(torch.rand(1, 3, num_tokens, generator=generator) < 0.2)
             key = on_device(torch.randn(1, 3, num_tokens, 4, generator=generator))
             store.begin(selected)
-            question, read_by = store.extend(key, key)
-            read_by(*answers([question]))
+            counts, read_by = store.extend(key, key)
+            read_by(*fetch_counts([counts]))
             store.evict()
 
         read(2 * window)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from mosa_hf.kernels import _load
 from mosa_hf.kernels.append_token.reference import Token
+from mosa_hf.kernels.entries import Entries
 from mosa_hf.kernels.entry_codes import decoded, encoded
-from mosa_hf.kernels.tensors import Entries
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_ROWS, NUM_GROUPS = 2, 3

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mosa_hf import use_backend
-from mosa_hf.kernels import backend, tensors
+from mosa_hf.kernels import backend, entries
 from mosa_hf.kernels.entry_codes import decode, encode, rounded
 
 from .triton.common import coded, random_packed
@@ -85,7 +85,7 @@ def test_what_is_read_is_what_the_codes_stand_for(name):
 
 def test_a_step_decodes_one_range_at_a_time(monkeypatch):
     sizes = []
-    monkeypatch.setattr(tensors, "decode", lambda codes, scale: sizes.append(len(codes)) or decode(codes, scale))
+    monkeypatch.setattr(entries, "decode", lambda codes, scale: sizes.append(len(codes)) or decode(codes, scale))
     count = torch.tensor([[50 + i for i in range(12)]] * 3)
     packed = coded(random_packed(count, 8, torch.float32))
     with use_backend("torch"), torch.no_grad():

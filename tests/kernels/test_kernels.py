@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from mosa_hf import kernels, use_backend
 from mosa_hf.kernels import backend
+from mosa_hf.kernels.entries import PackedKeyValues
 from mosa_hf.kernels.sparse_attention import pytorch as sparse_attention
 from mosa_hf.kernels.sparse_decode import pytorch as sparse_decode
-from mosa_hf.kernels.tensors import KeyValues, PackedKeyValues
+from mosa_hf.kernels.tensors import KeyValues
 
 from .triton.common import coded, random_evictions, random_packed
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mosa_hf.kernels.entries import PackedKeyValues
 from mosa_hf.kernels.gather_project import pytorch as gather_project
 from mosa_hf.kernels.selected_heads import pytorch, reference
-from mosa_hf.kernels.tensors import HeadWeights, PackedKeyValues, Tokens
+from mosa_hf.kernels.tensors import HeadWeights, Tokens
 
 from .triton.common import random_evictions, random_packed
 

@@ -28,7 +28,8 @@ from mosa_hf import (
     use_backend,
 )
 from mosa_hf.conversion.calibration import fit_routers
-from mosa_hf.kernels.tensors import NEVER, KeyValues, PackedKeyValues
+from mosa_hf.kernels.entries import PackedKeyValues
+from mosa_hf.kernels.tensors import NEVER, KeyValues
 from mosa_hf.modeling.group_plan import GroupPlan, SparseGroup
 from mosa_hf.modeling.latent_attention import expands_as_known, is_linear, is_plain
 from mosa_hf.modeling.sparse_groups import SparseGroupsMixin, sparse_attention_class

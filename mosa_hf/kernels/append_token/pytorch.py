@@ -2,7 +2,7 @@
 
 import torch
 
-from ..tensors import Entries
+from ..entries import Entries
 from . import reference
 from .reference import Taken, Token
 

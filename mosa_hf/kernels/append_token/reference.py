@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..entry_codes import encoded
-from ..tensors import Entries, Rows
+from ..entries import Entries
+from ..entry_codes import Rows, encoded
 
 
 class Token(NamedTuple):

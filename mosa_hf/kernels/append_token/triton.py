@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tensors import Entries
+from ..entries import Entries
 from ..triton_builds import KernelBuild
 from .reference import Taken, Token
 

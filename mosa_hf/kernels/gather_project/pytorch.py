@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..derivatives import is_differentiated_again, plain_gradients
-from ..tensors import rotate
+from ..rotary import rotate
 
 BLOCK_SIZE = 3 * 2**17  # elements of gathered rows: more of them leave the cache, and cost page faults
 

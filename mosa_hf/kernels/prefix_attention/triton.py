@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
-from ..tensors import NEVER, PackedKeyValues, check_head_dim
+from ..entries import PackedKeyValues
+from ..head_dim import check_head_dim
+from ..tensors import NEVER
 from ..triton_builds import DTYPES, HEAD_DIMS, LABELS, KernelBuild
 from .reference import FarKeys, WindowKeys
 

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from ..derivatives import once
+from ..entries import PackedKeyValues, Remember
 from ..gather_project.pytorch import gather_project
+from ..indexing import of_slots
 from ..opaque import opaque_op
 from ..project_scatter.pytorch import project_scatter
 from ..selected_positions.pytorch import selected_positions
-from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Remember, Tokens, of_slots
+from ..tensors import HeadWeights, KeyValues, Tokens
 from . import reference
 
 

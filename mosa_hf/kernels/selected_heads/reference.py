@@ -3,7 +3,9 @@
 import torch
 
 from ..attend import attend
-from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Remember, Tokens, join, rotate
+from ..entries import PackedKeyValues, Remember
+from ..rotary import rotate
+from ..tensors import HeadWeights, KeyValues, Tokens, join
 
 
 def selected_heads(

@@ -2,12 +2,14 @@
 
 import torch
 
+from ..entries import PackedKeyValues, Remember
 from ..gather_project.triton import gather_project
+from ..indexing import of_slots
 from ..prefix_attention.triton import FarKeys, after_packed, prefix_attention
 from ..project_scatter.triton import project_scatter
 from ..selected_positions.triton import selected_positions
 from ..sparse_decode.triton import sparse_decode
-from ..tensors import HeadWeights, KeyValues, PackedKeyValues, Remember, Tokens, of_slots, of_step
+from ..tensors import HeadWeights, KeyValues, Tokens, of_step
 
 
 def selected_heads(

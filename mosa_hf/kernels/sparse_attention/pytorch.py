@@ -8,9 +8,11 @@ import torch.nn.functional as F
 
 from ..attend import scaled, softmax
 from ..derivatives import once
+from ..entries import PackedKeyValues
+from ..indexing import gather_slots
 from ..opaque import opaque_op
 from ..selected_positions.pytorch import selected_positions
-from ..tensors import KeyValues, PackedKeyValues, gather_slots
+from ..tensors import KeyValues
 from . import reference
 
 QUERY_BLOCK = 64  # queries scored at once: enough for the matmuls, few masked columns

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from ..attend import attend
-from ..tensors import KeyValues, PackedKeyValues, join
+from ..entries import PackedKeyValues
+from ..tensors import KeyValues, join
 
 
 def sparse_attention(

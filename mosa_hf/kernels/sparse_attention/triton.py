@@ -3,8 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+from ..entries import PackedKeyValues
+from ..indexing import gather_slots
 from ..prefix_attention.triton import FarKeys, WindowKeys, after_packed, prefix_attention
-from ..tensors import KeyValues, PackedKeyValues, gather_slots
+from ..tensors import KeyValues
 
 
 def sparse_attention(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from ..attend import scaled, softmax
 from ..derivatives import once
-from ..tensors import PackedKeyValues, plain
+from ..entries import PackedKeyValues, plain
 
 LOOP = 16  # up to so many ranges, a step on a CPU visits them one by one: cheaper than to bring them into one tensor
 

@@ -3,7 +3,7 @@
 import torch
 
 from ..attend import attend
-from ..tensors import PackedKeyValues
+from ..entries import PackedKeyValues
 
 
 def sparse_decode(

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..entries import PackedKeyValues
+from ..head_dim import check_head_dim
 from ..prefix_attention.triton import (
     LOWEST,
     add_to_softmax,
@@ -22,7 +24,6 @@ from ..prefix_attention.triton import (
     start_softmax,
     store_rows,
 )
-from ..tensors import PackedKeyValues, check_head_dim
 from ..triton_builds import DTYPES, HEAD_DIMS, LABELS, KernelBuild
 from . import pytorch
 

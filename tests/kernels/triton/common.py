@@ -2,8 +2,9 @@
 
 import torch
 
+from mosa_hf.kernels.entries import PackedKeyValues
 from mosa_hf.kernels.entry_codes import encode
-from mosa_hf.kernels.tensors import NEVER, PackedKeyValues
+from mosa_hf.kernels.tensors import NEVER
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMPILER = "inductor" if torch.cuda.is_available() else "aot_eager"  # inductor compiles for half a minute on a CPU

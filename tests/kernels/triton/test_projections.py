@@ -9,7 +9,7 @@ from mosa_hf.kernels.gather_project import triton as gather_project_module  # no
 from mosa_hf.kernels.gather_project.triton import gather_project  # noqa: E402
 from mosa_hf.kernels.project_scatter.triton import project_scatter  # noqa: E402
 from mosa_hf.kernels.selected_heads import reference  # noqa: E402
-from mosa_hf.kernels.tensors import HeadWeights, Tokens  # noqa: E402
+from mosa_hf.kernels.tensors import HeadWeights, Tokens
 from mosa_hf.kernels.triton_slots import sum_by_token  # noqa: E402
 
 from . import common  # noqa: E402

@@ -6,9 +6,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from mosa_hf.kernels.entries import PackedKeyValues
 from mosa_hf.kernels.selected_heads import reference  # noqa: E402
 from mosa_hf.kernels.selected_heads.triton import selected_heads  # noqa: E402
-from mosa_hf.kernels.tensors import HeadWeights, PackedKeyValues, Tokens  # noqa: E402
+from mosa_hf.kernels.tensors import HeadWeights, Tokens
 
 from .common import COMPILER, DEVICE, close, gradients, random_evictions, random_packed  # noqa: E402
 

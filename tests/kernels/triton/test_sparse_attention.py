@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 
 from mosa_hf.kernels.sparse_attention import reference  # noqa: E402
 from mosa_hf.kernels.sparse_attention.triton import sparse_attention  # noqa: E402
-from mosa_hf.kernels.tensors import KeyValues  # noqa: E402
+from mosa_hf.kernels.tensors import KeyValues
 
 from .common import COMPILER, check, close, coded, random_evictions, random_packed  # noqa: E402
 

@@ -6,10 +6,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
+from mosa_hf.kernels.entries import PackedKeyValues
 from mosa_hf.kernels.sparse_decode import reference  # noqa: E402
 from mosa_hf.kernels.sparse_decode import triton as kernels  # noqa: E402
 from mosa_hf.kernels.sparse_decode.triton import sparse_decode  # noqa: E402
-from mosa_hf.kernels.tensors import PackedKeyValues  # noqa: E402
 
 from .common import COMPILER, DEVICE, check, close, coded, random_packed  # noqa: E402
 
