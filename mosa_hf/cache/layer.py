@@ -542,7 +542,7 @@ def is_upgraded(cache: Cache) -> bool:
 
 def static_length(cache: Cache) -> int:
     """Tokens that a static cache has room for; -1 if it grows. Upstream answers -1 for one of hybrid layers, too."""
-    return max((layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)), default=-1)
+    return max([-1, *(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))])
 
 
 def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:

@@ -160,7 +160,7 @@ class ForwardContextMixin(Decoder):
             is_static, past_length = past_key_values.is_compileable, past_key_values.get_seq_length()
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()
-        # Elsewhere than on a CPU it costs a synchronisation to look, and upstream's own write fails.
+        # Elsewhere than on a CPU it costs a synchronisation to look.
         may_look = not is_captured() and (not is_static or tokens.device.type == "cpu")
         if may_look:
             mask = self._read_mask(attention_mask, batch_size, num_tokens, int(past_length), past_key_values)
@@ -168,6 +168,8 @@ class ForwardContextMixin(Decoder):
                 check_same_padding(masks, mask.valid, num_tokens, int(past_length))
         else:
             mask = columns_of_mask(attention_mask, batch_size, num_tokens, past_length if is_static else None)
+            if is_static and past_key_values is not None:
+                check_capacity(past_key_values, past_length + num_tokens)
         if position_ids is None:
             position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
         of_text = position_ids
@@ -227,11 +229,7 @@ class ForwardContextMixin(Decoder):
         if past_key_values is None:
             return read_mask(attention_mask, batch_size, num_tokens)
         if past_key_values.is_compileable:
-            needed, capacity = past_length + num_tokens, static_length(past_key_values)
-            if needed > capacity and not all(past_key_values.is_sliding):
-                raise ValueError(
-                    f"The static cache has a capacity of {capacity} tokens, not {needed}: raise `max_cache_len`."
-                )
+            check_capacity(past_key_values, past_length + num_tokens)
         seen = seen_tokens(past_key_values)
         mask = read_mask(attention_mask, batch_size, num_tokens, past_length, seen, is_cached=True)
         if mask.segment is not None and has_budget(past_key_values):
@@ -321,6 +319,22 @@ def check_mapped(attention_mask: Any, has_cache: bool) -> None:
             "Under `torch.func.vmap` pass `use_cache=False`, and an attention mask that is the same for all that is "
             "mapped: how much a cache holds, and what a mask says, has to be looked at."
         )
+
+
+def check_capacity(past_key_values: Cache, needed: int | torch.Tensor) -> None:
+    """
+    Raises:
+        ValueError: if a static cache lacks capacity for `needed` tokens.
+        RuntimeError: the same, when the device gets there, if only that knows how many they are.
+    """
+    if all(past_key_values.is_sliding):
+        return
+    capacity = static_length(past_key_values)
+    advice = f"The static cache has a capacity of {capacity} tokens, not {{}}: raise `max_cache_len`."
+    if isinstance(needed, torch.Tensor):  # upstream's own write fails only in layers that have dense groups
+        torch._assert_async(needed <= capacity, advice.format("as many as the call needs"))
+    elif needed > capacity:
+        raise ValueError(advice.format(needed))
 
 
 def check_export(past_key_values: Cache | None, use_cache: bool | None) -> None:

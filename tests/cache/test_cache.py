@@ -390,6 +390,20 @@ def test_static_cache_that_is_too_short_is_refused(form):
         model(random_ids(1, 25), past_key_values=cache)
 
 
+def test_a_compiled_step_beyond_capacity_fails():
+    """Also where no layer has dense groups, in which upstream would write to what is not there."""
+    torch._dynamo.reset()
+    model, ids = sparse_form(mosa_plan=[[{"window": 64, "sparsity": 4}] * 3] * 3).model(), random_ids(2, 21)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    logits_after(model, cache, ids[:, :18])
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    for i in range(18, 20):
+        expected = model(ids[:, : i + 1], use_cache=False).logits[:, -1:]
+        torch.testing.assert_close(logits_after(step, cache, ids[:, i : i + 1]), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="capacity of 20 tokens, not as many as .*`max_cache_len`"):
+        logits_after(step, cache, ids[:, 20:])
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_overflow_is_a_budget_and_is_reported(name, caplog):
     """A selection far above its rate does not fit: lowest scores go, as with a budget, and a warning counts them."""
