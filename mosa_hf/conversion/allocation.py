@@ -80,7 +80,7 @@ def one_threshold(plan: GroupPlan, candidates: GroupPlan, fits: list[RouterFit |
     logits = _tokens(plan, candidates, fits, "predicted")
     least = 1 / next(fit.predicted.shape[1] for fit in fits if fit is not None)  # a token of each window
     wanted = sum(1 / group.sparsity for group in plan.sparse().values())
-    rates = torch.full((len(logits),), least)
+    rates = torch.full((len(logits),), least, dtype=torch.float32)
     more = torch.ones(len(logits), dtype=torch.bool)  # that select more than the least
     while more.any():
         # What groups get that would select nothing, the others do without.

@@ -74,7 +74,7 @@ class _Regression:
         self.shift: torch.Tensor | None = None
         self.total: torch.Tensor | None = None
         self.gram: torch.Tensor | None = None
-        self.importance = torch.empty(sum(lengths), len(groups))
+        self.importance = torch.empty(sum(lengths), len(groups), dtype=torch.float32)
 
     def add(self, hidden_states: torch.Tensor, importance: torch.Tensor) -> None:
         """hidden_states [T, D], importance [T, G] of all the layer's groups, of one window of text."""
@@ -138,7 +138,7 @@ def _layer_ratios(decoder: PreTrainedModel) -> Iterator[dict[int, torch.Tensor]]
     layers, modules = layers_of(decoder), attention_modules(decoder)
     assert layers is not None
     in_each = num_places(decoder) // len(layers)
-    total, count = {place: torch.zeros(2) for place in modules}, dict.fromkeys(modules, 0)
+    total, count = {place: torch.zeros(2, dtype=torch.float32) for place in modules}, dict.fromkeys(modules, 0)
 
     def hook(place, row):
         def call(module, args, kwargs):

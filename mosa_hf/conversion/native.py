@@ -128,7 +128,8 @@ def _state_dict(
                 if dense:
                     state_dict[f"{prefix}{name}_proj.{kind}"] = groups[dense].flatten(0, 1)
         output = state_dict.pop(f"{prefix}o_proj.weight").unflatten(1, (num_groups, -1)).transpose(0, 1)  # [G, D, R d]
-        state_dict[f"{prefix}mosa.o_proj"] = output[mosa] / torch.tensor(GATE_BIAS).sigmoid().to(output)
+        gate = torch.tensor(GATE_BIAS, dtype=torch.float32).sigmoid().to(output)
+        state_dict[f"{prefix}mosa.o_proj"] = output[mosa] / gate
         if dense:
             state_dict[f"{prefix}o_proj.weight"] = output[dense].transpose(0, 1).flatten(1)
         elif f"{prefix}o_proj.bias" in state_dict:

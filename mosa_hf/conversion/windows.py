@@ -193,4 +193,4 @@ def cut(input_ids: torch.Tensor, length: int) -> torch.Tensor:
 
 def spread(windows: torch.Tensor, most: int) -> torch.Tensor:
     """At most `most` of `windows` [N, T], spread evenly over them."""
-    return windows[torch.linspace(0, len(windows) - 1, min(most, len(windows))).round().long()]
+    return windows[torch.linspace(0, len(windows) - 1, min(most, len(windows)), dtype=torch.float32).round().long()]

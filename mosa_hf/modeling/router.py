@@ -66,7 +66,7 @@ class MosaRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_groups, width, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(num_groups, dtype=torch.float32)) if config.mosa_router_bias else None
         self.register_buffer("threshold", torch.zeros(num_groups, dtype=torch.float32))
-        self.register_buffer("share", 1 / torch.tensor(self.sparsity, dtype=torch.float32), persistent=False)
+        self.register_buffer("share", 1 / self.sparsity_of_groups(), persistent=False)
         self.num_followed = 0  # calls
 
     def _apply(self, fn, recurse=True):
@@ -81,6 +81,10 @@ class MosaRouter(nn.Module):
     def routing(self) -> str:
         """The rule in force: "expert_choice" or "threshold"."""
         return self.training_routing if self.training else self.inference_routing
+
+    def sparsity_of_groups(self, device: torch.device | None = None) -> torch.Tensor:
+        """`[G]` float32, whatever the default dtype is: ρ of each group."""
+        return torch.tensor(self.sparsity, dtype=torch.float32, device=device)
 
     def groups_by_sparsity(self) -> dict[float, list[int]]:
         """ρ → the groups that have it."""
@@ -241,7 +245,7 @@ class MosaRouter(nn.Module):
         """Now and then, since to look costs a synchronisation on a GPU."""
         if self.num_followed % SHARE_INTERVAL:
             return
-        limit = 2 / torch.tensor(self.sparsity, device=self.share.device)
+        limit = 2 / self.sparsity_of_groups(self.share.device)
         if (self.share > limit).any():
             logger.warning_once(
                 "While routers learn, some group has come to select more than twice the share of the tokens that its "
@@ -275,7 +279,7 @@ def unrounded(fn: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) 
 @torch.no_grad()
 def init_router(router: MosaRouter, std: float) -> None:
     """Weights of N(0, std²), biases of 0, and thresholds that select one token in ρ of normalised inputs."""
-    init.copy_(router.share, 1 / torch.tensor(router.sparsity, device=router.share.device))
+    init.copy_(router.share, 1 / router.sparsity_of_groups(router.share.device))
     if all(getattr(x, "_is_hf_initialized", False) for x in (router.weight, router.threshold)):  # loaded
         return
     if router.weight.is_meta:  # under Accelerate's `init_empty_weights`, buffers have a device, and weights have none

@@ -51,6 +51,6 @@ def selected_shares(model: torch.nn.Module) -> dict[str, float]:
     if not routers:
         return {}
     share = torch.cat([router.share.float().cpu() for router in routers])
-    relative = share * torch.tensor([rho for router in routers for rho in router.sparsity])
+    relative = share * torch.cat([router.sparsity_of_groups(share.device) for router in routers])
     values = {"selected": share.mean(), "selected_least": relative.min(), "selected_most": relative.max()}
     return {name: round(value.item(), 4) for name, value in values.items()}

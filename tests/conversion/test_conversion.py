@@ -25,6 +25,7 @@ from mosa_hf.cli import convert as command
 from mosa_hf.conversion import calibration_windows, convert_to_native
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import fit_routers
+from mosa_hf.conversion.windows import spread
 from mosa_hf.modeling.group_plan import SparseGroup
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
 
@@ -98,6 +99,30 @@ def test_conversions_share_one_fit(fields):
         torch.testing.assert_close(shared.mosa_routers()[layer].threshold, router.threshold, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="thresholds"):
         convert_model(model, conversion, fits=fits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_has_no_part_in_it(dtype):
+    """What a model in float32 becomes is rounded to no other, native or not."""
+
+    def states() -> list[tuple[str, torch.Tensor]]:
+        kind = {"sparsity": 4, "groups": 3}
+        sparse = convert_model(model, ConversionConfig(window=5, **kind), calibration)
+        native = convert_to_native(model, ConversionConfig(window=0, **kind), calibration)
+        configs = [(str(each.config.mosa_conversion), torch.tensor(0)) for each in (sparse, native)]
+        tensors = [(*each.named_parameters(), *each.named_buffers()) for each in (sparse, native)]
+        return [*configs, *tensors[0], *tensors[1], ("windows", spread(torch.arange(999)[:, None], 300))]
+
+    model, calibration = tiny_base(), random_tokens(2, 64)
+    expected = states()
+    torch.set_default_dtype(dtype)
+    try:
+        found = states()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for (name, states_before), (own_name, states_after) in zip(expected, found, strict=True):
+        assert name == own_name
+        torch.testing.assert_close(states_after, states_before, rtol=0, atol=0, msg=name)
 
 
 def test_routers_are_frozen_until_healing(tmp_path):
