@@ -16,6 +16,8 @@ from transformers.masking_utils import create_causal_mask
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 # What quantised layers of a cache have in common: until 5.21 there was but one kind.
 QuantizedLayer: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+# What a cache has for a layer without keys of its own; where it is missing, caches have fewer layers.
+EMPTY_LAYERS: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))
 
 # Until upstream refused it, "sdpa" attention left a softcap out in silence.
 SDPA_IGNORES_SOFTCAP = "softcap" not in sdpa_attention_forward.__code__.co_consts

@@ -25,6 +25,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ..arguments import checked
 from ..atomic_write import atomic_file
 from ..cache import SparseLayer, set_store_state, states_below, static_length, store_state, upstream_class
+from ..compat import EMPTY_LAYERS
 from .devices import execution_device
 from .fingerprint import adapters_of, fields_of, model_fingerprint, numbers_fingerprint
 from .forward_context import ForwardContextMixin
@@ -36,6 +37,7 @@ PLAIN_STATES: dict[type, tuple[str, ...]] = {
     DynamicSlidingWindowLayer: ("cumulative_length", "record_past"),
     StaticLayer: ("cumulative_length",),
     StaticSlidingWindowLayer: ("cumulative_length", "cumulative_length_int"),
+    **dict.fromkeys(EMPTY_LAYERS, ()),
 }
 
 
@@ -231,8 +233,7 @@ def layer_state(layer: CacheLayerMixin) -> tuple[dict[str, torch.Tensor], dict[s
     numbers = {name: int(getattr(layer, name)) for name in PLAIN_STATES[kind]}
     plain: dict[str, Any] = {"kind": kind.__name__, "states": numbers, "stores": []}
     tensors: dict[str, torch.Tensor] = {}
-    if layer.is_initialized:
-        assert layer.keys is not None and layer.values is not None
+    if layer.keys is not None and layer.values is not None:
         tensors = {"keys": layer.keys, "values": layer.values}
     if kind is StaticLayer:  # what lies behind its tokens is never read
         length = numbers["cumulative_length"]

@@ -17,10 +17,12 @@ from transformers.cache_utils import QuantizedCache
 from mosa_hf import cache_bytes, calibrate_thresholds, load_cache, save_cache
 from mosa_hf.cache import seen_tokens
 from mosa_hf.modeling.cache_files import checksum
+from testing.decoders import tiny_decoder
+from testing.family_contract import sparse_model, tokens
 
 from ..conftest import FORMS, PLAN, SHAPE, native_form, sparse_form
 from ..contract import random_ids
-from .test_lost_caches import IDS, LOST, ONE_WINDOW, READ, SLIDING, fed, filled
+from .test_lost_caches import IDS, LOST, ONE_WINDOW, READ, SLIDING, fed, filled, static
 
 FILES = {
     **{name: form for name, (form, _) in LOST.items()},
@@ -136,6 +138,18 @@ def test_generation_goes_on_in_another_dtype_and_mode_of_gradients(tmp_path):
     question = torch.cat((document, IDS[:, :4]), dim=1)
     expected = model.generate(question, past_key_values=cache, **options)
     assert torch.equal(model.generate(question, past_key_values=again, **options), expected)
+
+
+@pytest.mark.parametrize("make", [DynamicCache, static])
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_read_anothers_keys_have_none_to_write(model_type, make, tmp_path):
+    model, path, ids = sparse_model(tiny_decoder(model_type)), tmp_path / "cache.safetensors", tokens(2, READ + 3)
+    cache = make(config=model.config)
+    fed(model, cache, 0, READ, ids)
+    save_cache(cache, path, model)
+    again = load_cache(path, model)
+    assert [type(layer) for layer in again.layers] == [type(layer) for layer in cache.layers]
+    assert torch.equal(*(fed(model, each, READ, READ + 3, ids) for each in (again, cache)))
 
 
 def test_a_file_holds_tensors_alone_and_is_replaced_at_once(tmp_path, monkeypatch):
