@@ -93,6 +93,11 @@ class CallLog:
         self._max_tokens = value
 
     @property
+    def num_columns(self) -> int:
+        """Of all calls so far, where they are noted."""
+        return sum(self.lengths)
+
+    @property
     def common_length(self) -> int | None:
         """Tokens of every row, if it is known that there has been no padding."""
         most, padded = self.max_tokens, [mask for mask in self.masks if mask is not None]
@@ -193,8 +198,8 @@ class CallLog:
         return records[num_left:][::-1]
 
     def num_croppable(self, num_columns: int, window: int) -> int:
-        """How many of the last columns `crop` can forget."""
-        if not self._is_lost(num_columns, window):
+        """How many of the last columns `crop` can forget. All of them always: nothing is needed of what was before."""
+        if num_columns >= self.num_columns or not self._is_lost(num_columns, window):
             return num_columns
         return bisect_left(range(num_columns), True, key=lambda num: self._is_lost(num, window)) - 1
 

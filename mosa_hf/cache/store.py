@@ -419,13 +419,13 @@ class SparseStore:
 
     def crop(self, num_columns: int) -> None:
         """
-        Forget the last columns of the cache, padding among them included, as many as `num_croppable` allows. What
-        `record_past` has kept for this goes.
+        Forget the last columns of the cache, padding among them included, as many as `num_croppable` allows, or all
+        that there are. What `record_past` has kept for this goes.
         """
         memory, calls = self.memory, self.calls
         if calls is None:
             return
-        if num_columns == sum(calls.lengths):
+        if num_columns >= calls.num_columns:
             self._forget()
             return
         if memory is not None:

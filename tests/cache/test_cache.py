@@ -21,7 +21,7 @@ from mosa_hf.cache.dense import SLACK, PreallocatedDynamicLayer
 from mosa_hf.cache.fixed_memory import static_capacity
 from mosa_hf.cache.undo import MAX_UNDO
 
-from ..conftest import FORMS, MIXED_LAYERS, PLAN, SHAPE, native_form, sparse_form, tiny_model
+from ..conftest import FORMS, MIXED_LAYERS, PLAN, SHAPE, native_form, sparse_form, tiny_llama, tiny_model
 from ..contract import random_ids
 
 SPEC = SparseSpec(None, (GroupSet((0, 1), 0, 4),))
@@ -221,6 +221,20 @@ def test_a_cache_that_is_cropped_to_nothing_is_an_empty_one(form):
     assert cache.get_seq_length() == 0
     logits_after(model, cache, input_ids[:, :14])
     check_continues(model, cache, input_ids)
+
+
+@pytest.mark.parametrize("removed", [20, 25])
+@pytest.mark.parametrize("name", ["stock", "sparse", "native", "all sparse", "budget"])
+def test_all_that_there_is_and_more_can_be_cropped_as_of_a_stock_cache(name, removed):
+    """Whatever has left the windows: an empty cache needs none of it."""
+    forms = {**FORMS, "all sparse": sparse_form(mosa_plan=ALL_SPARSE), "budget": sparse_form(mosa_cache_budget=3)}
+    model, input_ids = tiny_llama() if name == "stock" else forms[name].model(), random_ids(2, 20)
+    cache = DynamicCache(config=model.config)
+    logits_after(model, cache, input_ids)
+    cache.crop(-removed)
+    assert [layer.get_seq_length() for layer in cache.layers] == [0] * 3
+    assert torch.equal(logits_after(model, cache, input_ids), logits_after(model, DynamicCache(), input_ids))
+    assert cache.get_seq_length() == 20
 
 
 @pytest.mark.parametrize("padding", [[1, 1, 1, 0], [0, 1, 0, 1], [0, 1, 1, 1]])

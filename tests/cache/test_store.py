@@ -174,9 +174,9 @@ class Store(RuleBasedStateMachine):
                 self.layer.crop(-1)
             return
         num_steps = len(self.rows[0].steps)
-        bound = {"all": self.num_columns, "one": 1, "steps": num_steps, "steps and one": num_steps + 1}[most]
+        bound = {"all": self.num_columns + 1, "one": 1, "steps": num_steps, "steps and one": num_steps + 1}[most]
         with self.within(mode):
-            self.crop_columns(min(number, bound, self.num_columns))
+            self.crop_columns(min(number, bound))
 
     @property
     def layer(self):
@@ -319,7 +319,12 @@ class Store(RuleBasedStateMachine):
         return next(t for t in range(j, len(row.tokens)) if j not in row.alive(group, t, self.limit))
 
     def crop_columns(self, num_removed: int) -> None:
-        """Crop some columns, or be refused where what would be needed is gone, and nothing else."""
+        """Crop some columns, or be refused where what would be needed is gone, and nothing else; never of all."""
+        if num_removed >= self.num_columns:
+            self.cache.crop(-num_removed)
+            self.rows = [Row(self.num_groups) for _ in self.rows]
+            self.num_recorded = 0
+            return
         num_steps = len(self.rows[0].steps)
         num_free = self.num_recorded + num_steps  # so many columns can be taken back in any case
         undone = min(max(num_removed - self.num_recorded, 0), num_steps)

@@ -130,7 +130,8 @@ def test_a_log_knows_how_far_it_can_go_back():
         calls.begin(None, 1)
         calls.add_one(None)
         calls.note(UndoRecord(1))
-    assert len(calls.records) == MAX_UNDO and calls.num_croppable(100, window) == MAX_UNDO + 1
+    assert len(calls.records) == MAX_UNDO and calls.num_croppable(49, window) == MAX_UNDO + 1
+    assert calls.num_croppable(50, window) == 50  # of nothing that is left is anything read
     calls.note(None)  # a call of several tokens ends them
     assert calls.records == []
 
