@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from ..api import ConversionConfig
-from ..atomic_write import check_absent
+from ..atomic_write import check_absent, check_replaceable
 from ..conversion import read_text
 from ..conversion.checkpoint import convert_and_write
 from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
@@ -17,6 +17,8 @@ from .options import loading_of
 def run(options: argparse.Namespace) -> None:
     destination = Path(options.destination)
     check_absent(destination)
+    for file in filter(None, (options.save_plan, options.plot_plan)):
+        check_replaceable(Path(file))
     if options.plot_plan:
         check_can_plot()
     given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}

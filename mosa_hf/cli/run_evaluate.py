@@ -24,7 +24,7 @@ from transformers import (
 import mosa_hf
 
 from ..api import load_routers, to_dense
-from ..atomic_write import atomic_file
+from ..atomic_write import atomic_file, check_replaceable
 from ..conversion import read_text
 from ..conversion.sources import CARD_NAME
 from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
@@ -35,8 +35,12 @@ from .options import default_device_map, hub_of
 
 
 def run(options: argparse.Namespace) -> None:
+    # What is wrong with the files to write is said before the long work.
     card = Path(options.routers or options.model) / CARD_NAME
-    text = with_measured(card.read_text(encoding="utf-8"), "") if options.card else ""  # raises before the long work
+    text = with_measured(card.read_text(encoding="utf-8"), "") if options.card else ""
+    for file in (options.output, card if options.card else None):
+        if file is not None:
+            check_replaceable(file)
     result = measured(options)
     print(table(result["rows"]))
     if options.card:

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..api import GroupPlan
-from ..atomic_write import atomic_directory, atomic_file, check_absent
+from ..atomic_write import atomic_directory, atomic_file, check_absent, check_replaceable
 from ..conversion import Text, read_text
 from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
 from ..modeling.fingerprint import model_fingerprint
@@ -42,6 +42,7 @@ def parse(arguments: list[str], description: str) -> tuple[HealingArguments, Tra
 def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     destination = Path(healing.destination)
     check_absent(destination)
+    check_replaceable(Path(str(training.output_dir)) / ABOUT_NAME)
     text = read_text(healing.text, healing.text_characters)
     logger.info("Text: %s, %s characters", text.name, f"{text.num_characters:,}")
     # Routers that learn get a gradient, and thresholds that follow them.

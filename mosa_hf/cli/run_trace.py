@@ -1,10 +1,12 @@
 """What `mosa-trace` does, see `trace.py`."""
 
 import argparse
+from pathlib import Path
 
 from transformers import AutoTokenizer
 
 from ..api import load_routers
+from ..atomic_write import check_replaceable
 from ..conversion import read_text
 from ..evaluation import trace_text
 from .options import hub_of
@@ -13,6 +15,7 @@ from .run_evaluate import load
 
 def run(options: argparse.Namespace) -> None:
     """Trace the text of `options`, write the page, and say so."""
+    check_replaceable(Path(options.html))
     hub = hub_of(options)
     text = read_text(options.text)  # before a model is loaded
     tokenizer = AutoTokenizer.from_pretrained(options.model, **hub)

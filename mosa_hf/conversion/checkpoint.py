@@ -114,6 +114,7 @@ def convert_checkpoint(
     Raises:
         FileExistsError: if `destination` exists.
         FileNotFoundError: if the source, or a file that it lists, does not exist, here or on the Hub.
+        NotADirectoryError, PermissionError: if `destination` cannot be made.
         PermissionError: for `push_to_hub` if nobody is logged in.
         ValueError: for damaged weights, weights that disagree with the config, pickled weights, an unsupported family,
             a plan that does not fit, a short text, or a text without a tokenizer.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..arguments import check_argument, checked
-from ..atomic_write import atomic_file
+from ..atomic_write import atomic_file, check_replaceable
 from .memory import CacheMemory
 from .scoring import Sample, Score, score
 
@@ -58,6 +58,7 @@ def evaluate(
     Raises:
         ValueError: for models of the same name, samples without tokens, a file that is no earlier output, and
             contexts longer than a model reads.
+        IsADirectoryError, NotADirectoryError, PermissionError: if `output` cannot be written.
     """
     names = [subject.name for subject in subjects]
     if len(set(names)) < len(names):
@@ -213,7 +214,8 @@ def _key(record: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _known(path: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The scores of a file that `evaluate` wrote."""
+    """The scores of a file that `evaluate` wrote, and is to write."""
+    check_replaceable(path)
     if not path.exists():
         return {}
     try:

@@ -45,6 +45,7 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
 
     Raises:
         FileExistsError: if `directory` exists.
+        NotADirectoryError, PermissionError: if it cannot be made.
         ValueError: for a model without sparse groups.
     """
     with atomic_directory(Path(directory)) as unfinished:
