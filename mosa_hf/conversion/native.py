@@ -102,6 +102,7 @@ def _native_config(config, conversion: ConversionConfig, converted: list[tuple[i
     return MosaConfig(**fields)
 
 
+@torch.inference_mode(False)  # weights made there could never learn
 def _state_dict(
     model: LlamaForCausalLM,
     converted: list[tuple[int, int]],

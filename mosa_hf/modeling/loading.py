@@ -57,7 +57,8 @@ class CheckedLoadingMixin(Model):
             ValueError: for routers that are missing, of another shape, not of a floating dtype, or not finite.
         """
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+            with torch.inference_mode(False):  # buffers made there could not follow while routers learn
+                loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except Exception:
             check_chosen_files(pretrained_model_name_or_path, kwargs)  # upstream may read one first, and names none
             raise

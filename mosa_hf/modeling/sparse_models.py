@@ -285,10 +285,11 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
     converted = cast(SparsePreTrainedMixin, _shared_copy(model, config, family.sparse_class_of(type(model))))
     for module in converted.modules():
         cast(Any, module)._is_hf_initialized = True
-    add_sparse_groups(converted, config)
-    for module in converted.modules():
-        if isinstance(module, SparseGroupsMixin):
-            module.mosa_router.to(execution_device(module)).train(module.training)
+    with torch.inference_mode(False):  # routers made there could never learn
+        add_sparse_groups(converted, config)
+        for module in converted.modules():
+            if isinstance(module, SparseGroupsMixin):
+                module.mosa_router.to(execution_device(module)).train(module.training)
     return converted
 
 
@@ -338,7 +339,8 @@ def own_parameter(parameter: nn.Parameter) -> nn.Parameter:
     """Another parameter in the same memory; the same one if it is of a class of its own, such as quantised ones."""
     if type(parameter) is not nn.Parameter:
         return parameter
-    own = nn.Parameter(parameter.detach(), parameter.requires_grad)
+    with torch.inference_mode(parameter.is_inference()):  # outside of it, none that wants gradients could be made
+        own = nn.Parameter(parameter.detach(), parameter.requires_grad)
     own.__dict__.update(parameter.__dict__)
     return own
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.utils import prune
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from mosa_hf import ConversionConfig, convert_model, load_routers, save_routers, to_dense
+from mosa_hf.conversion import convert_to_native
 from mosa_hf.conversion.healing import teacher_of
 from testing.tiny import random_tokens, tiny_base
 
@@ -143,6 +144,27 @@ def test_what_is_written_in_place_both_have():
     student = get_peft_model(apart, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     student.merge_and_unload()
     assert torch.equal(logits_of(base), expected)
+
+
+def test_what_is_made_in_inference_mode_can_learn(tmp_path):
+    """Converted or loaded there, in every form; what was built there stays what it is, and can be converted."""
+    base, converted = pair()
+    save_routers(converted, tmp_path / "routers")
+    converted.save_pretrained(tmp_path / "converted")
+    fields = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.9}
+    with torch.inference_mode():
+        models = [
+            convert_to_native(base, ConversionConfig(window=0, sparsity=3), TEXT),
+            load_routers(base, tmp_path / "routers", **fields),
+            AutoModelForCausalLM.from_pretrained(tmp_path / "converted", **fields),
+            convert_model(base, ConversionConfig(window=4, sparsity=3), TEXT),
+        ]
+        built = tiny_base()
+    for model in models:
+        assert not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+        model.requires_grad_(True).train()(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        torch.optim.SGD(model.parameters()).step()
+    assert convert_model(built, ConversionConfig(sparsity=1)).lm_head.weight.is_inference()
 
 
 def test_a_teacher_shares_the_very_parameters_that_do_not_learn():
