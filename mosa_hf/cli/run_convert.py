@@ -1,6 +1,7 @@
 """What `mosa-convert` does, see `convert.py`."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 from ..api import ConversionConfig
@@ -48,8 +49,8 @@ def run(options: argparse.Namespace) -> None:
     use = "`from_pretrained(base, routers=...)`" if options.routers_only else f"`{auto}.from_pretrained`"
     print(f"Wrote {destination}. Load it with `import mosa_hf` and {use}.")
     print(cache_line(config))
-    where = f"{options.source} --routers {destination}" if options.routers_only else str(destination)
-    print(f"Next, to see what it remembers: mosa-evaluate {where} --text YOUR_TEXT --facts 2")
+    where = [options.source, "--routers", str(destination)] if options.routers_only else [str(destination)]
+    print(f"Next, to see what it remembers: mosa-evaluate {shlex.join(where)} --text YOUR_TEXT --facts 2")
 
 
 def cache_line(config: SparseGroupsConfig) -> str:

@@ -1,6 +1,8 @@
 """Model cards: what the Hub and its visitors should know of a model with sparse groups, or of routers alone."""
 
+import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,8 +76,9 @@ def model_card(
     groups, name = GroupPlan.of_config(config), Path(base_model).name
     what, base, place = "Routers" if is_routers else "Model", base_model or "the base model", place or PLACE
     auto, class_name = auto_class_name(model_class), model_class.__name__
-    arguments = f'"{base}", routers="{place}"' if is_routers else f'"{place}"'
-    typed = [f'"{each}"' if " " in each else each for each in (base, place)]
+    in_python = [json.dumps(each, ensure_ascii=False) for each in (base, place)]
+    arguments = f"{in_python[0]}, routers={in_python[1]}" if is_routers else in_python[1]
+    typed = [base, "--routers", place] if is_routers else [place]
     return CARD.format(
         front_matter=_front_matter(config, class_name, base_model, is_routers).to_yaml(),
         title=f"{what}: {name} with sparse attention" if name else what,
@@ -87,9 +90,7 @@ def model_card(
         if is_routers
         else f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({arguments})",
         plan=plan_in_short(config),
-        measure=f"mosa-evaluate {typed[0]} --routers {typed[1]} --text FILE"
-        if is_routers
-        else f"mosa-evaluate {typed[1]} --text FILE",
+        measure=f"mosa-evaluate {shlex.join(typed)} --text FILE",
         calibration=calibration_in_short(config),
     )
 

@@ -1,6 +1,9 @@
 """Conversion in memory and by command: lossless where nothing is selected, recorded, refused where it cannot work."""
 
+import ast
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,7 @@ from mosa_hf import (
     convert_checkpoint,
     convert_model,
     load_routers,
+    save_routers,
     trace_routing,
 )
 from mosa_hf.cli import convert as command
@@ -305,6 +309,27 @@ def test_the_command_fails_in_one_line(arguments, message, source, tmp_path, mon
     with pytest.raises(SystemExit, match=f"^mosa-convert: .*{message}") as caught:
         command.main(arguments)
     assert "\n" not in str(caught.value) and not Path("new").exists()
+
+
+def test_what_is_to_be_typed_next_is_quoted(source, tmp_path, monkeypatch, capsys):
+    """On the terminal, and in a model card, where the base's name is code as well."""
+    monkeypatch.chdir(tmp_path)
+    base, routers = "the base's", "c ü/x y"
+    source.rename(base)
+    command.main([base, routers, "--sparsity=1", "--routers-only"])
+    typed = capsys.readouterr().out.partition("mosa-evaluate ")[2]
+    assert shlex.split(typed)[:3] == [base, "--routers", routers]
+    command.main([base, f"{routers}/z z", "--sparsity=1"])
+    assert shlex.split(capsys.readouterr().out.partition("mosa-evaluate ")[2])[0] == f"{routers}/z z"
+    model = load_routers(tiny_base(), routers)
+    save_routers(model, "again", base_model='d:\\a "base"')
+    card = Path("again", "README.md").read_text()
+    typed = re.search("`mosa-evaluate (.*)`", card)[1]
+    assert shlex.split(typed)[:3] == ['d:\\a "base"', "--routers", "path of this folder"]
+    (call,) = [
+        each for each in ast.walk(ast.parse(card.split("```python")[1].split("```")[0])) if isinstance(each, ast.Call)
+    ]
+    assert ast.literal_eval(call.args[0]) == 'd:\\a "base"'
 
 
 def test_a_picture_that_cannot_be_drawn_is_refused_first(source, tmp_path, monkeypatch):
