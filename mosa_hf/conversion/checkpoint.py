@@ -32,7 +32,7 @@ from ..modeling.router_files import ROUTERS_NAME, load_routers, router_tensors, 
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
 from .calibration import is_of_pictures
 from .configuration import ConversionConfig
-from .convert import convert_model
+from .convert import WRAPPED, convert_model
 from .default_text import default_text
 from .publishing import check_can_publish, publish
 from .sources import ADAPTER_NAME, CARD_NAME, COMPANIONS, Loading, Source, check_loading, find_source
@@ -44,13 +44,7 @@ logger = logging.getLogger(__name__)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # Buffers that old checkpoints hold and models compute themselves.
 RECOMPUTED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
-# What names of weights say of a model that was saved with something around it: pattern, what it is, and the remedy.
-WRAPPED = (
-    (r"(^|\.)_orig_mod\.", "a model that `torch.compile` wraps", "save what it wraps, `model._orig_mod`"),
-    (r"(^|\.)_fsdp_wrapped_module\.", "a model that FSDP wraps", "gather its state dict and save the model itself"),
-    (r"^base_model\.model\.|\.lora_[AB]\b|\.base_layer\.", "a PEFT model", "save `model.merge_and_unload()`"),
-    (r"^module\.", "a model that DDP, DataParallel or DeepSpeed wraps", "save what it wraps, `model.module`"),
-)
+SAVED_WRAPPED = tuple((pattern, what, f"save {remedy}") for pattern, what, remedy in WRAPPED)
 OF_PICTURES = (
     r"(^|\.)(language_model|text_model|vision_model|vision_tower|multi_modal_projector)\.",
     "a model of pictures and text",
@@ -347,7 +341,7 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
                 "load them with Transformers and `save_pretrained`, which writes safetensors; then convert that."
             )
         raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
-    _check_names(headers, WRAPPED if is_composite(config) else (*WRAPPED, OF_PICTURES))
+    _check_names(headers, SAVED_WRAPPED if is_composite(config) else (*SAVED_WRAPPED, OF_PICTURES))
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
     layers = {int(place[1]) for name in headers if (place := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
     if not is_composite(config) and layers != set(range(config.num_hidden_layers)):  # else there are several kinds

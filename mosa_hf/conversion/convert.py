@@ -1,9 +1,11 @@
 """Conversion of a pretrained model in memory: groups of its attention become sparse (docs/design.md, section 6)."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -20,6 +22,14 @@ from .causality import check_reads_forwards
 from .configuration import ConversionConfig
 from .exactness import check_computes_the_same
 from .windows import calibration_ids
+
+# What names of weights say of what is around a model: pattern, what it is, and what to take instead.
+WRAPPED = (
+    (r"(^|\.)_orig_mod\.", "a model that `torch.compile` wraps", "what it wraps, `model._orig_mod`"),
+    (r"(^|\.)_fsdp_wrapped_module\.", "a model that FSDP wraps", "the model itself, with its state dict gathered"),
+    (r"^base_model\.model\.|\.lora_[AB]\b|\.base_layer\.", "a PEFT model", "`model.merge_and_unload()`"),
+    (r"^module\.", "a model that DDP, DataParallel or DeepSpeed wraps", "what it wraps, `model.module`"),
+)
 
 
 @checked(model="`convert_checkpoint` takes names and folders", conversion="`ConversionConfig(sparsity=8)` is one")
@@ -120,8 +130,10 @@ def fits_for(
 def check_convertible(model: PreTrainedModel) -> None:
     """
     Raises:
-        ValueError: for a model that has routers already.
+        ValueError: for a model with something around it, and for one that has routers already.
     """
+    if not isinstance(model, PreTrainedModel):
+        check_unwrapped(model)
     config = model.config.get_text_config(decoder=True)
     if isinstance(config, SparseGroupsConfig):
         raise ValueError(
@@ -133,6 +145,17 @@ def check_convertible(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is the native model, whose heads select tokens already: convert a model of a "
             "family of Transformers."
         )
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: for a model whose weights have names that something around it or its layers gives.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern, what, remedy in WRAPPED:
+        if any(map(re.compile(pattern).search, names)):
+            raise ValueError(f"`model` is {what} ({type(model).__name__}): pass {remedy}.")
 
 
 @checked()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import LlamaForCausalLM
 
 from ..arguments import checked
@@ -16,7 +17,7 @@ from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, mean_losses
 from .calibration import RouterFit
 from .configuration import ConversionConfig
-from .convert import fits_for
+from .convert import check_unwrapped, fits_for
 from .windows import calibration_ids
 
 # The gate must be neutral right after conversion and still pass a gradient to the routers. Logits of the size b + ε z
@@ -43,8 +44,10 @@ def convert_to_native(
         fits: of routers that several conversions of one model share, see `convert_model`.
 
     Raises:
-        ValueError: for another model, a plan or a window; and see `convert_model`.
+        ValueError: for another model, one with something around it, a plan or a window; and see `convert_model`.
     """
+    if isinstance(model, nn.Module):
+        check_unwrapped(model)
     if type(model) is not LlamaForCausalLM:
         raise ValueError(f"`model` must have the weights of a LlamaForCausalLM, not of a {type(model).__name__}.")
     if conversion.plan is not None or conversion.window:

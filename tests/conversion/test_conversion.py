@@ -227,8 +227,15 @@ def test_models_that_cannot_be_converted():
         convert_model(tiny_base(), ConversionConfig(plan=GroupPlan(((None, SparseGroup(8, 1)),))))
     with pytest.raises(ValueError, match="layer 1 sparse, but its attention has a sliding window"):
         convert_model(tiny_base("gemma3_text"), ConversionConfig(plan=GroupPlan.uniform(3, 2, SparseGroup(8, 1))))
-    with pytest.raises(ValueError, match=r"PeftModel has no MoSA class; .*adapters \(`merge_and_unload\(\)` first\)"):
-        convert_model(get_peft_model(tiny_base(), LoraConfig(target_modules="all-linear")), lossless)
+    adapted = get_peft_model(tiny_base(), LoraConfig(target_modules="all-linear"))
+    paper = ConversionConfig(sparsity=1, window=0)
+    for convert, conversion in ((convert_model, lossless), (convert_to_native, paper)):
+        with pytest.raises(ValueError, match=r"`model` is a PEFT model.*: pass `model.merge_and_unload\(\)`\.$"):
+            convert(adapted, conversion)
+        with pytest.raises(ValueError, match="`torch.compile` wraps .*: pass what it wraps, `model._orig_mod`"):
+            convert(torch.compile(tiny_base()), conversion)
+    with pytest.raises(ValueError, match="DataParallel or DeepSpeed wraps.*`model.module`"):
+        convert_to_native(torch.nn.DataParallel(tiny_base()), paper)
     converted = convert_model(tiny_base(), lossless)
     with pytest.raises(ValueError, match="MosaLlamaForCausalLM is converted already"):
         convert_model(converted, lossless)

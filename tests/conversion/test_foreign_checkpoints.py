@@ -44,7 +44,7 @@ WRAPPERS = {
     "_orig_mod.": "a model that `torch.compile` wraps: save what it wraps, `model._orig_mod`",
     "module.": "a model that DDP, DataParallel or DeepSpeed wraps: save what it wraps, `model.module`",
     "module._orig_mod.": "a model that `torch.compile` wraps",
-    "_fsdp_wrapped_module.": "a model that FSDP wraps: gather its state dict",
+    "_fsdp_wrapped_module.": "a model that FSDP wraps: save the model itself, with its state dict gathered",
     "base_model.model.": "a PEFT model: save `model.merge_and_unload()`",
     "language_model.": "a model of pictures and text: load it with its own class",
     "model.language_model.": "a model of pictures and text",
