@@ -159,7 +159,19 @@ def summary(task: str, scores: list[Score]) -> dict[str, float]:
 
 @checked(rows="pass `evaluate(...)['rows']`")
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown of `rows_of`: a line for each model, bytes at the mean length of its texts and of its facts."""
+    """
+    Markdown of `rows_of`: a line for each model, bytes at the mean length of its texts and of its facts.
+
+    Raises:
+        ValueError: for rows that are not those of each model and task.
+    """
+    try:
+        return _table(rows)
+    except KeyError as error:
+        raise ValueError(f"`rows` lacks {error}, of some model and task: pass `evaluate(...)['rows']`.") from error
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     texts = [task for task in tasks if task.startswith(PERPLEXITY)]
     kinds = [kind for kind in (texts, [task for task in tasks if task not in texts]) if kind]

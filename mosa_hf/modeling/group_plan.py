@@ -43,14 +43,18 @@ class SparseGroup:
 
         Args:
             num_tokens: of one sequence, at least 1.
-            rate: share of the tokens that is selected; None: 1 / ρ.
-            budget: `mosa_cache_budget`.
+            rate: share of the tokens that is selected, 0 to 1; None: 1 / ρ.
+            budget: `mosa_cache_budget`, at least 1.
 
         Raises:
-            ValueError: for no tokens.
+            ValueError: for an argument out of range.
         """
         if num_tokens < 1:
             raise ValueError(f"`num_tokens` must be at least 1, got {num_tokens}.")
+        if rate is not None and not 0 <= rate <= 1:
+            raise ValueError(f"`rate` must be a share of the tokens, 0 to 1, got {rate}.")
+        if budget is not None and budget < 1:
+            raise ValueError(f"`budget` must be at least 1, or None to keep every selected token, got {budget}.")
         near = min(self.window, num_tokens)
         far = (num_tokens - near) * (1 / self.sparsity if rate is None else rate)
         return (near + min(far, math.inf if budget is None else budget)) / num_tokens
@@ -103,6 +107,8 @@ class GroupPlan:
         Raises:
             ValueError: for numbers below 1, and for layers that there are not.
         """
+        if num_layers < 1:
+            raise ValueError(f"`num_layers` must be at least 1, got {num_layers}.")
         sizes = [num_groups] * num_layers if isinstance(num_groups, int) else num_groups
         check_argument("num_groups", sizes, list[int], "pass a number, or one for each of `num_layers` layers")
         if len(sizes) != num_layers or min(sizes) < 1:
@@ -182,7 +188,8 @@ class GroupPlan:
             for groups in self.layers
         ]
 
-    def validate(self, num_groups: Sequence[int], why_dense: Sequence[str | None]) -> None:
+    @checked()
+    def validate(self, num_groups: Collection[int], why_dense: Collection[str | None]) -> None:
         """
         Args:
             num_groups: of each layer of the model.
@@ -196,6 +203,8 @@ class GroupPlan:
                 f"The plan has {len(self.layers)} layers, but the model has {len(num_groups)}: give `plan` (in a "
                 "config `mosa_plan`) a list for each."
             )
+        if len(why_dense) != len(num_groups):
+            raise ValueError(f"`why_dense` has {len(why_dense)} entries, but the model has {len(num_groups)} layers.")
         for layer_idx, (groups, size, reason) in enumerate(zip(self.layers, num_groups, why_dense, strict=True)):
             if len(groups) != size:
                 raise ValueError(
@@ -250,12 +259,16 @@ class GroupPlan:
 
         Raises:
             ImportError: without matplotlib.
+            ValueError: for a plan without groups, and for no tokens.
         """
         check_can_plot()
         from matplotlib.figure import Figure
 
+        if not any(self.layers):
+            raise ValueError("The plan names no groups: there is nothing to draw.")
         num_groups = max(map(len, self.layers))
         shares = [[1.0 if x is None else x.kept_share(num_tokens) for x in groups] for groups in self.layers]
+        shares = [own + [math.nan] * (num_groups - len(own)) for own in shares]  # what a layer lacks stays white
         figure = Figure(figsize=(2.5 + 0.6 * num_groups, 1.2 + 0.25 * len(self.layers)), layout="constrained")
         axes = figure.subplots()
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")

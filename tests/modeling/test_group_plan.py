@@ -114,6 +114,11 @@ def test_picture(tmp_path, monkeypatch):
     GroupPlan(((NEAR, NEAR), (NEAR, NEAR), (NEAR, NEAR))).plot(tmp_path / "other.png")
     pixels, other = image.imread(tmp_path / "plan.png"), image.imread(tmp_path / "other.png")
     assert pixels.shape == other.shape and min(pixels.shape[:2]) > 100 and (pixels != other).mean() > 0.1
+    GroupPlan(((NEAR, NEAR), (NEAR,))).plot(tmp_path / "ragged.png")  # layers may differ in how many groups they have
+    assert (tmp_path / "ragged.png").exists()
+    for layers in ((), ((), ())):
+        with pytest.raises(ValueError, match="The plan names no groups"):
+            GroupPlan(layers).plot(tmp_path / "third.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'mosa-hf\[plot\]'"):
         PLAN.plot(tmp_path / "third.png")
