@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -285,11 +286,13 @@ def with_sparse_groups(model: PreTrainedModel, config: SparseGroupsConfig) -> Pr
     converted = cast(SparsePreTrainedMixin, _shared_copy(model, config, family.sparse_class_of(type(model))))
     for module in converted.modules():
         cast(Any, module)._is_hf_initialized = True
-    with torch.inference_mode(False):  # routers made there could never learn
+    # Routers made in inference mode could never learn; and heads are tied or not, whatever the config says of them.
+    with torch.inference_mode(False), init.no_tie_weights():
         add_sparse_groups(converted, config)
         for module in converted.modules():
             if isinstance(module, SparseGroupsMixin):
                 module.mosa_router.to(execution_device(module)).train(module.training)
+    _forget_untied(converted)
     return converted
 
 
@@ -301,7 +304,7 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
     for module in decoder.modules():
         if isinstance(module, SparseGroupsMixin):
             del module.mosa_router
-            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_gate_slope"):
+            for name in ("mosa_plan", "mosa_groups", "mosa_budget", "mosa_cache_dtype", "mosa_gate_slope"):
                 delattr(module, name)
             _set_class(module, type(module).__bases__[-1])
             module.config = sparse_config_of(base.config)  # of the base: without fields of ours
@@ -309,8 +312,18 @@ def without_sparse_groups(model: SparsePreTrainedMixin) -> PreTrainedModel:
         if isinstance(each, SparsePreTrainedMixin):
             _set_class(each, each.family.base_class_of(type(each)))
         each.__dict__.pop("_keep_in_fp32_modules_strict", None)
-        each.post_init()
+        with init.no_init_weights():  # which are in the model's memory: modules that it was given later would be new
+            each.post_init()
+    _forget_untied(base)
     return base
+
+
+def _forget_untied(model: PreTrainedModel) -> None:
+    """Leave out of what is tied, by the config, which weights are not one: as upstream does where it loads such."""
+    for each in _around(decoder_of(model), model):
+        weights = dict(each.named_parameters(remove_duplicate=False))
+        tied = each.all_tied_weights_keys.items()
+        each.all_tied_weights_keys = {one: other for one, other in tied if weights.get(one) is weights.get(other)}
 
 
 def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedModel]) -> PreTrainedModel:

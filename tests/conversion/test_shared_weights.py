@@ -128,6 +128,40 @@ def test_a_model_that_was_resized_is_whole(tmp_path):
         assert loaded.config.vocab_size == 300 and torch.equal(loaded.generate(TOKENS, **options), tokens)
 
 
+def test_the_way_back_leaves_modules_that_came_later(tmp_path):
+    """Adapters, heads and projections that nobody has initialised as Transformers does."""
+    _, model = pair()
+    model.lm_head, up_proj = torch.nn.Linear(32, 256, bias=False), torch.nn.Linear(32, 48, bias=False)
+    model.model.layers[0].mlp.up_proj = up_proj
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    before, expected = {name: x.clone() for name, x in adapted.state_dict().items()}, logits_of(adapted.eval())
+    save_routers(adapted, tmp_path / "routers")
+    for make in (to_dense, lambda each: load_routers(to_dense(each), tmp_path / "routers")):
+        make(adapted.get_base_model())
+        assert all(torch.equal(x, before[name]) for name, x in adapted.state_dict().items())
+    assert torch.equal(logits_of(adapted), expected)
+    names = {name for module in to_dense(model).modules() for name in vars(module) if name.startswith("mosa")}
+    assert not names
+
+
+def test_a_head_that_is_not_tied_stays_so(tmp_path):
+    """Whatever the config says, as of checkpoints that have both and that upstream does not tie."""
+    base = tiny_base(tie_word_embeddings=True)
+    base.lm_head.weight = torch.nn.Parameter(torch.randn_like(base.lm_head.weight))
+    base.save_pretrained(tmp_path / "base")
+    converted = convert_model(base, ConversionConfig(window=4, sparsity=1), TEXT)
+    save_routers(converted, tmp_path / "routers")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    expected = logits_of(base)
+    models = converted, to_dense(converted), loaded, load_routers(loaded, tmp_path / "routers"), teacher_of(converted)
+    for model in (*models, type(converted).from_pretrained(tmp_path / "base", routers=tmp_path / "routers")):
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-4)
+        assert not model.all_tied_weights_keys
+    converted.save_pretrained(tmp_path / "converted")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
+    torch.testing.assert_close(logits_of(again), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_written_in_place_both_have():
     """They are in one memory still: an optimizer's step, and an adapter that is merged (docs/limits.md)."""
     base, model = pair()
