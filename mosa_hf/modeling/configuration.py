@@ -438,6 +438,7 @@ class MosaConfig(RoutingConfig, LlamaConfig):
     """
 
     model_type = "mosa"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss"]  # by `Trainer`
 
     num_attention_heads: int = 4
     head_dim: int | None = 128

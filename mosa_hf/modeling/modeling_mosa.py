@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -260,7 +260,9 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         assert call.router_logits is not None
         losses = [router_loss(logits, router, call.layout) for router, logits in call.router_logits.items()]
         loss = torch.stack([each.to(hidden_states.device) for each in losses]).mean()
-        scale = self.aux_loss_scale * self.config.mosa_router_aux_loss_coef if self.training else 0.0
+        scale = self.config.mosa_router_aux_loss_coef if self.training else 0.0
+        if num_items is None:
+            scale *= self.aux_loss_scale
         return CarriedLoss.apply(hidden_states, loss, scale, num_items)
 
     def _layer_fields(self) -> list[dict[str, Any]]:
@@ -318,6 +320,14 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         return masks
 
 
+@dataclass
+class MosaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast`, and, behind what every model gives, the routers' auxiliary loss and their logits."""
+
+    aux_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+
+
 class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin):
     """`MosaModel` with a language-modeling head."""
 
@@ -348,7 +358,7 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> MosaCausalLMOutputWithPast:
         """
         As `LlamaForCausalLM.forward`, and:
 
@@ -382,13 +392,13 @@ class MosaForCausalLM(MosaGenerationMixin, MosaPreTrainedModel, GenerationMixin)
             if aux_loss is not None:
                 share = share_of_items(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch"))
                 loss = loss + (self.config.mosa_router_aux_loss_coef * share * aux_loss).to(loss.device)
-        return MoeCausalLMOutputWithPast(
+        return MosaCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
             logits=logits,
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            aux_loss=aux_loss,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
 

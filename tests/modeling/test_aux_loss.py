@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from mosa_hf import MosaForCausalLM, MosaForSequenceClassification
+from mosa_hf import MosaForCausalLM, MosaForSequenceClassification, RoutingCallback
 
 from ..conftest import tiny_config, tiny_model
 from ..contract import random_ids
@@ -173,6 +173,16 @@ def test_reentrant_checkpointing_is_refused(loss_of):
         loss_of(model)
 
 
+def test_outputs_are_in_the_order_of_every_model(tmp_path):
+    model = model_of()
+    outputs = model(IDS, labels=LABELS, use_cache=False)
+    assert outputs.aux_loss is not None and outputs[0] is outputs.loss and outputs[1] is outputs.logits
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    dataset = [{"input_ids": row, "labels": labels} for row, labels in zip(IDS, LABELS, strict=True)]
+    predictions = Trainer(model, arguments).predict(dataset).predictions
+    torch.testing.assert_close(torch.from_numpy(predictions), model.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
 # --- steps of several micro-batches ---
 
 
@@ -198,6 +208,7 @@ def mean_of_step(outputs, labels, num_items_in_batch=None):
 
 
 STEPS = {"own loss": {}, "smoothed": {"smoothing": 1e-9}, "compute_loss_func": {"compute_loss_func": mean_of_step}}
+STEPS["watched"] = {**STEPS["smoothed"], "callbacks": [RoutingCallback()]}  # which tells models that are not told
 
 
 @pytest.mark.parametrize("name", STEPS)
