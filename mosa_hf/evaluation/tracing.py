@@ -46,7 +46,20 @@ class TracedGroup:
 
     @checked()
     def in_cache(self, at: int) -> torch.Tensor:
-        """`[T]` bool: the tokens that the group's cache holds once token `at` has been read, it included."""
+        """
+        The tokens that the group's cache holds once one has been read.
+
+        Args:
+            at: that token, counted from 0; it is included.
+
+        Returns:
+            `[T]` bool.
+
+        Raises:
+            ValueError: for a token that the text does not have.
+        """
+        if not 0 <= at < len(self.selected):
+            raise ValueError(f"`at` must be one of the text's {len(self.selected)} tokens, counted from 0, got {at}.")
         position = torch.arange(len(self.selected))
         kept = self.selected if self.until is None else self.selected & (at < self.until)
         return (kept | (at - position < self.window)) & (position <= at)

@@ -111,6 +111,14 @@ TRACED = TracedText(
 )
 
 
+def test_tokens_that_a_text_lacks_are_refused():
+    assert TRACED.in_cache(0).sum(1).tolist() == [1, 1] and TRACED.in_cache(5).sum(1).tolist() == [4, 2]
+    for at in (-1, 6, 99):
+        for traced in (TRACED, *TRACED.groups):
+            with pytest.raises(ValueError, match=f"`at` must be one of the text's 6 tokens, counted from 0, got {at}"):
+                traced.in_cache(at)
+
+
 def test_a_page_has_all_of_it_and_needs_nothing_else():
     page = TRACED.page()
     (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
