@@ -89,6 +89,8 @@ class GroupPlan:
                         f"`layers`: group {group} of layer {layer} is {kind!r}; give a `SparseGroup`, or None for a "
                         "dense one. `GroupPlan.from_list` reads JSON."
                     )
+        # Lists are taken too, and plans that say the same are equal and have one hash.
+        object.__setattr__(self, "layers", tuple(map(tuple, self.layers)))
 
     @classmethod
     @checked()

@@ -23,6 +23,15 @@ def test_files(tmp_path):
     assert GroupPlan.from_list(json.loads(json.dumps(PLAN.to_list()))) == PLAN
 
 
+def test_plans_of_lists_are_those_of_tuples():
+    of_lists = [GroupPlan([[None, NEAR], [FAR, FAR], [None, None]]), GroupPlan(tuple(map(list, PLAN.layers)))]
+    assert of_lists == [PLAN, PLAN] and {*of_lists, PLAN} == {PLAN}
+    groups = [NEAR]
+    plan = GroupPlan([groups])
+    groups.append(None)  # of no plan any more
+    assert plan == GroupPlan(((NEAR,),))
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
