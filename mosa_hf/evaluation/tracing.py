@@ -4,8 +4,10 @@ import base64
 import json
 import os
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,7 +16,7 @@ from ..arguments import checked
 from ..atomic_write import atomic_file
 from ..modeling.configuration import SparseGroupsConfig
 from ..modeling.devices import input_device
-from ..modeling.forward_context import ForwardContext
+from ..modeling.forward_context import ForwardContext, ForwardContextMixin
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.layers import decoder_of, layer_of
 from ..modeling.modes import evaluating
@@ -139,12 +141,13 @@ def trace_text(
     input_ids, pieces = _tokens(tokenizer, text, max_tokens)
     if not pieces:
         raise ValueError("`text` has no tokens.")
+    decoder = decoder_of(model)
+    cast(ForwardContextMixin, decoder).update_config()  # layers may have moved, with budgets of their own
     config = model.config.get_text_config(decoder=True)
     check_token_ids(input_ids, config.vocab_size, "text")
-    budget = config.mosa_cache_budget
     routed: dict[MosaRouter, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
-    def record(router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def record(budget: int | None, router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
         logits, selected = (states.transpose(1, 2) for states in output)  # [1, G, T]
         until = None
         if budget is not None:
@@ -154,10 +157,12 @@ def trace_text(
             until = evicted_at(score, position, selected, budget)
         routed[router] = selected[0].cpu(), None if until is None else until[0].cpu()
 
-    hooks = [router.register_forward_hook(record) for router in routers.values()]
+    layers = config.per_layer_config
+    budgets = {name: layers[layer_of(name, model)].mosa_cache_budget for name in routers}
+    hooks = [router.register_forward_hook(partial(record, budgets[name])) for name, router in routers.items()]
     try:
         with evaluating(model):
-            decoder_of(model)(input_ids=input_ids.to(input_device(model)), use_cache=False)
+            decoder(input_ids=input_ids.to(input_device(model)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

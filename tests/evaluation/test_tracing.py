@@ -21,11 +21,13 @@ from testing.tiny import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_t
 from ..conftest import native_form, sparse_form
 
 TEXT = SENTENCES[:60]
+BUDGETS = {0: {"mosa_cache_budget": 3}, 1: {"mosa_cache_budget": 7}}  # and none of the last layer
 MODELS = {
     "windows": lambda: sparse_form(vocab_size=256).model(),
     "budget": lambda: sparse_form(vocab_size=256, mosa_cache_budget=3).model(),
     "native": lambda: native_form(vocab_size=256).model(),
     "native, budget": lambda: native_form(vocab_size=256, mosa_cache_budget=3).model(),
+    "native, budget of a layer": lambda: native_form(vocab_size=256, per_layer_config=BUDGETS).model(),
 }
 
 
@@ -67,6 +69,18 @@ def test_it_is_what_real_caches_hold(name):
     assert (num_evicted > 0) == ("budget" in name)
     shares = [each.selected.float().mean().item() for each in traced.groups]
     assert 0.05 < min(shares) and max(shares) < 0.7  # neither nothing nor everything
+
+
+def test_budgets_move_with_their_layers():
+    model, tokenizer = MODELS["native, budget of a layer"](), byte_tokenizer()
+    calibrate_thresholds(model, [torch.tensor([tokenizer(TEXT)["input_ids"]])])
+    assert {each.layer for each in trace_text(model, tokenizer, TEXT).groups if each.until is not None} == {0, 1}
+    del model.model.layers[0]
+    model.config.num_hidden_layers = 2
+    groups = trace_text(model, tokenizer, TEXT).groups
+    assert {each.layer for each in groups} == {0, 1}
+    assert {each.layer for each in groups if each.until is not None} == {0}
+    assert max(int(each.in_cache(59).sum()) for each in groups if each.layer == 0) == 7
 
 
 def test_dense_groups_are_told_apart(converted):
