@@ -208,7 +208,8 @@ def _of(task: str, scores: list[Score]) -> list[Score]:
 
 
 def _check_length(subject: Subject, samples: list[Sample]) -> None:
-    most = getattr(subject.model.config, "max_position_embeddings", None) or math.inf
+    config = subject.model.config.get_text_config(decoder=True)
+    most = getattr(config, "max_position_embeddings", None) or math.inf
     longest = max(len(each.context) + len(one.ids) for each in samples for one in each.continuations)
     if longest > most:
         raise ValueError(

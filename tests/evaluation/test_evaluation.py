@@ -32,6 +32,7 @@ from mosa_hf.evaluation import (
 from mosa_hf.evaluation.report import cell, change, interval
 from mosa_hf.modeling.router_files import write_routers
 from testing.tiny import QUIET, SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
+from testing.tiny_multimodal import tiny_multimodal
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +279,10 @@ def test_what_cannot_be_evaluated(models):
         evaluate([subject, subject], [following(random_tokens(50), 40, "perplexity, short")])
     with pytest.raises(ValueError, match="original reads at most 2048 tokens.*fewer than the 2051.*shorter context"):
         evaluate([subject], [following(random_tokens(2051), 2000, "perplexity, long")])
+    pictures = tiny_multimodal("llava")
+    most = pictures.config.text_config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"llava reads at most {most} tokens.*fewer than the {most + 1}"):
+        evaluate([Subject("llava", pictures)], [following(random_tokens(most + 1), most - 9, "perplexity, long")])
 
 
 # --- the command ---
