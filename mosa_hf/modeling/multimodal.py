@@ -28,7 +28,7 @@ from .configuration import SparseGroupsConfig, base_config_class, fields_of, is_
 from .family import PREFIX, Family, family_of
 from .generation import MosaGenerationMixin
 from .remote_code import InstalledCodeConfigMixin
-from .router_files import RouterFilesMixin
+from .router_files import MOSA_FIELDS, RouterFilesMixin
 from .sparse_models import SparsePreTrainedMixin
 
 HEADS = {
@@ -80,7 +80,8 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As `PreTrainedConfig.from_dict`; `mosa_*` fields of `kwargs` are the `text_config`'s."""
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("mosa_")}
+        # What is misspelt stays in `kwargs`: the model's class refuses it.
+        fields = {name: kwargs.pop(name) for name in MOSA_FIELDS if name in kwargs}
         text = config_dict.get("text_config")
         if fields and isinstance(text, dict):
             config_dict = {**config_dict, "text_config": {**text, **fields}}

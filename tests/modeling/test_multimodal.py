@@ -162,6 +162,16 @@ def test_saved_and_loaded(model_type, tmp_path):
     assert (changed.config.text_config.mosa_gate_slope, changed.config.text_config.mosa_cache_budget) == (2.0, 5)
 
 
+def test_misspelt_fields_are_refused(tmp_path):
+    """As of a language model: by the model's class, which takes no such argument."""
+    copy.deepcopy(sparse_of("llava")).save_pretrained(tmp_path / "model")
+    save_routers(sparse_of("llava"), tmp_path / "routers")
+    copy.deepcopy(base_of("llava")).save_pretrained(tmp_path / "base")
+    for name, more in (("model", {}), ("base", {"routers": tmp_path / "routers"})):
+        with pytest.raises(TypeError, match="mosa_cache_buget"):
+            mosa_hf.MosaLlavaForConditionalGeneration.from_pretrained(tmp_path / name, mosa_cache_buget=5, **more)
+
+
 @EVERY_TYPE
 def test_leaving_the_routers_out_gives_the_base_back(model_type):
     base, inputs = base_of(model_type), inputs_of(model_type)
