@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..arguments import checked
 from ..modeling.configuration import SparseGroupsConfig
@@ -43,7 +44,8 @@ class HealingTrainer(Trainer):
     `mosa_gate_slope` > 0, which passes them a gradient). Selection is hard from the first step on, so with frozen
     routers what is trained is what `generate` runs. Beside the divergence, "loss", it logs the share of tokens that
     groups select, "selected" (and what `RoutingCallback` does, while routers learn), and what share of the keys and
-    values a cache would then keep of `cache_length` tokens.
+    values a cache would then keep of `cache_length` tokens, "kv_share_4096"; an evaluation has both of its own calls
+    alone, "eval_selected" and "eval_kv_share_4096".
 
     Args:
         model: with sparse groups, or PEFT's wrapper of one.
@@ -115,19 +117,48 @@ class HealingTrainer(Trainer):
         loss = mean_divergence(actual, expected, self.top_k)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 
+    def train(self, *args, **kwargs):
+        """As `Trainer.train`."""
+        self._rates, self._calls = {}, {}  # an earlier training may have ended between two lines
+        return super().train(*args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`; its metrics have shares of their own calls alone, under the same prefix."""
+        training, self._rates, self._calls = (self._rates, self._calls), {}, {}
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            shares = {f"{metric_key_prefix}_{name}": share for name, share in self._shares().items()}
+        finally:
+            self._rates, self._calls = training
+        return output._replace(metrics={**(output.metrics or {}), **shares})
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if self._rates:
-            own = {layer: total / self._calls[layer] for layer, total in self._rates.items()}
-            rates = {layer: self.accelerator.reduce(each, "mean").cpu() for layer, each in own.items()}
-            self._rates.clear()
-            self._calls.clear()
+        if "loss" in logs:  # else of an evaluation, or a summary
             assert self.model is not None
-            logs.update(selected_shares(self.model))  # of routers that learn
-            logs["selected"] = round(torch.cat(list(rates.values())).mean().item(), 4)
-            config = getattr(self.model, "config", None)
-            if isinstance(config, SparseGroupsConfig):
-                logs[f"kv_share_{self.cache_length}"] = round(kv_share(config, self.cache_length, rates), 4)
+            logs.update({**selected_shares(self.model), **self._shares()})  # the former of routers that learn
+            self._rates, self._calls = {}, {}
         super().log(logs, *args, **kwargs)
+
+    def _shares(self) -> dict[str, float]:
+        """What is logged of the calls since the last log."""
+        if not self._rates:
+            return {}
+        own = {layer: total / self._calls[layer] for layer, total in self._rates.items()}
+        rates = {layer: self.accelerator.reduce(each, "mean").cpu() for layer, each in own.items()}
+        shares = {"selected": round(torch.cat(list(rates.values())).mean().item(), 4)}
+        config = getattr(self.model, "config", None)
+        if isinstance(config, SparseGroupsConfig):
+            shares[f"kv_share_{self.cache_length}"] = round(kv_share(config, self.cache_length, rates), 4)
+        return shares
 
 
 @checked()

@@ -124,6 +124,44 @@ def tiny_base_converted():
     return convert_model(tiny_base(seed=1), ConversionConfig(sparsity=1))
 
 
+def test_evaluations_are_logged_apart(tmp_path):
+    """Lines of the training say what they say without evaluations, which say what they say without a training."""
+
+    def lines(name: str, steps: int = 5, **options) -> tuple[HealingTrainer, list[dict]]:
+        model = convert_model(tiny_base(), ConversionConfig(sparsity=4, window=2), random_tokens(4, 64))
+        teacher = teacher_of(model.requires_grad_(False))
+        train, held_out = (TensorDataset(random_tokens(32, 24, seed=seed)) for seed in (1, 2))
+        # The length of what is read differs, so that one kind of call is not taken for the other.
+        sets = {"near": TensorDataset(random_tokens(8, 6, seed=3)), "far": held_out}
+        options = {"logging_steps": 2, "optim": "sgd", "learning_rate": 0.1, **options}
+        trainer = HealingTrainer(model, teacher, arguments(tmp_path / name, steps, **options), collate, train, sets)
+        model.model.norm.weight.requires_grad_(True)
+        trainer.train()
+        return trainer, trainer.state.log_history
+
+    trainer, alone = lines("alone")
+    assert not any("selected" in row for row in alone if "loss" not in row)
+    _, both = lines("both", eval_strategy="steps", eval_steps=1)
+    shares = ("step", "loss", "selected", "kv_share_4096")
+    trained = [[{name: row[name] for name in shares} for row in rows if "loss" in row] for rows in (alone, both)]
+    assert trained[0] == trained[1] and len(trained[0]) == 2
+    evaluated = [row for row in both if "eval_far_loss" in row]
+    assert len(evaluated) == 5 and not any(name in row for row in evaluated for name in shares[1:])
+    metrics = trainer.evaluate()
+    assert "selected" not in metrics and metrics["eval_near_selected"] != metrics["eval_far_selected"]
+    for name in ("near", "far"):
+        for what in ("selected", "kv_share_4096"):
+            key = f"eval_{name}_{what}"
+            (last,) = (row[key] for row in both if key in row and row["step"] == 5)
+            assert metrics[key] == last
+    # A line is of its own training: five steps leave one that no line is of.
+    trainer.train_dataset = TensorDataset(random_tokens(8, 6, seed=3))
+    trainer.args.max_steps = 2
+    trainer.train()
+    again = [row["selected"] for row in trainer.state.log_history if "loss" in row]
+    assert again == [pytest.approx(metrics["eval_near_selected"], abs=1e-4)]
+
+
 def test_what_cannot_be_healed(tmp_path):
     model = convert_model(tiny_base(), ConversionConfig(sparsity=1))
     with pytest.raises(ValueError, match="vocabulary of 64 tokens, the model of 256"):
