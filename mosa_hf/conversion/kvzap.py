@@ -10,6 +10,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..arguments import checked
+from ..modeling.configuration import sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.sparse_models import with_sparse_groups
@@ -48,7 +49,7 @@ def load_kvzap(
     with open(config_file, encoding="utf-8") as file:
         settings = json.load(file)
     family = family_of(model.config.model_type)
-    plain = family.config_class.from_base(model.config)
+    plain = sparse_config_of(family.config_class.from_base(model.config))
     num_layers, num_groups = plain.num_hidden_layers, plain.num_groups
     shape = {"input_dim": plain.hidden_size, "output_dim": num_groups, "n_modules": num_layers}
     if wrong := [name for name, size in shape.items() if settings.get(name) != size]:

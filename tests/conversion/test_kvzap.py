@@ -13,6 +13,7 @@ from mosa_hf import convert_checkpoint, load_routers, save_routers, to_dense, tr
 from mosa_hf.conversion.kvzap import load_kvzap
 from mosa_hf.modeling.router import MosaRouter
 from testing.tiny import random_tokens, tiny_base
+from testing.tiny_multimodal import tiny_multimodal
 
 THRESHOLD = -0.5
 HIDDEN = 4  # D / 8, as KVzap has it
@@ -87,6 +88,16 @@ def test_selects_what_the_predictor_says(kind, include_first, tmp_path):
         if include_first:
             expected[:, 0] = True
         assert torch.equal(selected[layer][0], expected) and 0.02 < expected.float().mean() < 0.98
+
+
+def test_on_pictures_and_text(kind, tmp_path):
+    """Its predictors are of the decoder's layers."""
+    folder = write(tmp_path / "kvzap", predictors(kind), KINDS[kind][1])
+    routers = load_kvzap(tiny_multimodal("llava"), folder, THRESHOLD, window=4).mosa_routers()
+    expected = load_kvzap(tiny_base(), folder, THRESHOLD, window=4).mosa_routers()
+    assert routers.keys() == expected.keys() == {0, 1, 2}
+    for layer, router in routers.items():
+        assert torch.equal(router.weight, expected[layer].weight)
 
 
 @torch.no_grad()
