@@ -19,6 +19,7 @@ from ..api import GroupPlan
 from ..atomic_write import atomic_directory, atomic_file, check_absent, check_replaceable
 from ..conversion import Text, read_text
 from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
+from ..modeling.configuration import sparse_config_of
 from ..modeling.fingerprint import model_fingerprint
 from ..modeling.router_files import check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
@@ -72,7 +73,8 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
-        model.config.mosa_gate_slope, model.config.mosa_threshold_momentum = 0.0, 1.0
+        config = sparse_config_of(model.config)
+        config.mosa_gate_slope, config.mosa_threshold_momentum = 0.0, 1.0
         with atomic_directory(destination) as unfinished:
             if healing.learn == "full":
                 model.save_pretrained(unfinished)

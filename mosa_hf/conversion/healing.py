@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..arguments import checked
-from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
 from ..modeling.kv_share import kv_share
 from ..modeling.layers import layer_of
 from ..modeling.router import MosaRouter, named_routers
@@ -155,7 +155,7 @@ class HealingTrainer(Trainer):
         own = {layer: total / self._calls[layer] for layer, total in self._rates.items()}
         rates = {layer: self.accelerator.reduce(each, "mean").cpu() for layer, each in own.items()}
         shares = {"selected": round(torch.cat(list(rates.values())).mean().item(), 4)}
-        config = getattr(self.model, "config", None)
+        config = sparse_config_of(cast(PreTrainedModel, self.model).config)
         if isinstance(config, SparseGroupsConfig):
             shares[f"kv_share_{self.cache_length}"] = round(kv_share(config, self.cache_length, rates), 4)
         return shares

@@ -13,15 +13,31 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.multiprocessing import get_context, start_processes
 from torch.utils.data import TensorDataset
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
-from mosa_hf import ConversionConfig, GroupPlan, MosaLlamaForCausalLM, cache_bytes, convert_model, trace_routing
+from mosa_hf import (
+    ConversionConfig,
+    GroupPlan,
+    MosaLlamaForCausalLM,
+    cache_bytes,
+    convert_model,
+    load_routers,
+    trace_routing,
+)
 from mosa_hf.cli import heal
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, mean_divergence, teacher_of
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.kv_share import kv_share
 from mosa_hf.modeling.router_files import ROUTERS_NAME
 from testing.tiny import QUIET, byte_tokenizer, random_tokens, tiny_base
+from testing.tiny_multimodal import tiny_multimodal
 from testing.training_rows import collate
 
 from ..modeling.test_training import windows_of_bytes
@@ -229,6 +245,33 @@ def test_the_command(learn, tmp_path):
         assert type(names["model"]) is MosaLlamaForCausalLM
     with pytest.raises(SystemExit, match="exists: remove it"):
         run("parts", 4, "parts.healed")
+
+
+@QUIET
+@pytest.mark.parametrize("learn", ["full", "routers"])
+def test_the_command_on_pictures_and_text(learn, tmp_path):
+    """What says how routers learn is the decoder's config; written, they are as conversion wrote them."""
+    common = prepare(tmp_path)
+    base = tiny_multimodal("llava")
+    base.save_pretrained(tmp_path / "base")
+    convert_model(base, ConversionConfig(sparsity=4, window=4), random_tokens(4, 64)).save_pretrained(
+        tmp_path / "converted"
+    )
+    options = f"--learn {learn} --max_steps 1 --save_steps 1 --logging_steps 1 --output_dir {tmp_path / 'runs'}"
+    heal.main(f"{common} {options} --destination {tmp_path / 'healed'}".split())
+    assert 0 < logged(tmp_path / "runs" / "checkpoint-1")[0]["kv_share_4096"] < 1
+    if learn == "full":
+        written = json.loads((tmp_path / "healed" / "config.json").read_text())
+        assert not any(name.startswith("mosa_") for name in written)
+        model = AutoModelForImageTextToText.from_pretrained(tmp_path / "healed")
+    else:
+        model = load_routers(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "healed")
+    config = model.config.text_config
+    assert (config.mosa_gate_slope, config.mosa_threshold_momentum) == (0, 1)
+    ids = random_tokens(1, 60).clamp_max(200)
+    with torch.no_grad():
+        read = [each(input_ids=ids, use_cache=False).logits for each in (model.eval(), model.train())]
+    assert torch.equal(*read)
 
 
 @pytest.mark.slow  # models are healed
