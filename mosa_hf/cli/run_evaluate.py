@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 import mosa_hf
 
@@ -30,6 +31,7 @@ from ..conversion.sources import CARD_NAME
 from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
 from ..modeling.configuration import is_composite
 from ..modeling.model_card import with_measured
+from ..modeling.router_files import ROUTERS_CONFIG_NAME
 from ..modeling.sparse_models import SparsePreTrainedMixin
 from .options import default_device_map, hub_of
 
@@ -76,7 +78,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
     about = {
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} x {platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {each.__name__: each.__version__ for each in (mosa_hf, transformers, torch)},
+        "versions": versions(),
         "settings": settings,
     }
     return evaluate(subjects(options), samples, options.output, about)
@@ -88,16 +90,18 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
     base, original = load(used[-1], options, options.revision), None
     model = base if options.routers is None else load_routers(base, options.routers, token=options.token)
     if options.original is not None:
-        original = Subject("original", load(options.original, options), identity([options.original]))
+        loaded = load(options.original, options)
+        original = Subject("original", loaded, identity([options.original], loaded))
     elif options.routers is not None:
-        original = Subject("original", base, identity(used))
+        original = Subject("original", base, identity(used, base))
     elif isinstance(model, SparsePreTrainedMixin):
-        original = Subject("its weights, dense", to_dense(model), identity(used))
+        original = Subject("its weights, dense", to_dense(model), identity(used, base))
     if options.routers is not None:
         used = [options.routers, *used]
+    known = identity(used, base, routers_commit(options))
     if is_adapter(used[0]):
         model = cast(PreTrainedModel, PeftModel.from_pretrained(model, used[0]))
-    own = Subject(Path(used[0]).name, model.eval(), identity(used))
+    own = Subject(Path(used[0]).name, model.eval(), known)
     return [own] if original is None else [original, own]
 
 
@@ -128,12 +132,30 @@ def folders_of(name: str) -> list[str]:
     return [name]
 
 
-def identity(folders: list[str]) -> str:
-    """What tells the files of directories from others, without reading them; of names on the Hub, the names."""
+def identity(folders: list[str], loaded: PreTrainedModel, commit: str | None = None) -> str:
+    """
+    What tells a model from others, and how it computes: its directories' files, without reading them, or names and
+    commits on the Hub; dtype and devices of the last one of `folders`, as it was `loaded`; and versions. `commit`: of
+    routers on the Hub.
+    """
     files = [
         [str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns]
         for folder in map(Path, folders)
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != CARD_NAME  # which computes nothing
     ]
-    return hashlib.sha256(json.dumps([*folders, *files]).encode()).hexdigest()[:16]
+    devices = sorted({each.device.type for each in loaded.parameters()})
+    computes = [str(loaded.dtype), devices, versions()]
+    commits = [getattr(loaded.config, "_commit_hash", None), commit]
+    return hashlib.sha256(json.dumps([*folders, *files, commits, computes]).encode()).hexdigest()[:16]
+
+
+def routers_commit(options: argparse.Namespace) -> str | None:
+    """The commit of routers on the Hub; None of a directory's, and where there are none."""
+    if options.routers is None or Path(options.routers).is_dir():
+        return None
+    return extract_commit_hash(cached_file(options.routers, ROUTERS_CONFIG_NAME, token=options.token), None)
+
+
+def versions() -> dict[str, str]:
+    return {each.__name__: each.__version__ for each in (mosa_hf, transformers, torch)}

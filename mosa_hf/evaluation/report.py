@@ -26,7 +26,8 @@ class Subject(NamedTuple):
 
     name: unlike that of the others.
     model: a causal language model.
-    identity: what changes when the model does; scores on disk count for a model of the same name and identity.
+    identity: what changes when the model does, or what it computes in (`str(model.dtype)`, say); scores on disk count
+        for a model of the same name and identity.
     """
 
     name: str

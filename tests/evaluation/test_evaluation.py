@@ -2,6 +2,7 @@
 
 import json
 import math
+from argparse import Namespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, save_routers
 from mosa_hf.cli import evaluate as command
+from mosa_hf.cli import run_evaluate
 from mosa_hf.cli.run_evaluate import identity
 from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows
@@ -356,7 +358,8 @@ def test_command_writes_the_model_card(folders, capsys):
     before, card = (folders / "routers" / "README.md").read_text(), folders / "routers" / "README.md"
     sizes = ["--context", "200", "--scored", "20", "--slices", "1"]
     text = ["--text", str(folders / "boats.txt")]
-    known = identity([str(folders / "routers")])
+    original = AutoModelForCausalLM.from_pretrained(folders / "original")
+    known = identity([str(folders / "routers")], original)
     command.main([str(folders / "original"), "--routers", str(folders / "routers"), *text, *sizes, "--card"])
     shown, after = capsys.readouterr().out.partition("Wrote it into")[0].strip(), card.read_text()
     assert shown in after and "Not measured here" in before and "Not measured here" not in after
@@ -364,7 +367,7 @@ def test_command_writes_the_model_card(folders, capsys):
     assert [part for part in before.split("## ") if part not in after.split("## ")] == [
         next(part for part in before.split("## ") if part.startswith("What it loses"))
     ]
-    assert identity([str(folders / "routers")]) == known
+    assert identity([str(folders / "routers")], original) == known
     with pytest.raises(SystemExit, match="mosa-evaluate: .*README.md"):
         command.main([str(folders / "original"), *text, *sizes, "--card"])
 
@@ -397,11 +400,48 @@ def test_command_names_what_is_wrong(arguments, message, folders, monkeypatch):
 
 
 def test_a_changed_folder_is_another_model(tmp_path):
+    model = tiny_base()
     (tmp_path / "config.json").write_text("{}")
-    before = identity([str(tmp_path)])
-    assert identity([str(tmp_path)]) == before != identity(["someone/model"])
+    before = identity([str(tmp_path)], model)
+    assert identity([str(tmp_path)], model) == before != identity(["someone/model"], model)
     (tmp_path / "config.json").write_text('{"a": 1}')
-    assert identity([str(tmp_path)]) != before
+    assert identity([str(tmp_path)], model) != before
+
+
+def test_so_is_another_commit_dtype_or_version(monkeypatch):
+    model, names = tiny_base(), ["someone/routers", "someone/model"]
+    known = [identity(names, model), identity(names, model, "routers")]
+    model.config._commit_hash = "model"
+    known += [identity(names, model), identity(names, model.bfloat16()), identity(names, model.to("meta"))]
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    known.append(identity(names, model))
+    assert len(set(known)) == 6
+
+
+def test_routers_on_the_hub_are_of_a_commit(tmp_path, monkeypatch):
+    path = "models--someone--routers/snapshots/0123456789abcdef0123456789abcdef01234567/mosa_config.json"
+    monkeypatch.setattr(run_evaluate, "cached_file", lambda name, file, token: str(tmp_path / path))
+    found = [run_evaluate.routers_commit(Namespace(routers=x, token=None)) for x in ("a/b", str(tmp_path), None)]
+    assert found == ["0123456789abcdef0123456789abcdef01234567", None, None]
+
+
+def test_the_command_measures_again_what_computes_otherwise(folders, capsys, monkeypatch):
+    """The same command reuses all; one of another dtype gives what it gives without the file of the first one."""
+    common = [str(folders / "converted"), "--text", str(folders / "boats.txt"), "--context", "200", "--scored", "20"]
+
+    def run(dtype: str, name: str) -> list[dict]:
+        command.main([*common, "--slices", "2", "--dtype", dtype, "--output", str(folders / name)])
+        return json.loads((folders / name).read_text())["rows"]
+
+    full, half = run("float32", "dtypes.json"), run("bfloat16", "dtypes.json")
+    assert half == run("bfloat16", "alone.json") and half[0]["kv_bytes"] * 2 == full[0]["kv_bytes"]
+
+    def refuse(*given):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(report, "score", refuse)
+    assert run("bfloat16", "dtypes.json") == half
+    capsys.readouterr()
 
 
 def test_an_interrupted_command_says_what_is_kept(folders, capsys, monkeypatch):
