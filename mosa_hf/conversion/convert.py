@@ -138,7 +138,7 @@ def check_convertible(model: PreTrainedModel) -> None:
     if isinstance(config, SparseGroupsConfig):
         raise ValueError(
             f"{type(model).__name__} is converted already: convert its base, `mosa_hf.to_dense(model)`, or "
-            "change its plan when it is loaded (`mosa_plan`)."
+            "change its plan when it is loaded (`mosa_plan`), and set thresholds for it (`calibrate_thresholds`)."
         )
     if isinstance(config, MosaConfig):
         raise ValueError(

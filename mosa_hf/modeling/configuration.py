@@ -1,8 +1,9 @@
 """Configurations: what every router has, the native MoSA model, and families with sparse groups."""
 
+import copy
 import math
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -10,9 +11,12 @@ from huggingface_hub.dataclasses import strict
 from transformers.cache_utils import get_layer_types_and_kwargs
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.utils import logging
 
 from .group_plan import GroupPlan, SparseGroup
 from .remote_code import InstalledCodeConfigMixin
+
+logger = logging.get_logger(__name__)
 
 OF_THE_CLASS = ("model_type", "architectures", "auto_map", "transformers_version")  # of what `to_dict` gives
 # Upstream's types of layers whose attention reads all tokens, alone or beside a recurrent part.
@@ -124,7 +128,30 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
             config = result[0] if isinstance(result, tuple) else result
             config.validate()
             config.check_read(given)
+            config.warn_of_thresholds(given, config_dict)
         return result
+
+    def sparsities(self) -> list[float]:
+        """ρ of everything that may differ in it, in order."""
+        return [self.mosa_sparsity]
+
+    def warn_of_thresholds(self, names: Collection[str], saved: Mapping[str, Any]) -> None:
+        """
+        Say so if `names`, fields that someone has set of a model that was `saved` with others, change a ρ: thresholds
+        are what selects, and come with the model. Under 1, which selects every token, none is asked.
+        """
+        if self.mosa_inference_routing != "threshold" or not {"mosa_sparsity", "mosa_plan"} & set(names):
+            return
+        before = copy.copy(self)
+        sparsity = saved.get("mosa_sparsity", type(self).mosa_sparsity)  # defaults are not saved
+        vars(before).update(mosa_plan=saved.get("mosa_plan"), mosa_sparsity=sparsity)
+        pairs = zip(before.sparsities(), self.sparsities(), strict=False)
+        if other := [(old, new) for old, new in pairs if new not in (old, 1)]:
+            logger.warning_once(
+                f"`{'` and `'.join(names)}` asks for a sparsity of {other[0][1]} in place of {other[0][0]}, but the "
+                "thresholds that are loaded were set for that, and select what they selected. Set them anew on text: "
+                "`mosa_hf.calibrate_thresholds(model, [input_ids])`."
+            )
 
     def check_read(self, names: Collection[str]) -> None:
         """Whether this model reads the fields `names`, which someone has set of it: it reads all."""
@@ -337,6 +364,10 @@ class SparseGroupsConfig(RoutingConfig):
             for layer, reason in enumerate(self._reasons())
         )
 
+    def sparsities(self) -> list[float]:
+        """Of each sparse group."""
+        return [group.sparsity for groups in self.layer_groups() for group in groups if group is not None]
+
     def has_attentions(self, layer_idx: int) -> bool:
         return not any(self.groups_of_layer(layer_idx))
 
@@ -350,7 +381,7 @@ class SparseGroupsConfig(RoutingConfig):
             raise ValueError(
                 f"`{'` and `'.join(ignored)}` would change nothing: this model has a `mosa_plan`, which says what "
                 "each group is. Change that: `GroupPlan.of_config(config)` gives it, and `mosa_plan=plan.to_list()` "
-                "takes it."
+                "takes it; another sparsity needs other thresholds (`mosa_hf.calibrate_thresholds`)."
             )
 
     def validate_sparse_groups(self):

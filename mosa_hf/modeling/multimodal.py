@@ -89,6 +89,8 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
         own = sparse_config_of(result[0] if isinstance(result, tuple) else result)
         own.fit_layers()
         own.check_read(fields)
+        if isinstance(text, dict):
+            own.warn_of_thresholds(fields, text)
         return result
 
     def validate_text_config(self):

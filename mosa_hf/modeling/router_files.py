@@ -136,10 +136,11 @@ def read_routers(
     """
     hub, fields = hub or {}, fields or {}
     config_file, weights_file = (_router_file(directory, name, hub) for name in (ROUTERS_CONFIG_NAME, ROUTERS_NAME))
-    settings = _read_settings(config_file, family.config_class.from_base(base)) | fields
+    saved = _read_settings(config_file, family.config_class.from_base(base))
     try:
-        config = family.config_class.from_base(base, **settings)
+        config = family.config_class.from_base(base, **(saved | fields))
         sparse_config_of(config).check_read(fields.keys())
+        sparse_config_of(config).warn_of_thresholds(fields.keys(), saved)
     except (StrictDataclassError, ValueError, TypeError) as error:
         raise ValueError(f"{config_file}: {error}") from error
     return config, weights_file

@@ -1,13 +1,14 @@
 """While routers learn, groups keep their rates: thresholds follow, shares are logged, and twice the rate is told."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.data import TensorDataset
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from mosa_hf import RoutingCallback
+from mosa_hf import RoutingCallback, load_routers, save_routers, to_dense
 from testing.training_rows import collate
 
 from ..cache.test_cache import propagating
@@ -59,6 +60,33 @@ def test_twice_the_rate_is_told_once(momentum, caplog):
             router.threshold.fill_(-1e9)
         train(model, 0.0, steps=32)
     assert caplog.text.count("twice the share") == 1
+
+
+@pytest.mark.parametrize("name", ["sparse", "native", "routers"])
+def test_another_sparsity_of_loaded_thresholds_is_told(name, tmp_path, caplog):
+    """They are what selects. Without a threshold (ρ = 1, expert choice), with the same ρ: nothing to be told."""
+    logging.Logger.warning_once.cache_clear()
+    model = model_of("native" if name == "native" else "sparse", 4)
+
+    def fields_of(sparsity: int) -> dict:
+        group = {"window": 8, "sparsity": sparsity}
+        return {"mosa_sparsity": sparsity} if name == "native" else {"mosa_plan": [[group] * 2]}
+
+    if name == "routers":
+        base = to_dense(model)
+        save_routers(model, tmp_path / "routers")
+        load = partial(load_routers, base, tmp_path / "routers")
+    else:
+        model.save_pretrained(tmp_path)
+        load = partial(AutoModelForCausalLM.from_pretrained, tmp_path)
+    with caplog.at_level(logging.WARNING), propagating("mosa_hf.modeling.configuration"):
+        load()
+        load(**fields_of(1))
+        load(**fields_of(4))
+        load(**fields_of(2), mosa_inference_routing="expert_choice")
+        assert "asks for a sparsity" not in caplog.text
+        load(**fields_of(2))
+    assert "asks for a sparsity of 2 in place of 4, but" in caplog.text and "calibrate_thresholds" in caplog.text
 
 
 def test_loaded_models_begin_at_their_rates(tmp_path):
