@@ -33,7 +33,7 @@ class StrideRouter(MosaRouter):
         super().__init__(config, sparsity)
         self.weight = None
 
-    def forward(self, hidden_states, call, follows=True):
+    def forward(self, hidden_states, call, cache=None, follows=True):
         layout = call.layout.to(hidden_states.device)
         chosen = layout.position % int(self.sparsity[0]) == 0  # [B or 1, T]
         chosen = chosen.expand(hidden_states.shape[:2])

@@ -227,18 +227,23 @@ def test_accumulated_steps_are_whole_ones(name, tmp_path):
 def gradients_on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
-        ids, labels = IDS[2 * rank : 2 * rank + 2], LABELS[2 * rank : 2 * rank + 2]
-        num_items = (LABELS[:, 1:] != -100).sum()  # of both processes; `Trainer` multiplies by their number
         for name in ("own", "other"):
-            model = model_of()
-            parallel = DistributedDataParallel(model)
-            given = {"labels": labels} if name == "own" else {}
-            outputs = parallel(input_ids=ids, use_cache=False, num_items_in_batch=num_items, **given)
-            loss = outputs.loss if name == "own" else mean_of_step(outputs, labels, num_items)
-            (2 * loss).backward()
-            torch.save(gradients_of(model), f"{folder}/{name}_{rank}.pt")
+            torch.save(parallel_gradients(rank, name), f"{folder}/{name}_{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def parallel_gradients(rank: int, name: str) -> dict[str, torch.Tensor]:
+    # DDP's object goes before its process group: as the last one that holds it, it may wait for gloo's thread forever.
+    ids, labels = IDS[2 * rank : 2 * rank + 2], LABELS[2 * rank : 2 * rank + 2]
+    num_items = (LABELS[:, 1:] != -100).sum()  # of both processes; `Trainer` multiplies by their number
+    model = model_of()
+    parallel = DistributedDataParallel(model)
+    given = {"labels": labels} if name == "own" else {}
+    outputs = parallel(input_ids=ids, use_cache=False, num_items_in_batch=num_items, **given)
+    loss = outputs.loss if name == "own" else mean_of_step(outputs, labels, num_items)
+    (2 * loss).backward()
+    return gradients_of(model)
 
 
 @pytest.mark.slow  # two processes

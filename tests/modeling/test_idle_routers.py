@@ -132,16 +132,21 @@ def train_on_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     try:
         for name in ("every weight", "saved routers"):
-            model = CASES[name][0]()
-            parallel = DistributedDataParallel(model)
-            optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
-            for _ in range(2):  # the second forward is the one that DDP refuses
-                optimizer.zero_grad()
-                parallel(input_ids=IDS[[rank]], labels=IDS[[rank]], use_cache=False).loss.backward()
-                optimizer.step()
-            torch.save(model.state_dict(), f"{folder}/{name}_{rank}.pt")
+            torch.save(trained_in_parallel(rank, name), f"{folder}/{name}_{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+def trained_in_parallel(rank: int, name: str) -> dict[str, torch.Tensor]:
+    # DDP's object goes before its process group: as the last one that holds it, it may wait for gloo's thread forever.
+    model = CASES[name][0]()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(2):  # the second forward is the one that DDP refuses
+        optimizer.zero_grad()
+        parallel(input_ids=IDS[[rank]], labels=IDS[[rank]], use_cache=False).loss.backward()
+        optimizer.step()
+    return model.state_dict()
 
 
 @pytest.mark.slow  # two processes
