@@ -1,6 +1,7 @@
 """Healing: the loss is the divergence from the original, it brings quality back, resumes, and can be loaded."""
 
 import copy
+import gc
 import json
 import math
 import os
@@ -328,6 +329,7 @@ def heal_on_rank(rank: int, folder: Path, arguments: str) -> None:
         for learn in ("lora", "routers"):
             heal.main([*command_of(folder, learn, arguments, "two", batch_size=1), "--ddp_backend", "gloo"])
     finally:
+        gc.collect()  # DDP's object goes before its process group: see `parallel_gradients` of test_aux_loss.py
         torch.distributed.destroy_process_group()
 
 
