@@ -78,7 +78,8 @@ class MosaHeads(nn.Module):
         cos, sin = (x.to(hidden_states.device).expand(hidden_states.shape[0], -1, -1) for x in position_embeddings)
         tokens = Tokens(layout.position, layout.valid, layout.segment, cos, sin, selected, logits.sigmoid(), score)
         hidden_states = layout.pad_left(hidden_states, dim=1)
-        tokens = Tokens._make(layout.pad_left(x, dim=1) if isinstance(x, torch.Tensor) else x for x in tokens)
+        # A list: of a generator torch 2.9 cannot go on with what came before a break in a graph.
+        tokens = Tokens._make([layout.pad_left(x, dim=1) if isinstance(x, torch.Tensor) else x for x in tokens])
         if cache is not None:
             output = self._attend_cached(hidden_states, tokens, cache)
         else:
@@ -113,7 +114,7 @@ class MosaHeads(nn.Module):
         # Groups that select nothing cost nothing: neither their weights nor their cache are read.
         output, new = torch.zeros_like(hidden_states), None
         if len(groups):
-            weights = HeadWeights._make(None if weight is None else weight[groups] for weight in weights)
+            weights = HeadWeights._make([None if weight is None else weight[groups] for weight in weights])
             tokens = tokens._replace(
                 selected=tokens.selected[..., groups],
                 gate=tokens.gate[..., groups],
