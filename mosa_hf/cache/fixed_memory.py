@@ -1,12 +1,19 @@
 """Memory of a sparse store that does not grow, where `EntryMemory` does. In nothing else do the two differ."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels.entries import Entries
 from .memory import EntryMemory
+
+
+class FixedSize(NamedTuple):
+    """How much each row and group has room for."""
+
+    selected: int  # tokens, those in the window included
+    max_cache_len: int  # tokens that there will be at most
 
 
 class FixedMemory(EntryMemory):

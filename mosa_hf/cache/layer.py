@@ -21,10 +21,11 @@ from ..compat import QuantizedLayer
 from ..kernels import is_free
 from ..kernels.entries import Readable
 from ..kernels.indexing import take
+from ..kernels.tensors import NEVER
 from ..routing.layout import CallLayout
 from .calls import fetch_counts
 from .dense import PreallocatedDynamicLayer
-from .fixed_memory import static_capacity
+from .fixed_memory import FixedSize, static_capacity
 from .store import SparseStore
 from .undo import MAX_UNDO
 
@@ -484,15 +485,14 @@ def check_lengths(layers: Sequence[object]) -> None:
 def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len: int | None, owner: str) -> None:
     layer: Any = cache.layers[layer_idx]
     layer_class: type[CacheLayerMixin] = type(layer)
-    capacities: list[int | None] = [None] * len(spec.sets)
-    most = None
+    sizes: list[FixedSize | None] = [None] * len(spec.sets)
     if isinstance(layer, StaticLayer):
-        # Of more tokens than that a call is refused, if upstream's layers do not go on without the first ones.
-        most = None if all(cache.is_sliding) else static_length(cache)
-        length = max_cache_len if most is None else most
+        length = max_cache_len if (slides := all(cache.is_sliding)) else static_length(cache)
         if length is None:
             raise ValueError("`max_cache_len` is needed for a static cache whose layers all have a window.")
-        capacities = [static_capacity(length, each.sparsity) for each in spec.sets]
+        # Layers that slide go on without the first tokens; of others, a call of more tokens is refused.
+        most = NEVER if slides else length
+        sizes = [FixedSize(static_capacity(length, each.sparsity), most) for each in spec.sets]
     else:
         if isinstance(layer, QuantizedLayer) and spec.num_dense == 0:
             layer_class = DynamicLayer  # it only counts tokens, and there is nothing to quantise
@@ -501,8 +501,8 @@ def _upgrade_layer(cache: Cache, layer_idx: int, spec: SparseSpec, max_cache_len
     layer.made_for, layer.owner, layer.num_dense = (layer_idx, spec.plain()), owner, spec.num_dense
     layer.dense_groups, layer.sparse_groups = spec.dense, tuple(each.groups for each in spec.sets)
     layer.stores = tuple(
-        SparseStore(each.window, spec.budget, capacity, spec.dtype is not None, most)
-        for each, capacity in zip(spec.sets, capacities, strict=True)
+        SparseStore(each.window, spec.budget, size, spec.dtype is not None)
+        for each, size in zip(spec.sets, sizes, strict=True)
     )
     layer._seen = SeenMask()
     record_past = layer.__dict__.pop("record_past", False)

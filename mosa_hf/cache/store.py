@@ -12,7 +12,7 @@ from ..kernels.entry_codes import Rows, rounded
 from ..kernels.tensors import NEVER, KeyValues
 from ..routing.budget import evicted_at, within_budget
 from .calls import CallLog, Counts, PendingCounts, fetch_counts
-from .fixed_memory import FixedMemory
+from .fixed_memory import FixedMemory, FixedSize
 from .memory import EntryMemory
 from .recent import after_kept, cropped, extended, of_ring, of_selected
 from .undo import UndoRecord
@@ -38,27 +38,16 @@ class SparseStore:
         window: tokens that a query reads whether selected or not; 0: none.
         budget: `mosa_cache_budget`: how many selected tokens a row and group remembers, those in the window included;
             None: all of them.
-        capacity: of fixed memory, how many selected tokens there is room for, those in the window included; more are
-            evicted as by a budget. None: memory grows.
+        size: of fixed memory; more selected tokens than that are evicted as by a budget. None: memory grows.
         is_coded: whether keys and values are stored as codes, so that they are rounded for all who read them.
-        max_cache_len: of fixed memory, so many tokens will a row have at most; None: nobody knows.
     """
 
     is_over: bool | None = None
 
-    def __init__(
-        self,
-        window: int,
-        budget: int | None = None,
-        capacity: int | None = None,
-        is_coded: bool = False,
-        max_cache_len: int | None = None,
-    ):
-        self.window, self.is_coded = window, is_coded
-        self.max_cache_len = NEVER if max_cache_len is None else max_cache_len
-        self.is_fixed = capacity is not None
-        limits = [limit for limit in (budget, capacity) if limit is not None]
-        self.budget = min(limits, default=None)
+    def __init__(self, window: int, budget: int | None = None, size: FixedSize | None = None, is_coded: bool = False):
+        self.window, self.is_coded, self.is_fixed = window, is_coded, size is not None
+        limit, self.max_cache_len = size or (None, NEVER)
+        self.budget = min((each for each in (budget, limit) if each is not None), default=None)
         self.needs_score = self.budget is not None  # by `begin`
         self.overflows = self.is_fixed and self.budget != budget  # whether evictions were not asked for by a budget
         self.record_past = False  # nothing is evicted until `crop` says that it is final
