@@ -6,7 +6,7 @@ Code blocks, tables, headings and HTML stay as they are, and so does a paragraph
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,11 @@ class Paragraph(NamedTuple):
 
     lines: list[str]
     is_prose: bool
+
+
+def markdown_table(rows: Iterable[Sequence[str]]) -> str:
+    """Of cells, row by row: the head first, then how its columns are aligned."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
 
 
 def paragraphs(text: str) -> Iterator[Paragraph]:

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from mosa_hf.atomic_write import atomic_file
 from mosa_hf.evaluation import PERPLEXITY
 from mosa_hf.evaluation.report import cell, change
+from testing.markdown import markdown_table
 
 OMITTED = ("calibration",)  # parameters that rows have and labels do without
 
@@ -74,7 +75,7 @@ def page(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> str:
         cells = [label(first["method"], first["parameters"])]
         cells += [f"{share(own, kind):.3f}{freed}" for kind in kinds.values()]
         lines.append([*cells, first["prompt"]] + [_cell(own.get(task), original.get(task)) for task in tasks])
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    table = markdown_table(lines)
     facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
     for name in ("date", "machine"):
         facts.append("; ".join(sorted({row[name] for row in rows})))

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from mosa_hf.atomic_write import atomic_file
 from mosa_hf.evaluation.report import cell, change, interval
+from testing.markdown import markdown_table
 
 from .. import result_lines
 from ..provenance import about
@@ -100,9 +101,8 @@ def page(found: list[dict[str, Any]], name: str, picture: str | None) -> str:
             shown = [cell(own[task]) if task in own else "" for task in tasks]
             rows.append([own_name, f"{own['KV bytes']['share']:.3f}", *shown])
         numbers = [row["passages"] for own in table.values() for row in own.values() if "passages" in row]
-        drawn = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         few = f"\nPassages of each text: {min(numbers)} to {max(numbers)}.\n" if numbers else ""
-        parts.append(f"## {length} tokens\n\n{drawn}\n{few}")
+        parts.append(f"## {length} tokens\n\n{markdown_table(rows)}\n{few}")
     return PAGE.format(
         name=name,
         about=about(found),

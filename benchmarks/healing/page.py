@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mosa_hf.atomic_write import atomic_file
-from testing.markdown import wrapped
+from testing.markdown import markdown_table, wrapped
 
 PERPLEXITY = "perplexity"
 DIVERGENCE = "divergence from the original"
@@ -54,7 +54,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         share = sum(row["share"] for row in own.values()) / len(own)
         lines.append([name, f"{tokens:,}" if name != "original" else "", f"{share:.3f}"])
         lines[-1] += [f"{own[task]['perplexity']:.3f}" if task in own else "" for task in tasks]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    table = markdown_table(lines)
     facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
     facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
     facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))

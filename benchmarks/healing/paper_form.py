@@ -38,7 +38,7 @@ from mosa_hf.conversion.healing import HealingTrainer, TokenWindows
 from mosa_hf.evaluation import CacheMemory, filled_cache, score
 from mosa_hf.modeling.thresholds import mosa_routers
 from testing import pretrained
-from testing.markdown import wrapped
+from testing.markdown import markdown_table, wrapped
 
 from .. import metrics
 from ..frontier.measuring import bytes_per_token
@@ -225,12 +225,7 @@ def page(rows: list[dict[str, Any]], asked: list[Suite], recipe: Recipe) -> str:
     for (groups, form, tokens), own in sorted(found.items()):
         share = sum(row["share"] for row in own.values()) / len(own)
         table.append([str(groups), form, f"{tokens:,}", f"{share:.3f}"])
-        table[-1] += [
-            f"{own[task]['perplexity']:.2f} ({own[task]['perplexity'] / original[task] - 1:+.1%})"
-            if task in own
-            else ""
-            for task in keys
-        ]
+        table[-1] += [_cell(own[task]["perplexity"], original[task]) if task in own else "" for task in keys]
     timed = [["groups", *(f"{form}, {what}" for what in TIMES.values() for form in (PAPER, SPARSE))]]
     timed.append(["---:"] * len(timed[0]))
     ratios = {(row["parameters"]["groups"], row["task"], row["method"]): row["ratio"] for row in times}
@@ -243,18 +238,14 @@ def page(rows: list[dict[str, Any]], asked: list[Suite], recipe: Recipe) -> str:
             sparse=f"window {recipe.sparse.window}, sparsity {recipe.sparse.sparsity:g}",
             tokens=recipe.tokens,
             facts=about(scored + times),
-            table=_markdown(table),
-            timed=_markdown(timed) if times else "Steps were not timed.",
+            table=markdown_table(table),
+            timed=markdown_table(timed) if times else "Steps were not timed.",
         )
     )
 
 
 def _cell(perplexity: float, original: float) -> str:
     return f"{perplexity:.2f} ({perplexity / original - 1:+.1%})"
-
-
-def _markdown(cells: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
 
 
 PAGE = """# The paper's heads in a model that exists

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from mosa_hf.atomic_write import atomic_file
-from testing.markdown import wrapped
+from testing.markdown import markdown_table, wrapped
 
 from .runs import BY_THRESHOLD, FEWER, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
 
@@ -147,7 +147,7 @@ def table_of(study: list[Run], measured: Measured) -> str:
     for run in kinds:
         cells = [name_of(run), *(_field(run, name) for name in varied)]
         lines.append(cells + _losses(study, run, measured) + _costs(list(measured.of(run).values())))
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(lines)
 
 
 def _losses(study: list[Run], run: Run, measured: Measured) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from mosa_hf.atomic_write import atomic_file
-from testing.markdown import wrapped
+from testing.markdown import markdown_table, wrapped
 
 from .. import result_lines
 from ..provenance import about
@@ -118,8 +118,7 @@ def loads(found: list[Line]) -> tuple[list[str], list[list[str]]]:
 
 
 def drawn(head: list[str], table: list[list[str]]) -> str:
-    cells = [head, ["---", *["---:"] * (len(head) - 1)], *table]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    return markdown_table([head, ["---", *["---:"] * (len(head) - 1)], *table])
 
 
 def page(found: list[Line], picture: str) -> str:

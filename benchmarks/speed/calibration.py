@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaModel
 
 from mosa_hf.conversion.windows import NUM_WINDOWS, WINDOW_LENGTH
+from testing.markdown import markdown_table
 
 from ..frontier.methods import fits_of_all
 from ..provenance import about, origin_of
@@ -70,7 +71,7 @@ def table(found: dict[int, dict[str, float]], num_windows: int) -> str:
     head = ["", "weights, GB", "a reading, s", "the fit, s", "its peak memory, GB"]
     cells = [head, ["---", *["---:"] * len(units)]]
     cells += [[name, *(f"{own[each] / unit:.2f}" for each, unit in units.items())] for name, own in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+    return markdown_table(cells)
 
 
 def main() -> None:

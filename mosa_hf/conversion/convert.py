@@ -76,7 +76,7 @@ def convert_model(
         choose_groups(conversion, candidates, None)  # raises what a text is needed for
     check_computes_the_same(model, candidates, family.config_class)
     if fits is not None or calibration is not None:
-        fits = fits_for(model, conversion, base_config, calibration, fits)
+        fits = fits_for(model, conversion, base_config, candidates, calibration, fits)
     losses = None if fits is None else mean_losses(candidates, fits)
     plan = choose_groups(conversion, candidates, losses)
     if fits is not None and conversion.plan is None:
@@ -110,16 +110,16 @@ def fits_for(
     model: PreTrainedModel,
     conversion: ConversionConfig,
     base_config: SparseGroupsConfig,
+    candidates: GroupPlan,
     calibration: torch.Tensor | Sequence[Any] | None,
     fits: Sequence[RouterFit | None] | None,
 ) -> list[RouterFit | None]:
     """
-    The fits of a conversion's candidates: those that several conversions share, or of `calibration`.
+    The fits of a conversion's `candidates`: those that several conversions share, or of `calibration`.
 
     Raises:
         ValueError: for fits without the text that they are of.
     """
-    candidates = candidate_plan(base_config, conversion)
     if calibration is None:
         raise ValueError("`calibration` is needed to set thresholds: pass the token ids that `fits` are of.")
     if fits is not None:

@@ -58,7 +58,7 @@ def convert_to_native(
     base_config = family_of("llama").config_class.from_base(config)
     candidates = candidate_plan(base_config, conversion)
     if fits is not None or calibration is not None:
-        fits = fits_for(model, conversion, base_config, calibration, fits)
+        fits = fits_for(model, conversion, base_config, candidates, calibration, fits)
     plan = choose_groups(conversion, candidates, None if fits is None else mean_losses(candidates, fits))
     converted = plan.sparse_pairs()
     native = MosaForCausalLM.from_pretrained(
