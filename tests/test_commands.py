@@ -32,6 +32,7 @@ ELSEWHERE = {
     "python -m benchmarks.frontier.picture": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.gpu": "tests/tools/test_benchmarks.py",
     "python -m benchmarks.healing": "tests/benchmarks/test_healing.py",
+    "python -m benchmarks.healing.mixed_text": "tests/benchmarks/test_healing.py",
     "python -m benchmarks.healing.paper_form": "tests/benchmarks/test_healing.py",
     "python -m benchmarks.leak": "tests/benchmarks/test_leak.py",
     "python -m benchmarks.pretrain": "tests/benchmarks/test_pretrain.py",

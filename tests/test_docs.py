@@ -149,7 +149,7 @@ def test_leak_figures_are_those_of_the_result():
 def test_the_pages_quote_the_frontier():
     """The README's table has columns of the result as rows; it and the page about choices say some of them again."""
     readme, choosing = (path.read_text(encoding="utf-8") for path in (DOCS.parent / "README.md", DOCS / "choosing.md"))
-    page = (RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct.md").read_text(encoding="utf-8")
+    page = (RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct-bfloat16.md").read_text(encoding="utf-8")
     (head, _, *rows), (own_head, _, *own_rows) = (table_with(text, "niah_single_1") for text in (page, readme))
     by_name = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     shown = [by_name[name] for name in own_head[1:]]
@@ -157,7 +157,7 @@ def test_the_pages_quote_the_frontier():
     assert own_rows == [[name, *(each[name] for each in shown)] for name, *_ in own_rows]
     original, ours, *_ = shown
     # The README and the page say what others answer about two of the contexts, and what the defaults do there.
-    lines = [*scoreboard.lines(RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct.jsonl").values()]
+    lines = [*scoreboard.lines(RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct-bfloat16.jsonl").values()]
     lines = scoreboard.latest([line for line in lines if line["base"] == lines[-1]["base"]])
     those = scoreboard.cells([line for line in lines if line["index"] < 2], 4096)
     for task, called in (("niah_single_1", "Lone needles:"), ("niah_multikey_3", "Random strings:")):

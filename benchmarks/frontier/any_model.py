@@ -2,17 +2,19 @@
 Memory against quality of any model: what its conversions lose of retrieval and of perplexity, and for how many bytes.
 
     python -m benchmarks.frontier --model Qwen/Qwen2.5-0.5B-Instruct --lengths 4096 8192
-    python -m benchmarks.frontier --model FOLDER --ours 512/8 512/8/int8 256/16 plan.json --contexts 2
+    python -m benchmarks.frontier --model FOLDER --ours 512/8 512/8/int8 256/16 plan.json healed --contexts 2
 
 Six tasks of RULER (`ruler.py`), several questions for each context, a long list that the model goes on with
 (`writing.py`), and the perplexity of passages of four texts (`testing/passages.py`). Each reading is done by the
-original, by what `mosa-convert` makes of it by default (and by other windows and sparsities, 8-bit entries, and plans
-of `GroupPlan.save`), and by as large a window with the first token and no routers. What was read once is asked all
-questions. After the first reading of every kind comes the second one, and so on: stop it when you like, the table has
-what there is; the same command goes on from there. `--rivals` then asks other methods about all that was read, by the
-code of kvpress, in an environment of its own.
+original, by what `mosa-convert` makes of it by default (and by other windows and sparsities, 8-bit entries, plans of
+`GroupPlan.save`, and what is in folders of `mosa-convert`, `save_routers` and `mosa-heal`), and by as large a window
+with the first token and no routers. What was read once is asked all questions. After the first reading of every kind
+comes the second one, and so on: stop it when you like, the table has what there is; the same command goes on from
+there. `--rivals` then asks other methods about all that was read, by the code of kvpress, in an environment of its
+own.
 
-Lines are appended to `frontier-NAME.jsonl`; `frontier-NAME.md` and `.png` show them.
+Lines are appended to `frontier-NAME.jsonl`, with a `--dtype` to `frontier-NAME-DTYPE.jsonl`; `.md` and `.png` show
+them.
 """
 
 import argparse
@@ -28,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,7 +41,8 @@ from mosa_hf.conversion import default_text
 from mosa_hf.conversion.calibration import RouterFit
 from mosa_hf.evaluation import CacheMemory, Sample, decoding_bytes, filled_cache, score
 from mosa_hf.modeling.devices import input_device
-from mosa_hf.modeling.fingerprint import model_fingerprint
+from mosa_hf.modeling.fingerprint import model_fingerprint, numbers_fingerprint
+from mosa_hf.modeling.router_files import ROUTERS_CONFIG_NAME
 from testing import pretrained
 from testing.packages import cached
 from testing.passages import NAMES, Passage, passages
@@ -79,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         type=conversion,
         default=[conversion("512/8")],
         metavar="WINDOW/SPARSITY",
-        help="conversions; with /int8 of 8-bit entries; or the file of a plan",
+        help="conversions; with /int8 of 8-bit entries; the file of a plan; or a folder with routers",
     )
     parser.add_argument(
         "--rivals", nargs="*", choices=RIVALS, default=[], help="with as many bytes as the first of these"
@@ -104,7 +109,7 @@ def main(arguments: list[str] | None = None) -> None:
         for length in lengths
         for task in options.tasks
     ]
-    name = Path(options.model).name
+    name = Path(options.model).name + ("" if options.dtype == "auto" else f"-{options.dtype}")
     board = options.output / f"frontier-{name}.jsonl"
     subjects = Subjects(model, tokenizer, options.ours)
     origin = origin_of("benchmarks.frontier", arguments, model.dtype) | {"model": name}
@@ -118,21 +123,34 @@ def main(arguments: list[str] | None = None) -> None:
 
 @dataclass(frozen=True)
 class Setting:
-    """A conversion, and what its entries are stored as (`mosa_cache_dtype`). Lines name it by `parameters`."""
+    """
+    A conversion, and what its entries are stored as (`mosa_cache_dtype`). Lines name it by `parameters`.
+
+    folder: where its routers are, and perhaps adapters; None: it is converted here.
+    """
 
     config: ConversionConfig
     parameters: tuple[tuple[str, Any], ...]
     cache_dtype: str | None = None
+    folder: Path | None = None
+
+    @property
+    def is_healed(self) -> bool:
+        return self.folder is not None and (self.folder / ADAPTER_CONFIG).exists()
 
     @property
     def method(self) -> str:
-        return "default" if self.config == ConversionConfig() else "ours"
+        if self.is_healed:
+            return "healed"
+        return "default" if self.config == ConversionConfig() and self.folder is None else "ours"
 
 
 def conversion(word: str) -> Setting:
-    """What a word of `--ours` says: `WINDOW/SPARSITY`, `WINDOW/SPARSITY/int8`, or the file of a plan."""
+    """What a word of `--ours` says: `WINDOW/SPARSITY`, `WINDOW/SPARSITY/int8`, the file of a plan, or a folder."""
     if (path := Path(word)).suffix == ".json":
         return Setting(ConversionConfig(plan=path), (("plan", path.name),))
+    if path.is_dir():
+        return Setting(ConversionConfig(), (("folder", path.name),), folder=path)
     window, sparsity, *eight_bit = word.split("/")
     if eight_bit not in ([], ["int8"]):
         raise ValueError(f"{word}: entries are of the model's dtype, or int8.")
@@ -235,7 +253,9 @@ class Subjects:
         return fits_of_all(self.original, self._calibration)
 
     def converted(self, setting: Setting) -> PreTrainedModel:
-        """With routers that are fitted once, and kept in the cache of `testing/packages.py`."""
+        """With routers that are fitted once, and kept in the cache of `testing/packages.py`; or those of a folder."""
+        if setting not in self._converted and setting.folder is not None:
+            self._converted[setting] = self._of_folder(setting.folder, setting.is_healed)
         if setting not in self._converted:
             config = setting.config
 
@@ -250,6 +270,15 @@ class Subjects:
             self._converted[setting] = load_routers(self.original, routers, **fields).eval()
         return self._converted[setting]
 
+    def _of_folder(self, folder: Path, is_healed: bool) -> PreTrainedModel:
+        """The model in `folder`, or one with the routers there, and adapters, merged into weights of its own."""
+        if is_healed:
+            base = copy.deepcopy(self.original)
+            return PeftModel.from_pretrained(load_routers(base, folder), folder).merge_and_unload().eval()
+        if (folder / ROUTERS_CONFIG_NAME).exists():
+            return load_routers(self.original, folder).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.original.dtype).eval()
+
     def window(self, tokens: int) -> PreTrainedModel:
         if tokens not in self._windows:
             base = self.converted(self.ours[0])
@@ -258,7 +287,9 @@ class Subjects:
 
     def identity(self, setting: Setting) -> dict[str, Any]:
         """What tells a conversion from others."""
-        return {**dict(setting.parameters), "routers": digest_of(self.converted(setting))}
+        model = self.converted(setting)
+        weights = {"weights": numbers_fingerprint(model)} if setting.is_healed else {}
+        return {**dict(setting.parameters), **weights, "routers": digest_of(model)}
 
 
 def measure(subjects: Subjects, questions: list[Asked], path: Path, origin: dict[str, Any]) -> None:

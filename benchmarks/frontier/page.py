@@ -11,6 +11,8 @@ from mosa_hf.evaluation import PERPLEXITY
 from mosa_hf.evaluation.report import cell, change
 from testing.markdown import markdown_table
 
+from ..provenance import about
+
 OMITTED = ("calibration",)  # parameters that rows have and labels do without
 
 
@@ -75,12 +77,7 @@ def page(methods: list[dict[str, dict[str, Any]]], tasks: list[str]) -> str:
         cells = [label(first["method"], first["parameters"])]
         cells += [f"{share(own, kind):.3f}{freed}" for kind in kinds.values()]
         lines.append([*cells, first["prompt"]] + [_cell(own.get(task), original.get(task)) for task in tasks])
-    table = markdown_table(lines)
-    facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
-    for name in ("date", "machine"):
-        facts.append("; ".join(sorted({row[name] for row in rows})))
-    versions = {f"{name} {version}" for row in rows for name, version in row["versions"].items()}
-    return PAGE.format(facts="\n".join(f"- {each}" for each in [*facts, ", ".join(sorted(versions))]), table=table)
+    return PAGE.format(facts=about(rows), table=markdown_table(lines))
 
 
 PAGE = """# Memory against quality

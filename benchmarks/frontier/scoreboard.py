@@ -47,7 +47,7 @@ def label(line: dict[str, Any]) -> str:
     given, words = line["parameters"], [line["method"]]
     if "window" in given:
         words += [f"window {given['window']}", f"sparsity {given['sparsity']:g}"]
-    words += [given[name] for name in ("plan", "cache_dtype") if name in given]
+    words += [given[name] for name in ("plan", "folder", "cache_dtype") if name in given]
     return ", ".join(words)
 
 

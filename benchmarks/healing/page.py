@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from mosa_hf.atomic_write import atomic_file
 from testing.markdown import markdown_table, wrapped
 
+from ..provenance import about
+
 PERPLEXITY = "perplexity"
 DIVERGENCE = "divergence from the original"
 
@@ -55,11 +57,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         lines.append([name, f"{tokens:,}" if name != "original" else "", f"{share:.3f}"])
         lines[-1] += [f"{own[task]['perplexity']:.3f}" if task in own else "" for task in tasks]
     table = markdown_table(lines)
-    facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
-    facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
-    facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))
-    text = PAGE.format(facts="\n".join(f"- {each}" for each in facts), table=table, steps=divergences(rows))
-    return wrapped(text)
+    return wrapped(PAGE.format(facts=about(rows), table=table, steps=divergences(rows)))
 
 
 def divergences(rows: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from mosa_hf.atomic_write import atomic_file
 from testing.markdown import markdown_table, wrapped
 
+from ..provenance import about
 from .runs import BY_THRESHOLD, FEWER, HEADLINE, MATCH, SPARSITY, Run, Studies, in_order
 
 # Student's t: half-width of a central interval of 95 %, by degrees of freedom, in standard errors.
@@ -272,24 +273,20 @@ def page(studies: Studies, rows: list[Row]) -> str:
     """Markdown: how it was measured, the answer, and a table for each study, of the rows that belong to one."""
     rows = [row for own in Measured.of_study(in_order(studies), rows).rows.values() for row in own.values()]
     worst = max(abs(row["sample"]["teacher_forced"] - row["sample"]["decoded"]) for row in rows)
-    parts = [PAGE.format(facts="\n".join(f"- {each}" for each in facts_of(rows)), worst=worst)]
+    parts = [PAGE.format(facts=f"{about(rows)}\n- {effort_of(rows)}", worst=worst)]
     for name in studies:
         parts += section_of(name, studies, rows)
     return wrapped("\n\n".join(parts) + "\n")
 
 
-def facts_of(rows: list[Row]) -> list[str]:
-    """Where and when it was measured, and how long that took."""
-    facts = [f"`{each}`" for each in sorted({row["command"] for row in rows})]
-    facts += ["; ".join(sorted({row[name] for row in rows})) for name in ("date", "machine")]
-    facts.append(", ".join(sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})))
+def effort_of(rows: list[Row]) -> str:
+    """How long that took."""
     minutes = sum(row["seconds"] for row in rows) / 60
     training = sum(row["step_cpu_ms"] * row["run"]["steps"] for row in rows) / 60e3
-    facts.append(
+    return (
         f"{len(rows)} runs, {minutes:.0f} minutes of a machine that may have done other work too; training steps "
         f"took {training:.0f} minutes of CPU time, by their medians"
     )
-    return facts
 
 
 def section_of(name: str, studies: Studies, rows: list[Row]) -> list[str]:

@@ -3,15 +3,18 @@
 import json
 import re
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from benchmarks import metrics
 from benchmarks.frontier import __main__ as command
 from benchmarks.frontier import any_model, ruler, scoreboard, writing
 from benchmarks.frontier.asking import Question, ask
-from mosa_hf import ConversionConfig, GroupPlan, SparseGroup, convert_model
+from mosa_hf import ConversionConfig, GroupPlan, SparseGroup, convert_model, save_routers
 from mosa_hf.evaluation import filled_cache
 from testing.passages import Passage
 from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, text_tokenizer, tiny_base
@@ -137,7 +140,7 @@ def options(tmp_path, monkeypatch) -> list[str]:
 
 @pytest.mark.slow
 def test_one_command_gives_the_table_and_goes_on(options, tmp_path, monkeypatch, capsys):
-    board, read = tmp_path / "frontier-tiny.jsonl", []
+    board, read = tmp_path / "frontier-tiny-float32.jsonl", []
     original = any_model.Asked.read_by
 
     def stopping(self, tokenizer, model):
@@ -213,7 +216,7 @@ def test_plans_and_8_bit_entries_are_conversions_too(options, tmp_path):
     GroupPlan(((near, far), (None, near), (far, far))).save(tmp_path / "plan.json")
     ours = ["64/8", "64/8/int8", str(tmp_path / "plan.json")]
     command.main([*options, "--ours", *ours, "--tasks", "code", "--contexts", "1"])
-    board = tmp_path / "frontier-tiny.jsonl"
+    board = tmp_path / "frontier-tiny-float32.jsonl"
     original, own, window, coded, planned = [json.loads(line) for line in board.read_text().splitlines()]
     assert window["method"] == "sink + window"
     assert coded["kv_bytes"] < 0.5 * own["kv_bytes"] and coded["loss"] != own["loss"]
@@ -230,8 +233,40 @@ def test_plans_and_8_bit_entries_are_conversions_too(options, tmp_path):
 
 
 @pytest.mark.slow
+def test_folders_are_conversions_too_healed_or_not(options, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
+    converted = convert_model(base, ConversionConfig(window=64, sparsity=8), random_tokens(4, 64))
+    converted.save_pretrained(tmp_path / "converted")
+    save_routers(converted, tmp_path / "routers")
+    save_routers(converted, tmp_path / "healed")
+    healed = get_peft_model(converted, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    healed.save_pretrained(tmp_path / "healed")
+    ours = ["--ours", *(str(tmp_path / name) for name in ("converted", "routers", "healed"))]
+    command.main([*options, *ours, "--tasks", "code", "--contexts", "1"])
+    board = tmp_path / "frontier-tiny-float32.jsonl"
+    original, whole, window, alone, of_adapters = map(json.loads, board.read_text().splitlines())
+    assert whole["loss"] == alone["loss"] and (whole["method"], alone["method"]) == ("ours", "ours")
+    rows = {"original": original, "ours": whole, "healed": of_adapters}
+    assert all(row["method"] == method for method, row in rows.items()) and window["method"] == "sink + window"
+    sample = any_model.Asked("code", 1500, 0, 2).sample(byte_tokenizer())
+    for method, model in (("original", base), ("ours", converted), ("healed", healed)):
+        with torch.no_grad():  # adapters are in `converted` too: they are set aside, not merged
+            plain = healed.disable_adapter() if method == "ours" else nullcontext()
+            with plain:
+                logits = model(torch.tensor([sample.context + sample.continuations[0].ids]), use_cache=False).logits
+        (start, _), *_ = sample.continuations[0].answers
+        targets = torch.tensor(sample.continuations[0].ids[start:])
+        expected = torch.nn.functional.cross_entropy(logits[0, len(sample.context) + start - 1 : -1], targets)
+        assert rows[method]["loss"] == pytest.approx(float(expected), abs=1e-4), method
+    page = board.with_suffix(".md").read_text()
+    assert all(f"| {label} | " in page for label in ("ours, converted", "ours, routers", "healed, healed"))
+    # Other adapters in the same folder are another conversion.
+    assert "weights" in rows["healed"]["parameters"] and "weights" not in rows["ours"]["parameters"]
+
+
+@pytest.mark.slow
 def test_rivals_have_as_many_bytes_and_the_same_questions(options, tmp_path, monkeypatch):
-    board, jobs = tmp_path / "frontier-tiny.jsonl", []
+    board, jobs = tmp_path / "frontier-tiny-float32.jsonl", []
 
     def answers(job):
         jobs.append(json.loads(json.dumps(job)))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import re
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.frontier import tasks
 from benchmarks.frontier.tasks import Size, word_runs
 from benchmarks.healing import __main__ as command
-from benchmarks.healing import paper_form
+from benchmarks.healing import mixed_text, paper_form
 from benchmarks.healing import recipe as healed
 from mosa_hf import ConversionConfig
 from testing import corpora, pretrained
@@ -101,6 +102,33 @@ def test_it_learns_from_nothing_that_is_scored(work, monkeypatch):
     whole = sum(len(text_of(name)) for name in healed.TEXTS)
     assert 0.5 * whole < len(learned) < whole
     assert text_of("encyclopaedia")[:200] in learned and text_of("debian_handbook")[:200] not in learned
+
+
+def test_the_mixed_text_asks_for_what_is_long_past_and_has_nothing_that_is_scored(tmp_path, monkeypatch):
+    texts = {name: "\n\n".join(text_of(f"{name} {i}") for i in range(3)) for name in (*mixed_text.TEXTS, "data")}
+    own = {name: [Passage(name, text[1000:3000])] for name, text in texts.items()}
+    monkeypatch.setattr(corpora, "text", texts.__getitem__)
+    monkeypatch.setattr(mixed_text, "passages", own.__getitem__)
+    monkeypatch.setattr(mixed_text, "NAMES", dict.fromkeys(own))
+    monkeypatch.setattr(mixed_text, "CHARACTERS", 4000)
+    mixed_text.main([str(tmp_path / "text.jsonl"), "--rows", "8"])
+    rows = [json.loads(line)["text"] for line in (tmp_path / "text.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and rows == list(mixed_text.rows(8))
+    generated, real = rows[::2], rows[1::2]
+    held = set().union(*(word_runs(passage.content) for [passage] in own.values()))
+    assert held.isdisjoint(set().union(*map(word_runs, rows))) and all(held)
+    for name in mixed_text.TEXTS:
+        pieces = texts[name].split("\n\n")
+        assert sum(piece in text for piece in pieces for text in real) > 20
+    for text in generated:
+        lines = text.splitlines()
+        names = [re.findall(r"[a-z]+_[0-9]+", line) for line in lines]
+        first = {}
+        asked = [(first.setdefault(name, i), i) for i, found in enumerate(names) for name in found]
+        asked = [(fact, question) for fact, question in asked if fact < question]
+        assert asked and all(question - fact >= mixed_text.FACTS_BETWEEN for fact, question in asked)
+        for fact, question in asked:  # the last word of the value is in the question or the answer below it
+            assert lines[fact].rstrip(".").split()[-1] in "".join(lines[question : question + 2])
 
 
 def test_scoring_alone_heals_nothing(work, monkeypatch):
