@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..kernels.entries import Entries
-from .memory import EntryMemory
+from .memory import EntryMemory, evenly_spaced
 
 
 class FixedSize(NamedTuple):
@@ -41,8 +41,7 @@ class FixedMemory(EntryMemory):
                 torch._dynamo.mark_static_address(states)
 
     def _places(self, length: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
-        start = torch.arange(0, length.numel() * self.stride, self.stride, device=length.device).view_as(length)
-        return start, [self.stride] * length.numel()
+        return evenly_spaced(length, self.stride), [self.stride] * length.numel()
 
     def may_change(self, *held: torch.Tensor) -> bool:
         return True

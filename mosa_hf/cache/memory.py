@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..kernels.capture import is_captured
 from ..kernels.entries import Entries, PackedKeyValues
 from ..kernels.entry_codes import Rows, encoded
 from ..kernels.tensors import NEVER
@@ -85,10 +86,13 @@ class EntryMemory(Entries):
 
     def _places(self, length: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, list[int]]:
         """First entries `[B, G]` and capacities for ranges of `length` [B, G], which the host knows as `lengths`."""
-        if length.device.type == "cpu":
+        most, is_cpu = max(lengths, default=0), length.device.type == "cpu"
+        slack = most // SLACK + (1 if is_cpu else GPU_SLACK)
+        if len(set(lengths)) == 1:
+            return evenly_spaced(length, most + slack), [most + slack] * len(lengths)
+        if is_cpu:
             return _side_by_side(length + length // SLACK + 1), [each + each // SLACK + 1 for each in lengths]
-        slack = max(lengths, default=0) // SLACK + GPU_SLACK  # the same for all is fewer operations
-        return _side_by_side(length + slack), [each + slack for each in lengths]
+        return _side_by_side(length + slack), [each + slack for each in lengths]  # fewer operations than one for each
 
     def _ask(self, length: torch.Tensor) -> list[int]:
         """`length` [B, G] as the host knows it, which a GPU is asked for."""
@@ -180,10 +184,8 @@ class EntryMemory(Entries):
         old, old_stride, old_start = self.states, self.stride, self.start
         self._allocate(*places)
         if old_stride is not None and self.stride is not None:
-            num_entries, length = len(lengths) * old_stride, max(lengths)
             for name, own in self.states.items():
-                target, source = own[: self.null], old[name][:num_entries]
-                target, source = (x.unflatten(0, (len(lengths), -1))[:, :length] for x in (target, source))
+                source, target = (_first_of_each(x, len(lengths), max(lengths)) for x in (old[name], own))
                 target.copy_(source)
             return
         for source, target, num in zip(
@@ -259,6 +261,17 @@ class EntryMemory(Entries):
             else:
                 self.states[name] = own.index_put((index,), new)
 
+    def may_write_first(self) -> bool:
+        """Whether `write_first` may be called: ranges lie evenly, and their memory may be written to."""
+        return self.stride is not None and not is_captured() and self.may_change(*self.states.values())
+
+    def write_first(self, rows: Rows) -> None:
+        """Write the slots of `rows` [B, G, S, ...], by name, to the first S entries of ranges that lie evenly."""
+        rows = {name: rows[name] for name in self.states if name in rows}
+        for name, new in (encoded(rows) if "key_scale" in self.states else rows).items():
+            first = _first_of_each(self.states[name], len(self.capacities), new.shape[2])
+            first.copy_(new.detach().flatten(0, 1))
+
     def _keep(
         self,
         kept: PackedKeyValues | None,
@@ -279,6 +292,16 @@ class EntryMemory(Entries):
         for name, own in list(self.states.items()):
             rows = old[name].index_select(0, entries.flatten()).unflatten(0, entries.shape)
             own.index_put_((target,), rows)
+
+
+def evenly_spaced(length: torch.Tensor, stride: int) -> torch.Tensor:
+    """First entries `[B, G]` of ranges like those of `length` that have room for `stride` entries each."""
+    return torch.arange(0, length.numel() * stride, stride, device=length.device).view_as(length)
+
+
+def _first_of_each(states: torch.Tensor, num_ranges: int, length: int) -> torch.Tensor:
+    """Of what is held, the first entries `[num_ranges, length, ...]` of ranges that lie evenly, as a view."""
+    return states[:-1].unflatten(0, (num_ranges, -1))[:, :length]  # without the null entry
 
 
 def _side_by_side(capacity: torch.Tensor) -> torch.Tensor:

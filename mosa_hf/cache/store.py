@@ -14,7 +14,7 @@ from ..routing.budget import evicted_at, within_budget
 from .calls import CallLog, Counts, PendingCounts, fetch_counts
 from .fixed_memory import FixedMemory, FixedSize
 from .memory import EntryMemory
-from .recent import after_kept, cropped, extended, of_ring, of_selected
+from .recent import after_kept, cropped, extended, of_ring, of_selected, places_of
 from .undo import UndoRecord
 
 # What the routers said of a call: selected, score and valid, as `SparseStore.begin` takes them.
@@ -341,23 +341,19 @@ class SparseStore:
             stays, selected = self._evict_many(memory, calls, recent, kept, record)
         # The ring gets the last tokens, the kept entries what is selected of those before them.
         num_far = max(position.shape[2] - self.window, 0)
-        joins, in_ring = selected[..., :num_far], position[..., num_far:]
         num_kept = stays.sum(-1) if stays is not None else None if kept is None else kept.length
         before = calls.num_before(num_kept, self.window)
-        if counts is None or selected is not recent["selected"]:  # nobody has asked, or some are evicted
-            counts = Counts(length=joins.sum(-1) + before)
+        if not num_far and isinstance(before, int) and not is_captured():  # the ring has all
+            counts = Counts(torch.full_like(memory.length, before), [before] * memory.length.numel())
+        elif counts is None or selected is not recent["selected"]:  # nobody has asked, or some are evicted
+            counts = Counts(length=selected[..., :num_far].sum(-1) + before)
         memory.make_room(kept, stays, self.window, counts.length, counts.lengths)
-        start, targets = memory.start[..., None], []
-        if num_far:
-            up_to = joins.cumsum(-1) if counts.up_to is None else counts.up_to
-            place = start + up_to + (before - 1 if isinstance(before, int) else before[..., None] - 1)
-            targets.append(torch.where(joins, place, memory.null))
-        if self.window:
-            place = start + in_ring % self.window
-            targets.append(place if common is not None else torch.where(in_ring >= 0, place, memory.null))
-        if targets:
-            target = targets[0] if len(targets) == 1 else torch.cat(targets, dim=-1)
-            memory.write(target, recent | {"selected": selected}, has_null=num_far > 0 or common is None)
+        rows = recent | {"selected": selected}
+        if not num_far and memory.may_write_first() and common == position.shape[2]:
+            memory.write_first(rows)
+        elif position.shape[2]:
+            places = places_of(rows, memory, num_far, self.window, before, counts.up_to, common is None)
+            memory.write(places, rows, has_null=num_far > 0 or common is None)
         if "score" in memory.states:
             num_selected = selected.sum(-1) if num_kept is None else selected.sum(-1) + num_kept
             memory.num_selected = memory.replaced(memory.num_selected, num_selected)
