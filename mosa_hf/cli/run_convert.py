@@ -8,6 +8,7 @@ from ..api import ConversionConfig
 from ..atomic_write import check_absent, check_replaceable
 from ..conversion import read_text
 from ..conversion.checkpoint import convert_and_write
+from ..conversion.publishing import check_can_publish
 from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
 from ..modeling.group_plan import GroupPlan, check_can_plot
 from ..modeling.kv_share import planned_bytes
@@ -22,6 +23,8 @@ def run(options: argparse.Namespace) -> None:
         check_replaceable(Path(file))
     if options.plot_plan:
         check_can_plot()
+    if options.push_to_hub is not None:
+        check_can_publish(options.push_to_hub, options.token)  # texts may take long to read
     given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}
     given = {name: value for name, value in given.items() if value is not None}
     converted, address = convert_and_write(

@@ -78,7 +78,7 @@ def folder(tmp_path_factory) -> Path:
         ["someone/gguf/tiny.gguf", str(folder / "of_gguf"), *SETTINGS],
         [BASE, str(folder / "none"), "--revision", "nothing"],
         [BASE, str(folder / "none"), "--token", "hf_of_nobody", "--push-to-hub", ROUTERS],
-        [BASE, str(folder / "none"), "--push-to-hub", "no/such/name"],
+        [BASE, str(folder / "none"), "--push-to-hub", "no/such/name", "--calibration", "read.later"],
         ["someone/nothing", str(folder / "none")],
         ["someone/pickles", str(folder / "none")],
         ["someone/gated", str(folder / "none"), "--token", "hf_of_nobody"],
