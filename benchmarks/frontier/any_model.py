@@ -146,19 +146,20 @@ class Setting:
 
 
 def conversion(word: str) -> Setting:
-    """What a word of `--ours` says: `WINDOW/SPARSITY`, `WINDOW/SPARSITY/int8`, the file of a plan, or a folder."""
+    """What a word of `--ours` says: `WINDOW/SPARSITY` or a folder, and perhaps `/int8`; or the file of a plan."""
     if (path := Path(word)).suffix == ".json":
         return Setting(ConversionConfig(plan=path), (("plan", path.name),))
-    if path.is_dir():
-        return Setting(ConversionConfig(), (("folder", path.name),), folder=path)
-    window, sparsity, *eight_bit = word.split("/")
-    if eight_bit not in ([], ["int8"]):
-        raise ValueError(f"{word}: entries are of the model's dtype, or int8.")
-    config = ConversionConfig(window=int(window), sparsity=float(sparsity))
-    parameters: dict[str, Any] = {"window": config.window, "sparsity": config.sparsity}
-    if eight_bit:
-        parameters["cache_dtype"] = "int8"
-    return Setting(config, tuple(parameters.items()), *eight_bit)
+    plain = word.removesuffix("/int8")
+    cache_dtype = None if plain == word else "int8"
+    if (folder := Path(plain)).is_dir():
+        config, parameters = ConversionConfig(), {"folder": folder.name}
+    else:
+        window, sparsity = plain.split("/")
+        config, folder = ConversionConfig(window=int(window), sparsity=float(sparsity)), None
+        parameters = {"window": config.window, "sparsity": config.sparsity}
+    if cache_dtype is not None:
+        parameters["cache_dtype"] = cache_dtype
+    return Setting(config, tuple(parameters.items()), cache_dtype, folder)
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,9 @@ class Subjects:
 
     def converted(self, setting: Setting) -> PreTrainedModel:
         """With routers that are fitted once, and kept in the cache of `testing/packages.py`; or those of a folder."""
+        fields = {} if setting.cache_dtype is None else {"mosa_cache_dtype": setting.cache_dtype}
         if setting not in self._converted and setting.folder is not None:
-            self._converted[setting] = self._of_folder(setting.folder, setting.is_healed)
+            self._converted[setting] = self._of_folder(setting.folder, setting.is_healed, fields)
         if setting not in self._converted:
             config = setting.config
 
@@ -266,18 +268,17 @@ class Subjects:
 
             name = f"{config.window}-{config.sparsity:g}" if config.plan is None else _digest(config.plan.to_list())
             routers = cached(f"routers-{self.fingerprint}-{default_text().sha256[:8]}-{name}", fit)
-            fields = {} if setting.cache_dtype is None else {"mosa_cache_dtype": setting.cache_dtype}
             self._converted[setting] = load_routers(self.original, routers, **fields).eval()
         return self._converted[setting]
 
-    def _of_folder(self, folder: Path, is_healed: bool) -> PreTrainedModel:
+    def _of_folder(self, folder: Path, is_healed: bool, fields: dict[str, Any]) -> PreTrainedModel:
         """The model in `folder`, or one with the routers there, and adapters, merged into weights of its own."""
         if is_healed:
-            base = copy.deepcopy(self.original)
-            return PeftModel.from_pretrained(load_routers(base, folder), folder).merge_and_unload().eval()
+            converted = load_routers(copy.deepcopy(self.original), folder, **fields)
+            return PeftModel.from_pretrained(converted, folder).merge_and_unload().eval()
         if (folder / ROUTERS_CONFIG_NAME).exists():
-            return load_routers(self.original, folder).eval()
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.original.dtype).eval()
+            return load_routers(self.original, folder, **fields).eval()
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=self.original.dtype, **fields).eval()
 
     def window(self, tokens: int) -> PreTrainedModel:
         if tokens not in self._windows:

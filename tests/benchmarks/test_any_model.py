@@ -241,11 +241,14 @@ def test_folders_are_conversions_too_healed_or_not(options, tmp_path):
     save_routers(converted, tmp_path / "healed")
     healed = get_peft_model(converted, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     healed.save_pretrained(tmp_path / "healed")
-    ours = ["--ours", *(str(tmp_path / name) for name in ("converted", "routers", "healed"))]
+    ours = ["--ours", *(str(tmp_path / name) for name in ("converted", "routers", "healed", "healed/int8"))]
     command.main([*options, *ours, "--tasks", "code", "--contexts", "1"])
     board = tmp_path / "frontier-tiny-float32.jsonl"
-    original, whole, window, alone, of_adapters = map(json.loads, board.read_text().splitlines())
+    original, whole, window, alone, of_adapters, coded = map(json.loads, board.read_text().splitlines())
     assert whole["loss"] == alone["loss"] and (whole["method"], alone["method"]) == ("ours", "ours")
+    assert coded["kv_bytes"] < 0.5 * of_adapters["kv_bytes"]
+    assert coded["parameters"] == of_adapters["parameters"] | {"cache_dtype": "int8"}
+    assert coded["loss"] != of_adapters["loss"] == pytest.approx(coded["loss"], rel=0.01)
     rows = {"original": original, "ours": whole, "healed": of_adapters}
     assert all(row["method"] == method for method, row in rows.items()) and window["method"] == "sink + window"
     sample = any_model.Asked("code", 1500, 0, 2).sample(byte_tokenizer())
@@ -259,7 +262,7 @@ def test_folders_are_conversions_too_healed_or_not(options, tmp_path):
         expected = torch.nn.functional.cross_entropy(logits[0, len(sample.context) + start - 1 : -1], targets)
         assert rows[method]["loss"] == pytest.approx(float(expected), abs=1e-4), method
     page = board.with_suffix(".md").read_text()
-    assert all(f"| {label} | " in page for label in ("ours, converted", "ours, routers", "healed, healed"))
+    assert all(f"| {label} | " in page for label in ("ours, converted", "healed, healed", "healed, healed, int8"))
     # Other adapters in the same folder are another conversion.
     assert "weights" in rows["healed"]["parameters"] and "weights" not in rows["ours"]["parameters"]
 
