@@ -123,7 +123,8 @@ class EntryMemory(Entries):
         those of `kept` that `stays` [B, G, S] names (None: all) are held; the others are left to the caller.
         """
         lengths = self._ask(length) if lengths is None else lengths
-        if self._least_free(lengths) < 0 or stays is not None or not self.may_change(*self.states.values()):
+        lacks_room = self.null == 0 or self._least_free(lengths) < 0  # the null entry may be read, even of no tokens
+        if lacks_room or stays is not None or not self.may_change(*self.states.values()):
             self._keep(kept, stays, offset, length, lengths)
         self._set_length(length, lengths)
 

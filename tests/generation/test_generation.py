@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, StaticCache, set_seed
 
 from mosa_hf import ConversionConfig, convert_model, trace_routing
-from testing.tiny import random_tokens, tiny_base
+from testing.tiny import random_tokens, tiny_base, with_random_routers
 
 from ..conftest import FORMS, sparse_form, tiny_model
 from ..contract import random_ids
@@ -152,3 +152,18 @@ def test_a_step_reads_the_weights_of_active_groups_only(cache_class):
                 getattr(layer.self_attn.mosa, name)[group] = torch.nan
     assert 0 < num_inactive < 9
     assert torch.equal(model(input_ids[:, -1:], past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mosa_cache_dtype": "int8"}, {"mosa_cache_budget": 5}], ids=str)
+def test_a_first_chunk_of_nothing_but_padding(fields):
+    """What was in memory before nobody may read: PyTorch fills it with NaN here."""
+    model = with_random_routers(tiny_base("llama"), mosa_window=3, mosa_sparsity=2, **fields)
+    ids, mask = random_tokens(1, 20), (torch.arange(20) >= 9).long()[None]
+    arguments = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, use_cache=False, **arguments)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(1).isnan()
+        assert torch.equal(model.generate(ids, prefill_chunk_size=8, **arguments), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
