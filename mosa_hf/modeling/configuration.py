@@ -169,9 +169,9 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
             raise ValueError(f"`mosa_min_tokens` must be at least 1, got {self.mosa_min_tokens}.")
         if not 0 <= self.mosa_threshold_momentum <= 1:
             raise ValueError(f"`mosa_threshold_momentum` must be in [0, 1], got {self.mosa_threshold_momentum}.")
-        if self.mosa_cache_budget is not None and self.mosa_cache_budget < 1:
+        if self.mosa_cache_budget is not None and not 1 <= self.mosa_cache_budget < 2**63:
             raise ValueError(
-                f"`mosa_cache_budget` must be at least 1, or None to keep every selected token, got "
+                f"`mosa_cache_budget` must be at least 1 and below 2**63, or None to keep every selected token, got "
                 f"{self.mosa_cache_budget}."
             )
         if self.mosa_cache_dtype not in (None, "int8"):

@@ -277,6 +277,13 @@ class ForwardContextMixin(Decoder):
                 "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
                 "CPU: leave `cache_implementation` out, or set it to 'static'."
             )
+        self._upgrade_cache(past_key_values, max_cache_len)
+
+    @torch.compiler.disable(
+        reason="What a new cache has to hold is no part of a graph: call `model.base_model.upgrade_cache(cache)` "
+        "before a call that is compiled with `fullgraph=True`."
+    )
+    def _upgrade_cache(self, past_key_values: Cache, max_cache_len: int | None) -> None:
         modules = self.running_attention()
         check_numbered(modules, self.config.num_hidden_layers)
         check_windows(modules, past_key_values.is_sliding)

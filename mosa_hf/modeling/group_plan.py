@@ -30,8 +30,8 @@ class SparseGroup:
     sparsity: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
-            raise ValueError(f"`window` must be an integer of at least 0, got {self.window!r}.")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window < 2**63:
+            raise ValueError(f"`window` must be an integer of at least 0 and below 2**63, got {self.window!r}.")
         is_number = isinstance(self.sparsity, int | float) and not isinstance(self.sparsity, bool)
         if not is_number or not 1 <= self.sparsity < math.inf:
             raise ValueError(f"`sparsity` must be a finite number of at least 1, got {self.sparsity!r}.")

@@ -15,7 +15,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from ..arguments import checked
+from ..arguments import check_argument, checked
 from ..atomic_write import atomic_directory
 from ..safetensors_files import file_headers
 from .configuration import SparseGroupsConfig, sparse_config_of
@@ -170,6 +170,7 @@ class RouterFilesMixin(Model):
             FileNotFoundError, ValueError: for damaged weight files, and for routers that are missing or damaged.
         """
         if routers is not None:
+            check_argument("routers", routers, str | os.PathLike, "pass what `save_routers` wrote, or its name")
             return load_with_routers(cls, pretrained_model_name_or_path, routers, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
 

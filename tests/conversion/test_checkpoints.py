@@ -296,6 +296,9 @@ def test_routers_of_another_model(base, routers, tmp_path):
         load_routers(tiny_base(), tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'llama' model, but MosaGemma3ForCausalLM needs a 'gemma3_text' model"):
         mosa_hf.MosaGemma3ForCausalLM.from_pretrained(base, routers=routers)
+    for nothing in (5, ""):
+        with pytest.raises(ValueError, match=f"`routers` must be a string or a path, got {nothing!r}"):
+            mosa_hf.MosaLlamaForCausalLM.from_pretrained(base, routers=nothing)
     convert_checkpoint(base, tmp_path / "converted", routers=routers)
     with pytest.raises(ValueError, match="is a converted one already: convert its base"):
         convert_checkpoint(tmp_path / "converted", tmp_path / "again", routers=routers)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from mosa_hf import trace_routing
 from mosa_hf.compat import CACHE
@@ -111,6 +111,18 @@ def test_growing_cache(name, budget, side):
             own = {key: x[:, (0 if key == "attention_mask" else start) : end] for key, x in batch.items()}
             logits.append(models[i > 0](**own, **{CACHE: cache}).logits)
         assert (torch.cat(logits, dim=1) - expected)[real].abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_new_static_cache_is_no_part_of_a_graph():
+    """It is upgraded before, by the one line that the error names."""
+    model, ids = FORMS["sparse"].model(), padded_batch("left")["input_ids"]
+    whole = torch.compile(model.forward, backend="eager", fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call `model\.base_model\.upgrade_cache\(cache\)`"):
+        whole(ids, **{CACHE: cache})
+    model.base_model.upgrade_cache(cache)
+    assert (whole(ids, **{CACHE: cache}).logits - model(ids, use_cache=False).logits).abs().max() < 1e-4
 
 
 def test_what_a_graph_passes_over_is_not_recorded():

@@ -36,6 +36,7 @@ REFUSED = [
     ({"mosa_threshold_momentum": -0.1}, r"`mosa_threshold_momentum`.*got -0\.1"),
     ({"mosa_router_aux_loss_coef": -0.5}, r"`mosa_router_aux_loss_coef` must be finite and not negative"),
     ({"mosa_cache_budget": 0}, r"`mosa_cache_budget` must be at least 1.*got 0"),
+    ({"mosa_cache_budget": 2**63}, r"`mosa_cache_budget` .* below 2\*\*63.*got 9223372036854775808"),
     ({"mosa_cache_dtype": "fp8"}, r"`mosa_cache_dtype` must be 'int8', or None for the model's dtype, got 'fp8'"),
 ]
 WRONG_TYPES = {
