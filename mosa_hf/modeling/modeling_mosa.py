@@ -235,7 +235,7 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         )
         hidden_states = inputs_embeds
         # Kernels read angles row by row: of every row here, rather than copied in every layer.
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions.expand(len(hidden_states), -1))
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=positions.expand(hidden_states.shape[0], -1))
         past: dict[str, Any] = {CACHE: past_key_values}
         for decoder_layer in self._active_layers():
             hidden_states = decoder_layer(

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from torch.export import Dim
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from mosa_hf import trace_routing
 from mosa_hf.compat import CACHE
 
 from ..conftest import FORMS, native_form, sparse_form
-from ..contract import check_same_step, padded_batch, training_step
+from ..contract import check_same_step, padded_batch, random_ids, training_step
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
@@ -111,6 +112,18 @@ def test_growing_cache(name, budget, side):
             own = {key: x[:, (0 if key == "attention_mask" else start) : end] for key, x in batch.items()}
             logits.append(models[i > 0](**own, **{CACHE: cache}).logits)
         assert (torch.cat(logits, dim=1) - expected)[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["native", "sparse"])
+@torch.no_grad()
+def test_an_exported_program_takes_any_number_of_rows_and_tokens(name):
+    """Of other inputs and runtimes: tests/tools/test_export.py."""
+    model, ids = FORMS[name].model(), padded_batch("left")["input_ids"]
+    shapes = {"input_ids": {0: Dim("rows"), 1: Dim("tokens")}, "use_cache": None}
+    program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes)
+    for other in (ids, random_ids(3, 7), random_ids(1, 30)):
+        expected = model(other, use_cache=False).logits
+        assert (program.module()(input_ids=other, use_cache=False).logits - expected).abs().max() < 1e-5
 
 
 @torch.no_grad()
