@@ -177,6 +177,22 @@ def test_the_pages_quote_the_frontier():
     assert f"{ours['KV bytes']} of the bytes" in paragraph(choosing, "niah_single_1")
 
 
+def test_choosing_quotes_what_healing_brings_back_of_retrieval():
+    page = (RESULTS / "frontier-Qwen2.5-Coder-0.5B-Instruct.md").read_text(encoding="utf-8")
+    head, _, *rows = table_with(page, "niah_single_1")
+    by_name = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    names = ("ours, converted", "healed, healed-65k", "healed, healed-131k", "original")
+    *healed, original = (by_name[name] for name in names)
+    said = paragraph(unwrapped((DOCS / "choosing.md").read_text(encoding="utf-8")), "benchmarks.healing.mixed_text")
+    assert f"({healed[0]['KV bytes']} of the bytes there)" in said
+    for task in ("niah_multikey_2", "niah_single_1", "niah_multikey_3"):
+        first, second, third, whole = (each[task].partition(" ")[0] for each in (*healed, original))
+        assert re.search(rf"{first}, {second} and {third} of (the original's )?{whole}", said)
+    for text in ("documentation", "code", "data", "shakespeare"):
+        changes = [re.search(r"\(([+-]\d+\.\d)%", each[text]).group(1).removeprefix("+") for each in healed]
+        assert "{}, {} and {} %".format(*changes) in said.replace(" above the original's", "")
+
+
 def table_with(page: str, column: str) -> list[list[str]]:
     """Head, rule and rows of the first table that has a column."""
     lines = next(part for part in page.split("\n\n") if part.startswith("|") and column in part).splitlines()
