@@ -22,6 +22,7 @@ from testing import corpora
 from testing.passages import NAMES, passages
 
 from ..frontier.tasks import word_runs
+from .recipe import unseen_pieces
 
 TEXTS = ("documentation", "code")  # two of the four kinds that perplexity is measured of
 CHARACTERS = 6000  # of a row, at least
@@ -53,17 +54,6 @@ def real_rows() -> Iterator[str]:
         texts.append(spread(["\n\n".join(pieces[i : i + PIECES]) for i in range(0, len(pieces), PIECES)]))
     for each in zip_longest(*texts):
         yield from filter(None, each)
-
-
-def unseen_pieces(text: str, held: set[tuple[str, ...]], characters: int) -> Iterator[str]:
-    """Paragraphs of `text` in pieces of more than `characters`, but for pieces with a run of words that is `held`."""
-    piece: list[str] = []
-    for paragraph in (text + "\n\n").split("\n\n"):
-        piece.append(paragraph)
-        if sum(map(len, piece)) > characters:
-            joined, piece = "\n\n".join(piece), []
-            if held.isdisjoint(word_runs(joined)):
-                yield joined
 
 
 def spread(items: Sequence[str]) -> list[str]:

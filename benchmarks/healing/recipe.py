@@ -78,16 +78,22 @@ def scored_passages(tokenizer: PreTrainedTokenizerBase, asked: list[Suite]) -> I
 
 def healing_text(held: set[tuple[str, ...]], characters: int | None = None) -> str:
     """All `TEXTS`, but for the pieces that have a run of words in common with `held`; `characters` of each."""
-    kept = []
-    for name, most in TEXTS.items():
-        piece: list[str] = []
-        for paragraph in (corpora.text(name)[:most][:characters] + "\n\n").split("\n\n"):
-            piece.append(paragraph)
-            if sum(map(len, piece)) > PIECE:
-                joined, piece = "\n\n".join(piece), []
-                if held.isdisjoint(word_runs(joined)):
-                    kept.append(joined)
-    return "\n\n".join(kept)
+    return "\n\n".join(
+        piece
+        for name, most in TEXTS.items()
+        for piece in unseen_pieces(corpora.text(name)[:most][:characters], held, PIECE)
+    )
+
+
+def unseen_pieces(text: str, held: set[tuple[str, ...]], characters: int) -> Iterator[str]:
+    """Paragraphs of `text` in pieces of more than `characters`, but for pieces with a run of words that is `held`."""
+    piece: list[str] = []
+    for paragraph in (text + "\n\n").split("\n\n"):
+        piece.append(paragraph)
+        if sum(map(len, piece)) > characters:
+            joined, piece = "\n\n".join(piece), []
+            if held.isdisjoint(word_runs(joined)):
+                yield joined
 
 
 def training(work: Path, recipe: Recipe) -> tuple[HealingArguments, TrainingArguments]:
