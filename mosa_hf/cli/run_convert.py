@@ -7,8 +7,9 @@ from pathlib import Path
 from ..api import ConversionConfig
 from ..atomic_write import check_absent, check_replaceable
 from ..conversion import read_text
-from ..conversion.checkpoint import convert_and_write
-from ..conversion.publishing import check_can_publish
+from ..conversion.checkpoint import check_routers_alone, convert_source, write_converted
+from ..conversion.publishing import check_can_publish, publish
+from ..conversion.sources import find_source
 from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
 from ..modeling.group_plan import GroupPlan, check_can_plot
 from ..modeling.kv_share import planned_bytes
@@ -27,18 +28,16 @@ def run(options: argparse.Namespace) -> None:
         check_can_publish(options.push_to_hub, options.token)  # texts may take long to read
     given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}
     given = {name: value for name, value in given.items() if value is not None}
-    converted, address = convert_and_write(
-        options.source,
-        destination,
-        ConversionConfig(**given) if given else None,
-        read_text(options.calibration) if options.calibration else None,
-        routers=options.routers,
-        routers_only=options.routers_only,
-        num_windows=options.windows,
-        window_length=options.window_length,
-        push_to_hub=options.push_to_hub,
-        **loading_of(options),
-    )
+    conversion = ConversionConfig(**given) if given else None
+    check_routers_alone(options.routers, conversion, options.calibration)
+    text = read_text(options.calibration) if options.calibration else None
+    loading = loading_of(options)
+    source = find_source(options.source, revision=options.revision, token=options.token)
+    windows = {"num_windows": options.windows, "window_length": options.window_length}
+    converted = convert_source(source, conversion, text, options.routers, **windows, **loading)
+    write_converted(converted, source, destination, routers_only=options.routers_only, place=options.push_to_hub)
+    name = options.push_to_hub
+    address = None if name is None else publish(destination, name, options.token)
     config = sparse_config_of(converted.config)
     plan = GroupPlan.of_config(config)
     if options.save_plan:

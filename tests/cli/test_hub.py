@@ -79,6 +79,7 @@ def folder(tmp_path_factory) -> Path:
         [BASE, str(folder / "none"), "--revision", "nothing"],
         [BASE, str(folder / "none"), "--token", "hf_of_nobody", "--push-to-hub", ROUTERS],
         [BASE, str(folder / "none"), "--push-to-hub", "no/such/name", "--calibration", "read.later"],
+        [BASE, str(folder / "none"), "--routers", ROUTERS, "--calibration", "read.later"],
         ["someone/nothing", str(folder / "none")],
         ["someone/pickles", str(folder / "none")],
         ["someone/gated", str(folder / "none"), "--token", "hf_of_nobody"],
@@ -116,6 +117,11 @@ def test_only_what_is_needed_is_fetched(folder):
     fetched = (folder / "fetched").read_text()
     assert "model-00001-of" in fetched and "tokenizer.json" in fetched
     assert "pytorch_model.bin" not in fetched and "consolidated.safetensors" not in fetched
+
+
+def test_whoever_pushes_is_asked_once(folder):
+    """Two that may, and one that may not."""
+    assert (folder / "fetched").read_text().count("whoami") == 3
 
 
 def test_weights_are_those_of_the_cache(folder):
@@ -165,6 +171,7 @@ def test_errors_name_the_remedy(folder):
         "someone/base has no `--revision` 'nothing'",
         "`--push-to-hub` needs to know who you are: `hf auth login`, or pass a `--token`",
         "`--push-to-hub` is 'no/such/name'",
+        "`--routers` bring their own plan and thresholds: leave out `--plan`, `--groups`, `--sparsity`, `--window` and",
         "someone/nothing does not exist: it is no folder here, and on the Hub",
         "someone/pickles has no safetensors weights on the Hub. Try the `--revision` of a pull request",
         "someone/gated is a gated model: ask for access on its page",
