@@ -264,7 +264,7 @@ class SparseLayer(MixedLayer):
         Raises:
             RuntimeError: if that needs tokens that are no longer held.
         """
-        _check_stores([self], tokens_to_remove)
+        _check_croppable([self], tokens_to_remove)
         super().crop(tokens_to_remove)
         if self.seen is not None and tokens_to_remove:
             self.seen = self.seen[:, :tokens_to_remove]
@@ -301,7 +301,7 @@ class FirstLayer(MixedLayer):
     others: tuple[object, ...]  # behind it, of whatever kind; without itself, since a circle would outlive its cache
 
     def crop(self, tokens_to_remove: int) -> None:
-        _check_stores([self, *self.others], tokens_to_remove)
+        _check_croppable([self, *self.others], tokens_to_remove)
         for layer in self.others:
             if isinstance(layer, DynamicSlidingWindowLayer | LinearAttentionCacheLayerMixin):  # upstream's that refuse
                 trial: Any = object.__new__(type(layer))
@@ -311,21 +311,38 @@ class FirstLayer(MixedLayer):
         super().crop(tokens_to_remove)
 
 
-def _check_stores(layers: Sequence[object], tokens_to_remove: int) -> None:
-    """Raise a RuntimeError if a store of `layers` cannot forget so many tokens, a ValueError for a positive number."""
+def _check_croppable(layers: Sequence[object], tokens_to_remove: int) -> None:
+    """Raise a RuntimeError if any of `layers` cannot forget so many tokens, a ValueError for a positive number."""
     if tokens_to_remove > 0:  # which older versions take for the length that is to be left
         raise ValueError("`crop` with a positive value is not possible: pass minus the number of tokens to take back.")
     stores = [store for layer in layers if isinstance(layer, SparseLayer) for store in layer.stores]
     if any(store.is_fixed for store in stores):
         raise RuntimeError("A static cache cannot be cropped: use a `DynamicCache`.")
     num_removed = -tokens_to_remove
-    if num_removed > 0 and (possible := min(store.num_croppable(num_removed) for store in stores)) < num_removed:
+    if num_removed == 0:
+        return
+    sliding = [layer for layer in layers if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized]
+    possible = min(
+        *(store.num_croppable(num_removed) for store in stores),
+        *(_num_croppable(layer, num_removed) for layer in sliding),
+        num_removed,
+    )
+    if possible < num_removed:
         raise RuntimeError(
             f"`crop` can take back {possible} tokens here, not {num_removed}: what it needs has left `mosa_window` or "
-            f"was evicted by `mosa_cache_budget`. Up to {MAX_UNDO} tokens that were fed one at a time, as `generate` "
-            "does, can be taken back without more ado. For more, or a prompt, call "
-            "`model.record_past(past_key_values)` before the tokens that may be cropped are added."
+            f"`sliding_window`, or was evicted by `mosa_cache_budget`. Up to {MAX_UNDO} tokens that were fed one at a "
+            "time, as `generate` does, can be taken back of sparse groups without more ado. For more, for a prompt, or "
+            "for layers with a `sliding_window`, call `model.record_past(past_key_values)` before the tokens that may "
+            "be cropped are added."
         )
+
+
+def _num_croppable(layer: DynamicSlidingWindowLayer, num_removed: int) -> int:
+    """How many of the last tokens upstream's `crop` can take back, which does not ask whether it has those before."""
+    num_held = layer.keys.shape[-2]
+    if num_held == layer.cumulative_length or num_removed >= layer.cumulative_length:
+        return num_removed
+    return min(num_removed, num_held - layer.sliding_window + 1)
 
 
 @lru_cache

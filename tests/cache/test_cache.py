@@ -142,6 +142,7 @@ def test_gradients_survive_later_tokens(form):
     assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
 
 
+SLIDING = native_form(per_layer_config={2: {"sliding_window": 4}})
 REFUSING = {
     # A dense layer comes first; behind it windows of 5 and 1, and a layer without any.
     "windows": (
@@ -149,8 +150,8 @@ REFUSING = {
         "can take back 1 tokens here, not 3: .*`mosa_window`.* Up to 32 tokens .*record_past",
     ),
     "budget": (native_form(**MIXED_LAYERS, mosa_cache_budget=2), "not 3: .*`mosa_cache_budget`.*record_past"),
-    # Upstream's own layer refuses, the last of the cache.
-    "sliding": (native_form(per_layer_config={2: {"sliding_window": 4}}), "sliding window size was already reached"),
+    # A dense layer, the last of the cache.
+    "sliding": (SLIDING, "can take back 0 tokens here, not 3: .*`sliding_window`.*record_past"),
 }
 
 
@@ -163,10 +164,25 @@ def test_a_refused_crop_changes_no_layer(name):
     before = cache_bytes(cache)
     with pytest.raises(RuntimeError, match=message):
         cache.crop(-3)
-    if name != "sliding":
-        with pytest.raises(ValueError, match="positive value"):  # upstream's, which wants the number of tokens
-            cache.crop(15)
+    with pytest.raises(ValueError, match="positive value"):  # upstream's, which wants the number of tokens
+        cache.crop(15)
     assert [layer.get_seq_length() for layer in cache.layers] == [18] * 3 and cache_bytes(cache) == before
+    check_continues(model, cache, input_ids)
+
+
+@pytest.mark.parametrize("num_recorded", [0, 1, 5])
+def test_a_sliding_layer_takes_back_what_was_recorded(num_recorded):
+    """And no more, since tokens before that have left it; upstream would go on with other tokens than there were."""
+    model, input_ids = SLIDING.model(), random_ids(2, 20)
+    cache = DynamicCache(config=model.config)
+    logits_after(model, cache, input_ids[:, :10])
+    model.record_past(cache)
+    if num_recorded:
+        logits_after(model, cache, input_ids[:, 10 : 10 + num_recorded])
+    for removed in (num_recorded + 1, 9):
+        with pytest.raises(RuntimeError, match=f"can take back {num_recorded} tokens here, not {removed}"):
+            cache.crop(-removed)
+    cache.crop(-num_recorded)
     check_continues(model, cache, input_ids)
 
 
