@@ -145,10 +145,11 @@ class SparseGroupsMixin(FamilyAttention):
         """
         The routers' gradient `[B, T, G]` (docs/design.md, section 6): a far key's score rises with its margin over the
         threshold. Hard selection has no gradient, and is what evaluation uses. Zero for keys that are not selected,
-        which no query reads from afar: under an infinite threshold, theirs would not be finite.
+        which no query reads from afar: under an infinite threshold, theirs would not be finite; and zero in groups that
+        keep everything, whose threshold decides nothing.
         """
         router = active_module(self.mosa_router)
-        threshold = call.thresholds.get(router, router.threshold)
+        threshold = router.all_kept(call.thresholds.get(router, router.threshold))
         gate = F.logsigmoid(self.mosa_gate_slope * (logits - threshold)).masked_fill(~selected, 0.0)
         if router.include_first and call.layout.first is not None:  # selected in any case: it has no margin
             gate = gate.masked_fill(call.layout.first.to(gate.device)[..., None], 0.0)

@@ -133,6 +133,26 @@ def test_the_gate_is_the_logarithm_of_the_sigmoid_of_the_margin(monkeypatch):
     assert gates[3:] == [None] * 3  # evaluation has none
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        ONE_WINDOW | {"mosa_sparsity": 1},
+        {"mosa_plan": [[{"window": 3, "sparsity": 1}, *[{"window": 3, "sparsity": 4}] * 2]] * 3},
+    ],
+)
+def test_groups_that_keep_everything_have_no_margin(plan):
+    """Training computes what evaluation does of them, and no gradient reaches the rows of their routers."""
+    model, batch = sparse_form(**plan).model(), padded_batch("left")
+    for router in model.mosa_routers().values():  # the others select nothing that a query would read from afar
+        router.threshold.fill_(torch.inf)
+    expected = model(**batch, use_cache=False).logits
+    logits = model.train()(**batch, use_cache=False).logits
+    assert max_difference(logits, expected, batch) < 1e-4
+    logits.square().sum().backward()
+    for router in model.mosa_routers().values():
+        assert router.weight.grad is None or not router.weight.grad[0].any()
+
+
 def test_training_step_with_the_auxiliary_loss():
     model = tiny_model(mosa_router_aux_loss_coef=0.5, **BIASES)
     for options in ({}, {"use_reentrant": False}):
