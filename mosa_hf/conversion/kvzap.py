@@ -1,6 +1,7 @@
 """Routers that KVzap (arXiv 2601.07891) published, linear ones and MLPs: they predict the same importance as ours."""
 
 import json
+import math
 import os
 
 import torch
@@ -13,6 +14,7 @@ from ..arguments import checked
 from ..modeling.configuration import sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
+from ..modeling.loading import check_router_value
 from ..modeling.sparse_models import with_sparse_groups
 
 
@@ -42,8 +44,11 @@ def load_kvzap(
 
     Raises:
         OSError: if a file is missing.
-        ValueError: for a predictor of another model, and for tensors that are missing or of another shape.
+        ValueError: for a predictor of another model, for tensors that are missing, of another shape or not finite, and
+            for a `threshold` that is NaN.
     """
+    if math.isnan(threshold):
+        raise ValueError("`threshold` must be a number, got NaN.")
     config_file, weights_file = (cached_file(os.fspath(directory), name) for name in (CONFIG_NAME, SAFE_WEIGHTS_NAME))
     assert config_file is not None and weights_file is not None  # else it has raised
     with open(config_file, encoding="utf-8") as file:
@@ -63,6 +68,7 @@ def load_kvzap(
         mosa_window=window,
         mosa_sparsity=sparsity,
         mosa_gate_slope=0.0,
+        mosa_threshold_momentum=1.0,  # as `convert_model` has it: thresholds stay, also if routers are trained
         mosa_include_first=include_first,
         mosa_router_hidden_size=settings.get("hidden_dim"),
         mosa_conversion={"source": model.config.name_or_path, "kvzap": str(directory), "threshold": threshold},
@@ -81,6 +87,7 @@ def load_kvzap(
                 raise ValueError(
                     f"{weights_file} has {found} layers.{layer}.{name}, which must be {list(target.shape)}."
                 )
+            check_router_value(weights_file, f"layers.{layer}.{name}", tensor)
             target.copy_(tensor)
         router.threshold.copy_(threshold - router.threshold)  # z + b >= t, and no bias to keep
     return converted

@@ -182,3 +182,11 @@ def test_predictors_that_do_not_fit(tmp_path):
             load_kvzap(tiny_base(), write(tmp_path / f"size {size}", layers, hidden_dim=size), THRESHOLD)
     with pytest.raises(OSError):
         load_kvzap(tiny_base(), tmp_path / "nothing", THRESHOLD)
+    with pytest.raises(ValueError, match="`threshold` must be a number, got NaN"):
+        load_kvzap(tiny_base(), tmp_path / "few", float("nan"))
+    for name, own in layers[1].named_parameters():
+        with torch.no_grad():
+            own[0] = torch.nan
+        with pytest.raises(ValueError, match=rf"model.safetensors: layers.1.{name} has NaN or infinite values"):
+            load_kvzap(tiny_base(), write(tmp_path / f"NaN {name}", layers), THRESHOLD)
+        nn.init.zeros_(own)
