@@ -10,6 +10,7 @@ from ..arguments import checked
 from ..cache import cache_bytes
 from ..compat import CACHE
 from ..modeling.devices import input_device
+from ..modeling.modes import evaluating
 from ..modeling.token_ids import check_token_ids
 
 
@@ -36,8 +37,9 @@ def filled_cache(
         raise ValueError(f"`input_ids` must be token ids [1, T], at least one, got shape {list(input_ids.shape)}.")
     check_token_ids(input_ids, model.config.get_text_config(decoder=True).vocab_size, "input_ids")
     cache = DynamicCache(config=model.config) if cache is None else cache
-    for part in input_ids.to(input_device(model)).split(chunk, dim=1):
-        model(part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
+    with evaluating(model):
+        for part in input_ids.to(input_device(model)).split(chunk, dim=1):
+            model(part, use_cache=True, logits_to_keep=1, **{CACHE: cache})
     return cache
 
 
@@ -70,5 +72,6 @@ class CacheMemory:
     @torch.inference_mode()
     def read(self, ids: torch.Tensor) -> tuple[torch.Tensor, float]:
         cache = copy.deepcopy(self.cache)
-        logits = self.model(ids.to(input_device(self.model)), use_cache=True, **{CACHE: cache}).logits[0]
+        with evaluating(self.model):
+            logits = self.model(ids.to(input_device(self.model)), use_cache=True, **{CACHE: cache}).logits[0]
         return logits, decoding_bytes(cache)

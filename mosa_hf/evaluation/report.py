@@ -54,7 +54,7 @@ def evaluate(
 
     Returns:
         `{**about, "rows": ..., "scores": ...}`, the file's content: a row for each model and task, see `rows_of`, and
-        for each model and sample the `Score`s of its continuations.
+        for each model and sample the `Score`s of its continuations. The file keeps the scores of other calls besides.
 
     Raises:
         ValueError: for models of the same name, samples without tokens, a file that is no earlier output, and
@@ -87,7 +87,7 @@ def evaluate(
                 progress.update()
     result = {**(about or {}), "rows": rows_of(records), "scores": records}
     if path is not None:
-        _write(path, result)
+        _write(path, {**result, "scores": list(known.values())})  # those of other calls too
     return result
 
 

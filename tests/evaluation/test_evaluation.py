@@ -1,5 +1,6 @@
 """What models remember of a context: what is scored, what is asked, and the command that shows it."""
 
+import copy
 import json
 import math
 from argparse import Namespace
@@ -242,6 +243,18 @@ def test_rows_and_table(models, samples):
     assert f"{converted['perplexity']:.2f} ({converted['change']:+.1%} ± {converted['standard_error']:.1%})" in second
 
 
+def test_models_are_evaluated_as_they_decode(models, samples):
+    """A model that is being trained drops and biases; what it remembers is measured without, and training goes on."""
+    model = copy.deepcopy(models["converted"])
+    expected = evaluate([Subject("converted", model)], samples)
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    assert evaluate([Subject("converted", model)], samples) == expected
+    assert all(module.training for module in model.modules())
+
+
 def test_an_interrupted_run_goes_on(models, samples, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     read = []
@@ -269,6 +282,8 @@ def test_an_interrupted_run_goes_on(models, samples, tmp_path, monkeypatch):
     assert run(original, converted)["rows"] == result["rows"] and not read
     run(original, converted._replace(identity="trained"))
     assert read == samples  # it is another model
+    assert len(json.loads(path.read_text())["scores"]) == 12
+    assert run(original, converted)["rows"] == result["rows"] and not read  # nor was anything lost by that
     assert {each.name for each in tmp_path.iterdir()} == {"results.json"}
     path.write_text('{"scores": [{"model": "original"}]}')
     with pytest.raises(ValueError, match="results.json is no file that an evaluation wrote.*choose another"):
