@@ -331,9 +331,9 @@ def _check_croppable(layers: Sequence[object], tokens_to_remove: int) -> None:
         raise RuntimeError(
             f"`crop` can take back {possible} tokens here, not {num_removed}: what it needs has left `mosa_window` or "
             f"`sliding_window`, or was evicted by `mosa_cache_budget`. Up to {MAX_UNDO} tokens that were fed one at a "
-            "time, as `generate` does, can be taken back of sparse groups without more ado. For more, for a prompt, or "
-            "for layers with a `sliding_window`, call `model.record_past(past_key_values)` before the tokens that may "
-            "be cropped are added."
+            "time, as `generate` does, can be taken back of sparse groups without more ado. For more, for a prompt, or"
+            " for layers with a `sliding_window`, call `model.record_past(past_key_values)` before the tokens that may"
+            " be cropped are added."
         )
 
 

@@ -3,8 +3,8 @@
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
@@ -119,9 +119,10 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
 
         Raises:
             StrictDataclassError: for a `mosa_*` field out of range.
-            ValueError: for one that the model would not read, see `SparseGroupsConfig.check_read`; for more layers
-                than those of `mosa_plan`.
+            ValueError: for one that there is not, or that the model would not read, see
+                `SparseGroupsConfig.check_read`; for more layers than those of `mosa_plan`.
         """
+        cls._check_names(kwargs)
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).fit_layers()
         if given := [name for name in kwargs if name.startswith("mosa_")]:
@@ -156,11 +157,19 @@ class RoutingConfig(InstalledCodeConfigMixin, DecoderConfig):
     def check_read(self, names: Collection[str]) -> None:
         """Whether this model reads the fields `names`, which someone has set of it: it reads all."""
 
+    @classmethod
+    def _check_names(cls, names: Iterable[str]) -> None:
+        """Raise a ValueError for a `mosa_*` field that there is not: upstream takes any name for an attribute."""
+        if unknown := sorted(name for name in names if name.startswith("mosa_") and not hasattr(cls, name)):
+            known = [field.name for field in fields(cls) if field.name.startswith("mosa_")]
+            raise ValueError(f"`{'`, `'.join(unknown)}`: {cls.__name__} has no such field; it has {', '.join(known)}.")
+
     def check_routing(self) -> None:
         """
         Raises:
-            ValueError: for a field out of range, by name.
+            ValueError: for a field out of range, or that there is not, by name.
         """
+        self._check_names(vars(self))
         if not 1 <= self.mosa_sparsity < math.inf:
             raise ValueError(
                 f"`mosa_sparsity` must be finite and at least 1 (select every token), got {self.mosa_sparsity}."

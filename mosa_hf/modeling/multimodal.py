@@ -28,7 +28,7 @@ from .configuration import SparseGroupsConfig, base_config_class, fields_of, is_
 from .family import PREFIX, Family, family_of
 from .generation import MosaGenerationMixin
 from .remote_code import InstalledCodeConfigMixin
-from .router_files import MOSA_FIELDS, RouterFilesMixin
+from .router_files import RouterFilesMixin
 from .sparse_models import SparsePreTrainedMixin
 
 HEADS = {
@@ -80,8 +80,7 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As `PreTrainedConfig.from_dict`; `mosa_*` fields of `kwargs` are the `text_config`'s."""
-        # What is misspelt stays in `kwargs`: the model's class refuses it.
-        fields = {name: kwargs.pop(name) for name in MOSA_FIELDS if name in kwargs}
+        fields = {name: kwargs.pop(name) for name in [*kwargs] if name.startswith("mosa_")}
         text = config_dict.get("text_config")
         if fields and isinstance(text, dict):
             config_dict = {**config_dict, "text_config": {**text, **fields}}
@@ -95,6 +94,8 @@ class MultimodalConfig(InstalledCodeConfigMixin, ConfigBase):
 
     def validate_text_config(self):
         """Part of `@strict`-powered validation."""
+        if stray := sorted(name for name in vars(self) if name.startswith("mosa_")):
+            raise ValueError(f"`{'`, `'.join(stray)}`: `mosa_*` fields are those of `text_config`: set them there.")
         if not isinstance(self.text_config, SparseGroupsConfig):
             raise ValueError(
                 f"`text_config` of a {type(self).__name__} has to be that of a decoder with sparse groups, of model "

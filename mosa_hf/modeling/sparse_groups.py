@@ -145,7 +145,7 @@ class SparseGroupsMixin(FamilyAttention):
         """
         The routers' gradient `[B, T, G]` (docs/design.md, section 6): a far key's score rises with its margin over the
         threshold. Hard selection has no gradient, and is what evaluation uses. Zero for keys that are not selected,
-        which no query reads from afar: under an infinite threshold, theirs would not be finite; and zero in groups that
+        which no query reads from afar (under an infinite threshold, theirs would not be finite), and in groups that
         keep everything, whose threshold decides nothing.
         """
         router = active_module(self.mosa_router)

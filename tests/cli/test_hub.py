@@ -171,7 +171,7 @@ def test_errors_name_the_remedy(folder):
         "someone/base has no `--revision` 'nothing'",
         "`--push-to-hub` needs to know who you are: `hf auth login`, or pass a `--token`",
         "`--push-to-hub` is 'no/such/name'",
-        "`--routers` bring their own plan and thresholds: leave out `--plan`, `--groups`, `--sparsity`, `--window` and",
+        "`--routers` bring their own plan and thresholds: leave out `--plan`, `--groups`, `--sparsity`, `--window`",
         "someone/nothing does not exist: it is no folder here, and on the Hub",
         "someone/pickles has no safetensors weights on the Hub. Try the `--revision` of a pull request",
         "someone/gated is a gated model: ask for access on its page",

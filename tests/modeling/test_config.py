@@ -1,5 +1,6 @@
 """Configurations of both forms: defaults, what they refuse and in which words, and the way to disk and back."""
 
+import json
 from dataclasses import fields as fields_of_class
 
 import pytest
@@ -197,6 +198,25 @@ def test_impossible_sparse_groups_are_refused(fields, message):
 def test_wrong_types_of_sparse_groups_are_refused(field, value):
     with pytest.raises(StrictDataclassError, match=f"'{field}'"):
         MosaLlamaConfig(**{field: value})
+
+
+def test_fields_that_there_are_not_are_refused(tmp_path):
+    """Upstream keeps any name as an attribute that nothing reads."""
+    there = "`mosa_windw`: MosaLlamaConfig has no such field; it has mosa_sparsity, .*mosa_window"
+    with pytest.raises(StrictDataclassError, match=there):
+        MosaLlamaConfig(mosa_windw=3)
+    with pytest.raises(StrictDataclassError, match=there):
+        MosaLlamaConfig.from_base(LlamaConfig(), mosa_windw=3)
+    with pytest.raises(StrictDataclassError, match="`mosa_plan`, `mosa_window`: MosaConfig has no such field"):
+        MosaConfig(mosa_window=3, mosa_plan=None)
+    sparse_form().config().save_pretrained(tmp_path)
+    for cls in (MosaLlamaConfig, AutoConfig):
+        with pytest.raises(ValueError, match=there):
+            cls.from_pretrained(tmp_path, mosa_windw=3)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mosa_windw": 3}))
+    with pytest.raises(StrictDataclassError, match=there):
+        AutoConfig.from_pretrained(tmp_path)
 
 
 def test_shown_as_transformers_shows_configurations():

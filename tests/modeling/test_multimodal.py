@@ -163,13 +163,17 @@ def test_saved_and_loaded(model_type, tmp_path):
 
 
 def test_misspelt_fields_are_refused(tmp_path):
-    """As of a language model: by the model's class, which takes no such argument."""
+    """As of a language model: by the decoder's configuration; by the model's class beside a base of another."""
     copy.deepcopy(sparse_of("llava")).save_pretrained(tmp_path / "model")
     save_routers(sparse_of("llava"), tmp_path / "routers")
     copy.deepcopy(base_of("llava")).save_pretrained(tmp_path / "base")
     for name, more in (("model", {}), ("base", {"routers": tmp_path / "routers"})):
-        with pytest.raises(TypeError, match="mosa_cache_buget"):
+        with pytest.raises((TypeError, ValueError, StrictDataclassClassValidationError), match="mosa_cache_buget"):
             mosa_hf.MosaLlavaForConditionalGeneration.from_pretrained(tmp_path / name, mosa_cache_buget=5, **more)
+    with pytest.raises(
+        StrictDataclassClassValidationError, match="`mosa_window`: `mosa_\\*` fields are those of `text_config`"
+    ):
+        type(sparse_of("llava").config)(mosa_window=3)
 
 
 @EVERY_TYPE
