@@ -23,6 +23,8 @@ from .convert import to_dense
 from .divergence import mean_divergence
 from .windows import Chat, token_windows
 
+IGNORED = -100  # as of PyTorch's `cross_entropy`
+
 
 class TokenWindows(Dataset):
     """A text, several, or chats, as training examples: their `token_windows`."""
@@ -35,6 +37,25 @@ class TokenWindows(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.windows[index], "labels": self.windows[index]}
+
+
+def counted_tokens(attention_mask: torch.Tensor | None, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """
+    After which tokens predictions are compared.
+
+    Args:
+        attention_mask: `[B, T]`, 0 of padding.
+        labels: `[B, T]` as for language modelling: -100 of tokens that the model should not learn to predict, such as
+            those of prompts. What they are else does not matter.
+
+    Returns:
+        `[B, T]` bool; None: after all of them.
+    """
+    counts = None if attention_mask is None else attention_mask.bool()
+    if labels is not None and (labels == IGNORED).any():
+        learnt = torch.cat((labels[:, 1:], labels[:, -1:]), dim=1) != IGNORED  # after the last, if that is itself
+        counts = learnt if counts is None else counts & learnt
+    return counts
 
 
 class HealingTrainer(Trainer):
@@ -52,7 +73,8 @@ class HealingTrainer(Trainer):
         teacher: the original; see `teacher_of`.
         top_k: compare the teacher's `top_k` most likely tokens, and all others as one; None: every token.
         cache_length: see above.
-        args, kwargs: as `Trainer` takes them. Batches have `input_ids`, and perhaps `attention_mask`.
+        args, kwargs: as `Trainer` takes them. Batches have `input_ids`, and perhaps `attention_mask` and `labels`,
+            see `counted_tokens`.
 
     Raises:
         ValueError: for a teacher of another vocabulary, and for a `top_k` or `cache_length` below 1.
@@ -102,7 +124,7 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ):
-        inputs = {name: states for name, states in inputs.items() if name != "labels"}
+        inputs, labels = {name: states for name, states in inputs.items() if name != "labels"}, inputs.get("labels")
         device = inputs["input_ids"].device
         own = (*self.teacher.parameters(), *self.teacher.buffers())  # some shared with the model, some copies
         if getattr(self.teacher, "hf_device_map", None) is None and any(each.device != device for each in own):
@@ -110,10 +132,14 @@ class HealingTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():  # the model has it within its forward
             expected = self.teacher(**inputs, use_cache=False).logits
         outputs = model(**inputs, use_cache=False)
-        mask = inputs.get("attention_mask")
         actual, expected = outputs.logits.flatten(0, -2), expected.flatten(0, -2)
-        if mask is not None:
-            actual, expected = actual[mask.flatten().bool()], expected[mask.flatten().bool()]
+        counts = counted_tokens(inputs.get("attention_mask"), labels)
+        if counts is not None:
+            actual, expected = actual[counts.flatten()], expected[counts.flatten()]
+        if not len(actual):
+            raise ValueError(
+                "A batch has no token to learn from: `attention_mask` is 0, or `labels` -100, everywhere."
+            )
         loss = mean_divergence(actual, expected, self.top_k)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
 

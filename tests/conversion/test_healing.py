@@ -137,6 +137,33 @@ def test_padding_counts_for_nothing(tmp_path):
     assert together.item() == pytest.approx((sum(alone) / mask.sum()).item(), rel=1e-4) and together > 0.01
 
 
+def test_labels_say_what_is_learnt(tmp_path):
+    """Predictions of tokens that are labelled -100 count for nothing, as in any training."""
+    trainer = HealingTrainer(
+        convert_model(tiny_base(), ConversionConfig(sparsity=1, window=2)),
+        teacher_of(tiny_base_converted()),
+        arguments(tmp_path, 1),
+    )
+    text, mask = random_tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, 10:] = 0
+    labels = text.clone()
+    labels[0, :4], labels[1, 6] = -100, -100
+    counts = mask.bool()
+    counts[0, :3], counts[1, 5] = False, False  # which predict those
+    with torch.no_grad():
+        own, others = (
+            each(text, attention_mask=mask).logits[counts].log_softmax(-1) for each in (trainer.model, trainer.teacher)
+        )
+    expected = (others.exp() * (others - own)).sum(-1).mean().item()
+    inputs = {"input_ids": text, "attention_mask": mask, "labels": labels}
+    assert trainer.compute_loss(trainer.model, inputs).item() == pytest.approx(expected, rel=1e-4) and expected > 0.01
+    same = [trainer.compute_loss(trainer.model, {"input_ids": text} | more) for more in ({}, {"labels": text})]
+    assert torch.equal(*same)
+    for nothing in ({"labels": torch.full_like(text, -100)}, {"attention_mask": mask * 0}):
+        with pytest.raises(ValueError, match="no token to learn from"):
+            trainer.compute_loss(trainer.model, inputs | nothing)
+
+
 def tiny_base_converted():
     return convert_model(tiny_base(seed=1), ConversionConfig(sparsity=1))
 
