@@ -41,7 +41,13 @@ def check_options(options: Mapping[str, Any], known: frozenset[str] = frozenset(
 
     Raises:
         ValueError: for an option that would change the scores of dense heads alone: routed attention does not know it.
+            For fields of the config, which no call changes.
     """
+    if fields := sorted(name for name in options if name.startswith("mosa_")):
+        raise ValueError(
+            f"`{'`, `'.join(fields)}`: no argument of a call. Fields of the config are set where a model is made: "
+            f"`from_pretrained(..., {fields[0]}=...)`."
+        )
     if options.get("is_causal") is False:
         raise ValueError(f"`is_causal` is False. {POSSIBLE}")
     for name, value in options.items():

@@ -384,6 +384,12 @@ def test_options_that_change_scores_are_refused(form, option):
         form.model()(ids, **option)
 
 
+def test_fields_of_the_config_are_no_arguments_of_a_call(form):
+    message = r"`mosa_cache_budget`: no argument of a call.*`from_pretrained\(\.\.\., mosa_cache_budget=\.\.\.\)`"
+    with pytest.raises(ValueError, match=message):
+        form.model()(random_tokens(1, 8) % 97, mosa_cache_budget=3)
+
+
 @torch.no_grad()
 def test_options_that_stock_models_ignore_are_ignored(form):
     model, ids = form.model(), random_tokens(1, 8) % 97
