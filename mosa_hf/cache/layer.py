@@ -339,7 +339,7 @@ def _check_croppable(layers: Sequence[object], tokens_to_remove: int) -> None:
 
 def _num_croppable(layer: DynamicSlidingWindowLayer, num_removed: int) -> int:
     """How many of the last tokens upstream's `crop` can take back, which does not ask whether it has those before."""
-    num_held = layer.keys.shape[-2]
+    num_held = cast(torch.Tensor, layer.keys).shape[-2]
     if num_held == layer.cumulative_length or num_removed >= layer.cumulative_length:
         return num_removed
     return min(num_removed, num_held - layer.sliding_window + 1)

@@ -36,8 +36,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--calibration", nargs="+", metavar="TEXT", help=f"that routers are fitted on: {TEXT_HELP} (default: our own)"
     )
-    parser.add_argument("--windows", type=int, default=18, help="calibration windows (default: %(default)s)")
-    parser.add_argument("--window-length", type=int, default=1024, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--windows", type=int, help="calibration windows (default: 18)")
+    parser.add_argument(
+        "--window-length", type=int, help="tokens of a window (default: 1024, or half of what the model reads)"
+    )
     add_loading(parser, "fit routers")
     parser.add_argument("--push-to-hub", metavar="NAME", help="upload the directory to the Hub, under this name")
     parser.add_argument("--save-plan", metavar="FILE", help="write the plan to a JSON file")

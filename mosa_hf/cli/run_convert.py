@@ -29,11 +29,11 @@ def run(options: argparse.Namespace) -> None:
     given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}
     given = {name: value for name, value in given.items() if value is not None}
     conversion = ConversionConfig(**given) if given else None
-    check_routers_alone(options.routers, conversion, options.calibration)
+    windows = {"num_windows": options.windows, "window_length": options.window_length}
+    check_routers_alone(options.routers, conversion, options.calibration, *windows.values())
     text = read_text(options.calibration) if options.calibration else None
     loading = loading_of(options)
     source = find_source(options.source, revision=options.revision, token=options.token)
-    windows = {"num_windows": options.windows, "window_length": options.window_length}
     converted = convert_source(source, conversion, text, options.routers, **windows, **loading)
     write_converted(converted, source, destination, routers_only=options.routers_only, place=options.push_to_hub)
     name = options.push_to_hub

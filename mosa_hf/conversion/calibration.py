@@ -186,12 +186,15 @@ def _values(module: nn.Module, layer: CacheLayerMixin, num_tokens: int) -> torch
     return (value if expand is None else expand(key, value)[1])[0]
 
 
-def _check_text(length: int, most: int, ridge: float) -> None:
-    if ridge <= 0:
-        raise ValueError(f"`ridge` is {ridge}; pass a positive number, for channels can be collinear.")
+def check_read_twice(name: str, length: int, most: int) -> None:
+    """
+    Raises:
+        ValueError: for windows of `length` tokens, given by the argument `name`, of which a model that reads `most`
+            cannot read two.
+    """
     if 2 * length > most:
         raise ValueError(
-            f"`input_ids` has windows of {length} tokens, which the model reads twice: pass windows of at "
+            f"`{name}` asks for windows of {length} tokens, which the model reads twice: pass windows of at "
             f"most {most // 2} tokens, half of `max_position_embeddings`."
         )
 
@@ -231,7 +234,9 @@ def fit_routers(
     config = model.config.get_text_config(decoder=True)
     readings = _readings(model, input_ids)
     lengths = [num_tokens_of(reading) for reading in readings]
-    _check_text(max(lengths), config.max_position_embeddings, ridge)
+    if ridge <= 0:
+        raise ValueError(f"`ridge` is {ridge}; pass a positive number, for channels can be collinear.")
+    check_read_twice("input_ids", max(lengths), config.max_position_embeddings)
     modules = _attention_modules(model, layers)
     decoder = decoder_of(model)
     regressions = [_Regression(sparse_among(plan.layers[layer]), lengths, int(include_first)) for layer in layers]

@@ -22,10 +22,11 @@ from ..modeling.group_plan import GroupPlan
 from ..modeling.model_card import model_card, plan_in_short
 from ..modeling.router_files import ROUTERS_NAME, load_routers, router_tensors, write_routers
 from ..safetensors_files import tensor_headers
+from .allocation import candidate_plan
 from .base_checkpoint import checked_model, load_gguf, load_weights, tokenizer_of
-from .calibration import is_of_pictures
+from .calibration import check_read_twice, is_of_pictures
 from .configuration import ConversionConfig
-from .convert import convert_model
+from .convert import convert_model, plain_config
 from .default_text import default_text
 from .publishing import check_can_publish, publish
 from .sources import CARD_NAME, COMPANIONS, Loading, Source, check_loading, find_source
@@ -44,8 +45,8 @@ def convert_checkpoint(
     *,
     routers: str | os.PathLike | None = None,
     routers_only: bool = False,
-    num_windows: int = NUM_WINDOWS,
-    window_length: int = WINDOW_LENGTH,
+    num_windows: int | None = None,
+    window_length: int | None = None,
     push_to_hub: str | None = None,
     **loading: Unpack[Loading],
 ) -> GroupPlan:
@@ -67,7 +68,8 @@ def convert_checkpoint(
         routers: directory that `save_routers` wrote, or its name on the Hub, in place of `conversion` and
             `calibration`.
         routers_only: write the routers alone, as `save_routers` does.
-        num_windows, window_length: how much of a text is read: windows, and tokens of one.
+        num_windows, window_length: how much of a text is read: windows, and tokens of one. None: 18 of 1,024, or of
+            half of `max_position_embeddings`, if that is less, since windows are read twice.
         push_to_hub: name on the Hub to upload the directory to, once it is written.
         loading: `revision`, `token`, `dtype` and `device_map` of the source, see `Loading`.
 
@@ -84,7 +86,7 @@ def convert_checkpoint(
     """
     check_loading(loading)
     check_absent(Path(destination))
-    check_routers_alone(routers, conversion, calibration)
+    check_routers_alone(routers, conversion, calibration, num_windows, window_length)
     token = loading.get("token")
     if push_to_hub is not None:
         check_can_publish(push_to_hub, token)
@@ -98,13 +100,16 @@ def convert_checkpoint(
     return GroupPlan.of_config(converted.config)
 
 
-def check_routers_alone(routers: object, conversion: object, calibration: object) -> None:
+def check_routers_alone(routers: object, *others: object) -> None:
     """
     Raises:
-        ValueError: for `routers` beside what would make others.
+        ValueError: for `routers` beside any of `others`, which would make others.
     """
-    if routers is not None and (conversion is not None or calibration is not None):
-        raise ValueError("`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`.")
+    if routers is not None and any(each is not None for each in others):
+        raise ValueError(
+            "`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`, and "
+            "`num_windows` and `window_length` of that."
+        )
 
 
 def convert_source(
@@ -113,8 +118,8 @@ def convert_source(
     calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
     routers: str | os.PathLike | None,
     *,
-    num_windows: int,
-    window_length: int,
+    num_windows: int | None,
+    window_length: int | None,
     **loading: Unpack[Loading],
 ) -> PreTrainedModel:
     """
@@ -127,9 +132,11 @@ def convert_source(
     dtype = model.config.dtype
     if routers is not None:
         return load_routers(model, routers, token=loading.get("token"))
+    candidate_plan(plain_config(model.config), conversion)  # raises before weights are loaded
     if calibration is None and conversion.selects():
         calibration = default_text()
-    input_ids, record = _calibration(source, calibration, num_windows, window_length)
+    config = model.config.get_text_config(decoder=True)
+    input_ids, record = _calibration(source, calibration, num_windows, window_length, config.max_position_embeddings)
     if input_ids is not None:
         if not is_file:
             model = load_weights(type(model), source, loading)
@@ -151,8 +158,9 @@ def convert_source(
 def _calibration(
     source: Source,
     calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
-    num_windows: int,
-    window_length: int,
+    num_windows: int | None,
+    window_length: int | None,
+    max_position_embeddings: int,
 ) -> tuple[Any, dict[str, str]]:
     """What `convert_model` takes of a calibration text in any form, and what is recorded of the text."""
     if isinstance(calibration, os.PathLike):
@@ -162,9 +170,18 @@ def _calibration(
     if is_text(calibration) and not is_of_pictures(calibration):
         calibration = Text([calibration] if isinstance(calibration, str) else calibration, "a text of one's own")
     if not isinstance(calibration, Text):
+        if num_windows is not None or window_length is not None:
+            what = "there is no text to read" if calibration is None else "`calibration` is cut already"
+            raise ValueError(f"`num_windows` and `window_length` say how much of a text is read, but {what}.")
+        if isinstance(calibration, torch.Tensor) and calibration.ndim == 2:
+            check_read_twice("input_ids", calibration.shape[1], max_position_embeddings)
         return calibration, {}
+    if window_length is not None:
+        check_read_twice("window_length", window_length, max_position_embeddings)
+    window_length = min(WINDOW_LENGTH, max_position_embeddings // 2) if window_length is None else window_length
     logger.info("Calibration text: %s, %s characters", calibration.name, f"{calibration.num_characters:,}")
     tokenizer = tokenizer_of(source.path)
+    num_windows = NUM_WINDOWS if num_windows is None else num_windows
     input_ids = calibration_windows(tokenizer, calibration.documents, num_windows, window_length)
     return input_ids, {"text": calibration.name, "sha256": calibration.sha256}
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
@@ -70,7 +71,7 @@ def convert_model(
         calibration = calibration_ids(calibration, model.config.get_text_config(decoder=True))
     family = family_of(model.config.model_type)
     family.sparse_class_of(type(model))
-    base_config = sparse_config_of(family.config_class.from_base(model.config))
+    base_config = plain_config(model.config)
     candidates = candidate_plan(base_config, conversion)
     if calibration is None and fits is None:
         choose_groups(conversion, candidates, None)  # raises what a text is needed for
@@ -104,6 +105,11 @@ def convert_model(
         windows = logging.tqdm(windows, desc="Setting thresholds", unit="window")
         calibrate_thresholds(converted, windows)
     return converted
+
+
+def plain_config(config: PreTrainedConfig) -> SparseGroupsConfig:
+    """The configuration of a base model's decoder before groups are chosen, see `candidate_plan`."""
+    return sparse_config_of(family_of(config.model_type).config_class.from_base(config))
 
 
 def fits_for(

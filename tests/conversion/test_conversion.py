@@ -307,7 +307,11 @@ def test_the_command(source, tmp_path):
             ["source", "new", "--routers", "source", "--window=3"],
             "`--routers` bring their own plan.*leave out `--plan`",
         ),
-        (["source", "new", "--calibration", "broken.json"], "has 1 tokens, fewer than one window of 1024"),
+        (
+            ["source", "new", "--routers", "source", "--windows=3"],
+            "`--routers` bring their own plan.*`--windows` and `--window-length`",
+        ),
+        (["source", "new", "--calibration", "broken.json"], "has 1 tokens, fewer than one window of 256"),
     ],
 )
 def test_the_command_fails_in_one_line(arguments, message, source, tmp_path, monkeypatch):
@@ -353,6 +357,39 @@ def test_short_calibration_text(source, tmp_path):
     with pytest.raises(ValueError, match="(?s)no tokenizer that can be loaded.*give the calibration as token ids"):
         convert_checkpoint(source, tmp_path / "converted", ConversionConfig(), TEXT)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_windows_of_a_model_that_reads_little(tmp_path):
+    """By default it reads what it can read twice; what it cannot is refused by name before weights are loaded."""
+    base = tiny_base(max_position_embeddings=200)
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    converted = tmp_path / "converted"
+    convert_checkpoint(tmp_path / "base", converted, ConversionConfig(window=8), TEXT, routers_only=True)
+    assert json.loads((converted / "mosa_config.json").read_text())["mosa_conversion"]["calibration"]["tokens"] == 100
+    with pytest.raises(ValueError, match="`window_length` asks for windows of 101 tokens.* at most 100 tokens"):
+        convert_checkpoint(tmp_path / "base", tmp_path / "no", ConversionConfig(window=8), TEXT, window_length=101)
+
+
+@pytest.mark.parametrize(
+    "conversion, given, message",
+    [
+        (ConversionConfig(groups=999, window=8), {}, "`groups=999`: the model has"),
+        (ConversionConfig(groups=((9, 0),), window=8), {}, r"`groups` names \[\(9, 0\)\]"),
+        (ConversionConfig(plan=GroupPlan.uniform(1, 2, SparseGroup(8, 4))), {}, "The plan has 1 layers"),
+        (None, {"calibration": random_tokens(2, 4000)}, "`input_ids` asks for windows of 4000 tokens"),
+        (None, {"calibration": random_tokens(2, 40), "num_windows": 3}, "`num_windows`.*is cut already"),
+        (ConversionConfig(sparsity=1), {"calibration": None, "window_length": 3}, "`window_length`.*no text to read"),
+        (None, {"calibration": None, "routers": "routers", "num_windows": 3}, "`routers` bring.*`num_windows`"),
+    ],
+    ids=str,
+)
+def test_what_weights_are_not_needed_for_is_refused_before_they_are_loaded(
+    conversion, given, message, source, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("mosa_hf.conversion.checkpoint.load_weights", None)
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(source, tmp_path / "converted", conversion, **{"calibration": TEXT, **given})
 
 
 def test_calibration_windows_spread_over_the_text():

@@ -128,14 +128,14 @@ def test_the_default_text_has_three_parts_and_is_always_the_same():
 
 
 def test_as_many_windows_are_read_wherever_nothing_else_is_said(capsys):
-    for function in (calibration_windows, convert_checkpoint):
-        defaults = inspect.signature(function).parameters
-        assert (defaults["num_windows"].default, defaults["window_length"].default) == (NUM_WINDOWS, WINDOW_LENGTH)
+    defaults = inspect.signature(calibration_windows).parameters
+    assert (defaults["num_windows"].default, defaults["window_length"].default) == (NUM_WINDOWS, WINDOW_LENGTH)
+    assert f"None: {NUM_WINDOWS} of {WINDOW_LENGTH:,}," in convert_checkpoint.__doc__
     with pytest.raises(SystemExit):
         convert.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert f"calibration windows (default: {NUM_WINDOWS})" in shown
-    assert f"tokens of a window (default: {WINDOW_LENGTH})" in shown
+    assert f"tokens of a window (default: {WINDOW_LENGTH}, or half of what the model reads)" in shown
 
 
 def test_notes_are_written_once_among_sentences_that_repeat():
