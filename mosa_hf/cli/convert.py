@@ -9,6 +9,7 @@ directory appears only when it is whole.
 """
 
 import sys
+from pathlib import Path
 
 from .options import TEXT_HELP, add_loading, command_parser, one_line_errors, speak
 
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
 
             run(options)
     except KeyboardInterrupt:
+        if Path(options.destination).exists():
+            sys.exit(f"mosa-convert: stopped. {options.destination} is whole; what came after it was not done.")
         sys.exit("mosa-convert: stopped. Nothing was written, and the next time begins anew.")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from .options import TEXT_HELP, add_loading, command_parser, one_line_errors, speak
 
-WORDS: dict[str, str] = {}  # messages call nothing by another name than this command's options have
+WORDS = {"contexts": "--facts"}  # what messages call by another name than this command's options have
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from .healing_arguments import HealingArguments
 from .options import command_parser, one_line_errors, speak
 
-WORDS: dict[str, str] = {}  # messages call nothing by another name than this command's options have
+WORDS = {"most_characters": "--text_characters"}  # what messages call by another name than this command's options have
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,10 +32,13 @@ def main(arguments: list[str] | None = None) -> None:
     if {"-h", "--help", "--version"} & set(given):  # the whole parser takes as long as all of Transformers
         own.parse_args(given)
     speak()
-    with one_line_errors(own.prog, own, WORDS):
-        from .run_heal import heal, parse
+    try:
+        with one_line_errors(own.prog, own, WORDS):
+            from .run_heal import heal, parse
 
-        heal(*parse(given, __doc__))
+            heal(*parse(given, __doc__))
+    except KeyboardInterrupt as interrupt:
+        sys.exit(f"mosa-heal: stopped. {interrupt or 'Nothing was written.'}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .options import TEXT_HELP
+from .options import TEXT_HELP, Dtype
 
 
 @dataclass
@@ -26,4 +26,4 @@ class HealingArguments:
     )
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a model on the Hub"})
     token: str | None = field(default=None, metadata={"help": "for private and gated models"})
-    dtype: str = field(default="auto", metadata={"help": "to load the model in (auto: its own)"})
+    dtype: Dtype = field(default="auto", metadata={"help": "to load the model in (auto: its own)"})

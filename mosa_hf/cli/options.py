@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 from mosa_hf import __version__
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+DTYPES = get_args(Dtype)
 TEXT_HELP = (
     "text files; JSON lines (.jsonl) and Parquet, whose rows have `text` or `messages` (chats); or data sets, "
     "`name[:configuration[:split]]`, with the extra `datasets`"

@@ -36,8 +36,6 @@ def run(options: argparse.Namespace) -> None:
     source = find_source(options.source, revision=options.revision, token=options.token)
     converted = convert_source(source, conversion, text, options.routers, **windows, **loading)
     write_converted(converted, source, destination, routers_only=options.routers_only, place=options.push_to_hub)
-    name = options.push_to_hub
-    address = None if name is None else publish(destination, name, options.token)
     config = sparse_config_of(converted.config)
     plan = GroupPlan.of_config(config)
     if options.save_plan:
@@ -45,8 +43,8 @@ def run(options: argparse.Namespace) -> None:
     if options.plot_plan:
         plan.plot(options.plot_plan)
     print(plan)
-    if address is not None:
-        print(f"Uploaded to {address}.")
+    if options.push_to_hub is not None:
+        print(f"Uploaded to {publish(destination, options.push_to_hub, options.token)}.")
     auto = auto_class_name(type(converted))
     use = "`from_pretrained(base, routers=...)`" if options.routers_only else f"`{auto}.from_pretrained`"
     print(f"Wrote {destination}. Load it with `import mosa_hf` and {use}.")

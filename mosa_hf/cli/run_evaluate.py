@@ -39,6 +39,8 @@ from .options import default_device_map, hub_of
 def run(options: argparse.Namespace) -> None:
     # What is wrong with the files to write is said before the long work.
     card = Path(options.routers or options.model) / CARD_NAME
+    if options.card and not card.is_file():
+        raise FileNotFoundError(f"`--card` writes into the model card of a folder, but there is no {card}.")
     text = with_measured(card.read_text(encoding="utf-8"), "") if options.card else ""
     for file in (options.output, card if options.card else None):
         if file is not None:

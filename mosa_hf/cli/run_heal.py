@@ -19,9 +19,11 @@ from ..api import GroupPlan
 from ..atomic_write import atomic_directory, atomic_file, check_absent, check_replaceable
 from ..conversion import Text, read_text
 from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
+from ..conversion.sources import CARD_NAME
 from ..modeling.configuration import sparse_config_of
 from ..modeling.fingerprint import model_fingerprint
-from ..modeling.router_files import check_has_sparse_groups, write_routers
+from ..modeling.model_card import model_card
+from ..modeling.router_files import base_name, check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
 from .healing_arguments import HealingArguments
 from .options import hub_of
@@ -30,6 +32,8 @@ from .run_evaluate import auto_class_of
 logger = getLogger(__name__)
 
 ABOUT_NAME = "healing.json"  # in `--output_dir`: what its checkpoints are of
+# Fields that change what a model with one plan and its weights computes.
+COMPUTED_WITH = ("mosa_cache_budget", "mosa_cache_dtype", "mosa_include_first", "mosa_routing")
 
 
 def parse(arguments: list[str], description: str) -> tuple[HealingArguments, TrainingArguments]:
@@ -71,27 +75,37 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         top_k=healing.top_k,
         cache_length=healing.cache_length,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except KeyboardInterrupt:
+        reached = get_last_checkpoint(training.output_dir)
+        where = f"goes on from {reached}" if reached else "begins anew: checkpoints are written every `--save_steps`"
+        raise KeyboardInterrupt(f"The same command {where}.") from None
     if trainer.is_world_process_zero():
         config = sparse_config_of(model.config)
         config.mosa_gate_slope, config.mosa_threshold_momentum = 0.0, 1.0
+        record = {"learn": healing.learn, "steps": trainer.state.global_step, "text": text.name, "sha256": text.sha256}
+        config.mosa_conversion = {**(config.mosa_conversion or {}), "healing": record}
         with atomic_directory(destination) as unfinished:
             if healing.learn == "full":
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
+                card = model_card(config, type(model), base_name(model.config), is_routers=False)
+                (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
             else:
                 if healing.learn == "lora":
                     student.save_pretrained(unfinished)
-                write_routers(model, unfinished, healing.model)
+                write_routers(model, unfinished)
         print(f"Wrote {destination}.")
 
 
 def about(healing: HealingArguments, model: PreTrainedModel, text: Text) -> dict[str, Any]:
     """What a checkpoint of a healing belongs to."""
-    settings = ("learn", "lora_rank", "window_length", "top_k")
+    config, settings = sparse_config_of(model.config), ("learn", "lora_rank", "window_length", "top_k")
     return {
         "model": model_fingerprint(model),
         "plan": GroupPlan.of_config(model.config).to_list(),
+        "config": {name: getattr(config, name) for name in COMPUTED_WITH},
         "text": text.sha256[:16],
         **{name: getattr(healing, name) for name in settings},
     }
@@ -103,11 +117,16 @@ def last_checkpoint(directory: Path, about: dict[str, Any], writes: bool) -> str
     that `writes`.
 
     Raises:
-        ValueError: for one of another healing.
+        ValueError: for one of another healing, or of another training.
     """
     checkpoint = get_last_checkpoint(directory) if directory.is_dir() else None
     path = directory / ABOUT_NAME
-    if checkpoint is not None and path.exists():
+    if checkpoint is not None and not path.exists():
+        raise ValueError(
+            f"{checkpoint} is not of `mosa-heal`, which would have written {ABOUT_NAME} beside it: set another "
+            "`--output_dir`."
+        )
+    if checkpoint is not None:
         known = json.loads(path.read_text(encoding="utf-8"))
         if changed := [name for name, value in about.items() if known.get(name) != value]:
             raise ValueError(

@@ -7,6 +7,8 @@ Open the page in a browser: the text coloured by how many groups hold each token
 and what is in the cache once each token has been read.
 """
 
+import sys
+
 from .options import TEXT_HELP, add_loading, command_parser, one_line_errors, speak
 
 
@@ -24,10 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
     add_loading(parser, "read the text")
     options = parser.parse_args(arguments)
     speak()
-    with one_line_errors(parser.prog, parser, {"max_tokens": "--tokens"}):
-        from .run_trace import run
+    try:
+        with one_line_errors(parser.prog, parser, {"max_tokens": "--tokens"}):
+            from .run_trace import run
 
-        run(options)
+            run(options)
+    except KeyboardInterrupt:
+        sys.exit("mosa-trace: stopped. Nothing was written.")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,12 @@ compares it with its original on your texts, and with `--card` writes the result
 {calibration}
 """
 
+HEALED = """
+## Healing
+
+{healing}
+"""
+
 
 def model_card(
     config: SparseGroupsConfig,
@@ -61,6 +67,7 @@ def model_card(
     base_model: str,
     *,
     is_routers: bool,
+    has_adapter: bool = False,
     place: str | None = None,
 ) -> str:
     """
@@ -71,28 +78,35 @@ def model_card(
         model_class: of the model; around a decoder, or that alone.
         base_model: name of the base model; empty if unknown.
         is_routers: whether the folder has routers alone, not the model.
+        has_adapter: whether there is one of PEFT beside the routers.
         place: name on the Hub that the folder will have; None: it is a folder.
     """
     groups, name = GroupPlan.of_config(config), Path(base_model).name
-    what, base, place = "Routers" if is_routers else "Model", base_model or "the base model", place or PLACE
+    what = ("Routers and an adapter" if has_adapter else "Routers") if is_routers else "Model"
+    base, place = base_model or "the base model", place or PLACE
     auto, class_name = auto_class_name(model_class), model_class.__name__
     in_python = [json.dumps(each, ensure_ascii=False) for each in (base, place)]
     arguments = f"{in_python[0]}, routers={in_python[1]}" if is_routers else in_python[1]
     typed = [base, "--routers", place] if is_routers else [place]
-    return CARD.format(
+    code = f"model = mosa_hf.{class_name}.from_pretrained({arguments})"
+    if has_adapter:
+        code = f"from peft import PeftModel\n\n{code}\nmodel = PeftModel.from_pretrained(model, {in_python[1]})"
+    elif not is_routers:
+        code = f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({arguments})"
+    healing = healing_in_short(config)
+    card = CARD.format(
         front_matter=_front_matter(config, class_name, base_model, is_routers).to_yaml(),
         title=f"{what}: {name} with sparse attention" if name else what,
         what=what,
         losses=LOSSES,
         groups=len(groups.sparse_pairs()),
         all_groups=sum(map(len, groups.layers)),
-        code=f"model = mosa_hf.{class_name}.from_pretrained({arguments})"
-        if is_routers
-        else f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({arguments})",
+        code=code,
         plan=plan_in_short(config),
         measure=f"mosa-evaluate {shlex.join(typed)} --text FILE",
         calibration=calibration_in_short(config),
     )
+    return card + HEALED.format(healing=healing) if healing else card
 
 
 def auto_class_name(model_class: type[PreTrainedModel]) -> str:
@@ -145,6 +159,17 @@ def calibration_in_short(config: SparseGroupsConfig) -> str:
     return (
         f"The routers were fitted on {size}, spread over this text: {calibration['text']}\n"
         f"(sha256 {calibration['sha256']})."
+    )
+
+
+def healing_in_short(config: SparseGroupsConfig) -> str:
+    """What `mosa-heal` trained, and on what, as a sentence; empty if it has not."""
+    healing: dict[str, Any] | None = (config.mosa_conversion or {}).get("healing")
+    if not healing:
+        return ""
+    return (
+        f"`mosa-heal` (`--learn {healing['learn']}`) brought it back towards its original in {healing['steps']:,} "
+        f"steps on this text: {healing['text']}\n(sha256 {healing['sha256']})."
     )
 
 

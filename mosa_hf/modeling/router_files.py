@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
@@ -55,7 +56,10 @@ def save_routers(model: PreTrainedModel, directory: str | os.PathLike, base_mode
 def write_routers(
     model: PreTrainedModel, directory: Path, base_model: str | None = None, place: str | None = None
 ) -> None:
-    """The files of `save_routers`, into a directory that exists; `place`: the name that it will have on the Hub."""
+    """
+    The files of `save_routers`, into a directory that exists, perhaps with an adapter in it; `place`: the name that it
+    will have on the Hub.
+    """
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_has_sparse_groups(model)
     sparse = cast(SparsePreTrainedMixin, model)
@@ -71,7 +75,8 @@ def write_routers(
         **{name: getattr(config, name) for name in MOSA_FIELDS},
     }
     save_file(router_tensors(model), directory / ROUTERS_NAME, metadata={"format": "pt"})
-    card = model_card(config, type(model), base_model, is_routers=True, place=place)
+    has_adapter = (directory / ADAPTER_CONFIG_NAME).is_file()
+    card = model_card(config, type(model), base_model, is_routers=True, has_adapter=has_adapter, place=place)
     (directory / "README.md").write_text(card, encoding="utf-8")
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     (directory / ROUTERS_CONFIG_NAME).write_text(text, encoding="utf-8")

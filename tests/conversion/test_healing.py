@@ -270,7 +270,11 @@ def test_the_command(learn, tmp_path):
         code = (tmp_path / "whole.healed" / "README.md").read_text().split("```")[1].removeprefix("python")
         names: dict = {}
         exec(code.replace("path of this folder", str(tmp_path / "whole.healed")), names)
-        assert type(names["model"]) is MosaLlamaForCausalLM
+        with torch.no_grad():
+            found = names["model"].eval()(inputs).logits
+        torch.testing.assert_close(found, logits["whole.healed"], rtol=0, atol=1e-4)
+    card = (tmp_path / "whole.healed" / "README.md").read_text()
+    assert f"`mosa-heal` (`--learn {learn}`) brought it back towards its original in 4 steps on this text: " in card
     with pytest.raises(SystemExit, match="exists: remove it"):
         run("parts", 4, "parts.healed")
 
@@ -314,6 +318,9 @@ def test_an_interrupted_run_goes_on(learn, tmp_path):
 
     run("whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "parts" / "checkpoint-2")
+    with pytest.raises(SystemExit, match="parts/checkpoint-2 is not of `mosa-heal`.*another `--output_dir`"):
+        run("parts")
+    shutil.copy(tmp_path / "whole" / "healing.json", tmp_path / "parts")
     run("parts")
     weights = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}[learn]
     whole, parts = (load_file(tmp_path / f"{name}.healed" / weights) for name in ("whole", "parts"))
