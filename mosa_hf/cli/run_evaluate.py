@@ -14,9 +14,6 @@ import transformers
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedModel,
 )
@@ -29,11 +26,11 @@ from ..atomic_write import atomic_file, check_replaceable
 from ..conversion import read_text
 from ..conversion.sources import CARD_NAME
 from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
-from ..modeling.configuration import is_composite
 from ..modeling.model_card import with_measured
 from ..modeling.router_files import ROUTERS_CONFIG_NAME
 from ..modeling.sparse_models import SparsePreTrainedMixin
-from .options import default_device_map, hub_of
+from .models import load
+from .options import hub_of
 
 
 def run(options: argparse.Namespace) -> None:
@@ -105,22 +102,6 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
         model = cast(PreTrainedModel, PeftModel.from_pretrained(model, used[0]))
     own = Subject(Path(used[0]).name, model.eval(), known)
     return [own] if original is None else [original, own]
-
-
-def load(name: str, options: argparse.Namespace, revision: str | None = None) -> PreTrainedModel:
-    where = {"token": options.token} | ({} if revision is None else {"revision": revision})
-    auto_class = auto_class_of(name, **where)
-    return auto_class.from_pretrained(
-        name, dtype=options.dtype, device_map=options.device_map or default_device_map(), **where
-    ).eval()
-
-
-def auto_class_of(name: str, **hub: str | None) -> Any:
-    """The Auto class that loads a language model, or one of pictures and text, which reads text alone as well."""
-    config_class = type(AutoConfig.from_pretrained(name, **hub))
-    if is_composite(config_class) and config_class in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
 
 
 def is_adapter(folder: str) -> bool:

@@ -26,8 +26,8 @@ from ..modeling.model_card import model_card
 from ..modeling.router_files import base_name, check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
 from .healing_arguments import HealingArguments
+from .models import auto_class_of
 from .options import hub_of
-from .run_evaluate import auto_class_of
 
 logger = getLogger(__name__)
 

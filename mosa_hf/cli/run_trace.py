@@ -9,8 +9,8 @@ from ..api import load_routers
 from ..atomic_write import check_replaceable
 from ..conversion import read_text
 from ..evaluation import trace_text
+from .models import load
 from .options import hub_of
-from .run_evaluate import load
 
 
 def run(options: argparse.Namespace) -> None:

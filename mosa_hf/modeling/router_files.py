@@ -21,6 +21,7 @@ from ..atomic_write import atomic_directory
 from ..safetensors_files import file_headers
 from .configuration import SparseGroupsConfig, sparse_config_of
 from .family import Family, family_of
+from .group_plan import GroupPlan
 from .loading import check_router_dtype, check_router_value
 from .model_card import model_card
 from .router import named_routers
@@ -65,6 +66,11 @@ def write_routers(
     sparse = cast(SparsePreTrainedMixin, model)
     sparse.mosa_decoder.update_config()
     config = sparse_config_of(sparse.config)
+    if not GroupPlan.of_config(config).sparse_pairs():
+        raise ValueError(
+            "`mosa_plan` leaves every group dense, so that there are no routers to save: `mosa_hf.to_dense(model)` is "
+            "the same model without them."
+        )
     base_model = base_model or base_name(sparse.config)
     content = {
         "model_type": sparse.config.model_type,

@@ -1,7 +1,8 @@
 """What converted models need of vLLM's configuration, and what of it they refuse: called while vLLM reads it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
@@ -57,7 +58,7 @@ class ConvertedModelConfig(ModelConfig):
 
 
 class ConvertedConfig(VerifyAndUpdateConfig):
-    """Of all models in `models.SUPPORTED`."""
+    """Of all models in `supported.SUPPORTED`."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
@@ -65,8 +66,11 @@ class ConvertedConfig(VerifyAndUpdateConfig):
         if base is not None:
             base.verify_and_update_model_config(model_config)
         config = model_config.hf_config
-        if not isinstance(config, SparseGroupsConfig):
-            config = _with_routers(model_config, config)
+        folder = vars(config).pop(ROUTERS, None)
+        if isinstance(config, SparseGroupsConfig):
+            _check_overrides(config, model_config.hf_overrides)
+        if folder is not None or not isinstance(config, SparseGroupsConfig):
+            config = _with_routers(model_config, config, folder)
         if getattr(config, "mosa_inference_routing", "threshold") != "threshold":
             raise ValueError(
                 "`mosa_inference_routing` is 'expert_choice', which reads the future: vLLM generates. Set it to "
@@ -98,6 +102,7 @@ def check(vllm_config: VllmConfig) -> None:
     """
     parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
     refused = {
+        "runner": (model.runner_type != "generate", "they generate text. Serve the original for embeddings"),
         "enable_prefix_caching": (
             cache.enable_prefix_caching,
             "slots of the sparse cache are used again, so a prefix is not there any more. Leave it out, or pass "
@@ -124,7 +129,18 @@ def check(vllm_config: VllmConfig) -> None:
             f"entries are stored as the model computes them ({_dtype_name(model.dtype)}). Leave it out",
         ),
         "enable_dbo": (parallel.use_ubatching, "a step is read in one batch. Leave it out"),
-        "runner": (model.runner_type != "generate", "they generate text. Serve the original for embeddings"),
+        "kv_offloading_size": (
+            cache.kv_offloading_size is not None,
+            "its connector takes the place of what tells the scheduler how much requests hold. Leave it out",
+        ),
+        "max_model_len": (
+            model.original_max_model_len == -1,
+            "what requests reserve is planned for a length before vLLM knows how much memory there is. Name a length",
+        ),
+        "clip_qkv": (
+            getattr(model.hf_config, "clip_qkv", None) is not None,
+            "vLLM's own model leaves it out. Use the model in Transformers",
+        ),
     }
     for name, (is_set, why) in refused.items():
         if is_set:
@@ -145,23 +161,35 @@ def _base_hook(architecture: str) -> type[VerifyAndUpdateConfig] | None:
     return MODELS_CONFIG_MAP.get(architecture.removeprefix("Mosa"))
 
 
-def _with_routers(model_config: ModelConfig, base: PreTrainedConfig) -> SparseGroupsConfig:
+def _check_overrides(config: SparseGroupsConfig, overrides: Any) -> None:
     """
-    Give a base model's configuration the sparse groups of the folder of routers that `--hf-overrides` names.
+    Raises:
+        StrictDataclassError, ValueError: for `mosa_*` fields in `--hf-overrides`, which vLLM sets as attributes, that
+            `from_pretrained` would refuse.
+    """
+    config.validate()
+    if isinstance(overrides, Mapping):
+        config.check_read([name for name in overrides if name.startswith("mosa_")])
+
+
+def _with_routers(model_config: ModelConfig, config: PreTrainedConfig, folder: str | None) -> SparseGroupsConfig:
+    """
+    Give a model's configuration the sparse groups of the `folder` of routers that `--hf-overrides` names, in place of
+    its own if it has any.
 
     Raises:
         FileNotFoundError, ValueError: for a base without routers, and see `read_routers`.
     """
-    folder = getattr(base, ROUTERS, None)
+    base = config.to_base() if isinstance(config, SparseGroupsConfig) else config
     if folder is None:
         raise ValueError(
             f"{model_config.model} is a base model without routers. Convert it (`mosa-convert`), or name one that "
             f'`save_routers` wrote: `--hf-overrides \'{{"architectures": ["{model_config.architecture}"], '
             f'"{ROUTERS}": "FOLDER"}}\'`.'
         )
-    config, _ = read_routers(family_of(base.model_type), base, folder)
-    config.architectures = [model_config.architecture]
-    setattr(config, ROUTERS, folder)
-    model_config.hf_config = config
-    model_config.hf_text_config = get_hf_text_config(config)
-    return cast(SparseGroupsConfig, config)
+    own, _ = read_routers(family_of(base.model_type), base, folder)
+    own.architectures = [model_config.architecture]
+    setattr(own, ROUTERS, folder)
+    model_config.hf_config = own
+    model_config.hf_text_config = get_hf_text_config(own)
+    return cast(SparseGroupsConfig, own)

@@ -11,6 +11,7 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 from vllm.model_executor.models.utils import extract_layer_index
 
 from ..modeling.configuration import SparseGroupsConfig
@@ -103,8 +104,9 @@ class SparseGroupsModel(ServedModel):
             ValueError: for routers that are missing, of another shape or dtype, or not finite.
         """
         found: set[str] = set()
-        loaded = super().load_weights(self._others(weights, found)) or set()
-        if (folder := getattr(self.mosa_config, ROUTERS, None)) is not None:
+        folder = getattr(self.mosa_config, ROUTERS, None)
+        loaded = super().load_weights(self._others(weights, None if folder else found)) or set()
+        if folder is not None:
             base = self.mosa_config.to_base()
             _, file = read_routers(family_of(base.model_type), base, folder)
             for name, weight in load_file(file).items():
@@ -119,13 +121,14 @@ class SparseGroupsModel(ServedModel):
         return loaded | found
 
     def _others(
-        self, weights: Iterable[tuple[str, torch.Tensor]], found: set[str]
+        self, weights: Iterable[tuple[str, torch.Tensor]], found: set[str] | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
+        """All but routers, which are loaded and noted in `found`; None: others take their place."""
         for name, weight in weights:
-            if f".{ROUTER}." in name:
-                self._load_router(name, weight, found)
-            else:
+            if f".{ROUTER}." not in name:
                 yield name, weight
+            elif found is not None:
+                self._load_router(name, weight, found)
 
     @torch.no_grad()
     def _load_router(self, name: str, weight: torch.Tensor, found: set[str]) -> None:
@@ -140,7 +143,8 @@ class SparseGroupsModel(ServedModel):
                 f"and its plan need {tuple(target.shape)} of floating-point numbers. {OTHER_CONFIG}"
             )
         check_router_value(self.mosa_source, name, weight)
-        target.copy_(weight)
+        # While a model is loaded anew, what it had is elsewhere: only loaders that vLLM has set reach the new memory.
+        getattr(target, "weight_loader", default_weight_loader)(target, weight)
         found.add(f"{own}.{SERVED_ROUTER}.{part}")
 
 

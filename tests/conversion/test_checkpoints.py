@@ -253,6 +253,14 @@ def test_folders_are_as_private_as_the_user_wants(umask, mode, tmp_path):
     assert (tmp_path / "routers").stat().st_mode & 0o777 == mode
 
 
+def test_a_plan_without_sparse_groups_has_no_routers_to_save(tmp_path):
+    dense = GroupPlan(((None, None),) * 3)
+    model = MosaLlamaForCausalLM(mosa_hf.MosaLlamaConfig.from_base(tiny_base().config, mosa_plan=dense.to_list()))
+    with pytest.raises(ValueError, match="`mosa_plan` leaves every group dense.*`mosa_hf.to_dense"):
+        save_routers(model, tmp_path / "routers")
+    assert not list(tmp_path.glob("routers*"))
+
+
 def test_routers_replace_routers(routers, tmp_path):
     other = convert_model(tiny_base(), ConversionConfig(plan=PLAN), TEXT)
     loaded = load_routers(other, routers / "mosa_routers.safetensors")

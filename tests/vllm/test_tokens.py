@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from mosa_hf import save_routers, to_dense
+from mosa_hf import MosaLlamaForCausalLM, save_routers, to_dense
 from mosa_hf.modeling.router import MosaRouter
 
 from .serving import (
@@ -103,6 +103,27 @@ def test_windows_and_routers_alone(llama, tmp_path):
     routers = {"architectures": ["MosaLlamaForCausalLM"], "mosa_routers": str(tmp_path / "routers")}
     with engine(tmp_path / "base", hf_overrides=routers) as llm:
         assert served(llm, PROMPTS) == llama[1]
+
+
+def test_routers_in_place_of_a_models_own(llama, tmp_path):
+    """Their plan counts, as `from_pretrained(model, routers=...)` has it."""
+    save_tiny(tmp_path / "other", "llama", [PLAN[2], PLAN[0], PLAN[1]])
+    save_routers(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), tmp_path / "routers")
+    model = MosaLlamaForCausalLM.from_pretrained(llama[0], routers=tmp_path / "routers")
+    model.save_pretrained(tmp_path / "both")
+    expected = generated(tmp_path / "both", PROMPTS)
+    assert expected != llama[1]
+    with engine(llama[0], hf_overrides={"mosa_routers": str(tmp_path / "routers")}) as llm:
+        assert served(llm, PROMPTS) == expected
+
+
+def test_weights_are_loaded_anew_with_their_routers(llama, tmp_path):
+    save_tiny(tmp_path, "llama", PLAN, seed=1)
+    expected = generated(tmp_path, PROMPTS)
+    with engine(llama[0]) as llm:
+        assert served(llm, PROMPTS) == llama[1]
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": str(tmp_path)})
+        assert served(llm, PROMPTS) == expected != llama[1]
 
 
 def test_lora_requests(llama, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from vllm import ModelRegistry
 from vllm.engine.arg_utils import EngineArgs
@@ -39,6 +40,13 @@ def configured(path, **options):
         ),
         ({"pipeline_parallel_size": 2}, "`pipeline_parallel_size`.*--tensor-parallel-size"),
         ({"kv_cache_dtype": "fp8"}, "`cache_dtype`"),
+        ({"kv_offloading_size": 1}, "`kv_offloading_size`"),
+        ({"max_model_len": -1}, "`max_model_len`.*Name a length"),
+        ({"runner": "pooling"}, "`runner`.*Serve the original"),
+        ({"hf_overrides": {"mosa_cache_budget": 0}}, "`mosa_cache_budget` must be at least 1"),
+        ({"hf_overrides": {"mosa_window": 8}}, "`mosa_window` would change nothing"),
+        ({"hf_overrides": {"mosa_cache_bugdet": 8}}, "`mosa_cache_bugdet`: MosaLlamaConfig has no such field"),
+        ({"hf_overrides": {"mosa_routers": "nowhere"}}, "nowhere"),
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "`kv_transfer_config`"),
         ({"additional_config": {"mosa_reserve": "none"}}, "`mosa_reserve` must be one of feedback, rate, budget"),
         ({"additional_config": {"mosa_reserve": "budget"}}, "no `mosa_cache_budget`"),
@@ -47,7 +55,7 @@ def configured(path, **options):
     ],
 )
 def test_options(llama, option, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError, StrictDataclassError), match=message):
         configured(llama, **option)
 
 

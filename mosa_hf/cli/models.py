@@ -1,0 +1,25 @@
+"""Models that commands read with, by folder or name."""
+
+import argparse
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from ..modeling.configuration import is_composite
+from .options import default_device_map
+
+
+def load(name: str, options: argparse.Namespace, revision: str | None = None) -> PreTrainedModel:
+    where = {"token": options.token} | ({} if revision is None else {"revision": revision})
+    auto_class = auto_class_of(name, **where)
+    return auto_class.from_pretrained(
+        name, dtype=options.dtype, device_map=options.device_map or default_device_map(), **where
+    ).eval()
+
+
+def auto_class_of(name: str, **hub: str | None) -> Any:
+    """The Auto class that loads a language model, or one of pictures and text, which reads text alone as well."""
+    config_class = type(AutoConfig.from_pretrained(name, **hub))
+    if is_composite(config_class) and config_class in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
