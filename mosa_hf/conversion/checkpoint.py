@@ -11,6 +11,7 @@ from typing import Any, Unpack
 
 import torch
 from safetensors.torch import save_file
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from transformers.utils.logging import tqdm
@@ -136,7 +137,7 @@ def convert_source(
     if calibration is None and conversion.selects():
         calibration = default_text()
     config = model.config.get_text_config(decoder=True)
-    input_ids, record = _calibration(source, calibration, num_windows, window_length, config.max_position_embeddings)
+    input_ids, record = _calibration(source, config, calibration, num_windows, window_length)
     if input_ids is not None:
         if not is_file:
             model = load_weights(type(model), source, loading)
@@ -157,10 +158,10 @@ def convert_source(
 
 def _calibration(
     source: Source,
+    config: PreTrainedConfig,
     calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
     num_windows: int | None,
     window_length: int | None,
-    max_position_embeddings: int,
 ) -> tuple[Any, dict[str, str]]:
     """What `convert_model` takes of a calibration text in any form, and what is recorded of the text."""
     if isinstance(calibration, os.PathLike):
@@ -174,11 +175,11 @@ def _calibration(
             what = "there is no text to read" if calibration is None else "`calibration` is cut already"
             raise ValueError(f"`num_windows` and `window_length` say how much of a text is read, but {what}.")
         if isinstance(calibration, torch.Tensor) and calibration.ndim == 2:
-            check_read_twice("input_ids", calibration.shape[1], max_position_embeddings)
+            check_read_twice("input_ids", calibration.shape[1], config.max_position_embeddings)
         return calibration, {}
-    if window_length is not None:
-        check_read_twice("window_length", window_length, max_position_embeddings)
-    window_length = min(WINDOW_LENGTH, max_position_embeddings // 2) if window_length is None else window_length
+    if window_length is None:
+        window_length = min(WINDOW_LENGTH, config.max_position_embeddings // 2)
+    check_read_twice("window_length", window_length, config.max_position_embeddings)
     logger.info("Calibration text: %s, %s characters", calibration.name, f"{calibration.num_characters:,}")
     tokenizer = tokenizer_of(source.path)
     num_windows = NUM_WINDOWS if num_windows is None else num_windows
