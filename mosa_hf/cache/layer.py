@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 from ..compat import QuantizedLayer
 from ..kernels import is_free
 from ..kernels.entries import Readable
+from ..kernels.entry_codes import turned
 from ..kernels.indexing import take
 from ..kernels.tensors import NEVER
 from ..routing.layout import CallLayout
@@ -62,6 +63,7 @@ class Routed(NamedTuple):
 
     selected: torch.Tensor  # [B, T, G] bool, False on padding
     score: torch.Tensor | None = None  # [B, T, G], what a budget compares, inf for tokens that are never evicted
+    center: torch.Tensor | None = None  # [G, 1, d], what keys are stored as codes without, see `entry_codes.turned`
 
 
 if TYPE_CHECKING:
@@ -131,6 +133,7 @@ class SparseLayer(MixedLayer):
     _seen: SeenMask  # of a cache's first such layer: see `seen_tokens`
     # Between `begin` and `evict`: how the call's tokens stand, and what their queries may read.
     _layout: Any
+    _centers: Any  # `Routed.center` of each set
     _read: Any
 
     @property
@@ -174,9 +177,10 @@ class SparseLayer(MixedLayer):
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
         layout = layout.to(routed[0].selected.device)
-        self._layout = None if self.dense_groups is None else layout  # for `update`, until `evict`
+        # For `update`, until `evict`.
+        self._layout, self._centers = None if self.dense_groups is None else layout, [each.center for each in routed]
         valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
-        for store, (selected, score) in zip(self.stores, routed, strict=True):
+        for store, (selected, score, _) in zip(self.stores, routed, strict=True):
             selected = layout.pad_left(selected.transpose(1, 2), dim=2)
             score = None if score is None else layout.pad_left(score.transpose(1, 2), dim=2)
             store.begin(selected, score, valid, layout.valid, layout.num_tokens)
@@ -207,8 +211,10 @@ class SparseLayer(MixedLayer):
         if self.dense_groups is None:
             return super().update(key_states, value_states, *args, **kwargs)
         layout, pending, reads = self._layout, [], []
-        for store, groups in zip(self.stores, self.sparse_groups, strict=True):
+        for store, groups, center in zip(self.stores, self.sparse_groups, self._centers, strict=True):
             key, value = take(key_states, groups, dim=1), take(value_states, groups, dim=1)
+            if store.is_coded:
+                key = turned(key, center)
             counts, read = store.extend(layout.pad_left(key, dim=2), layout.pad_left(value, dim=2))
             pending.append(counts)
             reads.append(read)
@@ -226,7 +232,7 @@ class SparseLayer(MixedLayer):
 
     def evict(self) -> None:
         """The call's queries have read."""
-        self._layout = None
+        self._layout = self._centers = None
         for store in self.stores:
             store.evict()
 

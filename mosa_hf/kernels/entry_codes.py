@@ -1,13 +1,43 @@
 """
 8-bit entries, defined. A key, or a value, is stored as whole numbers from -127 to 127, its *codes*, and its *scale*,
 the largest magnitude in it: it stands for codes · scale / 127. A scale is exact in the model's dtype, so that what has
-been rounded once has the same codes again.
+been rounded once has the same codes again. Keys are *turned* before that, as are the queries that read them.
 """
+
+import math
+from functools import cache
 
 import torch
 
+from .capture import is_captured
+
 Rows = dict[str, torch.Tensor]  # what some entries hold, by name
 LARGEST = 127  # code
+
+
+def turned(states: torch.Tensor, center: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Queries, or keys, `[..., d]` times an orthonormal matrix, the cosine transform, which leaves their products as they
+    are and spreads what one channel has over all: a scale serves the largest. Keys first lose `center` [..., d], which
+    takes the same from all scores of a query.
+    """
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    own = states.to(dtype) if center is None else states.to(dtype) - center
+    make = _cosines if is_captured() else _held_cosines
+    return (own @ make(states.shape[-1], dtype, states.device)).to(states.dtype)
+
+
+def _cosines(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The orthonormal cosine transform (DCT-II), `[size, size]`."""
+    place = torch.arange(size, dtype=torch.float64, device=device)
+    matrix = torch.cos(math.pi / size * (place[:, None] + 0.5) * place) * math.sqrt(2 / size)
+    return torch.where(place == 0, math.sqrt(1 / size), matrix).to(dtype)
+
+
+@cache
+def _held_cosines(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # autograd may save it
+        return _cosines(size, dtype, device)
 
 
 def encode(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

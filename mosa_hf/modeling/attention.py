@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..cache import GroupSet, Routed
 from ..kernels import backend, is_free
 from ..kernels.entries import PackedKeyValues, Readable
-from ..kernels.entry_codes import rounded
+from ..kernels.entry_codes import rounded, turned
 from ..kernels.indexing import constant, take
 from ..kernels.tensors import KeyValues
 from ..routing.budget import evicted_at
@@ -144,8 +144,9 @@ def mosa_attention_forward(
     reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
     is_whole = key.shape[1] == num_groups  # else a cache has picked the dense groups'
     # A cache that gives all groups' keys has found that out; only some of its call may be captured.
+    is_coded = module.mosa_cache_dtype is not None
     may_be_plain = (mosa.cache is not None or is_free()) and not (dropout and groups.dense)
-    if may_be_plain and module.mosa_cache_dtype is None and _is_within_windows(query, key, groups):
+    if may_be_plain and not is_coded and _is_within_windows(query, key, groups):
         # Nothing is out of a window: plain causal attention, whatever is selected.
         options["dropout"] = 0.0  # which sparse groups do not know
         output, _ = dense_attention(module, query, *_fitting(key, value, attention_mask), **options)
@@ -171,12 +172,13 @@ def mosa_attention_forward(
     for each, routed, gate, read in zip(groups.sets, mosa.routed, mosa.gates, reads, strict=True):
         if read is None:
             new_key, new_value = take(key, each.groups, dim=1), take(value, each.groups, dim=1)
-            if module.mosa_cache_dtype is not None:
-                new_key, new_value = rounded(new_key), rounded(new_value)
+            if is_coded:
+                new_key, new_value = rounded(turned(new_key, routed.center)), rounded(new_value)
             read = uncached(new_key, new_value, routed, mosa.layout, module.mosa_budget), None
         own_sinks = None if sinks is None else take(sinks, each.groups, dim=0)
+        own_query = take(query, each.groups, dim=1)
         heads = sparse_attention(
-            take(query, each.groups, dim=1),
+            turned(own_query) if is_coded else own_query,
             read,
             mosa.layout,
             each.window,

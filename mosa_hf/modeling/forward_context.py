@@ -28,6 +28,7 @@ from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, TokenMask, added_to_scores, check_same_padding, columns_of_mask, read_mask
 from .attention_options import check_options, check_sequence_lengths, warn_of_own_implementation
 from .configuration import RoutingConfig
+from .key_center import MeanRotation
 from .layers import attention_modules, check_numbered, check_windows
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ class ForwardContext(NamedTuple):
     recomputes the same selection after the moving average went on.
     `has_grad`: whether the call records gradients. Layers cannot tell: reentrant checkpointing runs them without.
     `router_logits`: router → logits `[B, T, G]`, if something is to be made of them.
+    `mean_rotation`: of the keys' rotary embedding, where keys are stored as codes.
     """
 
     layout: CallLayout
     thresholds: dict["MosaRouter", torch.Tensor]
     has_grad: bool
     router_logits: dict["MosaRouter", torch.Tensor] | None = None
+    mean_rotation: MeanRotation | None = None
 
 
 class _Place(threading.local):

@@ -23,6 +23,7 @@ from .configuration import ConfigView, SparseGroupsConfig
 from .devices import is_distributed
 from .forward_context import ForwardContext, context_of_place
 from .group_plan import SparseGroup
+from .key_center import key_center
 from .latent_attention import LatentAttentionMixin
 from .layers import passes_keywords
 from .router import MosaRouter, active_module
@@ -112,8 +113,16 @@ class SparseGroupsMixin(FamilyAttention):
         is_biased = self.training and self.mosa_gate_slope and mosa_context.has_grad
         gate = self._gate(logits, selected, mosa_context) if is_biased else None
         columns = self.mosa_groups.columns
+        center = None
+        if self.mosa_cache_dtype is not None:
+            center = key_center(self, mosa_context.mean_rotation, self.mosa_groups.num_groups)
         routed = [
-            Routed(take(selected, own, dim=2), None if score is None else take(score, own, dim=2)) for own in columns
+            Routed(
+                take(selected, own, dim=2),
+                None if score is None else take(score, own, dim=2),
+                None if center is None else take(center, each.groups, dim=0),
+            )
+            for own, each in zip(columns, self.mosa_groups.sets, strict=True)
         ]
         if cache is not None:
             cache.begin(layout, routed)

@@ -25,6 +25,7 @@ from .devices import execution_device, offloaded_weights
 from .family import PREFIX, Family, family_of
 from .forward_context import ForwardContextMixin, shared_by_place
 from .group_plan import GroupPlan, SparseGroup
+from .key_center import mean_rotation
 from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, num_places, passes_keywords
 from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
@@ -178,6 +179,8 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         context, past_key_values, _ = self.begin_forward(
             tokens, attention_mask, position_ids, past_key_values, use_cache, kwargs
         )
+        if self.config.mosa_cache_dtype is not None:
+            context = context._replace(mean_rotation=mean_rotation(self, tokens))
         if position_ids is not None:  # else the family counts, some by the mask
             kwargs["position_ids"] = position_ids
         shared: AbstractContextManager[None] = nullcontext()

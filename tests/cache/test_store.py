@@ -26,6 +26,7 @@ from mosa_hf.cache import (
     store_state,
     upgrade_cache,
 )
+from mosa_hf.cache import layer as cache_layer
 from mosa_hf.cache.fixed_memory import static_capacity
 from mosa_hf.cache.memory import AHEAD, SLACK
 from mosa_hf.kernels.entries import PackedKeyValues, plain
@@ -85,6 +86,8 @@ class Store(RuleBasedStateMachine):
     )
     def begin(self, budget, windows, num_rows, max_undo, mode, length, seed):
         self.saved, calls.MAX_UNDO, self.num_steps = calls.MAX_UNDO, max_undo, max_undo
+        # Keys that codes stand for exactly are none any more, once they are turned.
+        self.turned, cache_layer.turned = cache_layer.turned, lambda key, center: key
         # Of a static cache, upstream's part stays in the mode that made it.
         self.mode = torch.no_grad if self.is_static and mode is torch.enable_grad else mode
         self.num_recorded = self.num_tokens_ever = 0
@@ -111,7 +114,7 @@ class Store(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "saved"):
-            calls.MAX_UNDO = self.saved
+            calls.MAX_UNDO, cache_layer.turned = self.saved, self.turned
 
     def within(self, mode):
         return (self.mode if self.is_static else mode)()

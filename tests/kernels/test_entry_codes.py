@@ -1,11 +1,13 @@
 """8-bit entries: the definition, and what reads and writes them beside it."""
 
+import math
+
 import pytest
 import torch
 
 from mosa_hf import use_backend
 from mosa_hf.kernels import backend, entries
-from mosa_hf.kernels.entry_codes import decode, encode, rounded
+from mosa_hf.kernels.entry_codes import decode, encode, rounded, turned
 
 from .triton.common import coded, random_packed
 
@@ -41,6 +43,28 @@ def test_definition(dtype):
     own_rounding = (held.double().abs() + torch.finfo(dtype).tiny) * torch.finfo(dtype).eps
     assert ((held.double() - states.double()).abs() <= step * (0.5 + 1e-4) + own_rounding).all()
     assert torch.equal(rounded(states), held)
+
+
+@pytest.mark.parametrize("size", [2, 5, 64, 80, 96, 128])
+def test_turning_keeps_products_and_spreads_what_one_channel_has(size):
+    """By the cosine transform, term by term; what keys lose takes the same from all scores of a query."""
+    query, key, center = (
+        torch.randn(shape, dtype=torch.float64) for shape in ((3, 7, size), (3, 9, size), (3, 1, size))
+    )
+    matrix = torch.tensor(
+        [
+            [math.sqrt((1 if j == 0 else 2) / size) * math.cos(math.pi * (i + 0.5) * j / size) for j in range(size)]
+            for i in range(size)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(turned(query), query @ matrix)
+    torch.testing.assert_close(turned(query) @ turned(key).mT, query @ key.mT)
+    lost = turned(query) @ turned(key, center).mT - query @ key.mT
+    torch.testing.assert_close(lost, lost[..., :1].expand_as(lost))
+    outlier = torch.zeros(size, size, dtype=torch.float64).fill_diagonal_(100.0)
+    assert turned(outlier).abs().max() <= 100 * math.sqrt(2 / size) + 1e-9
+    assert turned(query.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

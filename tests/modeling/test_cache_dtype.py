@@ -2,13 +2,17 @@
 
 import copy
 import pickle
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from mosa_hf import cache_bytes, load_cache, save_cache, use_backend
+from mosa_hf.modeling import sparse_groups
+from mosa_hf.modeling.key_center import key_center, mean_rotation
 from mosa_hf.modeling.kv_share import planned_bytes
 from testing.difference import max_difference
 
@@ -62,9 +66,13 @@ def test_what_is_rounded():
     def round_all(module, query, key, value, *args, **kwargs):
         groups = [i for i, group in enumerate(PLAN[module.layer_idx]) if group is not None]
         key, value = key.clone(), value.clone()
-        for states in (key, value):
-            step = states[:, groups].abs().amax(-1, keepdim=True) / 127
-            states[:, groups] = (states[:, groups] / step).round() * step
+        place = torch.arange(key.shape[-1])
+        turn = torch.cos(torch.pi / len(place) * (place[:, None] + 0.5) * place) * (2 / len(place)) ** 0.5
+        turn[:, 0] /= 2**0.5  # the orthonormal cosine transform
+        for states, matrix in ((key, turn), (value, torch.eye(len(place)))):
+            own = states[:, groups] @ matrix
+            step = own.abs().amax(-1, keepdim=True) / 127
+            states[:, groups] = ((own / step).round() * step) @ matrix.T
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     plan = [[group and group | {"window": 64} for group in layer] for layer in PLAN]
@@ -193,3 +201,51 @@ def test_config(tmp_path):
         load_cache(tmp_path / "cache.safetensors", plain)
     model.save_pretrained(tmp_path / "again")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.mosa_cache_dtype == "int8"
+
+
+def biased(**fields) -> torch.nn.Module:
+    """A model whose keys have large biases in the channels that turn least with positions, as Qwen2's have."""
+    model = sparse_form("qwen2", **{"mosa_plan": None, "mosa_window": 5, "mosa_sparsity": 2, **fields}).model()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            of_head = layer.self_attn.k_proj.bias.view(-1, 2, layer.self_attn.head_dim // 2)
+            of_head[..., -1] = 100
+    return model
+
+
+@torch.no_grad()
+def test_a_large_bias_of_the_keys_takes_nothing_from_the_others():
+    """The key that is left out of all is what their bias makes of nothing, averaged over positions."""
+    model, ids = biased(mosa_cache_dtype="int8", max_position_embeddings=64), random_ids(2, 40)
+    attention, rotary = model.model.layers[0].self_attn, model.model.rotary_emb
+    bias = attention.k_proj.bias.view(1, -1, 1, attention.head_dim)
+    cos, sin = rotary(bias, torch.arange(64)[None])
+    expected = apply_rotary_pos_emb(bias, bias, cos, sin)[1].mean(2)[0]
+    center = key_center(attention, mean_rotation(model.model, ids), len(expected))
+    torch.testing.assert_close(center[:, 0], expected, rtol=1e-4, atol=1e-4)
+    assert center.abs().max() > 10
+
+    exact = biased(max_position_embeddings=64)(ids).logits
+    errors = [max_difference_of(model(ids).logits, exact)]
+    with mock.patch.object(sparse_groups, "key_center", lambda *args: None):
+        errors.append(max_difference_of(model(ids).logits, exact))
+    assert 0 < errors[0] < errors[1] / 4
+
+
+@pytest.mark.parametrize("padding", ["left", "anywhere"])
+def test_parity_with_biases(padding):
+    check_parity(biased(mosa_cache_dtype="int8").double(), padding)
+
+
+@torch.no_grad()
+def test_sinks_and_softcaps_see_whole_keys():
+    """A score beside a sink's, or under a softcap, is more than its difference to others."""
+    for form in (SOFTCAP, sparse_form("gpt_oss", **INT8, mosa_plan=None)):
+        model = form.model()
+        rotation = mean_rotation(model.model, random_ids(1, 4))
+        for layer in model.model.layers:
+            assert key_center(layer.self_attn, rotation, 3) is None
+
+
+def max_difference_of(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return (actual - expected).abs().max().item()

@@ -1,0 +1,72 @@
+"""
+What keys are stored without as 8-bit entries (docs/design.md, section 4): the key that a projection's bias makes of
+nothing, averaged over positions. It changes no attention, and takes with it what a scale would be wasted on.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from ..kernels.capture import is_captured
+
+NUM_POSITIONS = 1024  # that are averaged over, spread evenly over all that the model has
+
+
+class MeanRotation(NamedTuple):
+    """Cosines and sines `[1, 1, d]` of a decoder's rotary embedding, each averaged over positions."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@torch.no_grad()
+def mean_rotation(decoder: PreTrainedModel, tokens: torch.Tensor) -> MeanRotation | None:
+    """Of a decoder on the device of `tokens`; None if it has no rotary embedding, or one of more than positions."""
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    if rotary is None or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
+        return None
+    if getattr(rotary, "rope_type", None) in ("dynamic", "longrope"):  # which would take these for a call's positions
+        return None
+    held: MeanRotation | None = decoder.__dict__.get("_mean_rotation")
+    if held is not None and held.cos.device == tokens.device and not is_captured():
+        return held
+    most = decoder.config.max_position_embeddings
+    positions = torch.arange(0, most, max(1, most // NUM_POSITIONS), device=tokens.device)[None]
+    like = torch.empty(0, dtype=torch.float32, device=tokens.device)
+    found = MeanRotation(*(each.mean(1, keepdim=True) for each in rotary(like, positions)))
+    if not is_captured():
+        decoder.__dict__["_mean_rotation"] = found
+    return found
+
+
+@torch.no_grad()
+def key_center(module: Any, rotation: MeanRotation | None, num_groups: int) -> torch.Tensor | None:
+    """
+    Of an attention module with `num_groups` key/value groups: `[G, 1, d]`. None without a bias of the keys alone, and
+    where scores are not compared by their differences alone: under a softcap, or beside sinks.
+    """
+    bias = getattr(getattr(module, "k_proj", None), "bias", None)
+    apply = rotary_function(cast(Hashable, type(module)))
+    is_shifted = getattr(module, "sinks", None) is not None or getattr(module, "attn_logit_softcapping", None)
+    if rotation is None or apply is None or is_shifted or not isinstance(bias, torch.Tensor) or bias.is_meta:
+        return None
+    if any(hasattr(module, name) for name in ("k_norm", "k_layernorm", "key_layernorm")):
+        return None
+    own = bias.to_local() if hasattr(bias, "to_local") else bias
+    key = own.detach().float().view(1, num_groups, 1, -1)
+    return apply(key, key, *(each.to(key.device) for each in rotation))[1][0]
+
+
+@lru_cache
+def rotary_function(attention_class: Any) -> Callable | None:
+    """What rotates the queries and keys of a family's attention, if it has the usual form."""
+    for each in attention_class.__mro__:
+        function = getattr(sys.modules[each.__module__], "apply_rotary_pos_emb", None)
+        if function is not None:
+            return function if list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"] else None
+    return None
