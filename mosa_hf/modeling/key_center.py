@@ -35,10 +35,16 @@ def mean_rotation(decoder: PreTrainedModel, tokens: torch.Tensor) -> MeanRotatio
     held: MeanRotation | None = decoder.__dict__.get("_mean_rotation")
     if held is not None and held.cos.device == tokens.device and not is_captured():
         return held
-    most = decoder.config.max_position_embeddings
+    most: int | None = getattr(decoder.config, "max_position_embeddings", None)
+    if most is None:
+        return None
     positions = torch.arange(0, most, max(1, most // NUM_POSITIONS), device=tokens.device)[None]
     like = torch.empty(0, dtype=torch.float32, device=tokens.device)
-    found = MeanRotation(*(each.mean(1, keepdim=True) for each in rotary(like, positions)))
+    with torch.inference_mode(False):  # it is kept, and training may follow
+        found = rotary(like, positions)
+    if not isinstance(found, tuple):  # Llama 4's are complex numbers
+        return None
+    found = MeanRotation(*(each.mean(1, keepdim=True) for each in found))
     if not is_captured():
         decoder.__dict__["_mean_rotation"] = found
     return found
@@ -58,8 +64,12 @@ def key_center(module: Any, rotation: MeanRotation | None, num_groups: int) -> t
     if any(hasattr(module, name) for name in ("k_norm", "k_layernorm", "key_layernorm")):
         return None
     own = bias.to_local() if hasattr(bias, "to_local") else bias
-    key = own.detach().float().view(1, num_groups, 1, -1)
-    return apply(key, key, *(each.to(key.device) for each in rotation))[1][0]
+    if own.numel() != num_groups * module.head_dim:
+        return None
+    key, rotary_dim = own.detach().float().view(1, num_groups, 1, -1), rotation.cos.shape[-1]
+    turning = key[..., :rotary_dim]
+    _, turned = apply(turning, turning, *(each.to(key.device) for each in rotation))
+    return torch.cat((turned, key[..., rotary_dim:]), dim=-1)[0]
 
 
 @lru_cache
