@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_PYTHON := $(VENV)/bin/python
 OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
 SERVING ?= .venv-vllm
 
-.PHONY: demo test families tools notebooks test-oldest serving fresh lint docs dist clean
+.PHONY: demo test families tools notebooks test-oldest test-newest serving fresh lint docs dist clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.mosa-hf-gguf
@@ -45,6 +46,15 @@ $(OLDEST)/.mosa-hf-oldest: pyproject.toml tests/oldest.txt
 	$(OLDEST)/bin/python -m pip install -e ".[test]" -c tests/oldest.txt
 	touch $@
 
+# The newest versions that pyproject.toml allows and the index has, in an environment of their own.
+test-newest: $(NEWEST)/.mosa-hf-newest
+	$(NEWEST)/bin/python -m pytest -q -m "not real and not tools and not families"
+
+$(NEWEST)/.mosa-hf-newest: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --upgrade -e ".[test]"
+	touch $@
+
 # Converted models in vLLM, in an environment of its own, because vLLM chooses the versions of torch and Transformers.
 # Without `-m ""`, the tests in tests/vllm are those that take minutes.
 serving: $(SERVING)/.mosa-hf-serving
@@ -75,7 +85,7 @@ dist: $(VENV)/.mosa-hf-dist
 
 # Never removes VENV when it is yours.
 clean:
-	rm -rf .venv .venv-oldest .venv-vllm build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest .venv-newest .venv-vllm build dist site *.egg-info .hypothesis .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per extra of pyproject.toml, so that a second run installs nothing.
