@@ -86,8 +86,8 @@ class Store(RuleBasedStateMachine):
     )
     def begin(self, budget, windows, num_rows, max_undo, mode, length, seed):
         self.saved, calls.MAX_UNDO, self.num_steps = calls.MAX_UNDO, max_undo, max_undo
-        # Keys that codes stand for exactly are none any more, once they are turned.
-        self.turned, cache_layer.turned = cache_layer.turned, lambda key, center: key
+        if self.is_coded:  # keys that codes stand for exactly are none any more, once they are turned
+            self.turned, cache_layer.turned = cache_layer.turned, lambda key, center: key
         # Of a static cache, upstream's part stays in the mode that made it.
         self.mode = torch.no_grad if self.is_static and mode is torch.enable_grad else mode
         self.num_recorded = self.num_tokens_ever = 0
@@ -114,7 +114,9 @@ class Store(RuleBasedStateMachine):
 
     def teardown(self):
         if hasattr(self, "saved"):
-            calls.MAX_UNDO, cache_layer.turned = self.saved, self.turned
+            calls.MAX_UNDO = self.saved
+        if hasattr(self, "turned"):
+            cache_layer.turned = self.turned
 
     def within(self, mode):
         return (self.mode if self.is_static else mode)()
@@ -438,6 +440,7 @@ def test_what_is_kept_survives_a_crop_to_the_window(record_past):
     assert [token[1] for token in store.rows[0].tokens] == [[False, False, False, False, True]]
     for _ in range(2):  # each asks what queries read
         store.several_tokens(length=2, mode=torch.no_grad, padding=None, seed=0)
+    store.teardown()
 
 
 def test_a_call_behind_padding_that_a_crop_has_left_is_not_the_first():
@@ -448,3 +451,4 @@ def test_a_call_behind_padding_that_a_crop_has_left_is_not_the_first():
     store.crop(mode=torch.no_grad, most="all", number=1)
     assert store.rows[0].columns == [None]
     store.several_tokens(length=2, mode=torch.no_grad, padding=None, seed=0)  # dense groups have three columns
+    store.teardown()

@@ -109,10 +109,9 @@ def test_a_model_is_converted_on_documents():
 def test_a_checkpoint_is_converted_on_texts_and_chats(tokenizer, tmp_path):
     tiny_base().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    for i, text in enumerate((TEXTS, CHATS, [random_tokens(30).tolist(), random_tokens(20).tolist()])):
-        plan = convert_checkpoint(
-            tmp_path / "base", tmp_path / str(i), CONVERSION, text, window_length=40, routers_only=True
-        )
+    ids = [random_tokens(30).tolist(), random_tokens(20).tolist()]
+    for i, (text, sizes) in enumerate(((TEXTS, {"window_length": 40}), (CHATS, {"window_length": 40}), (ids, {}))):
+        plan = convert_checkpoint(tmp_path / "base", tmp_path / str(i), CONVERSION, text, routers_only=True, **sizes)
         assert len(plan.sparse_pairs()) == 6
 
 
