@@ -145,6 +145,7 @@ def mosa_attention_forward(
     is_whole = key.shape[1] == num_groups  # else a cache has picked the dense groups'
     # A cache that gives all groups' keys has found that out; only some of its call may be captured.
     is_coded = module.mosa_cache_dtype is not None
+    _check_whole_keys(module, mosa, softcap, s_aux)
     may_be_plain = (mosa.cache is not None or is_free()) and not (dropout and groups.dense)
     if may_be_plain and not is_coded and _is_within_windows(query, key, groups):
         # Nothing is out of a window: plain causal attention, whatever is selected.
@@ -196,6 +197,17 @@ def mosa_attention_forward(
         back = sorted(range(num_groups), key=order.__getitem__)
         output = output.index_select(2, constant(tuple(back), output.device))
     return output.flatten(2, 3).contiguous(), None  # some families take a view
+
+
+def _check_whole_keys(
+    module: AttentionModule, mosa: LayerContext, softcap: float | None, s_aux: torch.Tensor | None
+) -> None:
+    """Raise a RuntimeError if keys have lost what would change scores under a softcap, or beside a sink's."""
+    if (softcap is not None or s_aux is not None) and any(each.center is not None for each in mosa.routed):
+        raise RuntimeError(
+            f"Keys of {type(module).__name__} have lost what their bias makes of nothing, which a softcap or a sink "
+            "would notice: set `mosa_cache_dtype=None`, and report it, since `key_center` should have known."
+        )
 
 
 def _is_within_windows(query: torch.Tensor, key: torch.Tensor, groups: LayerGroups) -> bool:

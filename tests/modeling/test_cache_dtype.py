@@ -263,14 +263,33 @@ def test_parity_with_biases(padding):
     check_parity(biased(mosa_cache_dtype="int8").double(), padding)
 
 
+@pytest.mark.parametrize(
+    "family, fields, is_centered",
+    [
+        ("gemma2", {"attn_logit_softcapping": None}, True),
+        ("gemma2", {"attn_logit_softcapping": 2.0}, False),
+        ("gpt_oss", {}, False),
+    ],
+)
 @torch.no_grad()
-def test_sinks_and_softcaps_see_whole_keys():
+def test_sinks_and_softcaps_see_whole_keys(family, fields, is_centered):
     """A score beside a sink's, or under a softcap, is more than its difference to others."""
-    for form in (SOFTCAP, sparse_form("gpt_oss", **INT8, mosa_plan=None)):
-        model = form.model()
-        rotation = mean_rotation(model.model, random_ids(1, 4))
-        for layer in model.model.layers:
-            assert key_center(layer.self_attn, rotation, 3) is None
+    kinds = {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "attention_bias": True}
+    model, ids = sparse_form(family, **INT8, mosa_plan=None, **kinds, **fields).model(), random_ids(1, 30)
+    model = model if family == "gpt_oss" else model.double()  # PyTorch has no grouped products of that
+    attention = model.model.layers[0].self_attn
+    attention.k_proj.bias.normal_(0, 3)
+    center = key_center(attention, mean_rotation(model.model, ids), attention.mosa_groups.num_groups)
+    assert (center is not None) == is_centered
+    cache, whole = DynamicCache(config=model.config), model(ids, use_cache=False).logits
+    cached = torch.cat([model(part, past_key_values=cache).logits for part in ids.split([17, 1, 12], 1)], dim=1)
+    assert max_difference_of(cached, whole) < (1e-2 if family == "gpt_oss" else 1e-8)
+    with mock.patch.object(sparse_groups, "key_center", lambda *args: torch.ones(3, 1, attention.head_dim)):
+        if is_centered:
+            model(ids)
+        else:
+            with pytest.raises(RuntimeError, match="which a softcap or a sink would notice"):
+                model(ids)
 
 
 def max_difference_of(actual: torch.Tensor, expected: torch.Tensor) -> float:
