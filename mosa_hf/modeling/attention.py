@@ -3,7 +3,6 @@ The attention function "mosa" (docs/design.md, section 2), which the code of a f
 dense groups go through the implementation that the user chose, sparse groups through the MoSA kernels.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +21,7 @@ from ..routing.layout import CallLayout
 from ..routing.mask import POSSIBLE, added_to_scores
 from .attention_options import KNOWN, check_options
 from .group_plan import SparseGroup
+from .layers import function_of_family
 
 
 class LayerGroups(NamedTuple):
@@ -335,9 +335,8 @@ def dense_attention(
 
 def eager_attention_of(module: object) -> Any:
     """The family's own `eager_attention_forward`, which knows its softcap and sinks."""
-    for each in type(module).__mro__:
-        if (function := getattr(sys.modules[each.__module__], "eager_attention_forward", None)) is not None:
-            return function
+    if (function := function_of_family(type(module), "eager_attention_forward")) is not None:
+        return function
     raise ValueError(f"The module of {type(module).__name__} has no `eager_attention_forward`.")
 
 

@@ -4,7 +4,6 @@ nothing, averaged over positions. It changes no attention, and takes with it wha
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
@@ -13,6 +12,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from ..kernels.capture import is_captured
+from .layers import function_of_family
 
 NUM_POSITIONS = 1024  # that are averaged over, spread evenly over all that the model has
 
@@ -75,8 +75,6 @@ def key_center(module: Any, rotation: MeanRotation | None, num_groups: int) -> t
 @lru_cache
 def rotary_function(attention_class: Any) -> Callable | None:
     """What rotates the queries and keys of a family's attention, if it has the usual form."""
-    for each in attention_class.__mro__:
-        function = getattr(sys.modules[each.__module__], "apply_rotary_pos_emb", None)
-        if function is not None:
-            return function if list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"] else None
-    return None
+    function = function_of_family(attention_class, "apply_rotary_pos_emb")
+    is_usual = function is not None and list(inspect.signature(function).parameters)[:4] == ["q", "k", "cos", "sin"]
+    return function if is_usual else None

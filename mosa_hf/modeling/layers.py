@@ -6,6 +6,7 @@ calls them; and no module knows its own place: people take layers out, repeat an
 import ast
 import inspect
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -20,6 +21,12 @@ from .configuration import is_composite
 OUTPUT_PROJECTIONS = ("o_proj", "dense", "out_proj", "c_proj", "Wo", "wo", "output_linear", "final_linear")
 
 Attention = TypeVar("Attention", bound=nn.Module)
+
+
+def function_of_family(module_class: type, name: str) -> Callable | None:
+    """The function `name` beside a class of Transformers, with our mixins or without, in the module of its family."""
+    found = (getattr(sys.modules[each.__module__], name, None) for each in module_class.__mro__)
+    return next((function for function in found if function is not None), None)
 
 
 @cache
