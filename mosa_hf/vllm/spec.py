@@ -267,14 +267,14 @@ class ArenaManager(SingleTypeKVCacheManager):
     def _give_back(self, holding: Holding) -> None:
         """
         What a request has not taken of its chunk's worst case: at once, since the requests that are scheduled before
-        it would have it preempted for want of blocks otherwise.
+        it would have it preempted for want of blocks otherwise. A worker takes blocks in order: where it computes the
+        next tokens already (asynchronous scheduling), it needs none beyond what the report says of these.
         """
         report, spec = holding.report, self.kv_cache_spec
         if spec.reserve != "feedback" or holding.is_last or report is None:
             return
-        if report.num_tokens != holding.num_tokens:  # the worker computes, and may take them
-            return
-        target = max(report.blocks(report.num_tokens + 1, spec.num_groups()), 1)
+        num_tokens = max(holding.num_tokens, report.num_tokens + 1)
+        target = max(report.blocks(num_tokens, spec.num_groups()), 1)
         if len(holding.blocks) - target > spec.num_groups():
             self.block_pool.free_blocks(reversed(holding.blocks[target:]))
             del holding.blocks[target:]
