@@ -1,11 +1,14 @@
 """Models to serve, engines that serve them, and what `generate` says to the same prompts."""
 
 import gc
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -50,6 +53,32 @@ def save_tiny(path: Path, family: str = "llama", plan: list | None = None, seed:
                 parameter.data.normal_(0, 0.3, generator=generator)
     mosa_hf.calibrate_thresholds(model, [torch.randint(2, 256, (1, 512), generator=generator)])
     model.save_pretrained(path)
+
+
+def save_quantised(path: Path, destination: Path) -> None:
+    """The same model in the format of compressed-tensors: weights in 8 bits by channel, activations by token."""
+    shutil.copytree(path, destination)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(path / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            scale = weight.abs().amax(dim=1, keepdim=True) / 127
+            tensors[f"{name}_scale"], weight = scale, (weight / scale).round().to(torch.int8)
+        tensors[name] = weight
+    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
+    number = {"num_bits": 8, "type": "int", "symmetric": True}
+    linear = {
+        "targets": ["Linear"],
+        "weights": {**number, "strategy": "channel"},
+        "input_activations": {**number, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": linear},
+    }
+    (destination / "config.json").write_text(json.dumps(config))
 
 
 def random_prompts(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -23,6 +23,7 @@ from .serving import (
     generated,
     llama_and_answers,
     random_prompts,
+    save_quantised,
     save_tiny,
     served,
 )
@@ -103,6 +104,29 @@ def test_windows_and_routers_alone(llama, tmp_path):
     routers = {"architectures": ["MosaLlamaForCausalLM"], "mosa_routers": str(tmp_path / "routers")}
     with engine(tmp_path / "base", hf_overrides=routers) as llm:
         assert served(llm, PROMPTS) == llama[1]
+
+
+def test_quantised_weights(llama, tmp_path):
+    """Routers of the model that was quantised, beside it: what vLLM makes of its weights is vLLM's own affair."""
+    model = AutoModelForCausalLM.from_pretrained(llama[0])
+    to_dense(model).save_pretrained(tmp_path / "base")
+    save_quantised(tmp_path / "base", tmp_path / "quantised")
+    save_routers(model, tmp_path / "routers")
+    for router in model.mosa_routers().values():
+        router.threshold.fill_(-1e30)
+    save_routers(model, tmp_path / "all_selected")
+    with engine(tmp_path / "quantised") as llm:
+        dense = served(llm, PROMPTS)
+
+    def answers(routers: str, **options) -> list[list[int]]:
+        fields = {"architectures": ["MosaLlamaForCausalLM"], "mosa_routers": str(tmp_path / routers)}
+        with engine(tmp_path / "quantised", hf_overrides=fields, **options) as llm:
+            return served(llm, PROMPTS)
+
+    assert answers("all_selected") == dense
+    sparse = answers("routers")
+    assert sparse == answers("routers", max_num_batched_tokens=64)
+    assert sparse != dense and sparse != llama[1]
 
 
 def test_routers_in_place_of_a_models_own(llama, tmp_path):
