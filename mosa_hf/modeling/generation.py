@@ -1,6 +1,6 @@
 """What `generate` needs to know of models that select tokens."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftModel, PeftType
@@ -38,6 +38,7 @@ class MosaGenerationMixin(CausalLM):
     """Before a causal LM whose decoder is a `ForwardContextMixin`."""
 
     _generation_cache: Cache | None = None  # of the `generate` call that goes on
+    _unrecorded: tuple[Any, ...] = ()  # its layers that did not keep their past before that call
 
     @property
     def mosa_decoder(self) -> ForwardContextMixin:
@@ -71,9 +72,13 @@ class MosaGenerationMixin(CausalLM):
         decoder = self.mosa_decoder
         if num_places(decoder) == decoder.config.num_hidden_layers:  # drafting lowers it
             decoder.update_config()  # of which caches are made
+        outer = self._generation_cache, self._unrecorded  # of a call within which this one drafts
+        self._generation_cache, self._unrecorded = None, ()
         try:
             output = super().generate(*args, **kwargs)
             cache = self._generation_cache
+            if cache is not None and any(layer.record_past for layer in self._unrecorded):  # assisted generation has
+                cache.crop(0)
             if cache is not None and (overflow := num_overflowed(cache)):
                 logger.warning(
                     f"The static cache lacked capacity for {overflow} selected tokens (over all layers, rows and "
@@ -82,14 +87,17 @@ class MosaGenerationMixin(CausalLM):
                     "with `mosa_cache_budget`."
                 )
         finally:
-            self._generation_cache = None
+            for layer in self._unrecorded:
+                layer.record_past = False
+            self._generation_cache, self._unrecorded = outer
         return output
 
     def record_past(self, past_key_values: Cache) -> None:
         """
-        From here on until its next `crop`, a cache keeps all tokens that it is given, so that `crop` can take back any
-        number of them. `past_key_values.activate_past_recording()` does that of a cache that this model has seen; a
-        fresh one does not know yet that there is anything to record.
+        From here on a cache keeps all tokens that it is given since its last `crop`, so that the next one can take
+        back any number of them; `crop(0)` lets go of what a cache would not hold otherwise.
+        `past_key_values.activate_past_recording()` does that of a cache that this model has seen; a fresh one does not
+        know yet that there is anything to record. `generate` ends what it has begun itself, to roll back drafts.
         """
         self.mosa_decoder.upgrade_cache(past_key_values)
         past_key_values.activate_past_recording()
@@ -130,8 +138,10 @@ class MosaGenerationMixin(CausalLM):
         self._generation_cache = cache
         # Before assisted generation asks the cache to record what it may have to roll back.
         self.mosa_decoder.upgrade_cache(cache, max_cache_length)
-        if generation_config.is_assistant:
+        if generation_config.is_assistant:  # whose drafts are rolled back between its calls
             self.record_past(cache)
+        else:
+            self._unrecorded = tuple(each for each in cache.layers if getattr(each, "record_past", True) is False)
 
     def _get_static_cache_init_shape(self):
         """Upstream's, with each layer's dense groups in place of all its groups."""

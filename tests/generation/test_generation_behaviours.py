@@ -365,6 +365,26 @@ def test_drafting_with_the_first_layers(form):
     assert model.config.num_hidden_layers == 3
 
 
+@pytest.mark.parametrize("help_by", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 2}], ids=str)
+def test_a_cache_does_not_keep_all_tokens_after_assistance(help_by):
+    """What was kept to roll drafts back goes, unless its owner had asked for it before."""
+    model, ids = sparse_form("llama", mosa_plan=PLAN).model(), prompt(1)
+
+    def after(is_recording: bool = False, **options) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        if is_recording:
+            model.record_past(cache)
+        tokens = greedy(model, ids, past_key_values=cache, **options)
+        assert {layer.record_past for layer in cache.layers if hasattr(layer, "record_past")} == {is_recording}
+        assert cache.get_seq_length() == tokens.shape[1] - 1
+        greedy(model, tokens, past_key_values=cache)
+        return cache
+
+    helped, alone = after(**help_by), after()
+    assert cache_bytes(helped)["sparse"] <= cache_bytes(alone)["sparse"]  # which can undo single tokens
+    after(is_recording=True, **help_by).crop(-20)
+
+
 def test_assisted_sampling_runs(form):
     generated = form.model().generate(prompt(1), max_new_tokens=15, do_sample=True, assistant_model=form.model(1))
     assert generated.shape == (1, PROMPT_LENGTH + 15)
