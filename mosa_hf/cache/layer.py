@@ -574,10 +574,11 @@ def num_cached_tokens(cache: Cache | None) -> torch.Tensor | None:
     return None if layer is None else layer.num_tokens
 
 
-def seen_tokens(cache: Cache) -> torch.Tensor | None:
-    """`TokenMask.seen` of the tokens that an upgraded cache has seen."""
+def seen_tokens(cache: Cache, length: int) -> torch.Tensor | None:
+    """`TokenMask.seen` of the `length` tokens that an upgraded cache has; a call that failed may have noted more."""
     layer = _first_sparse_layer(cache)
-    return None if layer is None else layer.seen
+    seen = None if layer is None else layer.seen
+    return seen if seen is None or seen.shape[1] <= length else seen[:, :length]
 
 
 def note_seen(cache: Cache, seen: torch.Tensor | None) -> None:

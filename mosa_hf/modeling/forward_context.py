@@ -233,7 +233,7 @@ class ForwardContextMixin(Decoder):
             return read_mask(attention_mask, batch_size, num_tokens)
         if past_key_values.is_compileable:
             check_capacity(past_key_values, past_length + num_tokens)
-        seen = seen_tokens(past_key_values)
+        seen = seen_tokens(past_key_values, past_length)
         mask = read_mask(attention_mask, batch_size, num_tokens, past_length, seen, is_cached=True)
         if mask.segment is not None and has_budget(past_key_values):
             raise ValueError(

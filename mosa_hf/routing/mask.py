@@ -66,7 +66,7 @@ def read_mask(
     length = past_length + num_tokens
     _check_shape(attention_mask, batch_size, num_tokens, length, is_cached)
     if attention_mask.ndim == 4:
-        return _read_pairs(attention_mask, num_tokens, past_length, past_seen)
+        return _read_pairs(attention_mask, batch_size, num_tokens, past_length, past_seen)
     if attention_mask.shape[1] > length:
         attention_mask = attention_mask[:, :length]
     # Decoding steps with padding are kept as few operations as a look at their own column took.
@@ -150,8 +150,10 @@ def _check_past(seen: torch.Tensor, past_seen: torch.Tensor | None) -> None:
         )
 
 
-def _read_pairs(mask: torch.Tensor, num_tokens: int, past_length: int, past_seen: torch.Tensor | None) -> TokenMask:
-    """`read_mask` of a 4-D mask. A token that does not read itself is padding."""
+def _read_pairs(
+    mask: torch.Tensor, batch_size: int, num_tokens: int, past_length: int, past_seen: torch.Tensor | None
+) -> TokenMask:
+    """`read_mask` of a 4-D mask, maybe of one row for all. A token that does not read itself is padding."""
     visible = _visible(mask)  # [B, T, S]
     length = past_length + num_tokens
     own = visible[..., past_length:length]  # [B, T, T]
@@ -168,7 +170,6 @@ def _read_pairs(mask: torch.Tensor, num_tokens: int, past_length: int, past_seen
     past = visible.new_ones(len(visible), past_length) if past_seen is None else past_seen.to(visible.device)
     if past.shape[1] < past_length:  # of what a graph has added since, nothing is known but what is said now
         past = torch.cat((past, visible[:, -1, past.shape[1] : past_length].expand(len(past), -1)), dim=1)
-    batch_size = max(len(past), len(visible))  # a mask may have one row for all
     past, valid = past.expand(batch_size, -1), valid.expand(batch_size, -1)
     cached, rest = past[:, None].expand(-1, num_tokens, -1), readable.new_zeros(1, 1, 1)
     rest = rest.expand(batch_size, num_tokens, visible.shape[2] - length)  # columns of tokens to come

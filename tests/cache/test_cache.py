@@ -392,6 +392,48 @@ def test_a_cache_is_used_again_by_a_model_of_the_same_groups_alone(make, fields)
     assert torch.equal(logits_after(one, cache, input_ids), expected)
 
 
+@torch.no_grad()
+def test_a_call_that_failed_leaves_no_padding_behind():
+    """What a mask said of its tokens is forgotten, be it the first call or a later one."""
+    model, ids = sparse_form(**ONE_WINDOW, mosa_window=5).model(), random_ids(3, 20)
+    wrong = torch.full_like(ids, SHAPE["vocab_size"])
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(IndexError):
+        model(wrong, attention_mask=padding, past_key_values=cache)
+    whole = model(ids, past_key_values=cache).logits
+    assert torch.equal(whole, model(ids, use_cache=False).logits)
+
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :12], attention_mask=padding[:, :12], past_key_values=cache)
+    other = padding.clone()
+    other[1, -2:] = 0
+    with pytest.raises(IndexError):
+        model(wrong[:, 12:], attention_mask=other, past_key_values=cache)
+    rest = model(ids[:, 12:], attention_mask=padding, past_key_values=cache).logits
+    expected = model(ids, attention_mask=padding, use_cache=False).logits[:, 12:]
+    torch.testing.assert_close(rest, expected)
+
+
+@torch.no_grad()
+def test_rows_are_chosen_after_a_mask_of_one_row():
+    model, ids = sparse_form(**ONE_WINDOW, mosa_window=5).model(), random_ids(3, 20)
+    visible = torch.ones(20, 20, dtype=torch.bool).tril()
+    visible[:, :3] = False
+    padding = torch.ones_like(ids)
+    padding[:, :3] = 0
+    order = torch.tensor([2, 0, 1, 1])
+    cache = DynamicCache(config=model.config)
+    model(ids, attention_mask=visible[None, None], past_key_values=cache)
+    cache.reorder_cache(order)
+    more = random_ids(4, 6)
+    mask = torch.cat([padding[order], torch.ones_like(more)], dim=1)
+    found = model(more, attention_mask=mask, past_key_values=cache).logits
+    expected = model(torch.cat([ids[order], more], dim=1), attention_mask=mask, use_cache=False).logits[:, 20:]
+    torch.testing.assert_close(found, expected)
+
+
 # --- static caches ---
 
 
