@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
@@ -62,9 +63,11 @@ class Families(dict[str, Family]):
     """Model type of a base → its family, which is made when it is first asked for."""
 
     make: Callable[[str], Family]  # `registration` sets it
+    lock = RLock()  # two threads would make two, of different classes
 
     def __missing__(self, model_type: str) -> Family:
-        return self.setdefault(model_type, self.make(model_type))
+        with self.lock:
+            return self[model_type] if model_type in self else self.setdefault(model_type, self.make(model_type))
 
 
 FAMILIES = Families()  # those that were asked for so far

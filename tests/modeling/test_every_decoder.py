@@ -6,11 +6,18 @@ reason that is right. By default a few whose kinds differ; `make families` tries
 import pickle
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import mosa_hf
@@ -81,6 +88,24 @@ def test_a_comparison_finds_what_nobody_knew(model_type, monkeypatch):
     del FAMILIES[model_type]
 
 
+def test_an_attention_function_that_computes_something_else_is_found_each_time():
+    """Whatever was converted before: two models may differ by nothing but the function that they call."""
+
+    def biased(module, query, key, value, attention_mask, **options):
+        mask = torch.ones(query.shape[2], key.shape[2]).tril(key.shape[2] - query.shape[2]) - 1
+        near = torch.arange(key.shape[2]) * 0.5  # added to scores, which sparse groups do not know
+        return sdpa_attention_forward(module, query, key, value, (mask * 1e9 + near)[None, None], **options)
+
+    AttentionInterface.register("biased", biased)
+    AttentionMaskInterface.register("biased", sdpa_mask)
+    settings = ConversionConfig(sparsity=1, window=4)
+    convert_model(tiny_decoder("llama"), settings)
+    model = tiny_decoder("llama")
+    model.set_attn_implementation("biased")
+    with pytest.raises(ValueError, match="with every token selected, its hidden states differ"):
+        convert_model(model, settings)
+
+
 def test_names_that_are_none():
     for name in ("MosaNothingForCausalLM", "MosaBertModel", "MosaLlama", "Nothing"):
         assert not hasattr(mosa_hf, name)
@@ -89,6 +114,24 @@ def test_names_that_are_none():
     assert "mosa_nothing" not in CONFIG_MAPPING and "mosa" in CONFIG_MAPPING
     with pytest.raises(ValueError, match="mosa_nothing"):
         AutoConfig.for_model("mosa_nothing")
+
+
+def test_threads_that_ask_at_once_get_one_family():
+    for made in (FAMILIES, CLASSES):
+        made.pop("helium", None), made.pop("MosaHeliumModel", None)
+    make, barrier = FAMILIES.make, threading.Barrier(2)
+
+    def slow(model_type: str):
+        time.sleep(0.05)
+        return make(model_type)
+
+    def ask(_) -> Any:
+        barrier.wait()
+        return family_of("helium")
+
+    with mock.patch.object(FAMILIES, "make", slow), ThreadPoolExecutor(2) as threads:
+        one, other = threads.map(ask, range(2))
+    assert one is other and one.model_class is CLASSES["MosaHeliumModel"]
 
 
 def test_classes_are_made_when_they_are_asked_for():
