@@ -2,13 +2,16 @@
 
 import torch
 
+FAKE = torch._C._TorchDispatchModeKey.FAKE
+
 
 def is_captured() -> bool:
     """
-    Whether this runs in `torch.compile`, `torch.export` or `torch.jit.trace`. What depends on the values of tensors
-    may not be decided in Python then: the decision would be part of the graph.
+    Whether this runs in `torch.compile`, `torch.export` or `torch.jit.trace`, or on fake tensors. What depends on the
+    values of tensors may not be decided in Python then: the decision would be part of the graph. Nor may a tensor be
+    kept for later calls.
     """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._get_dispatch_mode(FAKE) is not None
 
 
 def is_exported() -> bool:

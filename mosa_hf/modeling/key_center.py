@@ -24,17 +24,30 @@ class MeanRotation(NamedTuple):
     sin: torch.Tensor
 
 
+class HeldRotation(NamedTuple):
+    """A mean rotation, and of which frequencies it is: they may be replaced (`model.to(dtype)`) or written to."""
+
+    rotation: MeanRotation
+    frequencies: torch.Tensor
+    version: int
+
+    def is_of(self, frequencies: torch.Tensor, device: torch.device) -> bool:
+        is_same = self.frequencies is frequencies and self.version == version_of(frequencies)
+        return is_same and self.rotation.cos.device == device
+
+
 @torch.no_grad()
 def mean_rotation(decoder: PreTrainedModel, tokens: torch.Tensor) -> MeanRotation | None:
     """Of a decoder on the device of `tokens`; None if it has no rotary embedding, or one of more than positions."""
     rotary: Any = getattr(decoder, "rotary_emb", None)
-    if rotary is None or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
+    frequencies: torch.Tensor | None = getattr(rotary, "inv_freq", None)
+    if frequencies is None or list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"]:
         return None
     if getattr(rotary, "rope_type", None) in ("dynamic", "longrope"):  # which would take these for a call's positions
         return None
-    held: MeanRotation | None = decoder.__dict__.get("_mean_rotation")
-    if held is not None and held.cos.device == tokens.device and not is_captured():
-        return held
+    held: HeldRotation | None = None if is_captured() else decoder.__dict__.get("_mean_rotation")
+    if held is not None and held.is_of(frequencies, tokens.device):
+        return held.rotation
     most: int | None = getattr(decoder.config, "max_position_embeddings", None)
     if most is None:
         return None
@@ -46,8 +59,13 @@ def mean_rotation(decoder: PreTrainedModel, tokens: torch.Tensor) -> MeanRotatio
         return None
     found = MeanRotation(*(each.mean(1, keepdim=True) for each in found))
     if not is_captured():
-        decoder.__dict__["_mean_rotation"] = found
+        decoder.__dict__["_mean_rotation"] = HeldRotation(found, frequencies, version_of(frequencies))
     return found
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; 0 for one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mosa_hf import cache_bytes, load_cache, save_cache, use_backend
+from mosa_hf.kernels.entry_codes import turned
 from mosa_hf.modeling import sparse_groups
 from mosa_hf.modeling.key_center import key_center, mean_rotation
 from mosa_hf.modeling.kv_share import planned_bytes
@@ -237,6 +239,33 @@ def test_the_center_is_the_key_of_nothing_on_average_over_positions(model_type):
     center = key_center(attention, mean_rotation(decoder, positions), len(expected))
     torch.testing.assert_close(center, expected, rtol=1e-3, atol=1e-4)
     assert center.abs().max() > 0.5
+
+
+@pytest.mark.parametrize("change", [lambda own: own.inv_freq.div_(4), lambda own: own.to(torch.bfloat16)], ids=str)
+@torch.no_grad()
+def test_the_center_follows_the_frequencies(change):
+    """Else eager calls would take another from the keys than compiled ones, which go into the same cache."""
+    decoder, ids = tiny_decoder("qwen2").model, random_ids(1, 4)
+    used = mean_rotation(decoder, ids)
+    assert mean_rotation(decoder, ids) is used
+    change(decoder.rotary_emb)
+    found = mean_rotation(decoder, ids)
+    fresh = mean_rotation(copy.deepcopy(decoder), ids)
+    decoder.__dict__.pop("_mean_rotation")
+    expected = mean_rotation(decoder, ids)
+    for each in (found, fresh):
+        assert torch.equal(each.cos, expected.cos) and not torch.equal(each.cos, used.cos)
+
+
+@torch.no_grad()
+def test_fake_tensors_leave_nothing_behind():
+    """What is computed once and kept is none of them, if they come first."""
+    decoder, ids, keys = tiny_decoder("qwen2").model, random_ids(1, 4), torch.rand(3, 6)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert turned(torch.rand(3, 6)).shape == (3, 6)
+        mean_rotation(decoder, random_ids(1, 4))
+    torch.testing.assert_close(turned(keys) @ turned(keys).mT, keys @ keys.mT)
+    assert type(mean_rotation(decoder, ids).cos) is torch.Tensor
 
 
 @torch.no_grad()
