@@ -266,8 +266,9 @@ class Subjects:
                 save_routers(converted, scratch / "routers")
                 return scratch / "routers"
 
+            dtype = str(self.original.dtype).removeprefix("torch.")
             name = f"{config.window}-{config.sparsity:g}" if config.plan is None else _digest(config.plan.to_list())
-            routers = cached(f"routers-{self.fingerprint}-{default_text().sha256[:8]}-{name}", fit)
+            routers = cached(f"routers-{self.fingerprint}-{dtype}-{default_text().sha256[:8]}-{name}", fit)
             self._converted[setting] = load_routers(self.original, routers, **fields).eval()
         return self._converted[setting]
 

@@ -22,7 +22,8 @@ lines = partial(result_lines.by_key, names=TELLS_APART)
 def write(path: Path, name: str, base: str) -> str:
     """
     The table beside a file of lines, and the picture; returns the former. They show the lines of one `base` alone: a
-    model of other weights, or of another dtype, has a fingerprint of its own, and no average with this one.
+    model of other weights, or whose weights another dtype has rounded, has a fingerprint of its own, and no average
+    with this one.
     """
     found = latest([line for line in lines(path).values() if line["base"] == base])
     if not found:

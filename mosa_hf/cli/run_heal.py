@@ -106,6 +106,7 @@ def about(healing: HealingArguments, model: PreTrainedModel, text: Text) -> dict
         "model": model_fingerprint(model),
         "plan": GroupPlan.of_config(model.config).to_list(),
         "config": {name: getattr(config, name) for name in COMPUTED_WITH},
+        "dtype": str(model.dtype),
         "text": text.sha256[:16],
         **{name: getattr(healing, name) for name in settings},
     }

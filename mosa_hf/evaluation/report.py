@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..arguments import check_argument, checked
 from ..atomic_write import atomic_file, check_replaceable
+from ..modeling.fingerprint import numbers_fingerprint
 from .memory import CacheMemory
 from .scoring import Sample, Score, score
 
@@ -26,8 +27,8 @@ class Subject(NamedTuple):
 
     name: unlike that of the others.
     model: a causal language model.
-    identity: what changes when the model does, or what it computes in (`str(model.dtype)`, say); scores on disk count
-        for a model of the same name and identity.
+    identity: what changes when the model does, or what it computes in; scores on disk count for a model of the same
+        name and identity. By default its dtype, config, and all numbers, which it takes a while to read.
     """
 
     name: str
@@ -74,8 +75,9 @@ def evaluate(
     records = []
     with logging.tqdm(total=len(subjects) * len(samples), desc="Evaluating", unit="sample") as progress:
         for subject in subjects:
+            identity = subject.identity or ("" if path is None else _identity(subject.model))
             for sample in samples:
-                key = {"model": subject.name, "identity": subject.identity, "sample": _digest(sample)}
+                key = {"model": subject.name, "identity": identity, "sample": _digest(sample)}
                 record = known.get(_key(key))
                 if record is None:
                     scores = score(CacheMemory(subject.model, sample.context), sample)
@@ -89,6 +91,11 @@ def evaluate(
     if path is not None:
         _write(path, {**result, "scores": list(known.values())})  # those of other calls too
     return result
+
+
+def _identity(model: PreTrainedModel) -> str:
+    config = hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]
+    return f"{model.dtype} {config} {numbers_fingerprint(model)}"
 
 
 def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from .forward_context import ForwardContext
 logger = logging.get_logger(__name__)
 
 PRECISE = (torch.float32, torch.float64)
-TOLERANCE = 0.25  # how far off its rate a group is, as a part of it, when its threshold becomes that of a call
+TOLERANCE = 0.25  # how far off its rate a group is, as a part of it, when its threshold moves most towards a call's
 SHARE_MOMENTUM = 0.9  # of the share of tokens that groups select in training
 SHARE_INTERVAL = 16  # calls between two looks at it
 Wrapped = TypeVar("Wrapped", bound=nn.Module)

@@ -31,7 +31,8 @@ ROUTERS_NAME = "mosa_routers.safetensors"
 ROUTERS_CONFIG_NAME = "mosa_config.json"
 MOSA_FIELDS = tuple(field.name for field in fields(SparseGroupsConfig) if field.name.startswith("mosa_"))
 OF_THE_HUB = ("cache_dir", "token", "local_files_only", "force_download", "proxies")  # same for base and routers
-LATER_FIELDS = ("mosa_router_hidden_size",)  # that older folders lack, and of which they mean the default
+# That older folders lack, and mean the default of.
+LATER_FIELDS = ("mosa_cache_dtype", "mosa_router_hidden_size")
 
 
 @checked()

@@ -14,7 +14,8 @@ class RoutingCallback(TrainerCallback):
     reporters that come later among the callbacks than this one.
 
     Where others compute the loss (TRL's `SFTTrainer`), it also makes the native model's auxiliary loss the mean over a
-    step's micro-batches, whose number is `gradient_accumulation_steps`.
+    step's micro-batches, whose number is `gradient_accumulation_steps`; after a training that was interrupted, until
+    the next one begins.
 
     ```python
     trainer = Trainer(model, args, train_dataset=dataset, callbacks=[RoutingCallback()])

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from mosa_hf import convert_checkpoint, load_routers, save_routers, to_dense, trace_routing
 from mosa_hf.conversion.kvzap import load_kvzap
 from mosa_hf.modeling.router import MosaRouter
+from mosa_hf.modeling.router_files import LATER_FIELDS, MOSA_FIELDS
 from testing.tiny import random_tokens, tiny_base
 from testing.tiny_multimodal import tiny_multimodal
 
@@ -151,7 +152,13 @@ def test_folders_of_before_there_were_mlps(tmp_path):
     save_routers(model, tmp_path / "routers")
     path = tmp_path / "routers" / "mosa_config.json"
     content = json.loads(path.read_text())
-    assert content.pop("mosa_router_hidden_size") is None
+    assert [content.pop(name) for name in LATER_FIELDS] == [None, None]
+    # Of these alone a folder has to say nothing: a field that is added has to be one of those above.
+    first = (
+        "cache_budget conversion gate_slope include_first inference_routing min_tokens plan router_bias routing "
+        "sparsity threshold_momentum window"
+    )
+    assert set(MOSA_FIELDS) - set(LATER_FIELDS) == {f"mosa_{name}" for name in first.split()}
     path.write_text(json.dumps(content))
     assert torch.equal(logits_of(load_routers(base, tmp_path / "routers")), logits_of(model))
     with pytest.raises(ValueError, match="safetensors lacks .*layers.0.self_attn.mosa_router.hidden_bias"):

@@ -290,6 +290,18 @@ def test_an_interrupted_run_goes_on(models, samples, tmp_path, monkeypatch):
         run(original, converted)
 
 
+def test_scores_of_another_model_of_one_name_do_not_count(models, samples, tmp_path):
+    """Nor those of the same numbers with other fields, or in another dtype."""
+    original, converted = models.values()
+    converted.save_pretrained(tmp_path / "converted")
+    budget = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", mosa_cache_budget=3)
+    for number, model in enumerate((original, converted, budget, copy.deepcopy(original).bfloat16()), 1):
+        found = evaluate([Subject("model", model)], samples, tmp_path / "results.json")
+        assert len(json.loads((tmp_path / "results.json").read_text())["scores"]) == number * len(samples)
+        assert found["rows"] == evaluate([Subject("model", model)], samples)["rows"]
+    assert found == evaluate([Subject("model", model)], samples, tmp_path / "results.json")
+
+
 def test_what_cannot_be_evaluated(models):
     subject = Subject("original", models["original"])
     with pytest.raises(ValueError, match="Two models have one name"):
