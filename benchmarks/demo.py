@@ -9,6 +9,7 @@ import argparse
 import datetime
 import os
 import platform
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -67,19 +68,29 @@ def samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
 
 def compare(original: PreTrainedModel, model: PreTrainedModel, samples: list[Sample]) -> dict[str, Any]:
     """
-    `mosa_hf.evaluation.evaluate` of both and of the baseline whose window makes its cache as large as the model's
-    after the first of the samples, which begin with a text; and tokens per second after that.
+    `mosa_hf.evaluation.evaluate` of both and of the baseline whose window makes its cache as large as the model's, on
+    average; and tokens per second after the first of the samples, which begin with a text.
     """
     first = samples[0]
     prompt = torch.tensor([first.context + first.continuations[0].ids])
-    baseline = metrics.first_token_and_window(model, metrics.window_of_equal_bytes(model, prompt))
-    models = {ORIGINAL: original, CONVERTED: model, BASELINE: baseline}
-    speeds = {
-        name: metrics.decode_speed(each, metrics.filled_cache(each, prompt), prompt[:, -1:])
-        for name, each in models.items()
-    }
-    subjects = [Subject(name, each) for name, each in models.items()]
-    return evaluate(subjects, samples, about={"tokens_per_second": speeds})
+    subjects = [Subject(ORIGINAL, original), Subject(CONVERTED, model)]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "scores.json"
+        records = evaluate(subjects, samples, path)["scores"]
+        held = {each.name: _mean(records, each.name, "kv_bytes") for each in subjects}
+        share, length = held[CONVERTED] / held[ORIGINAL], _mean(records, ORIGINAL, "length")
+        window = metrics.window_of_share(model, share, round(length))
+        subjects.append(Subject(BASELINE, metrics.first_token_and_window(model, window)))
+        speeds = {
+            each.name: metrics.decode_speed(each.model, metrics.filled_cache(each.model, prompt), prompt[:, -1:])
+            for each in subjects
+        }
+        return evaluate(subjects, samples, path, about={"tokens_per_second": speeds})
+
+
+def _mean(records: list[dict[str, Any]], name: str, field: str) -> float:
+    """Of a field of one model's scores."""
+    return statistics.fmean(each[field] for record in records if record["model"] == name for each in record["scores"])
 
 
 if __name__ == "__main__":

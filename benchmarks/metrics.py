@@ -1,7 +1,6 @@
 """What the demo and the real-model tests measure: perplexity, cache bytes, decoding speed, and the baseline."""
 
 import time
-from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -40,31 +39,23 @@ def kv_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     return decoding_bytes(filled_cache(model, input_ids))
 
 
-class EntryCounts(NamedTuple):
-    """Tokens whose keys and values the groups of a model keep, summed over layers and groups."""
-
-    dense: int
-    sparse: int
-    sparse_groups: int
-
-
-def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> EntryCounts:
+def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[int, int]:
     """
-    What a cache of `model` has to keep of `input_ids` [1, T] by definition (docs/design.md, section 4), counted from
-    what the routers select: of a sparse group the window, and the selected tokens before it.
+    Tokens of `input_ids` [1, T] whose keys and values the dense and the sparse groups of `model` have to keep by
+    definition (docs/design.md, section 4), summed over layers and groups and counted from what the routers select: of
+    a sparse group the window, and the selected tokens before it.
     """
     with trace_routing(model) as selected:
         filled_cache(model, input_ids)
     length = input_ids.shape[1]
-    dense = sparse = num_sparse = 0
+    dense = sparse = 0
     for layer, groups in enumerate(GroupPlan.of_config(model.config).layers):
         kept = min(length, model.config.sliding_window) if model.config.stays_dense(layer) else length
         dense += kept * groups.count(None)
         for i, group in enumerate(group for group in groups if group is not None):
             far = torch.cat(selected[layer], dim=1)[0, : max(length - group.window, 0), i]
             sparse += min(length, group.window) + int(far.sum())
-            num_sparse += 1
-    return EntryCounts(dense, sparse, num_sparse)
+    return dense, sparse
 
 
 def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
@@ -72,8 +63,7 @@ def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     What a cache takes by definition (docs/design.md, section 4), for `input_ids` [1, T]: 2 · dtype · d · (T · KV_dense
     + Σ groups (n_selected + window)).
     """
-    counted = entries(model, input_ids)
-    return 2 * model.dtype.itemsize * (counted.dense + counted.sparse) * model.config.head_dim
+    return 2 * model.dtype.itemsize * sum(entries(model, input_ids)) * model.config.head_dim
 
 
 @torch.inference_mode()
@@ -114,10 +104,10 @@ def _windows_alone(model: PreTrainedModel, base: PreTrainedModel, window: int) -
     return type(model.config).from_base(base.config, mosa_plan=plan.to_list())
 
 
-def random_selection(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def random_selection(model: PreTrainedModel) -> PreTrainedModel:
     """The baseline of routers: the same groups with the same windows select at the same rates, by chance."""
     baseline = with_sparse_groups(to_dense(model), model.config).eval()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
 
     def draw(router, args, output):
         logits, first = output  # no logit reaches the threshold: what is selected are first tokens
@@ -128,9 +118,3 @@ def random_selection(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         router.threshold.fill_(torch.inf)
         router.register_forward_hook(draw)
     return baseline
-
-
-def window_of_equal_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
-    """The window with which `first_token_and_window` keeps as many entries as `model` after `input_ids` [1, T]."""
-    counted = entries(model, input_ids)
-    return round(counted.sparse / counted.sparse_groups) - 1

@@ -61,12 +61,12 @@ def counted_tokens(attention_mask: torch.Tensor | None, labels: torch.Tensor | N
 class HealingTrainer(Trainer):
     """
     `Trainer` whose loss is the KL divergence from the original model's next-token distribution to that of the model
-    it trains, averaged over tokens. Whatever has `requires_grad` learns: adapters, all weights, or routers (with
-    `mosa_gate_slope` > 0, which passes them a gradient). Selection is hard from the first step on, so with frozen
-    routers what is trained is what `generate` runs. Beside the divergence, "loss", it logs the share of tokens that
-    groups select, "selected" (and what `RoutingCallback` does, while routers learn), and what share of the keys and
-    values a cache would then keep of `cache_length` tokens, "kv_share_4096"; an evaluation has both of its own calls
-    alone, "eval_selected" and "eval_kv_share_4096".
+    it trains, averaged over the tokens of a step. Whatever has `requires_grad` learns: adapters, all weights, or
+    routers (with `mosa_gate_slope` > 0, which passes them a gradient). Selection is hard from the first step on, so
+    with frozen routers what is trained is what `generate` runs. Beside the divergence, "loss", it logs the share of
+    tokens that groups select, "selected" (and what `RoutingCallback` does, while routers learn), and what share of the
+    keys and values a cache would then keep of `cache_length` tokens, "kv_share_4096"; an evaluation has both of its
+    own calls alone, "eval_selected" and "eval_kv_share_4096".
 
     Args:
         model: with sparse groups, or PEFT's wrapper of one.
@@ -100,8 +100,7 @@ class HealingTrainer(Trainer):
             if number < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {number}.")
         super().__init__(model, *args, **kwargs)
-        # The loss is a mean over tokens: `Trainer` averages it over the micro-batches of a step.
-        self.model_accepts_loss_kwargs = False
+        self.model_accepts_loss_kwargs, self.loss_is_scaled_for_ga = False, True  # what is counted is counted here
         self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
         self._rates: dict[int, torch.Tensor] = {}  # layer -> [G], summed over its calls since the last log
         self._calls: dict[int, int] = {}
@@ -141,7 +140,27 @@ class HealingTrainer(Trainer):
                 "A batch has no token to learn from: `attention_mask` is 0, or `labels` -100, everywhere."
             )
         loss = mean_divergence(actual, expected, self.top_k)
+        if num_items_in_batch is not None:
+            loss = loss * (len(actual) / num_items_in_batch)
         return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, torch.Tensor | None]:
+        """
+        As `Trainer.get_batch_samples`: the micro-batches of a step, and how many tokens count in all of them, on
+        average over processes with `average_tokens_across_devices`.
+        """
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        if not batches:
+            return batches, None
+        counts = [counted_tokens(each.get("attention_mask"), each.get("labels")) for each in batches]
+        numbers = [
+            batch["input_ids"].numel() if own is None else int(own.sum())
+            for batch, own in zip(batches, counts, strict=True)
+        ]
+        total = torch.tensor(float(sum(numbers)), device=self.args.device)
+        if self.args.average_tokens_across_devices:
+            total = cast(torch.Tensor, self.accelerator.reduce(total, "mean"))
+        return batches, total
 
     def train(self, *args, **kwargs):
         """As `Trainer.train`."""

@@ -74,11 +74,16 @@ def suite() -> Suite:
 
 @QUIET
 def test_the_demo_and_the_decoding_benchmark(models, suite):
-    """Each model has a speed, and the rival as many entries as the converted model, to a token of its window."""
+    """Each model has a speed, and the baseline as many bytes as the converted model, to a token of its window."""
     original, converted = models["original"], models["converted"]
     result = demo.compare(original, converted, suite.samples)
     assert {row["model"] for row in result["rows"]} == set(result["tokens_per_second"])
     assert all(speed > 0 for speed in result["tokens_per_second"].values())
+    held = {
+        name: sum(row["kv_bytes"] for row in result["rows"] if row["model"] == name)
+        for name in result["tokens_per_second"]
+    }
+    assert held[demo.BASELINE] == pytest.approx(held[demo.CONVERTED], rel=0.2)  # of windows of a dozen tokens
     ids = random_tokens(1, 20)
     decoder = decode.Decoder(converted, ids[:, :12])
     decoder.take_turn(ids[:, 12:], is_busy=False)

@@ -165,6 +165,30 @@ def test_labels_say_what_is_learnt(tmp_path):
             trainer.compute_loss(trainer.model, inputs | nothing)
 
 
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
+    """Also where micro-batches have unlike numbers of tokens that count."""
+    text = random_tokens(8, 24, seed=1)
+    mask, labels = torch.ones_like(text), text.clone()
+    for row in range(8):
+        labels[row, : 2 * row] = -100
+        mask[row, 24 - row // 2 :] = 0
+    rows = [{"input_ids": a, "attention_mask": b, "labels": c} for a, b, c in zip(text, mask, labels, strict=True)]
+    weights, losses = [], []
+    for size, steps in ((8, 1), (2, 4), (1, 8)):
+        model = convert_model(tiny_base(), ConversionConfig(sparsity=1, window=2))
+        options = arguments(
+            tmp_path, 2, optim="sgd", learning_rate=0.5, logging_steps=1,
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps,
+        )  # fmt: skip
+        trainer = HealingTrainer(model, teacher_of(tiny_base_converted()), options, train_dataset=rows)
+        trainer.train()
+        weights.append(model.model.layers[0].self_attn.q_proj.weight.detach().clone())
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    for own, loss in zip(weights[1:], losses[1:], strict=True):
+        torch.testing.assert_close(own, weights[0], rtol=1e-4, atol=1e-6)
+        assert loss == pytest.approx(losses[0], rel=1e-3)
+
+
 def tiny_base_converted():
     return convert_model(tiny_base(seed=1), ConversionConfig(sparsity=1))
 
