@@ -33,9 +33,9 @@ what the original does, with a cache and without one. A model of which that does
 This table is written by `make families` (Transformers {version}, torch {torch}), from tiny models with random weights
 of every type for which Transformers has a causal LM. Each that passes was compared with the original at ρ = 1, with a
 cache and without; read at once and token by token; generated from with a cache and without; saved and loaded by its
-Auto class; padded on the left; and converted with routers fitted to a text. "More" marks those that the tests put
-through everything else that a model can do, beside the original: static caches, beams, prompt lookup, `crop`,
-compilation, LoRA, training, tensor parallelism where Transformers has a plan.
+Auto class; converted as files; padded on the left; and converted with routers fitted to a text. "More" marks those
+that the tests put through everything else that a model can do, beside the original: static caches, beams, prompt
+lookup, `crop`, compilation, LoRA, training, tensor parallelism where Transformers has a plan.
 
 Of {decoders} types that have a causal LM and are no model around one, {passed} pass. Layers: those that can be sparse,
 of the tiny model's. The others keep what bounds their cache already (a sliding window, a recurrent state), or share

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from mosa_hf import ConversionConfig, convert_model
+from mosa_hf import ConversionConfig, convert_checkpoint, convert_model
 from mosa_hf.compat import CACHE
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import attention_modules, decoder_of
@@ -24,7 +24,7 @@ NUM_TOKENS, WINDOW, SPARSITY = 24, 4, 4
 TOLERANCE = 1e-4  # relative to the largest logit; or three times what upstream itself differs by
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 WRAPPER = "It is a model around a language model, which is converted within it."
-CHECKS = ("original", "cached", "steps", "generate", "saved", "padding", "calibrated")
+CHECKS = ("original", "cached", "steps", "generate", "saved", "files", "padding", "calibrated")
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,8 @@ def check_decoder(model_type: str) -> Findings:
         failed["generate"] = "differs with a cache"
     if problem := _reloaded(sparse, ids, full):
         failed["saved"] = problem
+    if problem := _converted_files(model, ids, stock):
+        failed["files"] = problem
     check("padding", _padded(sparse, ids, full), _padded(model, ids, stock))
     calibrated = convert_model(model, ConversionConfig(sparsity=SPARSITY, window=WINDOW), tokens(2, 40))
     check(
@@ -129,6 +131,21 @@ def _reloaded(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor)
         return f"is loaded with {wrong[0]}: {sorted(info[wrong[0]])[:2]}"
     found = difference(logits_of(loaded.eval(), ids), expected)
     return None if found < 1e-5 else f"differs by {found:.1e}"
+
+
+def _converted_files(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """What is wrong with a conversion of a model's files, at ρ = 1."""
+    with tempfile.TemporaryDirectory() as directory:
+        copy.deepcopy(model).save_pretrained(f"{directory}/base")
+        try:
+            convert_checkpoint(
+                f"{directory}/base", f"{directory}/converted", ConversionConfig(sparsity=1, window=WINDOW)
+            )
+        except ValueError as error:
+            return f"is refused: {error}"
+        loaded = AutoModelForCausalLM.from_pretrained(f"{directory}/converted")
+    found = difference(logits_of(loaded.eval(), ids), expected)
+    return None if found < TOLERANCE else f"differs by {found:.1e}"
 
 
 def _padded(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor, num_padding: int = 5) -> float:

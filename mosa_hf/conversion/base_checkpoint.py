@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME
 from ..compat import dequantized_gguf, exact_attention
 from ..modeling.configuration import SparseGroupsConfig, is_composite, sparse_config_of
 from ..modeling.family import Family, family_of
+from ..modeling.layers import decoder_of, layers_of
 from ..modeling.model_card import megabytes
 from ..safetensors_files import FLOATING, TensorHeader, check_finite, tensor_headers
 from .convert import WRAPPED
@@ -145,21 +146,39 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
         raise FileNotFoundError(f"{directory} has no safetensors weights: save it with `model.save_pretrained` first.")
     _check_names(headers, SAVED_WRAPPED if is_composite(config) else (*SAVED_WRAPPED, OF_PICTURES))
     model_class, path = _base_class(family_of(config.model_type), config, directory), directory / CONFIG_NAME
-    layers = {int(place[1]) for name in headers if (place := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
-    if not is_composite(config) and layers != set(range(config.num_hidden_layers)):  # else there are several kinds
-        raise ValueError(
-            f"{path} says `num_hidden_layers` = {config.num_hidden_layers}, but the weights have layers "
-            f"{min(layers, default=0)} to {max(layers, default=0)}."
-        )
     try:
         with torch.device("meta"), no_init_weights():
             model = model_class(config)
     except Exception as error:  # sizes that fit nothing, unknown activations, ...
         raise ValueError(f"{path} does not describe a model: {error}") from error
+    if not is_composite(config):  # which have layers of several kinds
+        _check_layers(model, headers, path)
     if getattr(config, "quantization_config", None) is None:  # else names, shapes and dtypes are the quantiser's
         _check_tensors(model, headers, directory)
         check_finite(headers)
     return model, headers
+
+
+def _is_ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether `from_pretrained` leaves a tensor aside, such as a head that predicts several tokens."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _check_layers(model: PreTrainedModel, headers: dict[str, TensorHeader], path: Path) -> None:
+    """Raise what `check_weights` raises for another number of layers, which says more than a name of one."""
+    says = f"{path} says `num_hidden_layers` = {model.config.num_hidden_layers}"
+    try:
+        layers = layers_of(decoder_of(model)) or ()
+    except ValueError as error:
+        raise ValueError(f"{says}: {error}") from error
+    prefix = f"{model.base_model_prefix}."
+    name = next(name for name, module in model.named_modules() if module is layers).removeprefix(prefix)
+    found = ((each, re.match(rf"(?:{prefix})?{name}\.(\d+)\.", each)) for each in headers)
+    numbers = {each: int(place[1]) for each, place in found if place is not None}
+    places = {number for each, number in numbers.items() if number < len(layers) or not _is_ignored(model, each)}
+    if places and places != set(range(len(layers))):
+        raise ValueError(f"{says}, but the weights have layers {min(places)} to {max(places)}.")
 
 
 def _check_tensors(model: PreTrainedModel, headers: dict[str, TensorHeader], directory: Path) -> None:
@@ -200,7 +219,7 @@ def _check_tensors(model: PreTrainedModel, headers: dict[str, TensorHeader], dir
                 f"must be {', '.join(sorted(FLOATING))}."
             )
     for name in sorted(found.keys() - expected.keys()):
-        if not name.endswith(RECOMPUTED):
+        if not name.endswith(RECOMPUTED) and not _is_ignored(model, name):
             raise ValueError(
                 f"{found[name].file} has {name}, which {CONFIG_NAME} does not ask for. Weights and config belong to "
                 "different models."

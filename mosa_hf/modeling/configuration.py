@@ -291,12 +291,19 @@ class SparseGroupsConfig(RoutingConfig):
         """`why_dense`, of layers of these types, which take a while to find."""
         if self._shares_keys(layer_idx):
             return "layers share its keys and values"
+        if self._is_repeated(layer_idx):
+            return "it runs several times, with another layer of the cache each time"
         if layer_idx in (getattr(self, "cross_attention_layers", None) or ()):
             return "its attention reads pictures"
         kind = kinds[layer_idx]
         if "sliding" in kind or "chunked" in kind:
             return "its attention has a sliding window"
         return None if kind in GLOBAL else f"it is of type {kind!r}, not of global attention"
+
+    def _is_repeated(self, layer_idx: int) -> bool:
+        """Whether a layer is in the section that a model runs in a loop (Dory)."""
+        first, number = getattr(self, "n_input_layers", 0), getattr(self, "n_recurrent_layers", None)
+        return number is not None and first <= layer_idx < first + number
 
     def _shares_keys(self, layer_idx: int) -> bool:
         """Whether a layer reads the keys and values of an earlier one, or a later one may read this one's."""

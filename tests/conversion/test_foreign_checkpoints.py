@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mosa_hf import ConversionConfig, convert_checkpoint, save_routers, to_dense
 from mosa_hf.modeling.family import family_of
+from testing.decoders import tiny_decoder
 from testing.tiny import random_tokens, tiny_base
 
 EVERYTHING = ConversionConfig(sparsity=1)
@@ -88,6 +89,18 @@ def test_other_heads_are_named(name, tmp_path):
     add(tmp_path / "base", name, 1, 32)
     with pytest.raises(ValueError, match=f"has {name}.*{HEADS[name]}"):
         convert_checkpoint(tmp_path / "base", tmp_path / "converted", EVERYTHING)
+
+
+@pytest.mark.parametrize("model_type, name", [("qwen3_next", "mtp.fc.weight"), ("gpt2", "transformer.h.0.attn.bias")])
+def test_what_transformers_leaves_aside_stays_in_the_files(model_type, name, tmp_path):
+    """Such as what predicts several tokens, which `generate(use_mtp=True)` reads."""
+    base = tiny_decoder(model_type)
+    base.save_pretrained(tmp_path / "base")
+    add(tmp_path / "base", name, 1, 32)
+    convert_checkpoint(tmp_path / "base", tmp_path / "converted", EVERYTHING)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").eval()
+    assert torch.equal(outputs(loaded), outputs(base.eval()))
+    assert name in json.loads((tmp_path / "converted" / "model.safetensors.index.json").read_text())["weight_map"]
 
 
 def test_the_remedy_for_a_value_head(tmp_path):
