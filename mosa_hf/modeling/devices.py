@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 import torch
+from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -29,6 +30,12 @@ def execution_device(module: nn.Module) -> torch.device | str | int:
             return device
     device = next(module.parameters()).device
     return "cpu" if device.type == "meta" else device
+
+
+def at_hand(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter or buffer of `module` itself, from where Accelerate keeps it meanwhile if it is offloaded."""
+    tensor = getattr(module, name)
+    return module._hf_hook.weights_map[name] if tensor.is_meta and has_offloaded_params(module) else tensor
 
 
 def offloaded_weights(model: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:

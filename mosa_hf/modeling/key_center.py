@@ -12,6 +12,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from ..kernels.capture import is_captured
+from .devices import at_hand, execution_device
 from .layers import function_of_family
 
 NUM_POSITIONS = 1024  # that are averaged over, spread evenly over all that the model has
@@ -74,7 +75,8 @@ def key_center(module: Any, rotation: MeanRotation | None, num_groups: int) -> t
     Of an attention module with `num_groups` key/value groups: `[G, 1, d]`. None without a bias of the keys alone, and
     where scores are not compared by their differences alone: under a softcap, or beside sinks.
     """
-    bias = getattr(getattr(module, "k_proj", None), "bias", None)
+    projection: Any = getattr(module, "k_proj", None)
+    bias = None if getattr(projection, "bias", None) is None else at_hand(projection, "bias")
     apply = rotary_function(cast(Hashable, type(module)))
     is_shifted = getattr(module, "sinks", None) is not None or getattr(module, "attn_logit_softcapping", None)
     if rotation is None or apply is None or is_shifted or not isinstance(bias, torch.Tensor) or bias.is_meta:
@@ -82,6 +84,8 @@ def key_center(module: Any, rotation: MeanRotation | None, num_groups: int) -> t
     if any(hasattr(module, name) for name in ("k_norm", "k_layernorm", "key_layernorm")):
         return None
     own = bias.to_local() if hasattr(bias, "to_local") else bias
+    if projection.bias.is_meta:
+        own = own.to(execution_device(projection))
     if own.numel() != num_groups * module.head_dim:
         return None
     key, rotary_dim = own.detach().float().view(1, num_groups, 1, -1), rotation.cos.shape[-1]

@@ -306,11 +306,13 @@ def init_router(router: MosaRouter, std: float) -> None:
 
 def active_module(module: Wrapped) -> Wrapped:
     """
-    What computes when `module` is called: itself, or what lies within it if an adapter of PEFT is around it, such as
-    the router of `modules_to_save=["mosa_router"]`, or the original one while that adapter is disabled.
+    What computes when `module` is called: itself, or what lies within it if FSDP or an adapter of PEFT is around it,
+    such as the router of `modules_to_save=["mosa_router"]`, or the original one while that adapter is disabled.
     """
     found: Any = module  # what is within is what the model declares; the adapter around it is not
-    if isinstance(module, AdaptedAttention):
+    if (wrapped := module._modules.get("_fsdp_wrapped_module")) is not None:  # of FSDP1
+        found = wrapped
+    elif isinstance(module, AdaptedAttention):
         found = module.model
     elif isinstance(module, ModulesToSaveWrapper):
         active = () if module.disable_adapters else module.active_adapters
@@ -318,7 +320,7 @@ def active_module(module: Wrapped) -> Wrapped:
         found = module.modules_to_save[own[0]] if own else module.original_module
     elif isinstance(module, BaseTunerLayer):
         found = module.get_base_layer()
-    return found
+    return found if found is module else active_module(found)
 
 
 def named_routers(module: nn.Module, name: str = "") -> Iterator[tuple[str, MosaRouter]]:

@@ -20,11 +20,12 @@ from ..arguments import check_argument, checked
 from ..atomic_write import atomic_directory
 from ..safetensors_files import file_headers
 from .configuration import SparseGroupsConfig, sparse_config_of
+from .devices import at_hand
 from .family import Family, family_of
 from .group_plan import GroupPlan
 from .loading import check_router_dtype, check_router_value
 from .model_card import model_card
-from .router import named_routers
+from .router import MosaRouter, named_routers
 from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 
 ROUTERS_NAME = "mosa_routers.safetensors"
@@ -223,7 +224,10 @@ def load_with_routers(
 
 def router_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The routers' tensors, by the names that they have in a model with a head."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in _live_tensors(model).items()}
+    return {
+        name: at_hand(router, part).detach().cpu().contiguous()
+        for name, (router, part) in _parts_of_routers(model).items()
+    }
 
 
 def check_has_sparse_groups(model: PreTrainedModel) -> None:
@@ -242,12 +246,12 @@ def base_name(config: PreTrainedConfig) -> str:
     return (sparse_config_of(config).mosa_conversion or {}).get("source") or config.name_or_path or ""
 
 
-def _live_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The routers' parameters and buffers themselves, by the names that they have in a model with a head."""
+def _parts_of_routers(model: PreTrainedModel) -> dict[str, tuple[MosaRouter, str]]:
+    """The routers' parameters and buffers, by the names that they have in a model with a head."""
     return {
-        f"{model.base_model_prefix}.{module_name}.{name}": tensor
+        f"{model.base_model_prefix}.{module_name}.{name}": (router, name)
         for module_name, router in named_routers(model.base_model)
-        for name, tensor in router.state_dict(keep_vars=True).items()
+        for name in router.state_dict(keep_vars=True)
     }
 
 
@@ -297,7 +301,7 @@ def _set_router_tensors(model: PreTrainedModel, path: Path) -> None:
         ValueError: naming the tensor that is missing, unknown, of another shape or dtype, or not finite.
     """
     headers = file_headers(path)
-    targets = _live_tensors(model)
+    targets = {name: getattr(router, part) for name, (router, part) in _parts_of_routers(model).items()}
     for name in sorted(headers.keys() | targets.keys()):
         if name not in headers:
             raise ValueError(f"{path} lacks {name}.")

@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache, cache_utils
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+    TorchAoConfig,
+    cache_utils,
+)
 from transformers.cache_utils import QuantizedCache
 
 from mosa_hf import cache_bytes, calibrate_thresholds, load_cache, save_cache
@@ -78,7 +89,7 @@ def continued(model, cache, change) -> torch.Tensor | str:
     ids = IDS.repeat_interleave(rows // 2, 0)
     logits = []
     for length in (1, 3, 1):
-        seen, new = seen_tokens(cache), torch.ones(rows, length, dtype=torch.bool)
+        seen, new = seen_tokens(cache, cache.get_seq_length()), torch.ones(rows, length, dtype=torch.bool)
         new[0, 0] = length == 1  # some of the new ones are padding, too
         past = new.new_ones(rows, int(cache.get_seq_length())) if seen is None else seen
         mask = torch.cat((past, new), dim=1)
@@ -376,3 +387,28 @@ def test_states_that_no_cache_has_are_refused(written, name):
     rewritten(path, change)
     with pytest.raises(ValueError, match=f"cache.safetensors .*{message}"):
         load_cache(path, model)
+
+
+@pytest.mark.parametrize("way", ["offloaded", "quantised"])
+@torch.no_grad()
+def test_weights_that_are_elsewhere_or_of_another_class_are_told_apart(way, tmp_path):
+    def loaded(folder: str) -> PreTrainedModel:
+        quantised = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())} if way == "quantised" else {}
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / folder, **quantised).eval()
+        return model if quantised else cpu_offload(model, torch.device("cpu"))
+
+    model = sparse_form(**ONE_WINDOW).model()
+    model.save_pretrained(tmp_path / "one")
+    model.model.layers[1].self_attn.v_proj.weight.add_(0.1 * torch.randn(()))
+    model.save_pretrained(tmp_path / "other")
+    one, same, other = (loaded(folder) for folder in ("one", "one", "other"))
+    cache = DynamicCache(config=one.config)
+    one(IDS[:, :READ], past_key_values=cache)
+    save_cache(cache, tmp_path / "cache.safetensors", one)
+    again = load_cache(tmp_path / "cache.safetensors", same)
+    found = same(IDS[:, READ:], past_key_values=again).logits
+    torch.testing.assert_close(found, one(IDS, use_cache=False).logits[:, READ:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="of a model of other weights"):
+        load_cache(tmp_path / "cache.safetensors", other)
+    if way == "offloaded":
+        load_cache(tmp_path / "cache.safetensors", AutoModelForCausalLM.from_pretrained(tmp_path / "one"))

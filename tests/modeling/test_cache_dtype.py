@@ -6,15 +6,18 @@ from unittest import mock
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from safetensors.torch import load_file
 from torch._subclasses import FakeTensorMode
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from mosa_hf import cache_bytes, load_cache, save_cache, use_backend
+from mosa_hf import cache_bytes, load_cache, save_cache, save_routers, use_backend
 from mosa_hf.kernels.entry_codes import turned
 from mosa_hf.modeling import sparse_groups
 from mosa_hf.modeling.key_center import key_center, mean_rotation
 from mosa_hf.modeling.kv_share import planned_bytes
+from mosa_hf.modeling.router_files import router_tensors
 from testing.decoders import tiny_decoder
 from testing.difference import max_difference
 from testing.tiny import with_random_routers
@@ -241,14 +244,17 @@ def test_the_center_is_the_key_of_nothing_on_average_over_positions(model_type):
     assert center.abs().max() > 0.5
 
 
-@pytest.mark.parametrize("change", [lambda own: own.inv_freq.div_(4), lambda own: own.to(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("change", ["scaled", "half"])
 @torch.no_grad()
 def test_the_center_follows_the_frequencies(change):
     """Else eager calls would take another from the keys than compiled ones, which go into the same cache."""
     decoder, ids = tiny_decoder("qwen2").model, random_ids(1, 4)
     used = mean_rotation(decoder, ids)
     assert mean_rotation(decoder, ids) is used
-    change(decoder.rotary_emb)
+    if change == "half":
+        decoder.rotary_emb.to(torch.bfloat16)
+    else:
+        decoder.rotary_emb.inv_freq.div_(4)
     found = mean_rotation(decoder, ids)
     fresh = mean_rotation(copy.deepcopy(decoder), ids)
     decoder.__dict__.pop("_mean_rotation")
@@ -285,6 +291,20 @@ def test_a_large_bias_of_the_keys_takes_nothing_from_the_others():
     with mock.patch.object(sparse_groups, "key_center", lambda *args: None):
         errors.append(max_difference_of(model(ids).logits, exact))
     assert 0 < errors[0] < errors[1] / 4
+
+
+@torch.no_grad()
+def test_offloaded_biases_are_read(tmp_path):
+    model, ids = biased(mosa_cache_dtype="int8"), random_ids(2, 40)
+    expected, routers = model(ids).logits, router_tensors(model)
+    with mock.patch.object(sparse_groups, "key_center", lambda *args: None):
+        assert not torch.equal(model(ids).logits, expected)
+    cpu_offload(model, torch.device("cpu"))
+    assert model.model.layers[0].self_attn.k_proj.bias.is_meta
+    assert torch.equal(model(ids).logits, expected)
+    save_routers(model, tmp_path / "routers")
+    written = load_file(tmp_path / "routers" / "mosa_routers.safetensors")
+    assert written.keys() == routers.keys() and all(torch.equal(written[name], own) for name, own in routers.items())
 
 
 @pytest.mark.parametrize("padding", ["left", "anywhere"])

@@ -1,16 +1,22 @@
 """The routers of whole models: which tokens they select, and how thresholds follow what they see in training."""
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from mosa_hf import trace_routing
+from mosa_hf.modeling.router import MosaRouter
 from mosa_hf.modeling.thresholds import mosa_routers
 from mosa_hf.routing import select_by_expert_choice, select_by_threshold
 
-from ..conftest import FORMS, Form, tiny_model
+from ..conftest import FORMS, Form, sparse_form, tiny_model
 from ..contract import random_ids, training_step
 
 ROUTINGS = ["expert_choice", "threshold"]
@@ -208,3 +214,18 @@ def test_ranks_average_their_thresholds(tmp_path: Path):
         expected = followed(expected, *one, momentum=0.5)
         for rank in range(2):
             torch.testing.assert_close(torch.load(tmp_path / f"thresholds_{rank}.pt")[layer], expected)
+
+
+def test_a_router_that_fsdp_wraps_biases_by_the_threshold_that_it_selected_by():
+    """Not by the one that the call has moved it to."""
+    model = sparse_form(mosa_gate_slope=1.0, mosa_threshold_momentum=0.9).model().train()
+    ids = random_ids(2, 24)
+    expected = copy.deepcopy(model)(ids, labels=ids, use_cache=False).loss
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        policy = functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={MosaRouter})
+        options = {"auto_wrap_policy": policy, "device_id": torch.device("cpu"), "use_orig_params": True}
+        wrapped = FullyShardedDataParallel(model, **options)
+        assert torch.equal(wrapped(ids, labels=ids, use_cache=False).loss, expected)
+    finally:
+        dist.destroy_process_group()
