@@ -9,6 +9,11 @@ from .options import TEXT_HELP, Dtype
 @dataclass
 class HealingArguments:
     model: str = field(metadata={"help": "directory of a converted model, or its name on the Hub"})
+    original: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata={"help": "of a model that was healed before: directory or name of the model it was converted from"},
+    )
     destination: str = field(metadata={"help": "directory to create; it appears only when it is whole"})
     text: list[str] = field(metadata={"help": TEXT_HELP})
     learn: Literal["lora", "full", "routers"] = field(

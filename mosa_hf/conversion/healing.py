@@ -213,10 +213,16 @@ def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
     and has copies of those that do.
 
     Raises:
-        ValueError: for a model without sparse groups, or with adapters.
+        ValueError: for a model without sparse groups, with adapters, or whose weights were healed.
     """
     if getattr(model, "peft_config", None):
         raise ValueError("The model has adapters, which would be part of its teacher: take the teacher before them.")
+    healed = (getattr(sparse_config_of(model.config), "mosa_conversion", None) or {}).get("healing")
+    if healed is not None and healed["learn"] != "routers":
+        raise ValueError(
+            "The model was healed before, so that its weights are not those of its original any more: load that, and "
+            "take it for the `teacher` (`mosa-heal --original`)."
+        )
     teacher, own = to_dense(model), dict(model.named_parameters())
     # The very parameters, not only their memory: they go to a device together.
     memo: dict[int, torch.Tensor] = {

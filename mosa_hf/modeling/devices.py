@@ -34,8 +34,8 @@ def execution_device(module: nn.Module) -> torch.device | str | int:
 
 def at_hand(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer of `module` itself, from where Accelerate keeps it meanwhile if it is offloaded."""
-    tensor = getattr(module, name)
-    return module._hf_hook.weights_map[name] if tensor.is_meta and has_offloaded_params(module) else tensor
+    tensor, hook = getattr(module, name), getattr(module, "_hf_hook", None)
+    return hook.weights_map[name] if tensor.is_meta and hook is not None and has_offloaded_params(module) else tensor
 
 
 def offloaded_weights(model: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:

@@ -72,8 +72,11 @@ class MosaGenerationMixin(CausalLM):
         decoder = self.mosa_decoder
         if num_places(decoder) == decoder.config.num_hidden_layers:  # drafting lowers it
             decoder.update_config()  # of which caches are made
-        outer = self._generation_cache, self._unrecorded  # of a call within which this one drafts
-        self._generation_cache, self._unrecorded = None, ()
+        outer, none = (
+            (self._generation_cache, self._unrecorded),
+            self._unrecorded[:0],
+        )  # this call may draft within one
+        self._generation_cache, self._unrecorded = None, none
         try:
             output = super().generate(*args, **kwargs)
             cache = self._generation_cache

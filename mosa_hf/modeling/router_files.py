@@ -235,6 +235,11 @@ def check_has_sparse_groups(model: PreTrainedModel) -> None:
     Raises:
         ValueError: for a model without sparse groups.
     """
+    if getattr(model, "peft_config", None) and hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"{type(model).__name__} has adapters around it: merge them (`merge_and_unload()`), or pass the model "
+            "within (`get_base_model()`)."
+        )
     if not isinstance(model, SparsePreTrainedMixin):
         raise ValueError(
             f"{type(model).__name__} has no sparse groups. Convert a model first: `mosa_hf.convert_model`."

@@ -51,7 +51,9 @@ def test_while_a_model_is_uploaded(folder, tmp_path, monkeypatch, capsys):
 def test_while_a_model_is_healed(reached, message, folder, tmp_path, monkeypatch):
     def train(self, **options):
         if reached is not None:
-            (tmp_path / "runs" / f"checkpoint-{reached}").mkdir(parents=True)
+            (tmp_path / "runs" / f"checkpoint-{reached + 1}").mkdir(parents=True)  # which is not whole
+            (tmp_path / "runs" / f"checkpoint-{reached}").mkdir()
+            (tmp_path / "runs" / f"checkpoint-{reached}" / "trainer_state.json").touch()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_heal.HealingTrainer, "train", train)

@@ -8,6 +8,7 @@ import os
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from mosa_hf import (
     load_routers,
     trace_routing,
 )
-from mosa_hf.cli import heal
+from mosa_hf.cli import heal, run_heal
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows, mean_divergence, teacher_of
 from mosa_hf.modeling.group_plan import SparseGroup
 from mosa_hf.modeling.kv_share import kv_share
@@ -356,6 +357,47 @@ def test_an_interrupted_run_goes_on(learn, tmp_path):
     found = load_file(tmp_path / "parts.healed" / (ROUTERS_NAME if learn == "lora" else weights))
     names = [name for name in expected if name.endswith("threshold")]
     assert len(names) == 3 and all(torch.equal(found[name], expected[name]) for name in names)
+    # What it wrote is gone: the last checkpoint is written, and no step more is taken.
+    shutil.rmtree(tmp_path / "parts.healed")
+    run("parts")
+    again = load_file(tmp_path / "parts.healed" / weights)
+    assert again.keys() == parts.keys() and all(torch.equal(again[name], each) for name, each in parts.items())
+    # A checkpoint that was cut off is named, or left aside.
+    shutil.rmtree(tmp_path / "parts.healed")
+    file = tmp_path / "parts" / "checkpoint-4" / weights
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="checkpoint-4 is damaged .*: remove it"):
+        run("parts")
+    (tmp_path / "parts" / "checkpoint-4" / "trainer_state.json").unlink()
+    run("parts")
+    again = load_file(tmp_path / "parts.healed" / weights)
+    for name, each in parts.items():
+        torch.testing.assert_close(again[name], each, rtol=0, atol=1e-5, msg=name)
+
+
+@QUIET
+def test_a_healed_model_is_healed_towards_its_original(tmp_path):
+    """Its own weights are not the original's any more, which has to be named."""
+    common = f"{prepare(tmp_path)} --max_steps 1 --learn full --save_strategy no --output_dir {tmp_path / 'runs'}"
+    heal.main(f"{common} --destination {tmp_path / 'once'}".split())
+    again = common.replace(f"{tmp_path / 'converted'}", f"{tmp_path / 'once'}")
+    again = f"{again} --destination {tmp_path / 'twice'}"
+    with pytest.raises(SystemExit, match="was healed before.*`mosa-heal --original`"):
+        heal.main(again.split())
+    teachers = []
+
+    class Watched(HealingTrainer):
+        def train(self, *args, **kwargs):
+            teachers.append(self.teacher)
+            return super().train(*args, **kwargs)
+
+    with mock.patch.object(run_heal, "HealingTrainer", Watched):
+        heal.main(f"{again} --original {tmp_path / 'base'}".split())
+    (teacher,) = teachers
+    for name, weight in tiny_base().state_dict().items():
+        assert torch.equal(teacher.state_dict()[name], weight)
+    record = json.loads((tmp_path / "twice" / "config.json").read_text())["mosa_conversion"]["healing"]
+    assert record["after"]["learn"] == record["learn"] == "full"
 
 
 def test_checkpoints_of_another_healing_are_refused(tmp_path):
