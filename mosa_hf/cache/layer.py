@@ -230,11 +230,11 @@ class SparseLayer(MixedLayer):
         read, self._read = self._read, None
         return read
 
-    def evict(self) -> None:
+    def end_call(self) -> None:
         """The call's queries have read."""
         self._layout = self._centers = None
         for store in self.stores:
-            store.evict()
+            store.end_call()
 
     @property
     def record_past(self) -> bool:

@@ -176,7 +176,7 @@ class SparseStore:
             self.memory = EntryMemory(*like)
         return self.memory
 
-    def evict(self) -> None:
+    def end_call(self) -> None:
         """The call's queries have read: what they alone had to read goes, unless `record_past` is set."""
         self.routed = None
         if self.recent is not None and not (self.record_past and self.window):
@@ -228,7 +228,7 @@ class SparseStore:
                 self._allocate(new.key, new.value, num_groups)
             self.recent = of_selected(new, groups, num_groups)
             self.counts = self.counts and self.counts._replace(up_to=None)  # which is of columns, not of slots
-            self.evict()
+            self.end_call()
             return
         record = self._new_record(calls)
         calls.settle()

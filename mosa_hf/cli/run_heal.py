@@ -20,7 +20,7 @@ from ..atomic_write import atomic_directory, check_absent, check_replaceable
 from ..conversion import read_text
 from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
 from ..conversion.sources import CARD_NAME
-from ..modeling.configuration import sparse_config_of
+from ..modeling.configuration import AS_CONVERTED, sparse_config_of
 from ..modeling.model_card import model_card
 from ..modeling.router_files import base_name, check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
@@ -84,7 +84,8 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         raise KeyboardInterrupt(f"The same command {where}.") from None
     if trainer.is_world_process_zero():
         config = sparse_config_of(model.config)
-        config.mosa_gate_slope, config.mosa_threshold_momentum = 0.0, 1.0
+        for name, value in AS_CONVERTED.items():
+            setattr(config, name, value)
         earlier = (config.mosa_conversion or {}).get("healing")
         record = {"learn": healing.learn, "steps": trainer.state.global_step, "text": text.name, "sha256": text.sha256}
         record |= {} if earlier is None else {"after": earlier}

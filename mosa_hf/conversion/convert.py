@@ -11,7 +11,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from ..arguments import checked
-from ..modeling.configuration import MosaConfig, SparseGroupsConfig, sparse_config_of
+from ..modeling.configuration import AS_CONVERTED, MosaConfig, SparseGroupsConfig, sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.router_files import check_has_sparse_groups
@@ -189,8 +189,7 @@ def converted_config(model: PreTrainedModel, plan: GroupPlan, conversion: Conver
         "mosa_sparsity": usual.sparsity,
         "mosa_include_first": conversion.include_first,
         "mosa_routing": "threshold",
-        "mosa_gate_slope": 0.0,
-        "mosa_threshold_momentum": 1.0,  # thresholds are those of the calibration text, also if routers are trained
+        **AS_CONVERTED,
     }
     config = config_class.from_base(model.config, **fields)
     if GroupPlan.of_config(config) != plan:

@@ -86,10 +86,11 @@ def second_readings(decoder: PreTrainedModel, modules: Sequence[nn.Module]) -> I
         ValueError: for a module whose family has no eager attention, which alone gives weights.
     """
     readings = [SecondReading() for _ in modules]
-    for module, reading in zip(modules, readings, strict=True):
+    for module in modules:
         eager_attention_of(module)
-        setattr(module, NAME, reading)
     implementation = decoder.config._attn_implementation
+    for module, reading in zip(modules, readings, strict=True):
+        setattr(module, NAME, reading)
     try:
         decoder.set_attn_implementation(NAME)
         with received(modules, lambda index, hidden_states: readings[index].begin(hidden_states)):

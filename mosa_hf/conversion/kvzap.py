@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..arguments import checked
-from ..modeling.configuration import sparse_config_of
+from ..modeling.configuration import AS_CONVERTED, sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.loading import check_router_value
@@ -67,8 +67,7 @@ def load_kvzap(
         model.config,
         mosa_window=window,
         mosa_sparsity=sparsity,
-        mosa_gate_slope=0.0,
-        mosa_threshold_momentum=1.0,  # as `convert_model` has it: thresholds stay, also if routers are trained
+        **AS_CONVERTED,
         mosa_include_first=include_first,
         mosa_router_hidden_size=settings.get("hidden_dim"),
         mosa_conversion={"source": model.config.name_or_path, "kvzap": str(directory), "threshold": threshold},

@@ -152,7 +152,7 @@ def mosa_attention_forward(
         options["dropout"] = 0.0  # which sparse groups do not know
         output, _ = dense_attention(module, query, *_fitting(key, value, attention_mask), **options)
         if mosa.cache is not None:
-            mosa.cache.evict()
+            mosa.cache.end_call()
         for gate in mosa.gates:
             if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
                 output = output + 0.0 * gate.sum()
@@ -191,7 +191,7 @@ def mosa_attention_forward(
         outputs.append(heads.permute(0, 3, 1, 2, 4))
         order += each.groups
     if mosa.cache is not None:
-        mosa.cache.evict()
+        mosa.cache.end_call()
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     if order != sorted(order):
         back = sorted(range(num_groups), key=order.__getitem__)

@@ -27,7 +27,7 @@ from ..atomic_write import atomic_file
 from ..cache import SparseLayer, set_store_state, states_below, static_length, store_state, upstream_class
 from ..compat import EMPTY_LAYERS
 from .devices import execution_device
-from .fingerprint import adapters_of, fields_of, model_fingerprint, numbers_fingerprint
+from .fingerprint import adapters_of, computation_of, model_fingerprint, numbers_fingerprint
 from .forward_context import ForwardContextMixin
 
 VERSION = 2
@@ -160,7 +160,7 @@ def fingerprint_of(decoder: ForwardContextMixin) -> dict[str, Any]:
         "groups": json.loads(json.dumps(list(decoder.cache_specs().values()))),
         "dtype": str(decoder.dtype),
         "weights": [model_fingerprint(decoder), numbers_fingerprint(decoder)],
-        "fields": fields_of(decoder.config),
+        "fields": computation_of(decoder.config),
         "adapters": adapters_of(decoder),
     }
 

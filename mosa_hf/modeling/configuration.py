@@ -432,6 +432,10 @@ def base_config_class(config_class: type) -> type[PreTrainedConfig]:
     return next(each for each in config_class.__mro__[1:] if each.__dict__.get("model_type"))
 
 
+# What makes routers stay as they are, and thresholds those of the calibration text, also if routers are trained.
+AS_CONVERTED: dict[str, Any] = {"mosa_gate_slope": 0.0, "mosa_threshold_momentum": 1.0}
+
+
 def fields_of(config: PreTrainedConfig) -> dict[str, Any]:
     """What a config says, without what belongs to its class."""
     return {name: value for name, value in config.to_dict().items() if name not in OF_THE_CLASS}

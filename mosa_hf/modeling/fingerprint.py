@@ -77,7 +77,7 @@ def numbers_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def fields_of(config: PreTrainedConfig) -> dict[str, str]:
+def computation_of(config: PreTrainedConfig) -> dict[str, str]:
     """What a config says of the computation beside the plan, by field, as JSON."""
     common = PreTrainedConfig().to_dict().keys()
     return {

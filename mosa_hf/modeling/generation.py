@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import PeftModel, PeftType
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
@@ -145,19 +145,6 @@ class MosaGenerationMixin(CausalLM):
             self.record_past(cache)
         else:
             self._unrecorded = tuple(each for each in cache.layers if getattr(each, "record_past", True) is False)
-
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        """
-        As the family's. Where that begins anew, because a text has come to the length at which the frequencies of its
-        positions change (Phi-3), the new cache keeps its past too, if the old one did to roll back drafts.
-        """
-        inputs, old = super().prepare_inputs_for_generation(*args, **kwargs), self._generation_cache
-        layers = [] if old is None or inputs.get(CACHE) is not None else old.layers
-        if any(getattr(layer, "record_past", False) for layer in layers):
-            inputs[CACHE] = self._generation_cache = DynamicCache(config=self.config)
-            self.record_past(inputs[CACHE])
-            self._unrecorded += tuple(each for each in inputs[CACHE].layers if hasattr(each, "record_past"))
-        return inputs
 
     def _get_static_cache_init_shape(self):
         """Upstream's, with each layer's dense groups in place of all its groups."""

@@ -97,7 +97,7 @@ class LatentAttentionMixin(FamilyLatentAttention):
         attend = self.attend_absorbed if is_absorbed else self.attend_expanded
         heads = attend(query, read, mosa.layout, window, mosa.gates[0], **options)
         if mosa.cache is not None:
-            mosa.cache.evict()
+            mosa.cache.end_call()
         return heads.transpose(1, 2).contiguous()
 
     def attend_expanded(

@@ -238,7 +238,7 @@ class Store(RuleBasedStateMachine):
                 if not isinstance(read, PackedKeyValues) and read[0].num_far is not None:
                     far = read[0].selected[..., : max(read[0].selected.shape[-1] - each.window, 0)]
                     assert read[0].num_far == far.sum(-1).max() and torch.equal(read[0].far_up_to, far.cumsum(-1))
-            self.layer.evict()
+            self.layer.end_call()
         if self.layer.record_past:
             self.num_recorded += length
         else:

@@ -57,7 +57,7 @@ def test_growing_memory_asks_seldom():
             store.begin(selected)
             counts, read_by = store.extend(key, key)
             read_by(*fetch_counts([counts]))
-            store.evict()
+            store.end_call()
 
         read(2 * window)
         with counting() as counts:

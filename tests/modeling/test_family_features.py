@@ -157,24 +157,6 @@ FEATURES: dict[str, dict[str, Callable[[PreTrainedModel, str], PreTrainedModel]]
 }
 
 
-def test_drafts_where_a_text_comes_to_the_frequencies_of_long_ones():
-    """Phi-3 reads all anew there, into a cache that has to roll drafts back as the one before."""
-    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
-    rope_parameters = {"rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 24, **factors}
-    base = tiny_base(
-        "phi3", original_max_position_embeddings=24, rope_parameters=rope_parameters, sliding_window=None, head_dim=8
-    )
-    model, greedy = sparse(base, 3), {"max_new_tokens": 14, "min_new_tokens": 14, "do_sample": False}
-    num_anew = 0
-    for seed in range(6):
-        prompt = random_tokens(1, 8, seed=seed).repeat(1, 2)
-        cache = DynamicCache(config=model.config)
-        helped = model.generate(prompt, prompt_lookup_num_tokens=3, past_key_values=cache, **greedy)
-        assert helped.shape == (1, 30)
-        num_anew += cache.get_seq_length() < 29
-    assert num_anew == 6
-
-
 CASES = [(family, feature) for family, features in FEATURES.items() for feature in features]
 
 
