@@ -155,8 +155,6 @@ FEATURES: dict[str, dict[str, Callable[[PreTrainedModel, str], PreTrainedModel]]
     "smollm3": {"layer without RoPE": setting(no_rope_layers=[1, 1, 1])},
     "starcoder2": {"biases": filled(".bias", 0.0)},
 }
-
-
 CASES = [(family, feature) for family, features in FEATURES.items() for feature in features]
 
 
