@@ -35,9 +35,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     All parameters and buffers, from where Accelerate keeps those that are offloaded, and what quantised ones consist
     of, each once; in place of distributed ones, of which each process has another part, their shapes alone.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}  # two tensors while they are offloaded
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name not in tied:
+    tied = getattr(model, "all_tied_weights_keys", None) or {}  # one tensor, but two while it is offloaded
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    for name, tensor in tensors.items():
+        if tied.get(name) not in tensors:
             owner, _, own = name.rpartition(".")
             yield from _plain(name, at_hand(model.get_submodule(owner), own) if tensor.is_meta else tensor)
 
