@@ -73,7 +73,7 @@ def compare(original: PreTrainedModel, model: PreTrainedModel, samples: list[Sam
     """
     first = samples[0]
     prompt = torch.tensor([first.context + first.continuations[0].ids])
-    subjects = [Subject(ORIGINAL, original), Subject(CONVERTED, model)]
+    subjects = [Subject(ORIGINAL, original, "here"), Subject(CONVERTED, model, "here")]  # no need to tell apart
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "scores.json"
         records = evaluate(subjects, samples, path)["scores"]

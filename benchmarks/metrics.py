@@ -1,6 +1,7 @@
 """What the demo and the real-model tests measure: perplexity, cache bytes, decoding speed, and the baseline."""
 
 import time
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -39,11 +40,17 @@ def kv_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:
     return decoding_bytes(filled_cache(model, input_ids))
 
 
-def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[int, int]:
+class EntryCounts(NamedTuple):
+    """Tokens whose keys and values the groups of a model keep, summed over layers and groups."""
+
+    dense: int
+    sparse: int
+
+
+def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> EntryCounts:
     """
-    Tokens of `input_ids` [1, T] whose keys and values the dense and the sparse groups of `model` have to keep by
-    definition (docs/design.md, section 4), summed over layers and groups and counted from what the routers select: of
-    a sparse group the window, and the selected tokens before it.
+    What a cache of `model` has to keep of `input_ids` [1, T] by definition (docs/design.md, section 4), counted from
+    what the routers select: of a sparse group the window, and the selected tokens before it.
     """
     with trace_routing(model) as selected:
         filled_cache(model, input_ids)
@@ -55,7 +62,7 @@ def entries(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[int, int]:
         for i, group in enumerate(group for group in groups if group is not None):
             far = torch.cat(selected[layer], dim=1)[0, : max(length - group.window, 0), i]
             sparse += min(length, group.window) + int(far.sum())
-    return dense, sparse
+    return EntryCounts(dense, sparse)
 
 
 def formula_bytes(model: PreTrainedModel, input_ids: torch.Tensor) -> int:

@@ -86,10 +86,11 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         config = sparse_config_of(model.config)
         for name, value in AS_CONVERTED.items():
             setattr(config, name, value)
-        earlier = (config.mosa_conversion or {}).get("healing")
+        known = config.mosa_conversion or {}
         record = {"learn": healing.learn, "steps": trainer.state.global_step, "text": text.name, "sha256": text.sha256}
-        record |= {} if earlier is None else {"after": earlier}
-        config.mosa_conversion = {**(config.mosa_conversion or {}), "healing": record}
+        if "healing" in known:
+            record["after"] = known["healing"]
+        config.mosa_conversion = {**known, "healing": record}
         with atomic_directory(destination) as unfinished:
             if healing.learn == "full":
                 model.save_pretrained(unfinished)

@@ -160,9 +160,9 @@ def check_weights(directory: Path, config: PreTrainedConfig) -> tuple[PreTrained
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether `from_pretrained` leaves a tensor aside, such as a head that predicts several tokens."""
+    """Whether a tensor is left aside by `from_pretrained`, such as of a head that predicts several tokens."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
+    return name.endswith(RECOMPUTED) or any(re.search(pattern, name) for pattern in patterns)
 
 
 def _check_layers(model: PreTrainedModel, headers: dict[str, TensorHeader], path: Path) -> None:
@@ -219,7 +219,7 @@ def _check_tensors(model: PreTrainedModel, headers: dict[str, TensorHeader], dir
                 f"must be {', '.join(sorted(FLOATING))}."
             )
     for name in sorted(found.keys() - expected.keys()):
-        if not name.endswith(RECOMPUTED) and not _is_ignored(model, name):
+        if not _is_ignored(model, name):
             raise ValueError(
                 f"{found[name].file} has {name}, which {CONFIG_NAME} does not ask for. Weights and config belong to "
                 "different models."

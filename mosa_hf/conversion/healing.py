@@ -1,7 +1,7 @@
 """Healing: a short training that brings a converted model back to what the original predicts (docs/design.md, 6)."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -56,6 +56,12 @@ def counted_tokens(attention_mask: torch.Tensor | None, labels: torch.Tensor | N
         learnt = torch.cat((labels[:, 1:], labels[:, -1:]), dim=1) != IGNORED  # after the last, if that is itself
         counts = learnt if counts is None else counts & learnt
     return counts
+
+
+def num_counted(batch: Mapping[str, torch.Tensor]) -> torch.Tensor | int:
+    """How many tokens of a batch `counted_tokens` says."""
+    counts = counted_tokens(batch.get("attention_mask"), batch.get("labels"))
+    return batch["input_ids"].numel() if counts is None else counts.sum()
 
 
 class HealingTrainer(Trainer):
@@ -152,12 +158,7 @@ class HealingTrainer(Trainer):
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches:
             return batches, None
-        counts = [counted_tokens(each.get("attention_mask"), each.get("labels")) for each in batches]
-        numbers = [
-            batch["input_ids"].numel() if own is None else int(own.sum())
-            for batch, own in zip(batches, counts, strict=True)
-        ]
-        total = torch.tensor(float(sum(numbers)), device=self.args.device)
+        total = torch.as_tensor(sum(map(num_counted, batches)), dtype=torch.float32, device=self.args.device)
         if self.args.average_tokens_across_devices:
             total = cast(torch.Tensor, self.accelerator.reduce(total, "mean"))
         return batches, total

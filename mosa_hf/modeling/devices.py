@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from accelerate.utils import has_offloaded_params
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -34,14 +33,20 @@ def execution_device(module: nn.Module) -> torch.device | str | int:
 
 def at_hand(module: nn.Module, name: str) -> torch.Tensor:
     """A parameter or buffer of `module` itself, from where Accelerate keeps it meanwhile if it is offloaded."""
-    tensor, hook = getattr(module, name), getattr(module, "_hf_hook", None)
-    return hook.weights_map[name] if tensor.is_meta and hook is not None and has_offloaded_params(module) else tensor
+    tensor = getattr(module, name)
+    kept = next(_weights_of_hooks(module), None) if tensor.is_meta else None
+    return tensor if kept is None else kept[name]
 
 
 def offloaded_weights(model: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
     """What hooks of Accelerate read a model's weights from, in memory or on disk."""
     for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            if (weights := getattr(each, "weights_map", None)) is not None:
-                yield weights
+        yield from _weights_of_hooks(module)
+
+
+def _weights_of_hooks(module: nn.Module) -> Iterator[Mapping[str, torch.Tensor]]:
+    """`offloaded_weights` of a module itself."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):
+        if (weights := getattr(each, "weights_map", None)) is not None:
+            yield weights

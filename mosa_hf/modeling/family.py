@@ -67,7 +67,9 @@ class Families(dict[str, Family]):
 
     def __missing__(self, model_type: str) -> Family:
         with self.lock:
-            return self[model_type] if model_type in self else self.setdefault(model_type, self.make(model_type))
+            if model_type not in self:
+                self.setdefault(model_type, self.make(model_type))
+            return self[model_type]
 
 
 FAMILIES = Families()  # those that were asked for so far

@@ -72,11 +72,7 @@ class MosaGenerationMixin(CausalLM):
         decoder = self.mosa_decoder
         if num_places(decoder) == decoder.config.num_hidden_layers:  # drafting lowers it
             decoder.update_config()  # of which caches are made
-        outer, none = (
-            (self._generation_cache, self._unrecorded),
-            self._unrecorded[:0],
-        )  # this call may draft within one
-        self._generation_cache, self._unrecorded = None, none
+        outer = self._generation_cache, self._unrecorded  # of a call within which this one drafts
         try:
             output = super().generate(*args, **kwargs)
             cache = self._generation_cache
@@ -131,6 +127,7 @@ class MosaGenerationMixin(CausalLM):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = model_kwargs.get(CACHE)
+        self._generation_cache, self._unrecorded = cache, ()
         if cache is None:
             return
         if cache.is_compileable and 0 <= static_length(cache) < max_cache_length and not all(cache.is_sliding):
@@ -138,7 +135,6 @@ class MosaGenerationMixin(CausalLM):
                 f"The static cache has a capacity of {static_length(cache)} tokens, but this call may need "
                 f"{max_cache_length}: raise `max_cache_len`, or lower `max_new_tokens`."
             )
-        self._generation_cache = cache
         # Before assisted generation asks the cache to record what it may have to roll back.
         self.mosa_decoder.upgrade_cache(cache, max_cache_length)
         if generation_config.is_assistant:  # whose drafts are rolled back between its calls

@@ -4,22 +4,22 @@ import pytest
 import torch
 from vllm.v1.core.block_pool import BlockPool
 
-from mosa_hf.vllm.spec import ArenaManager, ArenaSpec, GroupShape, Report, blocks_of
+from mosa_hf.vllm.spec import BLOCK_SIZE, ArenaManager, ArenaSpec, GroupShape, Report, blocks_of
 
-SPEC_OF_VLLM = {"block_size": 32, "num_kv_heads": 1, "head_size": 8}
+SPEC_OF_VLLM = {"block_size": BLOCK_SIZE, "num_kv_heads": 1, "head_size": 8}
 GROUPS = (GroupShape(32, 0.1, None),) * 4
 
 
-def manager_of(num_blocks: int = 400) -> ArenaManager:
+@pytest.fixture
+def manager() -> ArenaManager:
     spec = ArenaSpec(**SPEC_OF_VLLM, dtype=torch.float32, ranks=(GROUPS,), num_rows=4, max_len=4096)
-    pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=32)
-    return ArenaManager(spec, pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=32)
+    pool = BlockPool(400, enable_caching=False, hash_block_size=BLOCK_SIZE)
+    return ArenaManager(spec, pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=BLOCK_SIZE)
 
 
 @pytest.mark.parametrize("num_scheduled", [0, 1, 33])
-def test_a_chunk_gives_back_also_while_the_next_tokens_are_computed(num_scheduled):
+def test_a_chunk_gives_back_also_while_the_next_tokens_are_computed(manager, num_scheduled):
     """With asynchronous scheduling a report comes when more tokens than it knows of have been scheduled."""
-    manager = manager_of()
     free = manager.block_pool.get_num_free_blocks
     before = free()
     manager.allocate_new_blocks("a", 1024)
