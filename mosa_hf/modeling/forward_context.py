@@ -1,14 +1,16 @@
 """The beginning of a model call, the same for every MoSA model: cache, positions, layout."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from ..cache import (
     SparseSpec,
@@ -33,6 +35,8 @@ from .layers import attention_modules, check_numbered, check_windows
 
 if TYPE_CHECKING:
     from .router import MosaRouter
+
+logger = logging.get_logger(__name__)
 
 
 class ForwardContext(NamedTuple):
@@ -314,6 +318,37 @@ class ForwardContextMixin(Decoder):
         """Place → attention module of the layers that run: fewer, while `assistant_early_exit` drafts."""
         modules = attention_modules(self, self.attention_class)
         return {place: module for place, module in modules.items() if place < self.config.num_hidden_layers}
+
+
+GROWS = (
+    "How much a growing cache holds depends on what is selected, which no graph can tell: in `torch.compile`, pass "
+    "`use_cache=False`, or a static cache."
+)
+
+
+def uncompiled_if_cache_grows(forward: Callable) -> Callable:
+    """
+    Let the forward of a decoder run as it is, within `torch.compile`, if it has a cache that grows: it would break
+    into many small graphs. What is around it, such as the head, is compiled. With `fullgraph=True` it is an error.
+    """
+
+    @torch.compiler.disable(reason=GROWS)
+    @wraps(forward)
+    def uncompiled(*args, **kwargs):
+        logger.warning_once(f"{GROWS} This call's layers run uncompiled.")
+        return forward(*args, **kwargs)
+
+    @wraps(forward)
+    def wrapper(self, *args, **kwargs):
+        if torch.compiler.is_compiling() and not is_exported():
+            caches = [each for each in (*args, *kwargs.values()) if isinstance(each, Cache)]
+            use_cache = kwargs.get("use_cache")
+            makes_one = not caches and (self.config.use_cache if use_cache is None else use_cache)
+            if makes_one or any(not each.is_compileable for each in caches):
+                return uncompiled(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return wrapper
 
 
 def check_mapped(attention_mask: Any, has_cache: bool) -> None:

@@ -29,7 +29,7 @@ from ..cache import CacheInForward, SparseLayer, SparseSpec
 from ..compat import CACHE, slice_logits_to_keep, takes_cache
 from .auxiliary_loss import CarriedLoss, router_loss, share_of_items
 from .configuration import PER_LAYER_FIELDS, ConfigView, MosaConfig
-from .forward_context import ForwardContext, ForwardContextMixin
+from .forward_context import ForwardContext, ForwardContextMixin, uncompiled_if_cache_grows
 from .generation import MosaGenerationMixin
 from .heads import MosaHeads
 from .layers import attention_modules, check_number
@@ -197,6 +197,7 @@ class MosaModel(ForwardContextMixin, MosaPreTrainedModel):
         self.built_layers = self._layer_fields()
         self.post_init()
 
+    @uncompiled_if_cache_grows
     @takes_cache
     @merge_with_config_defaults
     @capture_outputs

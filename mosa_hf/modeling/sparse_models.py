@@ -23,7 +23,7 @@ from ..compat import CACHE, takes_cache
 from .configuration import SparseGroupsConfig, is_composite, sparse_config_of
 from .devices import execution_device, offloaded_weights
 from .family import PREFIX, Family, family_of
-from .forward_context import ForwardContextMixin, shared_by_place
+from .forward_context import ForwardContextMixin, shared_by_place, uncompiled_if_cache_grows
 from .group_plan import GroupPlan, SparseGroup
 from .key_center import mean_rotation
 from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, num_places, passes_keywords
@@ -156,6 +156,7 @@ class SparseModelMixin(ForwardContextMixin, SparsePreTrainedMixin):
         assert self._tp_plan is not None  # upstream's makes one
         self._tp_plan.update(sparse_groups_plan(self, self._tp_plan))
 
+    @uncompiled_if_cache_grows
     @takes_cache
     @merge_with_config_defaults
     def forward(

@@ -1,5 +1,7 @@
 """`torch.compile(fullgraph=True)`: of the forward, of training, and of a decoding step on a static cache."""
 
+import copy
+
 import pytest
 import torch
 from torch.export import Dim
@@ -7,6 +9,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from mosa_hf import trace_routing
 from mosa_hf.compat import CACHE
+from mosa_hf.modeling import forward_context
 
 from ..conftest import FORMS, native_form, sparse_form
 from ..contract import check_same_step, padded_batch, random_ids, training_step
@@ -91,10 +94,7 @@ def test_decoding_step(name, budget, compiler):
     [
         ("native", None, None),
         ("sparse", None, None),
-        *(
-            pytest.param(*each, "left", marks=pytest.mark.slow)
-            for each in (("native", None), ("sparse", 3), ("softcap", None), ("int8", None))
-        ),
+        *((*each, "left") for each in (("native", None), ("sparse", 3), ("softcap", None), ("int8", None))),
     ],
 )
 @torch.no_grad()
@@ -112,6 +112,27 @@ def test_growing_cache(name, budget, side):
             own = {key: x[:, (0 if key == "attention_mask" else start) : end] for key, x in batch.items()}
             logits.append(models[i > 0](**own, **{CACHE: cache}).logits)
         assert (torch.cat(logits, dim=1) - expected)[real].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["native", "sparse"])
+@torch.no_grad()
+def test_a_growing_cache_is_no_part_of_a_graph(name, monkeypatch):
+    """Its layers run as they are, with one break, and say so; who wants one graph is told how to have it."""
+    model, ids = FORMS[name].model(), padded_batch("left")["input_ids"]
+    said: list[str] = []
+    monkeypatch.setattr(forward_context.logger, "warning_once", said.append)
+    compiled = copy.deepcopy(model)
+    compiled.compile(backend="eager")
+    tokens = [each.generate(ids, max_new_tokens=4, do_sample=False) for each in (compiled, model)]
+    assert torch.equal(*tokens)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert len(breaks) == 1 and "`use_cache=False`, or a static cache" in next(iter(breaks))
+    assert "This call's layers run uncompiled" in said[0]
+    whole = torch.compile(model.forward, backend="eager", fullgraph=True)
+    for options in ({}, {CACHE: DynamicCache(config=model.config)}):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="pass `use_cache=False`, or a static cache"):
+            whole(ids, **options)
+    assert (whole(ids, use_cache=False).logits - model(ids).logits).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", ["native", "sparse"])
