@@ -123,11 +123,9 @@ def _check_shape(mask: Any, batch_size: int, num_tokens: int, length: int, is_ca
         )
     if mask.shape[-1] > length and not is_cached:
         raise ValueError(f"`attention_mask` covers {mask.shape[-1]} tokens, but {length} are passed.")
-    rows: tuple[int, ...] = (mask.shape[0],)
-    expected: tuple[tuple[int, ...], ...] = ((batch_size,),)
-    if mask.ndim == 4:
-        rows, expected = (mask.shape[0], mask.shape[2]), ((batch_size, num_tokens), (1, num_tokens))
-    if rows not in expected:
+    # Sizes are compared one by one: a compiler takes tuples of sizes that it does not know to differ.
+    has_rows = mask.shape[0] == batch_size or (mask.ndim == 4 and mask.shape[0] == 1)
+    if not has_rows or (mask.ndim == 4 and mask.shape[2] != num_tokens):
         raise ValueError(
             f"`attention_mask` has shape {tuple(mask.shape)}, which does not fit {batch_size} rows of {num_tokens} "
             "tokens."

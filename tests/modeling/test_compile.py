@@ -33,7 +33,7 @@ FAST = "aot_eager"
 
 def cases(**budgets: int | None) -> pytest.MarkDecorator:
     """These forms with their budgets, and the others on the compiler that users have."""
-    variants = ("int8", "softcap")
+    variants = ("native", "int8", "softcap")
     own = [
         pytest.param(name, budget, FAST, marks=pytest.mark.slow if name in variants else ())
         for name, budget in budgets.items()
@@ -60,8 +60,25 @@ def test_forward(name, budget, compiler):
     assert_no_graph_break()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_more_rows_and_a_mask_come_later():
+    """A size that has changed once is a symbol, to which that of a mask is compared."""
+    model, batch = FORMS["sparse, one layer"].model(), padded_batch("left")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for rows, names in (
+        (1, ["input_ids"]),
+        (2, ["input_ids", "attention_mask"]),
+        (3, ["input_ids", "attention_mask"]),
+    ):
+        inputs = {name: batch[name][:rows] for name in names}
+        expected, actual = (each(**inputs, use_cache=False).logits for each in (model, compiled))
+        assert (actual - expected)[batch["attention_mask"][:rows].bool()].abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
-    "name, budget", [("native", None), ("sparse", 3), pytest.param("int8", 3, marks=pytest.mark.slow)]
+    "name, budget",
+    [("sparse", 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in (("native", None), ("int8", 3)))],
 )
 def test_training(name, budget):
     """Loss, gradients and the thresholds' moving average; the native model's auxiliary loss."""
@@ -135,7 +152,7 @@ def test_a_growing_cache_is_no_part_of_a_graph(name, monkeypatch):
     assert (whole(ids, use_cache=False).logits - model(ids).logits).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["native", "sparse"])
+@pytest.mark.parametrize("name", [pytest.param("native", marks=pytest.mark.slow), "sparse"])
 @torch.no_grad()
 def test_an_exported_program_takes_any_number_of_rows_and_tokens(name):
     """Of other inputs and runtimes: tests/tools/test_export.py."""
@@ -147,6 +164,7 @@ def test_an_exported_program_takes_any_number_of_rows_and_tokens(name):
         assert (program.module()(input_ids=other, use_cache=False).logits - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_new_static_cache_is_no_part_of_a_graph():
     """It is upgraded before, by the one line that the error names."""
