@@ -1,5 +1,6 @@
 """What the tests share: tiny models of both forms."""
 
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wait for each other
@@ -44,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that none is left for one process at the end."""
     order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """All that is imported by now stays: `Trainer` collects garbage at each start, and would look through it."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 SHAPE = {

@@ -16,6 +16,7 @@ from testing.tiny import byte_tokenizer, tiny_base
 from ..hub import TOKEN, Hub, serving
 from ..tools.test_quantisation import write_gguf
 
+pytestmark = pytest.mark.slow  # processes, each with commands of its own
 BASE, ROUTERS, MODEL = "someone/base", "someone/base-routers", "someone/base-sparse"
 CARD = "---\nlicense: other\nlicense_name: free-for-all\nlanguage: en\n---\n# A model\n"
 SETTINGS = "--windows 2 --window-length 64 --window 8 --device cpu".split()

@@ -29,6 +29,7 @@ def test_answers_without_torch(command, option):
     )
 
 
+@pytest.mark.slow
 def test_a_command_finds_the_public_names():
     code = 'import sys; sys.argv = ["bin/mosa-convert"]; import mosa_hf; assert "torch" not in sys.modules; '
     code += "from mosa_hf import MosaLlamaForCausalLM, convert_model; from transformers import MosaLlamaConfig"

@@ -404,6 +404,7 @@ in_a_fork("again", False, folder + "-again", trust_remote_code=True)
 """
 
 
+@pytest.mark.slow
 def test_a_converted_folder_without_importing_the_package(base, routers, tmp_path):
     """It loads with `trust_remote_code=True`, also when saved again; else an error says so, or what to install."""
     folder, outcomes = tmp_path / "converted", tmp_path / "outcomes"
@@ -456,6 +457,7 @@ def converts_until(event: int, *args, **kwargs) -> int | None:
     return int(number) if number else None
 
 
+@pytest.mark.slow
 def test_killed_at_any_point(base, routers, tmp_path):
     """No destination, or a whole one; and the next attempt succeeds."""
     expected = logits_of(MosaLlamaForCausalLM.from_pretrained(base, routers=routers))

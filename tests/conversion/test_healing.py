@@ -466,6 +466,7 @@ def logged(checkpoint: Path) -> list[dict]:
     return [row for row in history if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_half_precision_and_checkpointing(dtype, original, windows, tmp_path):
     """The losses and the size of the gradients of float32, about."""

@@ -29,7 +29,7 @@ def of_original():
 
 def cases() -> list:
     """Every kind with both caches; what others nearly stand for is slow, since each takes seconds."""
-    quick = {("one set", False), ("one set", True), ("two sets", False), ("native", False)}
+    quick = {("one set", False), ("one set", True)}
     own = [(name, is_static) for name in LIMITS for is_static in (False, True) if (name, is_static) != ("beams", True)]
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in own]
 
@@ -45,6 +45,7 @@ def test_a_layer_asks_little(name, is_static, of_original):
     assert costs.prefill_waits <= 1 + is_static  # the original waits once with a static cache
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_growing_memory_asks_seldom():
     window, num_steps, generator = 64, 200, torch.Generator().manual_seed(0)

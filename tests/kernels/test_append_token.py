@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_ROWS, NUM_GROUPS = 2, 3
 BACKENDS = ["reference", "torch"]
 if importlib.util.find_spec("triton"):
-    BACKENDS.append("triton")
+    BACKENDS.append(pytest.param("triton", marks=pytest.mark.slow))
 
 
 def memory(capacity: int, has_position: bool, has_score: bool, is_coded: bool = False) -> Entries:

@@ -159,14 +159,8 @@ assert "mosa_hf.conversion" not in sys.modules  # what runs a model does not wai
 """
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        pytest.param("import mosa_hf", marks=pytest.mark.slow),
-        "from mosa_hf import MosaGlm4ForCausalLM",
-        pytest.param("", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["import mosa_hf", "from mosa_hf import MosaGlm4ForCausalLM", ""])
 def test_a_fresh_process_finds_the_classes(first, tmp_path):
     """By the Auto class, by pickle, by name; and one that never imported this package, trusting code or by pickle."""
     model = convert_model(tiny_decoder("glm4"), ConversionConfig(sparsity=1, window=4))

@@ -111,6 +111,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_loading_in_a_fresh_process(tmp_path):
     models = {name: form.model() for name, form in FORMS.items()}
     for name, model in models.items():
