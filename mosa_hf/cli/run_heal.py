@@ -19,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..atomic_write import atomic_directory, check_absent, check_replaceable
 from ..conversion import read_text
 from ..conversion.healing import HealingTrainer, TokenWindows, teacher_of
-from ..conversion.sources import CARD_NAME
+from ..conversion.sources import CARD_NAME, find_source
 from ..modeling.configuration import AS_CONVERTED, sparse_config_of
 from ..modeling.model_card import model_card
 from ..modeling.router_files import base_name, check_has_sparse_groups, write_routers
@@ -53,6 +53,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     check_has_sparse_groups(model)
     original = None if healing.original is None else original_of(healing, model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model, **hub)
+    source = find_source(healing.model, **hub) if healing.learn == "full" else None  # of a model that is written whole
     belongs_to = about(healing, model, original, text)
     checkpoint = last_checkpoint(Path(str(training.output_dir)), belongs_to, training.should_save)
     model.requires_grad_(healing.learn == "full")
@@ -92,7 +93,8 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
             record["after"] = known["healing"]
         config.mosa_conversion = {**known, "healing": record}
         with atomic_directory(destination) as unfinished:
-            if healing.learn == "full":
+            if source is not None:
+                source.copy_companions(unfinished)
                 model.save_pretrained(unfinished)
                 tokenizer.save_pretrained(unfinished)
                 card = model_card(config, type(model), base_name(model.config), is_routers=False)

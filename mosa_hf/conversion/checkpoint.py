@@ -30,7 +30,7 @@ from .configuration import ConversionConfig
 from .convert import convert_model, plain_config
 from .default_text import default_text
 from .publishing import check_can_publish, publish
-from .sources import CARD_NAME, COMPANIONS, Loading, Source, check_loading, find_source
+from .sources import CARD_NAME, Loading, Source, check_loading, find_source
 from .texts import Text, read_text
 from .windows import NUM_WINDOWS, WINDOW_LENGTH, calibration_windows, is_text
 
@@ -227,10 +227,7 @@ def _write(converted: PreTrainedModel, source: Source, unfinished: Path, place: 
     total = sum(path.stat().st_size for path in unfinished.glob("*.safetensors"))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (unfinished / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for file in sorted({file for pattern in COMPANIONS for file in source.path.glob(pattern) if file.is_file()}):
-        target = unfinished / file.relative_to(source.path)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+    source.copy_companions(unfinished)
     config = converted.config
     config.architectures = [type(converted).__name__]
     _write_card(converted, source, unfinished, place)

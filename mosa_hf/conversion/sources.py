@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +32,15 @@ CARD_NAME = "README.md"
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
+    "tokenization_*.py",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab*",
     "merges.txt",
+    "emoji.json",
+    "tekken.json",
     "*.tiktoken",
-    "spiece.model",
+    "*.model",  # of sentencepiece
     "chat_template*",
     "*processor_config.json",
     f"{CHAT_TEMPLATE_DIR}/*",
@@ -94,6 +98,13 @@ class Source:
         if license := self.license():
             about["license"] = license
         return about
+
+    def copy_companions(self, destination: Path) -> None:
+        """Copy what goes along with a model's weights and config into a folder."""
+        for file in sorted({file for pattern in COMPANIONS for file in self.path.glob(pattern) if file.is_file()}):
+            target = destination / file.relative_to(self.path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
 
     def license(self) -> dict[str, str]:
         """The license that the model card names in its front matter; empty if none."""

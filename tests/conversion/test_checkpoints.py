@@ -227,6 +227,16 @@ def test_tokenizer_and_generation_config_come_along(base, tmp_path):
     assert "LICENSE" in names and not names & {"training_args.bin", "notes.py"}
 
 
+def test_files_of_every_tokenizer_come_along(base, routers, tmp_path):
+    """Those that Transformers' tokenizers of decoders name, what Mistral's are shipped as, and code of one's own."""
+    files = {"vocab.json", "merges.txt", "emoji.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"}
+    files |= {"tekken.json", "qwen.tiktoken", "tokenization_own.py"}
+    for name in files:
+        (base / name).write_text("{}")
+    convert_checkpoint(base, tmp_path / "converted", routers=routers)
+    assert not files - {path.name for path in (tmp_path / "converted").iterdir()}
+
+
 def test_routers_folder(base, routers, tmp_path):
     assert {path.name for path in routers.iterdir()} == {"README.md", "mosa_config.json", "mosa_routers.safetensors"}
     other = tmp_path / "published"

@@ -315,12 +315,14 @@ def test_the_command_on_pictures_and_text(learn, tmp_path):
     convert_model(base, ConversionConfig(sparsity=4, window=4), random_tokens(4, 64)).save_pretrained(
         tmp_path / "converted"
     )
+    (tmp_path / "converted" / "processor_config.json").write_text("{}")
     options = f"--learn {learn} --max_steps 1 --save_steps 1 --logging_steps 1 --output_dir {tmp_path / 'runs'}"
     heal.main(f"{common} {options} --destination {tmp_path / 'healed'}".split())
     assert 0 < logged(tmp_path / "runs" / "checkpoint-1")[0]["kv_share_4096"] < 1
     if learn == "full":
         written = json.loads((tmp_path / "healed" / "config.json").read_text())
         assert not any(name.startswith("mosa_") for name in written)
+        assert (tmp_path / "healed" / "processor_config.json").is_file()
         model = AutoModelForImageTextToText.from_pretrained(tmp_path / "healed")
     else:
         model = load_routers(AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "healed")
