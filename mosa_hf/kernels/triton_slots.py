@@ -76,16 +76,10 @@ def launch(
 
 @triton.jit
 def group_slots(
-    block,
-    group,
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    BLOCK: tl.constexpr,
-):
+    block, group,
+    index_ptr, count_ptr,  # [B, G, K], [B, G]
+    batch_size, num_tokens, num_groups, num_slots, BLOCK: tl.constexpr,
+):  # fmt: skip
     """
     Block `block` of a group's slots.
 
@@ -101,6 +95,13 @@ def group_slots(
 
 
 @triton.jit
+def gather(states_ptr, token, filled, column, hidden_size):
+    """Hidden channels `column` [BLOCK_D] of the tokens of a block of slots, [BLOCK, BLOCK_D]; 0 in empty slots."""
+    mask = filled[:, None] & (column < hidden_size)[None, :]
+    return tl.load(states_ptr + token[:, None] * hidden_size + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def piece_of_head(piece, HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr):
     """The head of a piece, counted over a group's heads, its channels [BLOCK_HEAD], and which are in the head."""
     num_pieces: tl.constexpr = (HEAD_DIM + BLOCK_HEAD - 1) // BLOCK_HEAD
@@ -111,17 +112,9 @@ def piece_of_head(piece, HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr):
 @triton.jit
 def load_piece(
     heads_ptr,  # [B, G, H, K, d]
-    piece,
-    num_heads,
-    group,
-    num_groups,
-    row,
-    slot,
-    num_slots,
-    filled,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-):
+    piece, num_heads, group, num_groups, row, slot, num_slots, filled,
+    HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+):  # fmt: skip
     """A piece of a head in a block of slots, [BLOCK, BLOCK_HEAD]; 0 in empty slots."""
     head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
     place = ((row * num_groups + group) * num_heads + head) * num_slots + slot
@@ -133,17 +126,8 @@ def load_piece(
 def add_to_tokens(
     output_ptr,  # ATOMIC: [B, T, D] float32, added to; else [B, G, K, D] float32, filled slots are written
     rows,  # [BLOCK, BLOCK_D] float32
-    column,
-    hidden_size,
-    group,
-    num_groups,
-    row,
-    slot,
-    num_slots,
-    token,
-    filled,
-    ATOMIC: tl.constexpr,
-):
+    column, hidden_size, group, num_groups, row, slot, num_slots, token, filled, ATOMIC: tl.constexpr,
+):  # fmt: skip
     """Add a block of slots' rows to their tokens, or, if not ATOMIC, leave them in the slots for `sum_by_token`."""
     mask = filled[:, None] & (column < hidden_size)[None, :]
     if ATOMIC:
@@ -153,7 +137,7 @@ def add_to_tokens(
         tl.store(output_ptr + place[:, None] * hidden_size + column[None, :], rows, mask=mask)
 
 
-def launch_to_tokens(
+def launch_scatter(
     kernel: JITFunction,
     tensors: Sequence[torch.Tensor],
     index: torch.Tensor,
@@ -176,31 +160,20 @@ def launch_to_tokens(
         output = index.new_zeros(len(index), num_tokens, hidden_size, dtype=torch.float32)
     else:
         output = index.new_empty(*index.shape, hidden_size, dtype=torch.float32)
+    grid = (tile.blocks(index), triton.cdiv(hidden_size, tile.hidden), index.shape[1])
     launch(
-        kernel,
-        (tile.blocks(index), triton.cdiv(hidden_size, tile.hidden), index.shape[1]),
-        (*tensors, index, count, output),
-        index,
-        num_tokens,
-        hidden_size,
-        num_heads,
-        ATOMIC=atomic,
-        num_warps=tile.scatter_warps,
-        num_stages=2,
-        **tile.in_pieces(tile.inner),
-    )
+        kernel, grid, (*tensors, index, count, output), index, num_tokens, hidden_size, num_heads,
+        ATOMIC=atomic, num_warps=tile.scatter_warps, num_stages=2, **tile.in_pieces(tile.inner),
+    )  # fmt: skip
     return output if atomic else sum_by_token(output, index, count, num_tokens)
 
 
 @triton.jit
 def _sum_by_token(
-    rows_ptr,  # [B * G * K, D]
-    order_ptr,  # [B * G * K]
-    start_ptr,  # [B * T + 1]
+    rows_ptr, order_ptr, start_ptr,  # [B * G * K, D], [B * G * K], [B * T + 1]
     output_ptr,  # [B, T, D]
-    hidden_size,
-    BLOCK_D: tl.constexpr,
-):
+    hidden_size, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < hidden_size

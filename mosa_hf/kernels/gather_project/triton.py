@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..derivatives import refuse_second_gradient
 from ..triton_builds import COUNTS, SLOTS, KernelBuild, tensors
-from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
+from ..triton_slots import add_to_tokens, gather, group_slots, launch, launch_scatter, load_piece, piece_of_head, tiles
 
 
 @triton.jit
@@ -77,11 +77,7 @@ def _gather_project(
         for start in range(0, hidden_size, BLOCK_D):
             column = start + tl.arange(0, BLOCK_D)
             inside = column < hidden_size
-            states = tl.load(
-                hidden_ptr + token[:, None] * hidden_size + column[None, :],
-                mask=filled[:, None] & inside[None, :],
-                other=0.0,
-            )  # [BLOCK_K, BLOCK_D]
+            states = gather(hidden_ptr, token, filled, column, hidden_size)  # [BLOCK_K, BLOCK_D]
             weight = weight_ptr + weight_row * hidden_size + column[:, None]
             mask = inside[:, None] & in_head[None, :]
             weight_1 = tl.load(weight + first[None, :] * hidden_size, mask=mask, other=0.0)  # [BLOCK_D, BLOCK_PAIRS]
@@ -109,21 +105,13 @@ def _gather_project(
 @triton.jit(do_not_specialize=COUNTS)
 def _unrotate(
     grad_ptr,  # [B, G, H, K, d]
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    cos_ptr,  # [B, T, ROTARY_DIM]
-    sin_ptr,  # [B, T, ROTARY_DIM]
+    index_ptr, count_ptr,  # [B, G, K], [B, G]
+    cos_ptr, sin_ptr,  # [B, T, ROTARY_DIM]
     output_ptr,  # [B, G, H, K, d]
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
-    NUM_PAIR_BLOCKS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-):
+    batch_size, num_tokens, num_groups, num_slots,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, NUM_PAIR_BLOCKS: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_PAIRS: tl.constexpr,
+):  # fmt: skip
     head, group = tl.program_id(1) // NUM_PAIR_BLOCKS, tl.program_id(2)
     num_heads = tl.num_programs(1) // NUM_PAIR_BLOCKS
     row, slot, token, filled = group_slots(
@@ -145,14 +133,8 @@ def _unrotate(
 @triton.jit
 def _load_weight(
     weight_ptr,  # [G, H * d, D]
-    piece,
-    num_heads,
-    group,
-    column,
-    hidden_size,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-):
+    piece, num_heads, group, column, hidden_size, HEAD_DIM: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+):  # fmt: skip
     """Weight of a piece of a head for a block of hidden channels, [BLOCK_HEAD, BLOCK_D]."""
     head, channel, in_head = piece_of_head(piece, HEAD_DIM, BLOCK_HEAD)
     mask = in_head[:, None] & (column < hidden_size)[None, :]
@@ -162,28 +144,14 @@ def _load_weight(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _hidden_gradient(
-    query_grad_ptr,  # [B, G, R, K, d], before the rotation, as all gradients here
-    key_grad_ptr,  # [B, G, K, d]
-    value_grad_ptr,  # [B, G, K, d]
-    query_weight_ptr,  # [G, R * d, D]
-    key_weight_ptr,  # [G, d, D]
-    value_weight_ptr,  # [G, d, D]
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
+    query_grad_ptr, key_grad_ptr, value_grad_ptr,  # [B, G, R, K, d], [B, G, K, d] twice, before the rotation
+    query_weight_ptr, key_weight_ptr, value_weight_ptr,  # [G, R * d, D], [G, d, D], [G, d, D]
+    index_ptr, count_ptr,  # [B, G, K], [B, G]
     output_ptr,  # see `add_to_tokens`
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    hidden_size,
-    num_heads,  # R
-    NUM_PIECES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ATOMIC: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    batch_size, num_tokens, num_groups, num_slots, hidden_size, num_heads,
+    NUM_PIECES: tl.constexpr, HEAD_DIM: tl.constexpr, ATOMIC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(2)
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
@@ -218,21 +186,12 @@ def _hidden_gradient(
 def _weight_gradient(
     hidden_ptr,  # [B, T, D]
     grad_ptr,  # [B, G, H, K, d], before the rotation
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    weight_grad_ptr,  # [G, H * d, D]
-    bias_grad_ptr,  # [G, H * d]
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    hidden_size,
-    NUM_PIECES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    index_ptr, count_ptr,  # [B, G, K], [B, G]
+    weight_grad_ptr, bias_grad_ptr,  # [G, H * d, D], [G, H * d]
+    batch_size, num_tokens, num_groups, num_slots, hidden_size,
+    NUM_PIECES: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     piece, group = tl.program_id(1), tl.program_id(2)
     num_heads = tl.num_programs(1) // NUM_PIECES
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -247,11 +206,7 @@ def _weight_gradient(
             grad = load_piece(
                 grad_ptr, piece, num_heads, group, num_groups, row, slot, num_slots, filled, HEAD_DIM, BLOCK_HEAD
             )
-            states = tl.load(
-                hidden_ptr + token[:, None] * hidden_size + column[None, :],
-                mask=filled[:, None] & inside[None, :],
-                other=0.0,
-            )  # [BLOCK_K, BLOCK_D]
+            states = gather(hidden_ptr, token, filled, column, hidden_size)  # [BLOCK_K, BLOCK_D]
             total = tl.dot(tl.trans(grad), states, total, input_precision="ieee")
             bias += tl.sum(grad.to(tl.float32), 0)
 
@@ -267,18 +222,11 @@ def _weight_gradient(
 
 @torch.library.custom_op("mosa::gather_project", mutates_args=())
 def gather_project(
-    hidden_states: torch.Tensor,
-    index: torch.Tensor,
-    count: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
-    query_bias: torch.Tensor | None,
-    key_bias: torch.Tensor | None,
-    value_bias: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden_states: torch.Tensor, index: torch.Tensor, count: torch.Tensor,
+    query_weight: torch.Tensor, key_weight: torch.Tensor, value_weight: torch.Tensor,
+    query_bias: torch.Tensor | None, key_bias: torch.Tensor | None, value_bias: torch.Tensor | None,
+    cos: torch.Tensor, sin: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Queries, keys and values of the tokens in the slots.
 
@@ -295,41 +243,26 @@ def gather_project(
     Returns:
         rotated query `[B, G, R, K, d]`, rotated key and value `[B, G, K, d]`; zero in empty slots.
     """
-    batch_size, num_tokens, hidden_size = hidden_states.shape
+    _, num_tokens, hidden_size = hidden_states.shape
     num_groups, head_dim, _ = key_weight.shape
-    num_slots = index.shape[2]
     tile = tiles(head_dim, hidden_states.dtype)
-    num_heads = query_weight.shape[1] // head_dim
-    query = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
-    key, value = (hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim) for _ in range(2))
+    query, key, value = _empty(hidden_states, index, count, query_weight, key_weight)
     weights = (query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
+    grid = (tile.blocks(index), (query.shape[2] + 2) * triton.cdiv(head_dim // 2, tile.pairs), num_groups)
+    tensors = (hidden_states, index, count, *weights, cos, sin, query, key, value)
     launch(
-        _gather_project,
-        (tile.blocks(index), (num_heads + 2) * triton.cdiv(head_dim // 2, tile.pairs), num_groups),
-        (hidden_states, index, count, *weights, cos, sin, query, key, value),
-        index,
-        num_tokens,
-        hidden_size,
-        BLOCK_D=tile.hidden,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **tile.in_pairs(cos.shape[-1]),
-    )
+        _gather_project, grid, tensors, index, num_tokens, hidden_size,
+        BLOCK_D=tile.hidden, num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.in_pairs(cos.shape[-1]),
+    )  # fmt: skip
     return query, key, value
 
 
 @gather_project.register_fake
-def _(
-    hidden_states, index, count, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias, cos, sin
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch_size, num_groups, num_slots = index.shape
-    head_dim = key_weight.shape[1]
+def _empty(hidden_states, index, count, query_weight, key_weight, *others):
+    (batch_size, num_groups, num_slots), head_dim = index.shape, key_weight.shape[1]
     num_heads = query_weight.shape[1] // head_dim
-    return (
-        hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim),
-        hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim),
-        hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim),
-    )
+    query = hidden_states.new_empty(batch_size, num_groups, num_heads, num_slots, head_dim)
+    return query, *(hidden_states.new_empty(batch_size, num_groups, num_slots, head_dim) for _ in range(2))
 
 
 @torch.library.custom_op("mosa::unrotate", mutates_args=())
@@ -358,16 +291,11 @@ def _(grad, index, count, cos, sin):
 
 @torch.library.custom_op("mosa::gather_project_hidden_gradient", mutates_args=())
 def hidden_gradient(
-    query_grad: torch.Tensor,
-    key_grad: torch.Tensor,
-    value_grad: torch.Tensor,
-    index: torch.Tensor,
-    count: torch.Tensor,
-    query_weight: torch.Tensor,
-    key_weight: torch.Tensor,
-    value_weight: torch.Tensor,
+    query_grad: torch.Tensor, key_grad: torch.Tensor, value_grad: torch.Tensor,
+    index: torch.Tensor, count: torch.Tensor,
+    query_weight: torch.Tensor, key_weight: torch.Tensor, value_weight: torch.Tensor,
     num_tokens: int,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """
     Gradient `[B, T, D]` for the hidden states, from gradients before the rotation: `query_grad` [B, G, R, K, d],
     `key_grad` and `value_grad` [B, G, 1, K, d].
@@ -375,9 +303,7 @@ def hidden_gradient(
     num_heads, head_dim = query_grad.shape[2], query_grad.shape[4]
     tensors = (query_grad, key_grad, value_grad, query_weight, key_weight, value_weight)
     tile = tiles(head_dim, query_grad.dtype)
-    output = launch_to_tokens(
-        _hidden_gradient, tensors, index, count, num_tokens, key_weight.shape[2], num_heads, tile
-    )
+    output = launch_scatter(_hidden_gradient, tensors, index, count, num_tokens, key_weight.shape[2], num_heads, tile)
     return output.to(key_grad.dtype)
 
 
@@ -394,32 +320,24 @@ def weight_gradient(
     Gradients `[G, H * d, D]` and `[G, H * d]` of one projection's weight and bias, from `grad` [B, G, H, K, d] before
     the rotation.
     """
-    batch_size, num_tokens, hidden_size = hidden_states.shape
-    _, num_groups, num_heads, num_slots, head_dim = grad.shape
+    _, num_tokens, hidden_size = hidden_states.shape
+    _, num_groups, num_heads, _, head_dim = grad.shape
     tile = tiles(head_dim, grad.dtype)
-    weight_grad = grad.new_empty(num_groups, num_heads * head_dim, hidden_size)
-    bias_grad = grad.new_empty(num_groups, num_heads * head_dim)
+    weight_grad, bias_grad = _empty_weights(hidden_states, index, count, grad)
+    grid = (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups)
+    tensors = (hidden_states, grad, index, count, weight_grad, bias_grad)
     launch(
-        _weight_gradient,
-        (triton.cdiv(hidden_size, tile.hidden), num_heads * triton.cdiv(head_dim, tile.head), num_groups),
-        (hidden_states, grad, index, count, weight_grad, bias_grad),
-        index,
-        num_tokens,
-        hidden_size,
-        num_warps=tile.num_warps,
-        num_stages=2,
-        **tile.in_pieces(tile.head),
-    )
+        _weight_gradient, grid, tensors, index, num_tokens, hidden_size,
+        num_warps=tile.num_warps, num_stages=2, **tile.in_pieces(tile.head),
+    )  # fmt: skip
     return weight_grad, bias_grad
 
 
 @weight_gradient.register_fake
-def _(hidden_states, index, count, grad):
+def _empty_weights(hidden_states, index, count, grad):
     _, num_groups, num_heads, _, head_dim = grad.shape
-    return (
-        grad.new_empty(num_groups, num_heads * head_dim, hidden_states.shape[2]),
-        grad.new_empty(num_groups, num_heads * head_dim),
-    )
+    bias_grad = grad.new_empty(num_groups, num_heads * head_dim)
+    return grad.new_empty(*bias_grad.shape, hidden_states.shape[2]), bias_grad
 
 
 def _save(ctx, inputs, output) -> None:

@@ -12,30 +12,18 @@ import triton.language as tl
 from ..derivatives import refuse_second_gradient
 from ..gather_project.triton import weight_gradient
 from ..triton_builds import COUNTS, SLOTS, KernelBuild, tensors
-from ..triton_slots import add_to_tokens, group_slots, launch, launch_to_tokens, load_piece, piece_of_head, tiles
+from ..triton_slots import add_to_tokens, gather, group_slots, launch, launch_scatter, load_piece, piece_of_head, tiles
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _project_scatter(
-    heads_ptr,  # [B, G, R, K, d]
-    gate_ptr,  # [B, G, K] float32
-    weight_ptr,  # [G, D, R * d]
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    output_ptr,  # ATOMIC: [B, T, D] float32, added to; else [B, G, K, D] float32, filled slots are written
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    hidden_size,
-    num_heads,  # R
-    NUM_PIECES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    ATOMIC: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    heads_ptr, gate_ptr, weight_ptr,  # [B, G, R, K, d], [B, G, K] float32, [G, D, R * d]
+    index_ptr, count_ptr,  # [B, G, K], [B, G]
+    output_ptr,  # see `add_to_tokens`
+    batch_size, num_tokens, num_groups, num_slots, hidden_size, num_heads,
+    NUM_PIECES: tl.constexpr, HEAD_DIM: tl.constexpr, ATOMIC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(2)
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
@@ -68,25 +56,13 @@ def _project_scatter(
 @triton.jit(do_not_specialize=COUNTS)
 def _heads_gradient(
     grad_ptr,  # [B, T, D]
-    heads_ptr,  # [B, G, R, K, d]
-    gate_ptr,  # [B, G, K] float32
-    weight_ptr,  # [G, D, R * d]
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    heads_grad_ptr,  # [B, G, R, K, d]
-    gate_grad_ptr,  # [B, G, K] float32
-    batch_size,
-    num_tokens,
-    num_groups,
-    num_slots,
-    hidden_size,
-    num_heads,  # R
-    NUM_PIECES: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    heads_ptr, gate_ptr, weight_ptr,  # [B, G, R, K, d], [B, G, K] float32, [G, D, R * d]
+    index_ptr, count_ptr,  # [B, G, K], [B, G]
+    heads_grad_ptr, gate_grad_ptr,  # as the heads and the gate
+    batch_size, num_tokens, num_groups, num_slots, hidden_size, num_heads,
+    NUM_PIECES: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(1)
     row, slot, token, filled = group_slots(
         tl.program_id(0), group, index_ptr, count_ptr, batch_size, num_tokens, num_groups, num_slots, BLOCK_K
@@ -103,11 +79,7 @@ def _heads_gradient(
             for start in range(0, hidden_size, BLOCK_D):
                 column = start + tl.arange(0, BLOCK_D)
                 inside = column < hidden_size
-                grad = tl.load(
-                    grad_ptr + token[:, None] * hidden_size + column[None, :],
-                    mask=filled[:, None] & inside[None, :],
-                    other=0.0,
-                )  # [BLOCK_K, BLOCK_D]
+                grad = gather(grad_ptr, token, filled, column, hidden_size)  # [BLOCK_K, BLOCK_D]
                 weight = tl.load(
                     weight_ptr + column[:, None] * (num_heads * HEAD_DIM) + head * HEAD_DIM + channel[None, :],
                     mask=inside[:, None] & in_head[None, :],
@@ -153,7 +125,7 @@ def project_scatter(
     """
     num_heads, head_dim = heads.shape[2], heads.shape[4]
     tile = tiles(head_dim, heads.dtype)
-    output = launch_to_tokens(
+    output = launch_scatter(
         _project_scatter, (heads, gate, weight), index, count, num_tokens, weight.shape[1], num_heads, tile
     )
     return output.to(heads.dtype)
@@ -178,18 +150,11 @@ def heads_gradient(
     tile = tiles(head_dim, heads.dtype)
     _, num_tokens, hidden_size = grad.shape
     heads_grad, gate_grad = heads.new_empty(heads.shape), gate.new_empty(gate.shape)
+    tensors = (grad, heads, gate, weight, index, count, heads_grad, gate_grad)
     launch(
-        _heads_gradient,
-        (tile.blocks(index), num_groups),
-        (grad, heads, gate, weight, index, count, heads_grad, gate_grad),
-        index,
-        num_tokens,
-        hidden_size,
-        num_heads,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        **tile.in_pieces(tile.head),
-    )
+        _heads_gradient, (tile.blocks(index), num_groups), tensors, index, num_tokens, hidden_size, num_heads,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **tile.in_pieces(tile.head),
+    )  # fmt: skip
     return heads_grad, gate_grad
 
 

@@ -15,15 +15,9 @@ NUM_WARPS = 8  # with four, sm_120 spills
 
 @triton.jit
 def _selected_positions(
-    selected_ptr,  # [B, T, G]
-    index_ptr,  # [B, G, K]
-    count_ptr,  # [B, G]
-    num_tokens,
-    num_groups,
-    num_slots,
-    BLOCK_T: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-):
+    selected_ptr, index_ptr, count_ptr,  # [B, T, G], [B, G, K], [B, G]
+    num_tokens, num_groups, num_slots, BLOCK_T: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     count = tl.zeros([BLOCK_G], tl.int32)
@@ -58,26 +52,18 @@ def selected_positions(selected: torch.Tensor, num_slots: int) -> tuple[torch.Te
         index `[B, G, K]` int32, ascending positions, 0 in empty slots, which come last; and count `[B, G]` int32.
     """
     batch_size, num_tokens, num_groups = selected.shape
-    index = selected.new_empty(batch_size, num_groups, num_slots, dtype=torch.int32)
-    count = selected.new_empty(batch_size, num_groups, dtype=torch.int32)
+    index, count = _empty(selected, num_slots)
     grid = (batch_size, triton.cdiv(num_groups, BLOCK_GROUPS))
     with torch.cuda.device_of(selected):
         _selected_positions[grid](
-            selected.contiguous(),
-            index,
-            count,
-            num_tokens,
-            num_groups,
-            num_slots,
-            BLOCK_T=BLOCK_TOKENS,
-            BLOCK_G=BLOCK_GROUPS,
-            num_warps=NUM_WARPS,
-        )
+            selected.contiguous(), index, count, num_tokens, num_groups, num_slots,
+            BLOCK_T=BLOCK_TOKENS, BLOCK_G=BLOCK_GROUPS, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return index, count
 
 
 @selected_positions.register_fake
-def _(selected: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty(selected: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch_size, _, num_groups = selected.shape
     index = selected.new_empty(batch_size, num_groups, num_slots, dtype=torch.int32)
     return index, selected.new_empty(batch_size, num_groups, dtype=torch.int32)
