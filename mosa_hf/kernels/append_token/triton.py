@@ -188,29 +188,16 @@ def append_entry(
 
 @torch.library.custom_op(
     "mosa::append_token",
-    mutates_args=(
-        "states", "length", "num_selected", "num_evicted", "overwritten", "evicted", "is_evicted",
-    ),
-)  # fmt: skip
+    mutates_args=("states", "length", "num_selected", "num_evicted", "overwritten", "evicted", "is_evicted"),
+)
 def _append(
     states: list[torch.Tensor],
-    start: torch.Tensor,
-    length: torch.Tensor,
-    num_selected: torch.Tensor,
-    num_evicted: torch.Tensor,
-    num_stored: torch.Tensor,
-    valid: torch.Tensor | None,
-    new_key: torch.Tensor,
-    new_value: torch.Tensor,
-    new_selected: torch.Tensor,
-    new_score: torch.Tensor | None,
-    overwritten: list[torch.Tensor],
-    evicted: list[torch.Tensor],
-    is_evicted: torch.Tensor | None,
-    has_position: bool,
-    window: int,
-    budget: int | None,
-) -> None:
+    start: torch.Tensor, length: torch.Tensor, num_selected: torch.Tensor, num_evicted: torch.Tensor,
+    num_stored: torch.Tensor, valid: torch.Tensor | None,
+    new_key: torch.Tensor, new_value: torch.Tensor, new_selected: torch.Tensor, new_score: torch.Tensor | None,
+    overwritten: list[torch.Tensor], evicted: list[torch.Tensor], is_evicted: torch.Tensor | None,
+    has_position: bool, window: int, budget: int | None,
+) -> None:  # fmt: skip
     has_scale = states[0].dtype == torch.int8
     has = (True, True, has_scale, has_scale, True, has_position, len(states) > 3 + 2 * has_scale + has_position)
 

@@ -59,20 +59,11 @@ def _rotate(
 
 
 def gather_project(
-    hidden_states: torch.Tensor,
-    token: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    gate: torch.Tensor | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    router: torch.Tensor | None,
-    query_bias: torch.Tensor | None,
-    key_bias: torch.Tensor | None,
-    value_bias: torch.Tensor | None,
+    hidden_states: torch.Tensor, token: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, gate: torch.Tensor | None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, router: torch.Tensor | None,
+    query_bias: torch.Tensor | None, key_bias: torch.Tensor | None, value_bias: torch.Tensor | None,
     router_bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """
     Queries, keys and values of each group's slots, queries and keys rotated. The backward gathers the rows again.
 

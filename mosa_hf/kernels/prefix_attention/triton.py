@@ -61,24 +61,15 @@ def prefix_attention(
         return numbers.to(torch.int32).expand(batch_size, num_groups, num_queries).contiguous()
 
     window_key, window_value, window_start, window_size = (None, None, None, 0) if window is None else window
-    output, _ = _forward(
-        query,
-        far.key.contiguous(),
-        far.value.contiguous(),
-        per_query(far.start),
-        per_query(far.end),
+    return _forward(
+        query, far.key.contiguous(), far.value.contiguous(), per_query(far.start), per_query(far.end),
         None if far.bias is None else far.bias.float().contiguous(),
         None if far.evicted_at is None else far.evicted_at.clamp(max=INT32_MAX).to(torch.int32).contiguous(),
-        window_key,
-        window_value,
-        per_query(window_start),
+        window_key, window_value, per_query(window_start),
         per_query(position) if far.evicted_at is not None else None,
         None if sinks is None else sinks.float().contiguous(),
-        window_size,
-        head_dim**-0.5 if scale is None else float(scale),
-        None if softcap is None else float(softcap),
-    )
-    return output
+        window_size, head_dim**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap),
+    )[0]  # fmt: skip
 
 
 def _check(
@@ -228,9 +219,7 @@ def _hull(first, last, num_slots):
 
 @triton.jit
 def scaled_scores(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """
-    Scores in base 2 of `products` q · k after the softcap, and the softcap's tanh (no use without a softcap).
-    """
+    """Scores in base 2 of `products` q · k after the softcap, and the softcap's tanh (no use without a softcap)."""
     if SOFTCAP is None:
         tanh = products
         scores = products * (SCALE * LOG2_E)
@@ -267,17 +256,8 @@ def start_softmax(sink, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def add_to_softmax(
-    scores, value, value_scale, slot, present, row_max, row_sum, weighted,
-    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
-):  # fmt: skip
-    """Online softmax: rows [M] read `scores` [M, N] of the slots [N] of `value` (see `load_entries`) as well."""
-    v = load_entries(value, value_scale, slot, present, HEAD_DIM, BLOCK_DIM)  # [N, d]
-    return _add_values(scores, v, row_max, row_sum, weighted)
-
-
-@triton.jit
-def _add_values(scores, v, row_max, row_sum, weighted):
+def add_to_softmax(scores, v, row_max, row_sum, weighted):
+    """Online softmax: rows [M] read the values `v` [N, d] as well, whose `scores` are [M, N]."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     rescale = tl.exp2(row_max - new_max)
     weights = tl.exp2(scores - new_max[:, None])
@@ -302,18 +282,11 @@ def _read(
         k = _load_at(key + place * key_step, within * key_step, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
         scores = _masked(
-            scores,
-            slot[None, :],
-            num_slots,
-            offset,
-            bias,
-            evicted_at,
-            first[:, None],
-            last[:, None],
-            position[:, None],
-        )
+            scores, slot[None, :], num_slots, offset, bias, evicted_at,
+            first[:, None], last[:, None], position[:, None],
+        )  # fmt: skip
         v = _load_at(value + place * value_step, within * value_step, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
-        row_max, row_sum, weighted = _add_values(scores, v, row_max, row_sum, weighted)
+        row_max, row_sum, weighted = add_to_softmax(scores, v, row_max, row_sum, weighted)
     return row_max, row_sum, weighted
 
 
@@ -390,16 +363,9 @@ def _read_gradient(
         k = load_rows(key + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         scores, tanh = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)  # [M, N]
         scores = _masked(
-            scores,
-            slot[None, :],
-            num_slots,
-            offset,
-            bias,
-            evicted_at,
-            first[:, None],
-            last[:, None],
-            position[:, None],
-        )
+            scores, slot[None, :], num_slots, offset, bias, evicted_at,
+            first[:, None], last[:, None], position[:, None],
+        )  # fmt: skip
         weights = tl.exp2(scores - lse[:, None])
         v = load_rows(value + offset * HEAD_DIM, slot, slot < stop, HEAD_DIM, BLOCK_DIM)  # [N, d]
         weights_grad = tl.dot(output_grad, tl.trans(v), input_precision="ieee")
@@ -523,16 +489,9 @@ def prefix_key_gradient(
         q = load_rows(query + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)  # [M, d]
         scores, tanh = scaled_scores(tl.dot(k, tl.trans(q), input_precision="ieee"), SCALE, SOFTCAP)  # [N, M]
         scores = _masked(
-            scores,
-            slot[:, None],
-            num_slots,
-            offset,
-            bias,
-            evicted_at,
-            first[None, :],
-            last[None, :],
-            i_position[None, :],
-        )
+            scores, slot[:, None], num_slots, offset, bias, evicted_at,
+            first[None, :], last[None, :], i_position[None, :],
+        )  # fmt: skip
         row_lse = tl.load(lse + group_queries * HEADS + row, mask=present, other=0.0)
         weights = tl.exp2(scores - row_lse[None, :])
         do = load_rows(output_grad + group_queries * HEADS * HEAD_DIM, row, present, HEAD_DIM, BLOCK_DIM)
@@ -555,21 +514,12 @@ def prefix_key_gradient(
 @torch.library.custom_op("mosa::prefix_attention", mutates_args=())
 def _forward(
     query: torch.Tensor,
-    far_key: torch.Tensor,
-    far_value: torch.Tensor,
-    far_start: torch.Tensor | None,
-    far_end: torch.Tensor,
-    far_bias: torch.Tensor | None,
-    far_evicted_at: torch.Tensor | None,
-    window_key: torch.Tensor | None,
-    window_value: torch.Tensor | None,
-    window_start: torch.Tensor | None,
-    position: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    window: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    far_key: torch.Tensor, far_value: torch.Tensor, far_start: torch.Tensor | None, far_end: torch.Tensor,
+    far_bias: torch.Tensor | None, far_evicted_at: torch.Tensor | None,
+    window_key: torch.Tensor | None, window_value: torch.Tensor | None, window_start: torch.Tensor | None,
+    position: torch.Tensor | None, sinks: torch.Tensor | None,
+    window: int, scale: float, softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """
     Output `[B, G, R, T, d]`, laid out as the queries are, and lse `[B, G, R, T]`. Queries and the window's keys and
     values may lie as projections leave them; all else is contiguous, as `prefix_attention` prepares it.
@@ -607,25 +557,14 @@ def _(query, *others):
 
 @torch.library.custom_op("mosa::prefix_attention_backward", mutates_args=())
 def _backward(
-    output_grad: torch.Tensor,
-    output: torch.Tensor,
-    lse: torch.Tensor,
+    output_grad: torch.Tensor, output: torch.Tensor, lse: torch.Tensor,
     query: torch.Tensor,
-    far_key: torch.Tensor,
-    far_value: torch.Tensor,
-    far_start: torch.Tensor | None,
-    far_end: torch.Tensor,
-    far_bias: torch.Tensor | None,
-    far_evicted_at: torch.Tensor | None,
-    window_key: torch.Tensor | None,
-    window_value: torch.Tensor | None,
-    window_start: torch.Tensor | None,
-    position: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    window: int,
-    scale: float,
-    softcap: float | None,
-) -> list[torch.Tensor]:
+    far_key: torch.Tensor, far_value: torch.Tensor, far_start: torch.Tensor | None, far_end: torch.Tensor,
+    far_bias: torch.Tensor | None, far_evicted_at: torch.Tensor | None,
+    window_key: torch.Tensor | None, window_value: torch.Tensor | None, window_start: torch.Tensor | None,
+    position: torch.Tensor | None, sinks: torch.Tensor | None,
+    window: int, scale: float, softcap: float | None,
+) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of the inputs `LEARN`; an empty tensor for an input that is None."""
     batch_size, num_groups, num_heads, num_queries, head_dim = query.shape
     # One layout for the kernels to be compiled for: the copies are linear in tokens, as attention is not.
@@ -745,11 +684,7 @@ def production_builds() -> list[KernelBuild]:
         ("sparse softcap sinks", 4, {"SOFTCAP": 50.0}),
         ("paper", 1, dict.fromkeys((*absent.split(), "bias_grad")) | plain),
     )
-    kernels = (
-        (prefix_forward, FORWARD),
-        (prefix_query_gradient, QUERY_GRADIENT),
-        (prefix_key_gradient, KEY_GRADIENT),
-    )
+    kernels = ((prefix_forward, FORWARD), (prefix_query_gradient, QUERY_GRADIENT), (prefix_key_gradient, KEY_GRADIENT))
     builds = []
     for head_dim, (kind, dtype), (form, num_heads, given), (function, table), backend in product(
         HEAD_DIMS, DTYPES.items(), forms, kernels, FLOAT32

@@ -70,8 +70,7 @@ def sparse_attention(
         valid = None if recent.valid is None else recent.valid[:, 0]
         return opaque_sparse_attention(
             query, recent.key, recent.value, far_bias, sinks, recent.position[:, 0], valid, recent.selected,
-            recent.evicted_at,
-            position, segment, window, scale, softcap,
+            recent.evicted_at, position, segment, window, scale, softcap,
         )  # fmt: skip
     if query.numel() == 0:
         return query.new_zeros(*query.shape[:-1], recent.value.shape[-1])
@@ -223,21 +222,9 @@ def _learns_in_bfloat16(*states: torch.Tensor) -> bool:
 
 
 def _run(
-    query,
-    key,
-    value,
-    far_bias,
-    sinks,
-    key_position,
-    valid,
-    selected,
-    evicted_at,
-    position,
-    segment,
-    window,
-    scale,
-    softcap,
-) -> torch.Tensor:
+    query, key, value, far_bias, sinks, key_position, valid, selected, evicted_at, position, segment,
+    window, scale, softcap,
+) -> torch.Tensor:  # fmt: skip
     valid = None if valid is None else valid[:, None].expand_as(selected)
     recent = KeyValues(key, value, key_position[:, None].expand_as(selected), valid, selected, evicted_at)
     return sparse_attention(query, recent, None, position, segment, window, far_bias, scale, softcap, sinks)

@@ -70,20 +70,14 @@ def sparse_decode(
     if learns or (packed.value_scale is not None and spills_codes(head_dim, dtype)):
         return pytorch.sparse_decode(query, packed, scale, softcap, sinks)
     check_head_dim(head_dim)
-    heads = _decode(
+    return _decode(
         query.to(dtype).contiguous(),
-        (packed.key.to(dtype) if packed.key_scale is None else packed.key).contiguous(),
-        packed.value.contiguous(),
-        packed.key_scale if packed.key_scale is None else packed.key_scale.to(dtype),
-        packed.value_scale,
-        packed.start.contiguous(),
-        packed.length.contiguous(),
-        packed.max_length,
-        head_dim**-0.5 if scale is None else float(scale),
-        None if softcap is None else float(softcap),
+        (packed.key.to(dtype) if packed.key_scale is None else packed.key).contiguous(), packed.value.contiguous(),
+        None if packed.key_scale is None else packed.key_scale.to(dtype), packed.value_scale,
+        packed.start.contiguous(), packed.length.contiguous(), packed.max_length,
+        head_dim**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap),
         None if sinks is None else sinks.float().contiguous(),
-    )
-    return heads.to(query.dtype)
+    ).to(query.dtype)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_groups", "chunk"])
@@ -120,28 +114,17 @@ def decode_attend(
         for block in range(begin, stop, BLOCK_SLOTS):
             slot = block + tl.arange(0, BLOCK_SLOTS)
             filled = slot < stop
-            k = load_entries(
-                key + first * HEAD_DIM,
-                None if key_scale is None else key_scale + first,
-                slot,
-                filled,
-                HEAD_DIM,
-                BLOCK_DIM,
-            )  # [N, d]
+            k = load_entries(  # [N, d]
+                key + first * HEAD_DIM, None if key_scale is None else key_scale + first,
+                slot, filled, HEAD_DIM, BLOCK_DIM,
+            )  # fmt: skip
             scores = scaled_scores(tl.dot(q, tl.trans(k), input_precision="ieee"), SCALE, SOFTCAP)[0]  # [M, N]
             scores = tl.where(filled[None, :], scores, float("-inf"))
-            row_max, row_sum, weighted = add_to_softmax(
-                scores,
-                value + first * HEAD_DIM,
-                None if value_scale is None else value_scale + first,
-                slot,
-                filled,
-                row_max,
-                row_sum,
-                weighted,
-                HEAD_DIM,
-                BLOCK_DIM,
-            )
+            v = load_entries(
+                value + first * HEAD_DIM, None if value_scale is None else value_scale + first,
+                slot, filled, HEAD_DIM, BLOCK_DIM,
+            )  # fmt: skip
+            row_max, row_sum, weighted = add_to_softmax(scores, v, row_max, row_sum, weighted)
         row_sum = tl.where(row_sum > 0, row_sum, 1.0)  # nothing read: zeros
         weighted = weighted / row_sum[:, None]
         store_rows(output + partial * HEAD_DIM, head, present, weighted, HEAD_DIM, BLOCK_DIM)
@@ -183,18 +166,11 @@ def decode_combine(
 
 @torch.library.custom_op("mosa::sparse_decode", mutates_args=())
 def _decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_scale: torch.Tensor | None,
-    value_scale: torch.Tensor | None,
-    start: torch.Tensor,
-    count: torch.Tensor,
-    max_length: int,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    key_scale: torch.Tensor | None, value_scale: torch.Tensor | None,
+    start: torch.Tensor, count: torch.Tensor, max_length: int,
+    scale: float, softcap: float | None, sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
     """Takes contiguous tensors, as `sparse_decode` prepares them."""
     batch_size, num_groups, num_heads, head_dim = query.shape
     output = torch.empty_like(query)
