@@ -29,8 +29,6 @@ FILES = {"reference": "reference", "torch": "pytorch", "triton": "triton"}  # a 
 _backends: dict[str, Backend] = {}
 _chosen: str | None = None
 _has_gpu_build = bool(torch.version.cuda or torch.version.hip) and importlib.util.find_spec("triton") is not None
-
-
 _is_old: dict[int, bool] = {}  # GPU → whether it is one on which Triton's kernels are not worth running
 
 

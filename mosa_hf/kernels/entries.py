@@ -54,10 +54,7 @@ class PackedKeyValues(NamedTuple):
         return torch.where(filled, self.start[..., None] + slot, 0), filled
 
     def pad(self) -> KeyValues | None:
-        """
-        The entries, with empty slots behind each range and position -1 for want of a position; None if there are
-        no slots.
-        """
+        """The entries, empty slots behind each range, position -1 for want of one; None if there are no slots."""
         if self.max_length == 0:
             return None
         entries, filled = self.slots()

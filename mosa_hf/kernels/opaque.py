@@ -36,7 +36,10 @@ def opaque_op(
         f"mosa::{name}_backward", mutates_args=(), schema=f"(Tensor grad, {parameters}) -> Tensor[]"
     )
     def backward_op(grad: torch.Tensor, *inputs) -> list[torch.Tensor]:
-        return _gradients(run, grad, inputs, learn)
+        """Gradients of the inputs `learn`; an empty tensor for an input that is None."""
+        needed = tuple(i in learn and x is not None for i, x in enumerate(inputs))
+        grads = plain_gradients(run, inputs, needed, grad)  # not by autograd: an op runs below it
+        return [grad.new_empty(0) if (own := grads[i]) is None else own.contiguous() for i in learn]
 
     refuse_second_gradient(backward_op)
 
@@ -46,12 +49,7 @@ def opaque_op(
 
     @backward_op.register_fake
     def _(grad: torch.Tensor, *inputs) -> list[torch.Tensor]:
-        return [
-            grad.new_empty(0)
-            if inputs[i] is None
-            else torch.empty_like(inputs[i], memory_format=torch.contiguous_format)
-            for i in learn
-        ]
+        return [grad.new_empty(0) if (own := inputs[i]) is None else own.new_empty(own.shape) for i in learn]
 
     def setup_context(ctx, inputs, output) -> None:
         ctx.num_inputs = len(inputs)
@@ -68,12 +66,3 @@ def opaque_op(
 
     op.register_autograd(backward, setup_context=setup_context)
     return op
-
-
-def _gradients(
-    function: Callable[..., torch.Tensor], grad: torch.Tensor, inputs: tuple, learn: tuple[int, ...]
-) -> list[torch.Tensor]:
-    """Gradients of the inputs `learn`; an empty tensor for an input that is None."""
-    needed = tuple(i in learn and x is not None for i, x in enumerate(inputs))
-    grads = plain_gradients(function, inputs, needed, grad)  # not by autograd: an op runs below it
-    return [grad.new_empty(0) if (own := grads[i]) is None else own.contiguous() for i in learn]

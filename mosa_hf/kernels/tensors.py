@@ -86,9 +86,3 @@ def join(*parts: KeyValues | None) -> KeyValues:
 def _cat(states: list[torch.Tensor | None], missing: list[torch.Tensor]) -> torch.Tensor:
     """`states` [B, G, S] in one, those that are None replaced."""
     return torch.cat([x if x is not None else other for x, other in zip(states, missing, strict=True)], dim=2)
-
-
-def of_step(key: torch.Tensor, value: torch.Tensor, filled: torch.Tensor, tokens: Tokens) -> KeyValues:
-    """Key and value `[B, G, 1, d]` of one token a row, with what is said of it; `filled` where it is selected."""
-    score = None if tokens.score is None else tokens.score.transpose(1, 2)
-    return KeyValues(key, value, tokens.position[:, None].expand_as(filled), filled, None, None, score)

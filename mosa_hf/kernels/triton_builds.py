@@ -7,9 +7,7 @@ from triton.runtime.jit import JITFunction
 
 
 class KernelBuild(NamedTuple):
-    """
-    One kernel at one production setting. Every op file exports its own as `production_builds() -> list[KernelBuild]`.
-    """
+    """One kernel at one production setting. Op files export theirs by `production_builds() -> list[KernelBuild]`."""
 
     name: str  # as the table shows it: the kernel and what distinguishes this setting, "prefix_forward d=128 R=4"
     function: JITFunction

@@ -9,7 +9,8 @@ from ..prefix_attention.triton import FarKeys, after_packed, prefix_attention
 from ..project_scatter.triton import project_scatter
 from ..selected_positions.triton import selected_positions
 from ..sparse_decode.triton import sparse_decode
-from ..tensors import HeadWeights, KeyValues, Tokens, of_step
+from ..tensors import HeadWeights, KeyValues, Tokens
+from .reference import of_all
 
 
 def selected_heads(
@@ -38,10 +39,9 @@ def selected_heads(
     )  # [B, G, R, K, d], [B, G, K, d], [B, G, K, d]
 
     if callable(past):  # of a single token, slot and column are one
-        filled = tokens.selected.transpose(1, 2)
-        new = of_step(key, value, filled, tokens)
+        new = of_all(key, value, tokens)
         read = past(new)
-        read = read._replace(length=read.length * filled[..., 0])
+        read = read._replace(length=read.length * tokens.selected[:, 0])
         heads = sparse_decode(query[..., 0, :], read)[..., None, :]
         gate = tokens.gate.transpose(1, 2).float()
         return project_scatter(heads, gate, weights.output, index, count, num_tokens), new
