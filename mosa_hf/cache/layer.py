@@ -52,11 +52,6 @@ class SparseSpec(NamedTuple):
         """The same without names, for what exporters take apart: they rebuild tuples, and fail on those with names."""
         return tuple(self._replace(sets=tuple(tuple(each) for each in self.sets)))  # type: ignore[misc]
 
-    @classmethod
-    def of_plain(cls, plain: tuple[Any, ...]) -> "SparseSpec":
-        spec = cls(*plain)
-        return spec._replace(sets=tuple(GroupSet(*each) for each in spec.sets))
-
 
 class Routed(NamedTuple):
     """What the routers said of a call's tokens, for one set of groups."""
@@ -157,18 +152,13 @@ class SparseLayer(MixedLayer):
     def fits(self, spec: SparseSpec) -> bool:
         """Whether this is what `upgrade_cache` would make for `spec`, capacities aside."""
         own, wanted = (
-            each._replace(sets=tuple(one._replace(sparsity=0.0) for one in each.sets))
-            for each in (SparseSpec.of_plain(self.made_for[1]), spec)
+            (dense, [(groups, window) for groups, window, _ in sets], others)  # all but sparsities
+            for dense, sets, *others in (self.made_for[1], spec.plain())
         )
-        return own == wanted  # all but sparsities
+        return own == wanted
 
     def has_tokens(self) -> bool:
         return self.stores[0].has_tokens()
-
-    @property
-    def is_in_forward(self) -> bool:
-        """Whether a call has begun and has not ended; after it, that it failed half-way."""
-        return self.stores[0].routed is not None
 
     def lazy_initialization(self, *states: torch.Tensor, **recurrent: Any) -> None:
         # `early_initialization` by who does not know the dense groups gives all heads. Hybrid layers have others, too.
@@ -391,10 +381,7 @@ class CacheInForward:
 
 
 def upgrade_cache(
-    cache: Cache,
-    specs: dict[int, SparseSpec | None],
-    max_cache_len: int | None = None,
-    owner: str = "a MoSA model",
+    cache: Cache, specs: dict[int, SparseSpec | None], max_cache_len: int | None = None, owner: str = "a MoSA model"
 ) -> None:
     """
     Give the layers that have sparse groups or MoSA heads their stores. Layers that have the same already are left
@@ -480,12 +467,8 @@ def _held(layer: DynamicLayer | StaticLayer) -> int:
 
 
 def check_lengths(layers: Sequence[object]) -> None:
-    """
-    Raises:
-        ValueError: for layers of one cache that do not hold the same tokens, where that is known without asking a
-            device.
-    """
-    if any(isinstance(layer, SparseLayer) and layer.is_in_forward for layer in layers):
+    """Raise a ValueError for layers of one cache that do not hold the same tokens, if that asks no device."""
+    if any(isinstance(layer, SparseLayer) and layer.stores[0].routed is not None for layer in layers):
         raise ValueError(
             "An earlier call failed half-way, and some layers of `past_key_values` hold its tokens: `reset()` it, "
             "make a new cache, or go on with a copy (`copy.deepcopy`) that was made before that call."

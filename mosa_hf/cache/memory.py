@@ -124,8 +124,17 @@ class EntryMemory(Entries):
         """
         lengths = self._ask(length) if lengths is None else lengths
         lacks_room = self.null == 0 or self._least_free(lengths) < 0  # the null entry may be read, even of no tokens
-        if lacks_room or stays is not None or not self.may_change(*self.states.values()):
-            self._keep(kept, stays, offset, length, lengths)
+        old = self.states
+        if lacks_room or stays is not None or not self.may_change(*old.values()):
+            if not self.is_fixed:
+                self._allocate(*self._places(length, lengths))
+            if kept is not None:
+                entries, filled = kept.slots()
+                filled = filled if stays is None else filled & stays
+                target = torch.where(filled, self.start[..., None] + offset + filled.cumsum(-1) - 1, self.null)
+                for name, own in self.states.items():
+                    rows = old[name].index_select(0, entries.flatten()).unflatten(0, entries.shape)
+                    own.index_put_((target,), rows)
         self._set_length(length, lengths)
 
     def _set_length(self, length: torch.Tensor, lengths: list[int]) -> None:
@@ -272,27 +281,6 @@ class EntryMemory(Entries):
         for name, new in (encoded(rows) if "key_scale" in self.states else rows).items():
             first = _first_of_each(self.states[name], len(self.capacities), new.shape[2])
             first.copy_(new.detach().flatten(0, 1))
-
-    def _keep(
-        self,
-        kept: PackedKeyValues | None,
-        stays: torch.Tensor | None,
-        offset: int,
-        length: torch.Tensor,
-        lengths: list[int],
-    ) -> None:
-        """Of `make_room`: hold what is kept, in memory for ranges of `length` [B, G] entries."""
-        old = self.states
-        if not self.is_fixed:
-            self._allocate(*self._places(length, lengths))
-        if kept is None:
-            return
-        entries, filled = kept.slots()
-        filled = filled if stays is None else filled & stays
-        target = torch.where(filled, self.start[..., None] + offset + filled.cumsum(-1) - 1, self.null)
-        for name, own in list(self.states.items()):
-            rows = old[name].index_select(0, entries.flatten()).unflatten(0, entries.shape)
-            own.index_put_((target,), rows)
 
 
 def evenly_spaced(length: torch.Tensor, stride: int) -> torch.Tensor:

@@ -47,27 +47,22 @@ def extended(recent: Rows | None, new: Rows, valid: torch.Tensor | None, num_tok
 
 
 def places_of(
-    recent: Rows,
-    memory: EntryMemory,
-    num_far: int,
-    window: int,
-    before: torch.Tensor | int,
-    up_to: torch.Tensor | None,
-    is_padded: bool,
+    rows: Rows, memory: EntryMemory, window: int, before: torch.Tensor | int, up_to: torch.Tensor | None, padded: bool
 ) -> torch.Tensor:
     """
-    Entries `[B, G, S]` of `recent`: of the first `num_far` the selected ones join what a range has `before`, the
-    others go to the ring. `up_to`: see `Counts`. Slots that are not filled, if it `is_padded`, have the null entry.
+    Entries `[B, G, S]` of `rows`: the last `window` go to the ring, of those before them the selected ones join what
+    a range has `before`. `up_to`: see `Counts`. Slots that are not filled, if they are `padded`, have the null entry.
     """
-    start, position, found = memory.start[..., None], recent["position"][..., num_far:], []
+    num_far = max(rows["position"].shape[2] - window, 0)
+    start, position, found = memory.start[..., None], rows["position"][..., num_far:], []
     if num_far:
-        joins = recent["selected"][..., :num_far]
+        joins = rows["selected"][..., :num_far]
         up_to = joins.cumsum(-1) if up_to is None else up_to
         place = start + up_to + (before - 1 if isinstance(before, int) else before[..., None] - 1)
         found.append(torch.where(joins, place, memory.null))
     if window:
         place = start + position % window
-        found.append(torch.where(position >= 0, place, memory.null) if is_padded else place)
+        found.append(torch.where(position >= 0, place, memory.null) if padded else place)
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 

@@ -112,10 +112,7 @@ def _set_memory(store: SparseStore, ranges: Tensors, entries: Tensors, plain: di
 
 
 def _check_memory(memory: EntryMemory, calls: CallLog | None) -> None:
-    """
-    Raises:
-        ValueError: if what is remembered can be read only beyond its memory.
-    """
+    """Raise a ValueError if what is remembered can be read only beyond its memory."""
     start, length = memory.start, memory.length
     if any(len(states) != memory.null + 1 for states in memory.states.values()):
         raise ValueError(f"there are not {memory.null} entries and one more of each state")

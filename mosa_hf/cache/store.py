@@ -241,14 +241,9 @@ class SparseStore:
         self, memory: EntryMemory, calls: CallLog, routing: Routing, key: torch.Tensor, value: torch.Tensor
     ) -> None:
         """Add a token `[B, G, d]` to every row but those in which it is padding."""
-        (selected, score, valid), most = routing, calls.max_tokens
-        token = Token(
-            key,
-            value,
-            selected[..., 0],
-            None if score is None else score[..., 0],
-            None if valid is None else valid[:, 0],
-        )
+        (selected, *others), most = routing, calls.max_tokens
+        score, valid = (None if each is None else each[..., 0] for each in others)
+        token = Token(key, value, selected[..., 0], score, valid)
         memory.reserve_one(self.window - most)  # a ring that is not full takes every token
         if self.budget is not None and not memory.may_change(memory.num_evicted):
             memory.num_evicted = memory.num_evicted.clone()
@@ -256,7 +251,7 @@ class SparseStore:
         taken = backend(key).append_token(memory, token, calls.num_stored, self.window, self.budget, notes, common)
         if taken.overwritten is not None and most < self.window:  # no ring is full
             taken = taken._replace(overwritten=None)
-        calls.add_one(token.valid)
+        calls.add_one(valid)
         record = UndoRecord(selected.shape[1], *taken) if notes else None
         if record is not None and record.is_evicted is not None:
             record.num_final = calls.num_final
@@ -352,7 +347,7 @@ class SparseStore:
         if not num_far and memory.may_write_first() and common == position.shape[2]:
             memory.write_first(rows)
         elif position.shape[2]:
-            places = places_of(rows, memory, num_far, self.window, before, counts.up_to, common is None)
+            places = places_of(rows, memory, self.window, before, counts.up_to, common is None)
             memory.write(places, rows, has_null=num_far > 0 or common is None)
         if "score" in memory.states:
             num_selected = selected.sum(-1) if num_kept is None else selected.sum(-1) + num_kept
@@ -489,5 +484,5 @@ class SparseStore:
         held = []
         if self.memory is not None and self.calls is not None:
             held = [*self.memory.tensors(), self.calls.num_stored]
-            held += [states for record in self.calls.records for states in record.tensors()]
+            held += [states for record in self.calls.records for states in record.state().values()]
         return held + list((self.recent or {}).values())

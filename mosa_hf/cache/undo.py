@@ -81,10 +81,6 @@ class UndoRecord:
                 memory.put(torch.where(is_full, entry, memory.null), **self.overwritten)
             memory.length = memory.length - (is_real & ~is_full).long()
 
-    def tensors(self) -> list[torch.Tensor]:
-        """All that is held in memory."""
-        return list(self.state().values())
-
     def state(self) -> dict[str, torch.Tensor]:
         """All that is held in memory, by name: "evicted.key" is the key of `evicted`."""
         nested = {"overwritten": self.overwritten, "evicted": self.evicted}
