@@ -115,7 +115,7 @@ class SparseLayer(MixedLayer):
     Mixed into a cache layer's class by `upgrade_cache`: its own states are the dense groups'.
 
     Of a forward: `begin`, then `update` as any cache layer, but through `CacheInForward`, `readable` (what the sparse
-    groups' queries may read) and `evict` when they have.
+    groups' queries may read) and `end_call` when they have.
     """
 
     owner: str  # class of the model that it was made for
@@ -126,7 +126,7 @@ class SparseLayer(MixedLayer):
     stores: tuple[SparseStore, ...]  # one for each set of groups
     num_dense: int | None  # as in `SparseSpec`
     _seen: SeenMask  # of a cache's first such layer: see `seen_tokens`
-    # Between `begin` and `evict`: how the call's tokens stand, and what their queries may read.
+    # Between `begin` and `end_call`: how the call's tokens stand, and what their queries may read.
     _layout: Any
     _centers: Any  # `Routed.center` of each set
     _read: Any
@@ -167,7 +167,7 @@ class SparseLayer(MixedLayer):
     def begin(self, layout: CallLayout, routed: list[Routed]) -> None:
         """A call begins, whose tokens stand as `layout` says and were `routed`, a set of groups each."""
         layout = layout.to(routed[0].selected.device)
-        # For `update`, until `evict`.
+        # For `update`, until `end_call`.
         self._layout, self._centers = None if self.dense_groups is None else layout, [each.center for each in routed]
         valid = None if layout.valid is None else layout.pad_left(layout.valid, dim=1)
         for store, (selected, score, _) in zip(self.stores, routed, strict=True):

@@ -30,7 +30,7 @@ class SparseStore:
     while there are fewer tokens, as many entries. Behind it come the *kept* entries, selected tokens that have left
     the window, in no particular order. So the whole of a range is what the next token reads.
 
-    Of a model call: `begin` (what the routers said), `extend` (what its queries may read), `evict` when they have.
+    Of a model call: `begin` (what the routers said), `extend` (what its queries may read), `end_call` when they have.
 
     `is_over`: whether selected tokens are more than the budget allows; None: only the device knows.
 
