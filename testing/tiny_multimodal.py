@@ -1,4 +1,4 @@
-"""Tiny models around decoders, each with a picture to read, which tests convert."""
+"""Tiny models around decoders, each with a picture to read or a sound, which tests convert."""
 
 import copy
 import inspect
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from mosa_hf.modeling.configuration import is_composite
 from mosa_hf.modeling.family import PREFIX, family_of
@@ -64,6 +64,7 @@ SAM = {
     "mlp_dim": 48,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+SOUND = {"num_mel_bins": 8, "max_source_positions": 20}  # 40 columns of a spectrogram
 GLM_TEXT = {**TEXT, **rope(mrope_section=[1, 1, 2], partial_rotary_factor=1.0)}
 GLM_TOKENS = {
     "image_start_token_id": START,
@@ -333,7 +334,48 @@ FIELDS: dict[str, dict[str, Any]] = {
         "image_token_index": IMAGE,
         "projection_dim": 32,
     },
+    "qwen2_audio": {
+        "audio_config": {
+            "model_type": "qwen2_audio_encoder",
+            "d_model": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            **SOUND,
+        },
+        "text_config": {"model_type": "qwen2", **TEXT},
+        "audio_token_index": IMAGE,
+    },
+    "voxtral": {
+        "audio_config": {**VISION, "model_type": "voxtral_encoder", "intermediate_size": 128, **SOUND},
+        "text_config": {"model_type": "llama", **TEXT},
+        "audio_token_id": IMAGE,
+    },
+    "granite_speech": {
+        "text_config": {"model_type": "granite", **TEXT},
+        "encoder_config": {
+            "hidden_dim": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dim_head": 8,
+            "input_dim": 8,
+            "output_dim": 12,
+            "context_size": 10,
+            "max_pos_emb": 16,
+        },
+        "projector_config": {
+            "model_type": "blip_2_qformer",
+            "hidden_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "encoder_hidden_size": 32,
+        },
+        "audio_token_index": IMAGE,
+        "has_lora_adapter": False,
+    },
 }
+SOUNDS = ("qwen2_audio", "voxtral", "granite_speech")
 
 
 def pixels(size: int = 28) -> torch.Tensor:
@@ -346,12 +388,16 @@ def patches(side: int = 14) -> dict[str, torch.Tensor]:
     return {"pixel_values": values, "image_grid_thw": torch.tensor([[1, 4, 4]])}
 
 
+def sound() -> torch.Tensor:
+    return torch.randn(1, 8, 40, generator=torch.Generator().manual_seed(3))
+
+
 def tiles() -> dict[str, torch.Tensor]:
     """A picture as a whole and in one part."""
     return {"pixel_values": pixels()[:, None].expand(1, 2, -1, -1, -1), "image_sizes": torch.tensor([[28, 28]])}
 
 
-# What the model is given of a picture that makes four tokens, by type; those that are missing: `pixels()`.
+# What the model is given of a picture or a sound, by type; those that are missing: `pixels()`.
 PICTURES: dict[str, Any] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "glm4v", "glm4v_moe", "glm46v", "glm_ocr", "exaone4_5"), patches),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), lambda: patches(16)),
@@ -383,11 +429,24 @@ PICTURES: dict[str, Any] = {
         "pixel_values": torch.rand(1, 16, 48, generator=torch.Generator().manual_seed(3)),
         "image_position_ids": torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)[None],
     },
+    "qwen2_audio": lambda: {
+        "input_features": sound(),
+        "feature_attention_mask": torch.ones(1, 40, dtype=torch.long),
+    },
+    "voxtral": lambda: {"input_features": sound()},
+    "granite_speech": lambda: {
+        "input_features": 5 * sound().mT[:, :10],
+        "input_features_mask": torch.ones(1, 3, dtype=torch.bool),
+    },
 }
 # Those that can have sparse groups.
 TYPES = tuple(model_type for model_type in FIELDS if model_type not in ("mllama", "paligemma"))
-# How many tokens a picture is, where it is not 4.
-NUM_IMAGE_TOKENS = dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), 10)
+# How many tokens a picture or a sound is, where it is not 4.
+NUM_IMAGE_TOKENS = {
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision", "qwen2_audio"), 10),
+    "voxtral": 5,
+    "granite_speech": 3,
+}
 
 
 # What of those types is refused.
@@ -396,13 +455,13 @@ REFUSED = {
     "mllama": "text; pictures, which layers of cross-attention read, are refused",
     "paligemma": "refused: a prefix-LM, which reads its prompt both ways",
 }
-END_TO_END = "a picture and text, end to end"
+END_TO_END = "a picture or a sound, and text, end to end"
 
 
-def vision_language_types() -> dict[str, str]:
-    """Every model type that `AutoModelForImageTextToText` loads: what of it was tested, or why it was not."""
+def multimodal_types() -> dict[str, str]:
+    """Every model type that `AutoModelForMultimodalLM` loads: what of it was tested, or why it was not."""
     found = {}
-    for model_type in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+    for model_type in sorted(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
         if model_type.startswith(PREFIX):
             continue
         if model_type in FIELDS:
@@ -413,7 +472,7 @@ def vision_language_types() -> dict[str, str]:
         except ValueError as error:
             found[model_type] = f"refused: {str(error).split(': ', 1)[-1]}"
         else:
-            found[model_type] = "not tested with a picture" if is_around else "text: it is a decoder"
+            found[model_type] = "not tested with a picture or a sound" if is_around else "text: it is a decoder"
     return found
 
 
@@ -431,7 +490,7 @@ def tiny_multimodal(model_type: str = "llava", head: str | None = "ForConditiona
 
 
 def prompt(model: PreTrainedModel, model_type: str, length: int = 24, picture: bool = True) -> dict[str, torch.Tensor]:
-    """What a processor makes of a text of `length` tokens with a picture in it, or without one, for a model."""
+    """What a processor makes of a text of `length` tokens, with a picture or a sound in it or without, for a model."""
     ids = random_tokens(1, length).clamp_max(SPECIAL[0] - 1)
     if picture:
         first = 3

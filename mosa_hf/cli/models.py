@@ -3,7 +3,13 @@
 import argparse
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedModel,
+)
 
 from ..modeling.configuration import is_composite
 from .options import default_device_map
@@ -18,8 +24,10 @@ def load(name: str, options: argparse.Namespace, revision: str | None = None) ->
 
 
 def auto_class_of(name: str, **hub: str | None) -> Any:
-    """The Auto class that loads a language model, or one of pictures and text, which reads text alone as well."""
+    """The Auto class that loads a language model, or one of pictures or sound and text, which reads text alone too."""
     config_class = type(AutoConfig.from_pretrained(name, **hub))
-    if is_composite(config_class) and config_class in AutoModelForImageTextToText._model_mapping:
-        return AutoModelForImageTextToText
+    if is_composite(config_class):
+        for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            if config_class in auto_class._model_mapping:
+                return auto_class
     return AutoModelForCausalLM

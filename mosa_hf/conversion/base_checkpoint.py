@@ -213,7 +213,7 @@ def _check_tensors(model: PreTrainedModel, headers: dict[str, TensorHeader], dir
                 f"{header.file}: {name} has shape {header.shape}, but {CONFIG_NAME} asks for {tuple(tensor.shape)}. "
                 "Weights and config belong to different models."
             )
-        if header.dtype not in FLOATING:
+        if header.dtype not in FLOATING and tensor.is_floating_point():
             raise ValueError(
                 f"{header.file}: {name} has dtype {header.dtype}, but {CONFIG_NAME} names no quantization: weights "
                 f"must be {', '.join(sorted(FLOATING))}."

@@ -32,7 +32,10 @@ from .router_files import RouterFilesMixin
 from .sparse_models import SparsePreTrainedMixin
 
 HEADS = {
-    "ForConditionalGeneration": dict(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    "ForConditionalGeneration": {
+        **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    },
     **families.HEADS,
 }
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # arguments that say which tokens are of a picture
@@ -137,7 +140,7 @@ def make_multimodal(model_type: str) -> Family:
     if base_model is None or not is_own or base_config.is_encoder_decoder:
         raise ValueError(
             f"Models of type {model_type!r} cannot have sparse groups: Transformers has no model of them that "
-            "generates text by a decoder alone (`AutoModelForImageTextToText`)."
+            "generates text by a decoder alone (`AutoModelForMultimodalLM`)."
         )
     config_class: type[MultimodalConfig] = strict(
         type(

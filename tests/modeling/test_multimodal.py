@@ -1,5 +1,5 @@
 """
-Models around decoders, end to end with a picture: one body for all types of `testing/tiny_multimodal.py`.
+Models around decoders, end to end with a picture or a sound: one body for all types of `testing/tiny_multimodal.py`.
 
 Gemma 3 reads pictures both ways, so that it is given text alone.
 """
@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch import nn
 from transformers import (
@@ -46,26 +47,29 @@ from mosa_hf.modeling.configuration import sparse_config_of
 from mosa_hf.modeling.decoder_inputs import continued, decoder_inputs
 from mosa_hf.modeling.family import family_of
 from mosa_hf.modeling.layers import decoder_of
+from mosa_hf.modeling.model_card import auto_class_name
 from testing.difference import difference
 from testing.tiny import SENTENCES, byte_tokenizer, random_tokens, with_random_routers
 from testing.tiny_multimodal import (
     END_TO_END,
     FIELDS,
     IMAGE,
+    SOUNDS,
     SPECIAL,
     TYPES,
+    multimodal_types,
     prompt,
     tiny_multimodal,
-    vision_language_types,
 )
 
-REPRESENTATIVES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
+REPRESENTATIVES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "qwen2_audio")
 EVERY_TYPE = pytest.mark.parametrize(
     "model_type", [pytest.param(x, marks=() if x in REPRESENTATIVES else pytest.mark.families) for x in TYPES]
 )
-WITH_PICTURES = pytest.mark.parametrize(
-    "model_type", ["llava", "qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.families)]
-)
+SEEN = ("pixel_values", "input_features")  # of pictures, of sounds
+PICTURES = ("llava", "qwen2_5_vl", pytest.param("qwen3_vl", marks=pytest.mark.families))
+WITH_PICTURES = pytest.mark.parametrize("model_type", PICTURES)
+WITH_PICTURES_OR_SOUND = pytest.mark.parametrize("model_type", [*PICTURES, "qwen2_audio"])
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": SPECIAL}  # a token of a picture needs one
 CONVERSION = ConversionConfig(sparsity=3, window=4)
 
@@ -104,7 +108,7 @@ def left_padded(inputs, number: int = 5):
 @EVERY_TYPE
 @torch.no_grad()
 def test_selecting_everything_is_the_original(model_type):
-    """Base model and head, with a picture, of which the output depends, and without."""
+    """Base model and head, with a picture or a sound, of which the output depends, and without."""
     family, inputs = family_of(model_type), inputs_of(model_type)
     for head in (None, "ForConditionalGeneration"):
         base = base_of(model_type) if head else tiny_multimodal(model_type, None)
@@ -114,7 +118,8 @@ def test_selecting_everything_is_the_original(model_type):
             for options in ({"use_cache": False}, {}):
                 assert difference(model(**given, **options)[0], base(**given, **options)[0]) < 5e-4, head
     if model_type != "gemma3":
-        others = {**inputs, "pixel_values": inputs["pixel_values"].flip(-1)}
+        (seen,) = inputs.keys() & set(SEEN)
+        others = {**inputs, seen: inputs[seen].flip(-1)}
         assert difference(logits_of(base_of(model_type), others), logits_of(base_of(model_type), inputs)) > 1e-2
 
 
@@ -142,7 +147,9 @@ def test_saved_and_loaded(model_type, tmp_path):
     model, inputs = sparse_of(model_type), inputs_of(model_type)
     expected = logits_of(model, inputs)
     copy.deepcopy(model).save_pretrained(tmp_path)
-    for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    of_task = getattr(transformers, auto_class_name(type(model)))
+    assert (of_task is AutoModelForImageTextToText) == (model_type not in SOUNDS)
+    for auto_class in (of_task, AutoModelForMultimodalLM):
         loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert type(loaded) is type(model) and type(loaded.config) is type(model.config)
@@ -156,9 +163,9 @@ def test_saved_and_loaded(model_type, tmp_path):
     for name in ("eager", "sdpa") if base_of(model_type)._supports_sdpa else ("eager",):
         loaded.set_attn_implementation(name)
         assert difference(logits_of(loaded, inputs), expected) < 1e-4, name
-    fresh = AutoModelForImageTextToText.from_pretrained(tmp_path)  # upstream's hooks, once there are any, are none
+    fresh = AutoModelForMultimodalLM.from_pretrained(tmp_path)  # upstream's hooks, once there are any, are none
     assert torch.equal(logits_of(pickle.loads(pickle.dumps(fresh)), inputs), expected)
-    changed = AutoModelForImageTextToText.from_pretrained(tmp_path, mosa_gate_slope=2.0, mosa_cache_budget=5)
+    changed = AutoModelForMultimodalLM.from_pretrained(tmp_path, mosa_gate_slope=2.0, mosa_cache_budget=5)
     assert (changed.config.text_config.mosa_gate_slope, changed.config.text_config.mosa_cache_budget) == (2.0, 5)
 
 
@@ -209,7 +216,7 @@ def test_converted(model_type, tmp_path):
     assert plan == GroupPlan.of_config(model.config)
     (weights,) = (tmp_path / "converted").glob("model-base-*")
     assert os.path.samefile(weights, tmp_path / "base" / "model.safetensors")
-    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    loaded, info = AutoModelForMultimodalLM.from_pretrained(tmp_path / "converted", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(logits_of(loaded, inputs), expected)
 
@@ -217,13 +224,13 @@ def test_converted(model_type, tmp_path):
 @EVERY_TYPE
 def test_training_step(model_type, tmp_path):
     copy.deepcopy(sparse_of(model_type)).save_pretrained(tmp_path)
-    model, inputs = AutoModelForImageTextToText.from_pretrained(tmp_path), inputs_of(model_type)
+    model, inputs = AutoModelForMultimodalLM.from_pretrained(tmp_path), inputs_of(model_type)
     model.train()(**inputs, labels=inputs["input_ids"]).loss.backward()
     gradients = {name: each.grad for name, each in model.named_parameters() if "mosa_router" in name}
     assert gradients and all(each is not None and each.isfinite().all() for each in gradients.values())
 
 
-@WITH_PICTURES
+@WITH_PICTURES_OR_SOUND
 @torch.no_grad()
 def test_what_the_decoder_is_given(model_type):
     """Its inputs are those of the whole model, and may be read again, as by a prompt that has all twice."""
@@ -232,7 +239,7 @@ def test_what_the_decoder_is_given(model_type):
     expected = base.base_model(**inputs, use_cache=False).last_hidden_state
     decoder = decoder_of(base)
     assert difference(decoder(**given, use_cache=False).last_hidden_state, expected) < 1e-5
-    dims = {"pixel_values": 0, "image_grid_thw": 0}
+    dims = dict.fromkeys((*SEEN, "image_grid_thw", "feature_attention_mask"), 0)
     twice = {name: torch.cat([each, each], dim=dims.get(name, 1)) for name, each in inputs.items()}
     cache = DynamicCache(config=decoder.config)
     decoder(**given, past_key_values=cache, use_cache=True)
@@ -240,15 +247,15 @@ def test_what_the_decoder_is_given(model_type):
     assert difference(again, base.base_model(**twice, use_cache=False).last_hidden_state[:, 24:]) < 1e-4
 
 
-@WITH_PICTURES
-def test_calibrated_on_pictures(model_type):
+@WITH_PICTURES_OR_SOUND
+def test_calibrated_on_pictures_or_sounds(model_type):
     """Of several lengths; what routers learn depends on what is seen."""
     base = base_of(model_type)
     items = [inputs_of(model_type, length) for length in (24, 24, 30)]
     plan = GroupPlan.of_config(sparse_of(model_type).config)
     fits = fit_routers(base, items, plan)
     assert all(each.predicted.shape == each.importance.shape == (1, 24 + 23 + 29, 2) for each in fits)
-    others = [{**each, "pixel_values": each["pixel_values"].flip(-1)} for each in items]
+    others = [each | {name: each[name].flip(-1) for name in SEEN if name in each} for each in items]
     assert difference(fits[-1].weight, fit_routers(base, others, plan)[-1].weight) > 1e-3
     model = convert_model(base, CONVERSION, items)
     assert model.config.text_config.mosa_conversion["calibration"] == {"windows": 3, "tokens": 30}
@@ -397,7 +404,7 @@ def test_pictures_that_other_layers_read_are_refused():
 
 @pytest.mark.families
 def test_every_type_is_accounted_for():
-    found = vision_language_types()
+    found = multimodal_types()
     assert found.keys() >= set(FIELDS) and sum(each == END_TO_END for each in found.values()) >= 30
     assert "prefix-LM" in found["paligemma"] and found["florence2"].startswith("refused: Transformers has no model")
 
