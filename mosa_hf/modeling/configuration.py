@@ -418,6 +418,10 @@ class SparseGroupsConfig(RoutingConfig):
                 "`use_bidirectional_attention` does not fit sparse groups, which are causal: encoders, and prefix-LMs "
                 "such as PaliGemma, read a text both ways."
             )
+        if getattr(self, "add_cross_attention", False):
+            raise ValueError(
+                "`add_cross_attention` does not fit sparse groups: such layers read an encoder, which has no routers."
+            )
         if self.mosa_cache_dtype is not None and getattr(self, "kv_lora_rank", None):
             raise ValueError(
                 "`mosa_cache_dtype` does not fit latent attention (`kv_lora_rank`), which stores what heads expand: "

@@ -248,6 +248,11 @@ def test_8_bit_entries_are_of_sparse_groups_alone():
         family_of("deepseek_v3").config_class(mosa_cache_dtype="int8")
 
 
+def test_layers_that_read_an_encoder_are_refused():
+    with pytest.raises(StrictDataclassError, match="`add_cross_attention` does not fit sparse groups"):
+        family_of("gpt2").config_class(add_cross_attention=True)
+
+
 def test_sparse_groups_to_disk_and_to_the_base_family_and_back(tmp_path):
     fields = {
         "mosa_cache_dtype": "int8",
