@@ -14,6 +14,7 @@ from ..arguments import checked
 from ..modeling.configuration import AS_CONVERTED, MosaConfig, SparseGroupsConfig, sparse_config_of
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
+from ..modeling.layers import check_own_forward, check_uncompiled
 from ..modeling.router_files import check_has_sparse_groups
 from ..modeling.sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 from ..modeling.thresholds import calibrate_thresholds
@@ -136,10 +137,12 @@ def fits_for(
 def check_convertible(model: PreTrainedModel) -> None:
     """
     Raises:
-        ValueError: for a model with something around it, and for one that has routers already.
+        ValueError: for a model with something around it, or that is compiled, and for one that has routers already.
     """
     if not isinstance(model, PreTrainedModel):
         check_unwrapped(model)
+    check_own_forward(model)
+    check_uncompiled(model, "convert it uncompiled, and compile the result")
     config = model.config.get_text_config(decoder=True)
     if isinstance(config, SparseGroupsConfig):
         raise ValueError(

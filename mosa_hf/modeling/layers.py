@@ -10,8 +10,10 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import MethodType
 from typing import Any, TypeVar, cast, overload
 
+from accelerate.utils.other import is_compiled_module
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
@@ -37,6 +39,33 @@ def calls_attention_interface(module_class: Any) -> bool:
             code = getattr(inspect.unwrap(vars(each)["forward"]), "__code__", None)
             return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
     return False
+
+
+def check_own_forward(model: nn.Module) -> None:
+    """
+    Raises:
+        ValueError: where something has set the `forward` of a module that a copy of another class would still run; but
+            for Accelerate's hooks (`device_map`), and for methods (of kernels) of modules whose class stays.
+    """
+    for name, module in model.named_modules():
+        own = vars(module).get("forward")
+        changes = isinstance(module, PreTrainedModel) or is_attention(module)
+        is_method = isinstance(own, MethodType) and own.__self__ is module  # which is copied with its module
+        if own is not None and "_hf_hook" not in vars(module) and (changes or not is_method):
+            place = f"model.{name}.forward" if name else "model.forward"
+            raise ValueError(
+                f"`{place}` is not that of {type(module).__name__}: something has set it, such as `torch.compile` or "
+                f"`Accelerator.prepare`. `del {place}` first, and set it again on the result."
+            )
+
+
+def check_uncompiled(model: nn.Module, remedy: str) -> None:
+    """
+    Raises:
+        ValueError: for a model of which a part is compiled: graphs pass hooks over. `remedy` is what to do instead.
+    """
+    if any(is_compiled_module(each) or each._compiled_call_impl is not None for each in model.modules()):
+        raise ValueError(f"`model` is compiled, and its graphs pass over what is recorded here: {remedy}.")
 
 
 def is_attention(module: nn.Module) -> bool:

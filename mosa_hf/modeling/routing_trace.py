@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils.other import is_compiled_module
 from torch import nn
 
 from ..arguments import checked
-from .layers import layer_of
+from .layers import check_uncompiled, layer_of
 from .router import MosaRouter
 from .thresholds import mosa_routers
 
@@ -32,8 +31,7 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     ```
     """
     mosa_routers(model)  # that there are any
-    if any(is_compiled_module(each) or each._compiled_call_impl is not None for each in model.modules()):
-        raise ValueError("`model` is compiled, and its graphs pass over what is recorded here: trace it uncompiled.")
+    check_uncompiled(model, "trace it uncompiled")
     layers = {  # of the routers too that an adapter replaces, until it is disabled
         module: layer_of(name, model) for name, module in model.named_modules() if isinstance(module, MosaRouter)
     }

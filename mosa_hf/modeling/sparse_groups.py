@@ -67,7 +67,7 @@ class SparseGroupsMixin(FamilyAttention):
 
     def __reduce__(self) -> tuple:
         # By the family's class, which any process finds: ours may not have been made there.
-        return _blank_attention, (type(self).__bases__[-1],), self.__dict__
+        return _blank_attention, (type(self).__bases__[-1],), self.__getstate__()
 
     def add_sparse_groups(self, config: SparseGroupsConfig, plan: tuple[SparseGroup | None, ...]) -> None:
         """Make an attention module of the family, already of this class, one with the sparse groups of `plan`."""

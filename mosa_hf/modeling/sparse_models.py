@@ -26,7 +26,16 @@ from .family import PREFIX, Family, family_of
 from .forward_context import ForwardContextMixin, shared_by_place, uncompiled_if_cache_grows
 from .group_plan import GroupPlan, SparseGroup
 from .key_center import mean_rotation
-from .layers import attention_modules, check_number, decoder_of, layer_of, layers_of, num_places, passes_keywords
+from .layers import (
+    attention_modules,
+    check_number,
+    check_own_forward,
+    decoder_of,
+    layer_of,
+    layers_of,
+    num_places,
+    passes_keywords,
+)
 from .loading import CheckedLoadingMixin
 from .parallel import sparse_groups_plan
 from .remote_code import InstalledCodeModelMixin
@@ -65,7 +74,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
 
     def __reduce__(self) -> tuple:
         # By the base's class, which any process finds: ours may not have been made there.
-        return _blank_model, (type(self).family.name, type(self).__name__), self.__dict__
+        return _blank_model, (type(self).family.name, type(self).__name__), self.__getstate__()
 
     @property
     def mosa_decoder(self) -> "SparseModelMixin":
@@ -335,7 +344,11 @@ def _shared_copy(model: PreTrainedModel, config, model_class: type[PreTrainedMod
     A copy of the modules, not of their weights, with another config and class. Parameters are its own, in the memory
     of the model's: what replaces their content (another size, dtype or device), freezes them or adds up their
     gradients concerns one model; what writes into that memory (an optimizer's step, a merged adapter) both.
+
+    Raises:
+        ValueError: see `check_own_forward`.
     """
+    check_own_forward(model)
     memo: dict[int, Any] = {id(tensor): own_parameter(tensor) for tensor in model.parameters()}
     memo |= {id(tensor): tensor for tensor in model.buffers()}
     memo |= {id(weights): weights for weights in offloaded_weights(model)}

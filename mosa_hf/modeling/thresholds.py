@@ -12,7 +12,7 @@ from ..arguments import checked
 from .decoder_inputs import decoder_inputs, has_pictures
 from .devices import input_device
 from .forward_context import ForwardContext
-from .layers import decoder_of, layer_of
+from .layers import check_uncompiled, decoder_of, layer_of
 from .modes import evaluating
 from .router import MosaRouter, named_routers
 from .token_ids import check_no_padding, check_token_ids, padding_token
@@ -59,6 +59,7 @@ def seen_logits(
     Args and errors are those of `calibrate_thresholds`, and so is the routing meanwhile.
     """
     routers = mosa_routers(model)
+    check_uncompiled(model, "set thresholds before it is compiled")
     logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
 
     def record(router: MosaRouter, args: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
