@@ -1,8 +1,11 @@
 """Models that commands read with, by folder or name."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,3 +34,14 @@ def auto_class_of(name: str, **hub: str | None) -> Any:
             if config_class in auto_class._model_mapping:
                 return auto_class
     return AutoModelForCausalLM
+
+
+def is_adapter(folder: str) -> bool:
+    return (Path(folder) / ADAPTER_CONFIG_NAME).is_file()
+
+
+def folders_of(name: str) -> list[str]:
+    """A model's directory, or name on the Hub; before it an adapter's, if that is what `name` is."""
+    if is_adapter(name):
+        return [name, PeftConfig.from_pretrained(name).base_model_name_or_path]
+    return [name]

@@ -11,8 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from peft import PeftModel
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -29,7 +28,7 @@ from ..evaluation import Subject, evaluate, fact_samples, table, text_samples
 from ..modeling.model_card import with_measured
 from ..modeling.router_files import ROUTERS_CONFIG_NAME
 from ..modeling.sparse_models import SparsePreTrainedMixin
-from .models import load
+from .models import folders_of, is_adapter, load
 from .options import hub_of
 
 
@@ -102,17 +101,6 @@ def subjects(options: argparse.Namespace) -> list[Subject]:
         model = cast(PreTrainedModel, PeftModel.from_pretrained(model, used[0]))
     own = Subject(Path(used[0]).name, model.eval(), known)
     return [own] if original is None else [original, own]
-
-
-def is_adapter(folder: str) -> bool:
-    return (Path(folder) / ADAPTER_CONFIG_NAME).is_file()
-
-
-def folders_of(name: str) -> list[str]:
-    """A model's directory, or name on the Hub; before it an adapter's, if that is what `name` is."""
-    if is_adapter(name):
-        return [name, PeftConfig.from_pretrained(name).base_model_name_or_path]
-    return [name]
 
 
 def identity(folders: list[str], loaded: PreTrainedModel, commit: str | None = None) -> str:

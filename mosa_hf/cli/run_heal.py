@@ -107,9 +107,10 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
 
 
 def original_of(healing: HealingArguments, model: PreTrainedModel) -> PreTrainedModel:
-    """What `--original` names, in the dtype of the converted model."""
+    """What `--original` names, or is the original of, in the dtype of the converted model."""
     name, hub = str(healing.original), {} if healing.token is None else {"token": healing.token}
-    return auto_class_of(name, **hub).from_pretrained(name, dtype=model.dtype, **hub).requires_grad_(False).eval()
+    original = auto_class_of(name, **hub).from_pretrained(name, dtype=model.dtype, **hub).requires_grad_(False).eval()
+    return teacher_of(original) if isinstance(original, SparsePreTrainedMixin) else original
 
 
 def go_to_end(trainer: HealingTrainer, checkpoint: str) -> bool:

@@ -3,13 +3,14 @@
 import argparse
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import AutoTokenizer
 
 from ..api import load_routers
 from ..atomic_write import check_replaceable
 from ..conversion import read_text
 from ..evaluation import trace_text
-from .models import load
+from .models import folders_of, is_adapter, load
 from .options import hub_of
 
 
@@ -18,10 +19,13 @@ def run(options: argparse.Namespace) -> None:
     check_replaceable(Path(options.html))
     hub = hub_of(options)
     text = read_text(options.text)  # before a model is loaded
-    tokenizer = AutoTokenizer.from_pretrained(options.model, **hub)
-    model = load(options.model, options, options.revision)
+    used = folders_of(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(used[-1], **hub)
+    model = load(used[-1], options, options.revision)
     if options.routers is not None:
-        model = load_routers(model, options.routers, token=options.token)
+        model, used = load_routers(model, options.routers, token=options.token), [options.routers, *used]
+    if is_adapter(used[0]):
+        model = PeftModel.from_pretrained(model, used[0]).merge_and_unload()
     traced = trace_text(model, tokenizer, text.as_string(tokenizer), options.tokens)
     traced.save(options.html)
     last = len(traced.pieces) - 1

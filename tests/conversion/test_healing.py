@@ -395,9 +395,14 @@ def test_a_healed_model_is_healed_towards_its_original(tmp_path):
 
     with mock.patch.object(run_heal, "HealingTrainer", Watched):
         heal.main(f"{again} --original {tmp_path / 'base'}".split())
-    (teacher,) = teachers
-    for name, weight in tiny_base().state_dict().items():
-        assert torch.equal(teacher.state_dict()[name], weight)
+        # The converted model has the original's weights.
+        other = again.replace(str(tmp_path / "twice"), str(tmp_path / "other")).replace("/runs", "/other_runs")
+        heal.main(f"{other} --original {tmp_path / 'converted'}".split())
+    for teacher in teachers:
+        assert type(teacher) is LlamaForCausalLM
+        for name, weight in tiny_base().state_dict().items():
+            assert torch.equal(teacher.state_dict()[name], weight)
+    assert len(teachers) == 2
     record = json.loads((tmp_path / "twice" / "config.json").read_text())["mosa_conversion"]["healing"]
     assert record["after"]["learn"] == record["learn"] == "full"
 

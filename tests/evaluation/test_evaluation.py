@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from argparse import Namespace
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from mosa_hf import ConversionConfig, cache_bytes, convert_model, save_routers
 from mosa_hf.cli import evaluate as command
-from mosa_hf.cli import run_evaluate
+from mosa_hf.cli import run_evaluate, trace
 from mosa_hf.cli.run_evaluate import identity
 from mosa_hf.compat import CACHE
 from mosa_hf.conversion import calibration_windows
@@ -409,6 +410,18 @@ def test_command_on_what_healing_writes(folders, capsys):
         assert rows[1]["perplexity"] == pytest.approx(on_base[1]["perplexity"])
         assert abs(rows[1]["perplexity"] / plain[1]["perplexity"] - 1) > 1e-3  # the adapter counts
         assert rows[1]["share"] < 0.5
+
+
+def test_a_trace_of_what_healing_writes(folders, tmp_path, monkeypatch):
+    """The same folders, read alike: the adapter counts."""
+    monkeypatch.chdir(folders)
+    kinds = {"on base": ["original", "--routers", "healed"], "alone": ["healed"], "plain": ["converted"]}
+    pages = {}
+    for name, arguments in kinds.items():
+        trace.main([*arguments, "--text", "boats.txt", "--tokens", "200", "--html", str(tmp_path / "page.html")])
+        pages[name] = re.sub(r'"name":"[^"]*"', "", (tmp_path / "page.html").read_text())
+        (tmp_path / "page.html").unlink()
+    assert pages["on base"] == pages["alone"] != pages["plain"]
 
 
 @pytest.mark.parametrize(
