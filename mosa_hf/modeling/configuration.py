@@ -387,6 +387,13 @@ class SparseGroupsConfig(RoutingConfig):
     def has_attentions(self, layer_idx: int) -> bool:
         return not any(self.groups_of_layer(layer_idx))
 
+    def check_attentions(self) -> None:
+        super().check_attentions()
+        raise ValueError(
+            f"`output_attentions=True`: a {type(self).__name__.removesuffix('Config')} model whose groups are all "
+            "dense records no attention weights either: `mosa_hf.to_dense(model)` does."
+        )
+
     def check_read(self, names: Collection[str]) -> None:
         """
         Raises:

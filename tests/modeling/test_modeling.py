@@ -308,6 +308,12 @@ def test_attentions_that_do_not_exist_are_refused(form):
             build(form.config(output_attentions=True))
 
 
+def test_attentions_of_dense_groups_alone_are_refused():
+    model = FORMS["sparse"].model(mosa_plan=[[None] * 3] * 3)
+    with pytest.raises(ValueError, match="MosaLlama model whose groups are all dense.*`mosa_hf.to_dense"):
+        model(random_ids(1, 9), output_attentions=True)
+
+
 def test_asking_for_attentions_as_a_model_is_loaded_or_converted(tmp_path):
     FORMS["sparse"].model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no matrix of attention weights"):
