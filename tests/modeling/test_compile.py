@@ -131,6 +131,16 @@ def test_growing_cache(name, budget, side):
         assert (torch.cat(logits, dim=1) - expected)[real].abs().max() < 1e-4
 
 
+def test_checkpointing_makes_no_cache(monkeypatch):
+    """Upstream's leaves it out, so that nothing has to run uncompiled."""
+    model, ids = FORMS["sparse, one layer"].model().train(), padded_batch("left")["input_ids"]
+    model.gradient_checkpointing_enable()
+    said: list[str] = []
+    monkeypatch.setattr(forward_context.logger, "warning_once", said.append)
+    torch.compile(model, backend="eager")(ids, labels=ids).loss.backward()
+    assert not said and model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("name", ["native", "sparse"])
 @torch.no_grad()
 def test_a_growing_cache_is_no_part_of_a_graph(name, monkeypatch):
