@@ -343,7 +343,7 @@ def uncompiled_if_cache_grows(forward: Callable) -> Callable:
         if torch.compiler.is_compiling() and not is_exported():
             caches = [each for each in (*args, *kwargs.values()) if isinstance(each, Cache)]
             use_cache = kwargs.get("use_cache")
-            makes_one = not caches and (self.config.use_cache if use_cache is None else use_cache)
+            makes_one = not caches and (getattr(self.config, "use_cache", False) if use_cache is None else use_cache)
             if self.training and torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False):
                 makes_one = False  # upstream's
             if makes_one or any(not each.is_compileable for each in caches):

@@ -49,9 +49,11 @@ def check_own_forward(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         own = vars(module).get("forward")
+        if own is None or "_hf_hook" in vars(module):
+            continue
         changes = isinstance(module, PreTrainedModel) or is_attention(module)
         is_method = isinstance(own, MethodType) and own.__self__ is module  # which is copied with its module
-        if own is not None and "_hf_hook" not in vars(module) and (changes or not is_method):
+        if changes or not is_method:
             place = f"model.{name}.forward" if name else "model.forward"
             raise ValueError(
                 f"`{place}` is not that of {type(module).__name__}: something has set it, such as `torch.compile` or "
