@@ -50,7 +50,8 @@ keys and values.
 `convert_model` and `mosa-convert` take them whole: the language model gets sparse groups, all else stays. Tiny models
 of these {num_multimodal} types were compared with the original at ρ = 1, generated from with a cache and without,
 saved and loaded by their Auto classes, converted with routers fitted to a text, and trained, each with a picture or a
-sound (`tests/modeling/test_multimodal.py`); the others that `AutoModelForMultimodalLM` loads are converted likewise:
+sound (`tests/modeling/test_multimodal.py`). Others that `AutoModelForMultimodalLM` loads are made in the same way, if
+nothing refuses them, and were not tested with either. Tested:
 
 {multimodal}.
 
