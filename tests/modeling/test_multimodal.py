@@ -147,10 +147,8 @@ def test_saved_and_loaded(model_type, tmp_path):
     model, inputs = sparse_of(model_type), inputs_of(model_type)
     expected = logits_of(model, inputs)
     copy.deepcopy(model).save_pretrained(tmp_path)
-    of_card = getattr(transformers, auto_class_name(type(model)))
-    for auto_class in (of_card, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-        if auto_class is AutoModelForImageTextToText and model_type in SOUNDS:
-            continue
+    of_pictures = set() if model_type in SOUNDS else {AutoModelForImageTextToText}
+    for auto_class in {getattr(transformers, auto_class_name(type(model))), AutoModelForMultimodalLM} | of_pictures:
         loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert type(loaded) is type(model) and type(loaded.config) is type(model.config)
