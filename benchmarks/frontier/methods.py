@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from mosa_hf import ConversionConfig, GroupPlan, convert_model, load_routers
 from mosa_hf.conversion.allocation import candidate_plan
 from mosa_hf.conversion.calibration import RouterFit, fit_routers
-from mosa_hf.modeling.configuration import sparse_config_of
-from mosa_hf.modeling.family import family_of
+from mosa_hf.conversion.convert import plain_config
 from mosa_hf.modeling.sparse_models import with_sparse_groups
 
 from .. import metrics
@@ -52,10 +51,6 @@ class Models:
         self._converted: dict[ConversionConfig, PreTrainedModel] = {}
 
     @cached_property
-    def _config(self):
-        return family_of(self.original.config.model_type).config_class.from_base(self.original.config)
-
-    @cached_property
     def _fits(self):
         return fits_of_all(self.original, self.calibration)
 
@@ -65,7 +60,9 @@ class Models:
         return self._converted[conversion]
 
     def window_alone(self, window: int) -> PreTrainedModel:
-        return metrics.first_token_and_window(with_sparse_groups(self.original, self._config), window)
+        return metrics.first_token_and_window(
+            with_sparse_groups(self.original, plain_config(self.original.config)), window
+        )
 
     def methods(self, ours: list[str]) -> list[Method]:
         """The original, conversions of `ours`, "window/sparsity", and baselines that run here."""
@@ -106,8 +103,7 @@ class Models:
 
 def fits_of_all(model: PreTrainedModel, calibration: torch.Tensor) -> list[RouterFit | None]:
     """Routers of every group that can be sparse, on windows `[N, T]`: all conversions of the model may share them."""
-    config = family_of(model.config.model_type).config_class.from_base(model.config)
-    return fit_routers(model, calibration, candidate_plan(sparse_config_of(config), ConversionConfig()))
+    return fit_routers(model, calibration, candidate_plan(plain_config(model.config), ConversionConfig()))
 
 
 def digest_of(model: PreTrainedModel) -> str:

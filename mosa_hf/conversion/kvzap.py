@@ -11,11 +11,12 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..arguments import checked
-from ..modeling.configuration import AS_CONVERTED, sparse_config_of
+from ..modeling.configuration import AS_CONVERTED
 from ..modeling.family import family_of
 from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.loading import check_router_value
 from ..modeling.sparse_models import with_sparse_groups
+from .convert import plain_config
 
 
 @checked()
@@ -53,8 +54,7 @@ def load_kvzap(
     assert config_file is not None and weights_file is not None  # else it has raised
     with open(config_file, encoding="utf-8") as file:
         settings = json.load(file)
-    family = family_of(model.config.model_type)
-    plain = sparse_config_of(family.config_class.from_base(model.config))
+    plain = plain_config(model.config)
     num_layers, num_groups = plain.num_hidden_layers, plain.num_groups
     shape = {"input_dim": plain.hidden_size, "output_dim": num_groups, "n_modules": num_layers}
     if wrong := [name for name, size in shape.items() if settings.get(name) != size]:
@@ -63,7 +63,7 @@ def load_kvzap(
         )
     plan = GroupPlan.uniform(num_layers, num_groups, SparseGroup(window, sparsity))
     plain.check_plan(plan)
-    config = family.config_class.from_base(
+    config = family_of(model.config.model_type).config_class.from_base(
         model.config,
         mosa_window=window,
         mosa_sparsity=sparsity,

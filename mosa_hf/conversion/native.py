@@ -11,13 +11,12 @@ from transformers import LlamaForCausalLM
 
 from ..arguments import checked
 from ..modeling.configuration import MosaConfig
-from ..modeling.family import family_of
 from ..modeling.modeling_mosa import MosaForCausalLM
 from ..modeling.thresholds import calibrate_thresholds
 from .allocation import candidate_plan, choose_groups, mean_losses
 from .calibration import RouterFit
 from .configuration import ConversionConfig
-from .convert import check_unwrapped, fits_for
+from .convert import check_unwrapped, fits_for, plain_config
 from .windows import calibration_ids
 
 # The gate must be neutral right after conversion and still pass a gradient to the routers. Logits of the size b + ε z
@@ -55,7 +54,7 @@ def convert_to_native(
     config = model.config
     if calibration is not None:
         calibration = calibration_ids(calibration, config)
-    base_config = family_of("llama").config_class.from_base(config)
+    base_config = plain_config(config)
     candidates = candidate_plan(base_config, conversion)
     if fits is not None or calibration is not None:
         fits = fits_for(model, conversion, base_config, candidates, calibration, fits)
