@@ -1,6 +1,6 @@
 """Rows of a file of results: what is there already, and what is added."""
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from .. import result_lines
 from .methods import Method
 from .tasks import Suite
 
+TELLS_APART = ("method", "parameters", "task", "settings")
+row_key = partial(result_lines.key, names=TELLS_APART)
+
 
 class Results:
     """The rows of a file of JSON lines, which may not exist yet."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.rows = {row_key(row): row for row in result_lines.read(path)}
+        self.rows = result_lines.by_key(path, TELLS_APART)
 
     def lacks(self, method: Method, suite: Suite) -> bool:
         return any(row_key(row) not in self.rows for row in self.heads(method, suite))
@@ -30,10 +33,6 @@ class Results:
     def add(self, rows: list[dict[str, Any]]) -> None:
         result_lines.append(self.path, rows)
         self.rows |= {row_key(row): row for row in rows}
-
-
-def row_key(row: dict[str, Any]) -> str:
-    return json.dumps([row[name] for name in ("method", "parameters", "task", "settings")], sort_keys=True)
 
 
 def make_rows(

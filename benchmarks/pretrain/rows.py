@@ -1,8 +1,8 @@
 """A row for each run: what is there already, and what is trained to add."""
 
 import hashlib
-import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,17 @@ from .data import Corpus, corpus
 from .model import evaluate, train
 from .runs import Run
 
+TELLS_APART = ("run", "data")  # the fields of a run, and a digest of all that it reads
+read_rows = partial(result_lines.by_key, names=TELLS_APART)
+
 
 def corpus_of(run: Run) -> Corpus:
     return corpus(run.texts, run.unseen, run.vocab_size, run.characters)
 
 
-def key_of(run: dict[str, Any], data: str) -> str:
-    """What tells a row from others: the fields of its run, and a digest of all that it reads."""
-    return json.dumps([run, data], sort_keys=True)
-
-
-def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of a file of JSON lines, which may not exist yet, by key."""
-    return {key_of(row["run"], row["data"]): row for row in result_lines.read(path)}
+def key_of(run: Run) -> str:
+    """What tells the row of a run from others."""
+    return result_lines.key({"run": run.to_dict(), "data": corpus_of(run).digest}, TELLS_APART)
 
 
 def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, Any]) -> list[dict[str, Any]]:
@@ -36,7 +34,7 @@ def train_all(runs: list[Run], path: Path, checkpoints: Path, origin: dict[str, 
         the rows of `runs` that are there now: all of them, unless it was interrupted.
     """
     rows = read_rows(path)
-    keys = {run: key_of(run.to_dict(), corpus_of(run).digest) for run in runs}
+    keys = {run: key_of(run) for run in runs}
     try:
         for run in tqdm([run for run, key in keys.items() if key not in rows], desc="Pretraining", unit="run"):
             started = time.perf_counter()
