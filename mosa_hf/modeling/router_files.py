@@ -23,10 +23,11 @@ from .configuration import SparseGroupsConfig, sparse_config_of
 from .devices import at_hand
 from .family import Family, family_of
 from .group_plan import GroupPlan
+from .layers import decoder_of
 from .loading import check_router_dtype, check_router_value
 from .model_card import model_card
 from .router import MosaRouter, named_routers
-from .sparse_models import SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
+from .sparse_models import SparseModelMixin, SparsePreTrainedMixin, with_sparse_groups, without_sparse_groups
 
 ROUTERS_NAME = "mosa_routers.safetensors"
 ROUTERS_CONFIG_NAME = "mosa_config.json"
@@ -66,7 +67,7 @@ def write_routers(
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     check_has_sparse_groups(model)
     sparse = cast(SparsePreTrainedMixin, model)
-    sparse.mosa_decoder.update_config()
+    cast(SparseModelMixin, decoder_of(sparse)).update_config()
     config = sparse_config_of(sparse.config)
     if not GroupPlan.of_config(config).sparse_pairs():
         raise ValueError(

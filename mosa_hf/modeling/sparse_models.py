@@ -76,11 +76,6 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
         # By the base's class, which any process finds: ours may not have been made there.
         return _blank_model, (type(self).family.name, type(self).__name__), self.__getstate__()
 
-    @property
-    def mosa_decoder(self) -> "SparseModelMixin":
-        """The part of the model that runs the layers."""
-        return cast(SparseModelMixin, decoder_of(self))
-
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         """As `CheckedLoadingMixin.from_pretrained`; routers that no gradient reaches are frozen."""
@@ -90,7 +85,7 @@ class SparsePreTrainedMixin(CheckedLoadingMixin, InstalledCodeModelMixin, Family
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As `PreTrainedModel.save_pretrained`, with a config that says what the layers are now."""
-        self.mosa_decoder.update_config()
+        cast(SparseModelMixin, decoder_of(self)).update_config()
         super().save_pretrained(*args, **kwargs)
 
     @classmethod
