@@ -36,7 +36,7 @@ from mosa_hf.atomic_write import atomic_directory, atomic_file
 from mosa_hf.conversion import convert_to_native
 from mosa_hf.conversion.healing import HealingTrainer, TokenWindows
 from mosa_hf.evaluation import CacheMemory, filled_cache, score
-from mosa_hf.modeling.thresholds import mosa_routers
+from mosa_hf.modeling.router import routers_of
 from testing import pretrained
 from testing.markdown import markdown_table, wrapped
 
@@ -131,7 +131,7 @@ class Models:
         if last is not None and int(last.rpartition("-")[2]) == steps:
             return AutoModelForCausalLM.from_pretrained(last).eval()
         model = self.converted(form, groups)
-        for router in mosa_routers(model):
+        for router in routers_of(model):
             router.requires_grad_(False)
         arguments = TrainingArguments(
             output_dir=str(folder),

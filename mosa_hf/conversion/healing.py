@@ -16,9 +16,8 @@ from ..arguments import checked
 from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
 from ..modeling.kv_share import kv_share
 from ..modeling.layers import layer_of
-from ..modeling.router import MosaRouter, named_routers
+from ..modeling.router import MosaRouter, named_routers, routers_of
 from ..modeling.routing_callback import selected_shares
-from ..modeling.thresholds import mosa_routers
 from .convert import to_dense
 from .divergence import mean_divergence
 from .windows import Chat, token_windows
@@ -110,7 +109,7 @@ class HealingTrainer(Trainer):
         self.teacher, self.top_k, self.cache_length = teacher.eval(), top_k, cache_length
         self._rates: dict[int, torch.Tensor] = {}  # layer -> [G], summed over its calls since the last log
         self._calls: dict[int, int] = {}
-        mosa_routers(model)  # that there are any
+        routers_of(model)  # that there are any
         for name, router in named_routers(model):
             router.register_forward_hook(partial(self._note_rates, layer_of(name, model)))
 

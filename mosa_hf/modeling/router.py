@@ -331,3 +331,16 @@ def named_routers(module: nn.Module, name: str = "") -> Iterator[tuple[str, Mosa
         return
     for child_name, child in module.named_children():
         yield from named_routers(child, f"{name}.{child_name}" if name else child_name)
+
+
+def routers_of(model: nn.Module) -> list[MosaRouter]:
+    """
+    The routers of a model that are in force, in layer order.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    routers = [router for _, router in named_routers(model)]
+    if not routers:
+        raise ValueError(f"{type(model).__name__} has no MoSA heads. Convert it first: `mosa_hf.convert_model`.")
+    return routers

@@ -3,7 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
-from .thresholds import mosa_routers
+from .router import routers_of
 
 
 class RoutingCallback(TrainerCallback):
@@ -48,7 +48,7 @@ def selected_shares(model: torch.nn.Module) -> dict[str, float]:
     Raises:
         ValueError: for a model without routers.
     """
-    routers = [router for router in mosa_routers(model) if router.num_followed]
+    routers = [router for router in routers_of(model) if router.num_followed]
     if not routers:
         return {}
     share = torch.cat([router.share.float().cpu() for router in routers])

@@ -8,8 +8,7 @@ from torch import nn
 
 from ..arguments import checked
 from .layers import check_uncompiled, layer_of
-from .router import MosaRouter
-from .thresholds import mosa_routers
+from .router import MosaRouter, routers_of
 
 
 @contextmanager
@@ -30,7 +29,7 @@ def trace_routing(model: nn.Module) -> Iterator[dict[int, list[torch.Tensor]]]:
     rate = selected[0][0].float().mean()
     ```
     """
-    mosa_routers(model)  # that there are any
+    routers_of(model)  # that there are any
     check_uncompiled(model, "trace it uncompiled")
     layers = {  # of the routers too that an adapter replaces, until it is disabled
         module: layer_of(name, model) for name, module in model.named_modules() if isinstance(module, MosaRouter)

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
@@ -14,7 +13,7 @@ from .devices import input_device
 from .forward_context import ForwardContext
 from .layers import check_uncompiled, decoder_of, layer_of
 from .modes import evaluating
-from .router import MosaRouter, named_routers
+from .router import MosaRouter, named_routers, routers_of
 from .token_ids import check_no_padding, check_token_ids, padding_token
 
 ROUNDING = 1e-5  # of the largest logit: by how much logits of equal inputs may differ
@@ -42,7 +41,7 @@ def calibrate_thresholds(
         ValueError: if the model has no MoSA heads, `batches` are none or hold no tokens of its vocabulary, or logits
             are not finite.
     """
-    routers = mosa_routers(model)
+    routers = routers_of(model)
     thresholds = [
         highest_share(seen, router.sparsity) for router, seen in zip(routers, seen_logits(model, batches), strict=True)
     ]
@@ -58,7 +57,7 @@ def seen_logits(
     The logits `[N, G]` of every router of `model` on the N tokens of some text that it has a choice of, on the CPU.
     Args and errors are those of `calibrate_thresholds`, and so is the routing meanwhile.
     """
-    routers = mosa_routers(model)
+    routers = routers_of(model)
     check_uncompiled(model, "set thresholds before it is compiled")
     logits: dict[MosaRouter, list[torch.Tensor]] = {router: [] for router in routers}
 
@@ -156,16 +155,3 @@ def highest_share(logits: torch.Tensor, sparsity: Sequence[float]) -> torch.Tens
         else:
             values[group] = own.min()
     return values
-
-
-def mosa_routers(model: nn.Module) -> list[MosaRouter]:
-    """
-    The routers of a model that are in force, in layer order.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    routers = [router for _, router in named_routers(model)]
-    if not routers:
-        raise ValueError(f"{type(model).__name__} has no MoSA heads. Convert it first: `mosa_hf.convert_model`.")
-    return routers

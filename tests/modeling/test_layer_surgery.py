@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mosa_hf import GroupPlan, calibrate_thresholds, load_routers, save_routers, to_dense, trace_routing
-from mosa_hf.modeling.thresholds import mosa_routers
+from mosa_hf.modeling.router import routers_of
 from testing.tiny import tiny_base, with_random_routers
 
 from ..conftest import native_form
@@ -255,7 +255,7 @@ def test_fields_that_someone_set_are_saved_as_they_are(tmp_path):
 def test_thresholds_follow_in_each_layer_of_its_own(name):
     """A copy of a layer that learns has a threshold of its own."""
     model = put(MODELS[name](), (0, 0, 2, 3)).train()
-    routers = mosa_routers(model)
+    routers = routers_of(model)
     before = [router.threshold.clone() for router in routers]
     model(TOKENS, labels=TOKENS, use_cache=False).loss.backward()
     assert all(not torch.equal(x, router.threshold) for x, router in zip(before, routers, strict=True))

@@ -12,8 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from mosa_hf import trace_routing
-from mosa_hf.modeling.router import MosaRouter
-from mosa_hf.modeling.thresholds import mosa_routers
+from mosa_hf.modeling.router import MosaRouter, routers_of
 from mosa_hf.routing import select_by_expert_choice, select_by_threshold
 
 from ..conftest import FORMS, Form, sparse_form, tiny_model
@@ -25,7 +24,7 @@ ROUTINGS = ["expert_choice", "threshold"]
 def routed(model: nn.Module, input_ids: torch.Tensor, **options) -> list[tuple]:
     """Logits and selection of every router in a forward call."""
     outputs = []
-    hooks = [r.register_forward_hook(lambda _, args, output: outputs.append(output)) for r in mosa_routers(model)]
+    hooks = [r.register_forward_hook(lambda _, args, output: outputs.append(output)) for r in routers_of(model)]
     model(input_ids, **options)
     for hook in hooks:
         hook.remove()
@@ -60,7 +59,7 @@ def followed(
 def test_thresholds_are_moving_averages_of_training_calls(form, routing, dtype):
     """Calls with gradients and without a cache: neither evaluation nor generation in training mode counts."""
     model, input_ids = form.model(mosa_routing=routing).to(dtype), random_ids(2, 24)
-    routers = mosa_routers(model)
+    routers = routers_of(model)
     for router in routers:
         router.threshold.normal_(generator=torch.Generator().manual_seed(0))
     before = [router.threshold.clone() for router in routers]
@@ -101,10 +100,10 @@ def test_a_plain_training_loop_is_told_that_thresholds_stay(form, monkeypatch):
 
 def test_thresholds_stay_where_no_token_was_chosen_freely(form):
     model = form.model().train()
-    before = [router.threshold.clone() for router in mosa_routers(model)]
+    before = [router.threshold.clone() for router in routers_of(model)]
     outputs = routed(model, random_ids(2, 1), use_cache=False)  # of one token, the first
     assert all(selected.all() for _, selected in outputs)
-    assert all(map(torch.equal, before, [router.threshold for router in mosa_routers(model)]))
+    assert all(map(torch.equal, before, [router.threshold for router in routers_of(model)]))
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -112,7 +111,7 @@ def test_sparsity_one_selects_every_real_token(form, routing):
     plan = {} if form is FORMS["native"] else {"mosa_plan": None}
     fields = {"mosa_sparsity": 1, "mosa_routing": routing, "mosa_inference_routing": routing, **plan}
     model, mask = form.model(**fields), torch.tensor([[0, 1, 1, 1, 1], [1, 1, 0, 1, 0]])
-    for router in mosa_routers(model):
+    for router in routers_of(model):
         router.threshold.fill_(1e9)
     for training in (False, True):
         for _, selected in routed(model.train(training), random_ids(2, 5), attention_mask=mask, use_cache=False):
@@ -122,7 +121,7 @@ def test_sparsity_one_selects_every_real_token(form, routing):
 @pytest.mark.parametrize("include_first", [True, False])
 def test_the_first_token_is_selected_on_demand_only(form, include_first):
     model = form.model(mosa_include_first=include_first)
-    for router in mosa_routers(model):
+    for router in routers_of(model):
         router.threshold.fill_(1e9)
     with trace_routing(model) as selections:
         model.generate(random_ids(2, 5), max_new_tokens=3)
@@ -133,7 +132,7 @@ def test_the_first_token_is_selected_on_demand_only(form, include_first):
 
 def test_logits_are_float32_whatever_the_model_computes_in(form):
     model, input_ids = form.model(mosa_router_bias=True), random_ids(2, 24)
-    for router in mosa_routers(model):
+    for router in routers_of(model):
         nn.init.normal_(router.bias)
     expected, selected = routed(model, input_ids)[0]  # the input of the first router is not yet rounded
     with torch.autocast("cpu", torch.bfloat16):
@@ -142,10 +141,10 @@ def test_logits_are_float32_whatever_the_model_computes_in(form):
     if form is not FORMS["native"]:
         return
     model, inputs = model.bfloat16(), []
-    hook = mosa_routers(model)[0].register_forward_hook(lambda module, args, output: inputs.append(args[0]))
+    hook = routers_of(model)[0].register_forward_hook(lambda module, args, output: inputs.append(args[0]))
     logits, _ = routed(model, input_ids)[0]
     hook.remove()
-    router = mosa_routers(model)[0]
+    router = routers_of(model)[0]
     torch.testing.assert_close(logits, inputs[0].float() @ router.weight.float().T + router.bias.float())
 
 
@@ -171,7 +170,7 @@ def test_auxiliary_loss_treats_packed_sequences_as_sequences():
 def test_short_calls_leave_no_parameter_out_of_the_graph(form, num_tokens, selects):
     # Distributed training waits for the gradient of every parameter, be it zero.
     model = form.model(mosa_routing="threshold", mosa_include_first=False).train()
-    for router in mosa_routers(model):
+    for router in routers_of(model):
         router.threshold.fill_(-torch.inf if selects else torch.inf)
     logits = model(torch.arange(1, num_tokens + 1)[None], use_cache=False).logits
     assert logits.isfinite().all()
@@ -190,7 +189,7 @@ def train_on_rank(rank: int, directory: str, form: Form) -> None:
         model(batch, use_cache=False)
         # A call of one token chooses nothing freely: on rank 1 alone, it leaves the average to rank 0.
         model(batch[:, :1] if rank == 1 else batch, use_cache=False)
-        torch.save([router.threshold for router in mosa_routers(model)], f"{directory}/thresholds_{rank}.pt")
+        torch.save([router.threshold for router in routers_of(model)], f"{directory}/thresholds_{rank}.pt")
     finally:
         torch.distributed.destroy_process_group()
 
@@ -201,11 +200,11 @@ def test_ranks_average_their_thresholds(tmp_path: Path):
     form = FORMS["native"]  # routes by expert choice: no layer sees what thresholds became
     batches, model = random_ids(2, 1, 16), form.model().train()
     torch.save(batches, tmp_path / "batches.pt")
-    start = [router.threshold.clone() for router in mosa_routers(model)]
+    start = [router.threshold.clone() for router in routers_of(model)]
     seen = []  # by process and layer: logits, what is chosen of them, and the last one of these
     for batch in batches:
         logits = [each for each, _ in routed(model, batch, use_cache=False)]
-        pairs = zip(logits, mosa_routers(model), strict=True)
+        pairs = zip(logits, routers_of(model), strict=True)
         seen.append([(each.detach(), *choice(each, router)) for each, router in pairs])
     torch.multiprocessing.start_processes(train_on_rank, (str(tmp_path), form), nprocs=2, start_method="forkserver")
     for layer, (threshold, one, two) in enumerate(zip(start, *seen, strict=True)):
