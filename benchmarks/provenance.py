@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import mosa_hf
+from mosa_hf.modeling.devices import dtype_name
 
 
 def origin_of(module: str, arguments: list[str], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def origin_of(module: str, arguments: list[str], dtype: torch.dtype = torch.floa
     return {
         "command": shlex.join(["python", "-m", module, *words]),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{os.cpu_count()} x {platform.machine()}, {threads}, {str(dtype).removeprefix('torch.')}",
+        "machine": f"{os.cpu_count()} x {platform.machine()}, {threads}, {dtype_name(dtype)}",
         "versions": {
             "mosa_hf": mosa_hf.__version__,
             "transformers": transformers.__version__,

@@ -40,7 +40,7 @@ from mosa_hf.compat import CACHE
 from mosa_hf.conversion import default_text
 from mosa_hf.conversion.calibration import RouterFit
 from mosa_hf.evaluation import CacheMemory, Sample, decoding_bytes, filled_cache, score
-from mosa_hf.modeling.devices import input_device
+from mosa_hf.modeling.devices import dtype_name, input_device
 from mosa_hf.modeling.fingerprint import model_fingerprint, numbers_fingerprint
 from mosa_hf.modeling.router_files import ROUTERS_CONFIG_NAME
 from testing import pretrained
@@ -266,7 +266,7 @@ class Subjects:
                 save_routers(converted, scratch / "routers")
                 return scratch / "routers"
 
-            dtype = str(self.original.dtype).removeprefix("torch.")
+            dtype = dtype_name(self.original.dtype)
             name = f"{config.window}-{config.sparsity:g}" if config.plan is None else _digest(config.plan.to_list())
             routers = cached(f"routers-{self.fingerprint}-{dtype}-{default_text().sha256[:8]}-{name}", fit)
             self._converted[setting] = load_routers(self.original, routers, **fields).eval()
@@ -333,7 +333,7 @@ def measure_rivals(
     if not readings:
         return
     model = subjects.original
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model.dtype)
     job = {"model": model.name_or_path, "dtype": dtype, "device": str(model.device), "readings": readings}
     for answer in baselines_answers(job):
         line = heads[answer.pop("reading")] | answer | origin

@@ -30,6 +30,7 @@ from mosa_hf.kernels import backend
 from mosa_hf.kernels.entries import PackedKeyValues
 from mosa_hf.kernels.rotary import rotate
 from mosa_hf.kernels.tensors import KeyValues
+from mosa_hf.modeling.devices import dtype_name
 from mosa_hf.modeling.forward_context import ForwardContext
 from mosa_hf.modeling.heads import MosaHeads
 from mosa_hf.routing import CallLayout, TokenMask
@@ -243,7 +244,7 @@ def check(case: Case, dtypes: tuple[torch.dtype, ...] = (torch.float32, DTYPE)) 
                 ((own - right).abs().max() / right.abs().max()).item()
                 for own, right in zip(actual, expected, strict=name != PAPER)
             )
-            kind = str(dtype).removeprefix("torch.")
+            kind = dtype_name(dtype)
             assert error <= TOLERANCE[dtype], f"{name} in {kind}: error {error:.1e} of {case}"
             errors[f"{name} {kind}"] = error
     return errors

@@ -19,6 +19,7 @@ from transformers.utils.logging import tqdm
 from ..arguments import checked
 from ..atomic_write import atomic_directory, check_absent
 from ..modeling.configuration import sparse_config_of
+from ..modeling.devices import dtype_name
 from ..modeling.group_plan import GroupPlan
 from ..modeling.model_card import model_card, plan_in_short
 from ..modeling.router_files import ROUTERS_NAME, load_routers, router_tensors, write_routers
@@ -141,7 +142,7 @@ def convert_source(
     if input_ids is not None:
         if not is_file:
             model = load_weights(type(model), source, loading)
-        logger.info("It computes in %s on %s", str(model.dtype).removeprefix("torch."), model.device)
+        logger.info("It computes in %s on %s", dtype_name(model.dtype), model.device)
     start = time.perf_counter()
     converted = convert_model(model, conversion, input_ids)
     logger.info("Chose groups, fitted routers and set thresholds in %.0f s", time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Where a model computes, also if Accelerate keeps its weights elsewhere meanwhile (`device_map`, offloading)."""
+"""Where a model computes, also if Accelerate keeps its weights elsewhere (`device_map`, offloading), and in what."""
 
 from collections.abc import Iterator, Mapping
 
@@ -15,6 +15,11 @@ def is_distributed() -> bool:
 def num_processes() -> int:
     """That train one model together."""
     return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype, as configs and options have it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

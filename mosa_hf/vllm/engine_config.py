@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-import torch
 from transformers.configuration_utils import PreTrainedConfig
 from vllm.config import KVTransferConfig, ModelConfig, VllmConfig
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.transformers_utils.config import get_hf_text_config
 
 from ..modeling.configuration import SparseGroupsConfig
+from ..modeling.devices import dtype_name
 from ..modeling.family import family_of
 from ..modeling.router_files import read_routers
 from .spec import Reserve
@@ -125,8 +125,8 @@ def check(vllm_config: VllmConfig) -> None:
             "its place is taken by what tells the scheduler how much requests hold. Leave it out",
         ),
         "cache_dtype": (
-            cache.cache_dtype not in ("auto", _dtype_name(model.dtype)),
-            f"entries are stored as the model computes them ({_dtype_name(model.dtype)}). Leave it out",
+            cache.cache_dtype not in ("auto", dtype_name(model.dtype)),
+            f"entries are stored as the model computes them ({dtype_name(model.dtype)}). Leave it out",
         ),
         "enable_dbo": (parallel.use_ubatching, "a step is read in one batch. Leave it out"),
         "kv_offloading_size": (
@@ -151,10 +151,6 @@ def check(vllm_config: VllmConfig) -> None:
             "`mosa_reserve` is 'budget', but the model has no `mosa_cache_budget`: set one in its config.json, or use "
             "'feedback'."
         )
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _base_hook(architecture: str) -> type[VerifyAndUpdateConfig] | None:
