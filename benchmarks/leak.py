@@ -32,6 +32,7 @@ RESULTS = Path(__file__).parent / "results" / "leak.md"
 VOCAB_SIZE, LENGTH, BATCH_SIZE = 4, 16, 128
 FLOOR = math.log(VOCAB_SIZE)
 NOISE = 3  # standard errors that chance may put a loss below the floor
+NUM_READ = 4096  # fresh sequences
 CASES = (("expert_choice", "expert_choice"), ("expert_choice", "threshold"), ("threshold", "threshold"))
 
 
@@ -88,18 +89,18 @@ def trained_model(routing: str, seed: int, num_steps: int) -> MosaForCausalLM:
 
 
 @torch.no_grad()
-def excess_loss(model: MosaForCausalLM, rule: str, num_rows: int = 4096, seed: int = 1_000_000) -> Excess:
-    """How far `model`, reading by `rule`, is above the floor on `num_rows` fresh sequences, teacher-forced."""
+def excess_loss(model: MosaForCausalLM, rule: str) -> Excess:
+    """How far `model`, reading by `rule`, is above the floor on fresh sequences, teacher-forced."""
     config = type(model.config).from_dict({**model.config.to_dict(), "mosa_inference_routing": rule})
     reader = MosaForCausalLM(config).eval()
     reader.load_state_dict(model.state_dict())
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(1_000_000)  # no training's
     losses = []
-    for rows in random_tokens(num_rows, generator).split(256):
+    for rows in random_tokens(NUM_READ, generator).split(256):
         logits = reader(rows, use_cache=False).logits[:, :-1]
         losses.append(F.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none").mean(1))
     losses = torch.cat(losses)  # of sequences, which are independent; tokens of one are not
-    return Excess(losses.mean().item() - FLOOR, losses.std().item() / math.sqrt(num_rows))
+    return Excess(losses.mean().item() - FLOOR, losses.std().item() / math.sqrt(NUM_READ))
 
 
 def probe(seed: int, num_steps: int) -> dict[tuple[str, str], Excess]:

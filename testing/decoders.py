@@ -162,9 +162,9 @@ def is_wrapper(model_type: str) -> bool:
     return is_composite(classes_of(model_type)[0])
 
 
-def small_config(model_type: str, config_class: type[PreTrainedConfig] | None = None) -> PreTrainedConfig:
+def small_config(model_type: str) -> PreTrainedConfig:
     """A configuration of a few layers, one of which at least has global attention where the type knows such."""
-    config_class = config_class or classes_of(model_type)[0]
+    config_class = classes_of(model_type)[0]
     is_dataclass = dataclasses.is_dataclass(config_class)
     names = (
         {field.name for field in dataclasses.fields(config_class)}
@@ -184,10 +184,10 @@ def small_config(model_type: str, config_class: type[PreTrainedConfig] | None = 
     return config
 
 
-def tiny_decoder(model_type: str, seed: int = 0) -> PreTrainedModel:
+def tiny_decoder(model_type: str) -> PreTrainedModel:
     """A causal LM of a type, with random weights, biases and norms."""
     config, model_class = small_config(model_type), classes_of(model_type)[1]
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return shaken(model_class(config))
 
 

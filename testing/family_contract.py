@@ -148,8 +148,9 @@ def _converted_files(model: PreTrainedModel, ids: torch.Tensor, expected: torch.
     return None if found < TOLERANCE else f"differs by {found:.1e}"
 
 
-def _padded(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor, num_padding: int = 5) -> float:
+def _padded(model: PreTrainedModel, ids: torch.Tensor, expected: torch.Tensor) -> float:
     """How much a text differs by that stands, padded on the left, beside a longer one."""
+    num_padding = 5
     rows = torch.cat([torch.nn.functional.pad(ids, (num_padding, 0)), tokens(1, ids.shape[1] + num_padding, seed=2)])
     mask = torch.ones_like(rows)
     mask[0, :num_padding] = 0

@@ -49,22 +49,22 @@ def paragraphs(text: str) -> Iterator[Paragraph]:
         yield Paragraph(lines, True)
 
 
-def wrapped(text: str, width: int = WIDTH) -> str:
+def wrapped(text: str) -> str:
     """The same page, paragraphs that are too wide filled anew."""
     return "\n".join(
         line
         for lines, is_prose in paragraphs(text)
-        for line in (_filled(lines, width) if is_prose and any(len(line) > width for line in lines) else lines)
+        for line in (_filled(lines) if is_prose and any(len(line) > WIDTH for line in lines) else lines)
     )
 
 
-def _filled(lines: list[str], width: int) -> list[str]:
+def _filled(lines: list[str]) -> list[str]:
     item = ITEM.match(lines[0])
     marker = item["marker"] if item else re.match(r"\s*", lines[0])[0]
     words = WORD.findall(" ".join([lines[0][len(marker) :], *lines[1:]]))
     filled, current = [], marker + words[0]
     for word in words[1:]:
-        if len(current) + 1 + len(word) > width and not MARKUP.match(word):
+        if len(current) + 1 + len(word) > WIDTH and not MARKUP.match(word):
             filled.append(current)
             current = " " * len(marker) + word
         else:
@@ -80,12 +80,12 @@ def unwrapped(text: str) -> str:
     )
 
 
-def too_wide(text: str, width: int = WIDTH) -> list[str]:
+def too_wide(text: str) -> list[str]:
     """Lines of prose, and rows of tables, that are wider, unless they cannot be broken (an address, a code span)."""
     found, in_code = [], False
     for line in text.split("\n"):
         is_fence = line.lstrip().startswith("```")
-        if len(line) > width and not in_code and not is_fence:
+        if len(line) > WIDTH and not in_code and not is_fence:
             item = ITEM.match(line)
             if len(WORD.findall(item["text"] if item else line)) > 1:
                 found.append(line)
