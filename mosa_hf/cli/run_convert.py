@@ -5,11 +5,10 @@ import shlex
 from pathlib import Path
 
 from ..api import ConversionConfig
-from ..atomic_write import check_absent, check_replaceable
+from ..atomic_write import check_replaceable
 from ..conversion import read_text
-from ..conversion.checkpoint import check_routers_alone, convert_source, write_converted
-from ..conversion.publishing import check_can_publish, publish
-from ..conversion.sources import find_source
+from ..conversion.checkpoint import check_can_convert, convert_files
+from ..conversion.publishing import publish
 from ..modeling.configuration import SparseGroupsConfig, sparse_config_of
 from ..modeling.group_plan import GroupPlan, check_can_plot
 from ..modeling.kv_share import planned_bytes
@@ -19,23 +18,21 @@ from .options import loading_of
 
 def run(options: argparse.Namespace) -> None:
     destination = Path(options.destination)
-    check_absent(destination)
     for file in filter(None, (options.save_plan, options.plot_plan)):
         check_replaceable(Path(file))
     if options.plot_plan:
         check_can_plot()
-    if options.push_to_hub is not None:
-        check_can_publish(options.push_to_hub, options.token)  # texts may take long to read
     given = {name: getattr(options, name) for name in ("plan", "groups", "sparsity", "window")}
     given = {name: value for name, value in given.items() if value is not None}
     conversion = ConversionConfig(**given) if given else None
     windows = {"num_windows": options.windows, "window_length": options.window_length}
-    check_routers_alone(options.routers, conversion, options.calibration, *windows.values())
+    others = conversion, options.calibration, *windows.values()
+    check_can_convert(destination, options.push_to_hub, options.token, options.routers, *others)
     text = read_text(options.calibration) if options.calibration else None
-    loading = loading_of(options)
-    source = find_source(options.source, revision=options.revision, token=options.token)
-    converted = convert_source(source, conversion, text, options.routers, **windows, **loading)
-    write_converted(converted, source, destination, routers_only=options.routers_only, place=options.push_to_hub)
+    written = {"routers_only": options.routers_only, "push_to_hub": options.push_to_hub}
+    converted = convert_files(
+        options.source, destination, conversion, text, options.routers, **windows, **written, **loading_of(options)
+    )
     config = sparse_config_of(converted.config)
     plan = GroupPlan.of_config(config)
     if options.save_plan:

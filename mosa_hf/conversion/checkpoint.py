@@ -87,26 +87,37 @@ def convert_checkpoint(
             a plan that does not fit, a short text, or a text without a tokenizer.
     """
     check_loading(loading)
-    check_absent(Path(destination))
-    check_routers_alone(routers, conversion, calibration, num_windows, window_length)
-    token = loading.get("token")
-    if push_to_hub is not None:
-        check_can_publish(push_to_hub, token)
-    found = find_source(source, revision=loading.get("revision"), token=token)
-    converted = convert_source(
-        found, conversion, calibration, routers, num_windows=num_windows, window_length=window_length, **loading
+    destination, token = Path(destination), loading.get("token")
+    check_can_convert(destination, push_to_hub, token, routers, conversion, calibration, num_windows, window_length)
+    converted = convert_files(
+        source,
+        destination,
+        conversion,
+        calibration,
+        routers,
+        routers_only=routers_only,
+        num_windows=num_windows,
+        window_length=window_length,
+        push_to_hub=push_to_hub,
+        **loading,
     )
-    write_converted(converted, found, Path(destination), routers_only=routers_only, place=push_to_hub)
     if push_to_hub is not None:
-        publish(Path(destination), push_to_hub, token)
+        publish(destination, push_to_hub, token)
     return GroupPlan.of_config(converted.config)
 
 
-def check_routers_alone(routers: object, *others: object) -> None:
+def check_can_convert(
+    destination: Path, push_to_hub: str | None, token: str | bool | None, routers: object, *others: object
+) -> None:
     """
+    What can be known before texts are read, which may take long. Args and other errors are `convert_checkpoint`'s.
+
     Raises:
         ValueError: for `routers` beside any of `others`, which would make others.
     """
+    check_absent(destination)
+    if push_to_hub is not None:
+        check_can_publish(push_to_hub, token)
     if routers is not None and any(each is not None for each in others):
         raise ValueError(
             "`routers` bring their own plan and thresholds: leave out `conversion` and `calibration`, and "
@@ -114,33 +125,61 @@ def check_routers_alone(routers: object, *others: object) -> None:
         )
 
 
-def convert_source(
-    source: Source,
+def convert_files(
+    source: str | os.PathLike,
+    destination: Path,
     conversion: ConversionConfig | None,
     calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
     routers: str | os.PathLike | None,
     *,
+    routers_only: bool,
     num_windows: int | None,
     window_length: int | None,
+    push_to_hub: str | None,
     **loading: Unpack[Loading],
 ) -> PreTrainedModel:
     """
-    The converted model of files that are on this machine: its weights are loaded (not on the meta device) only where
-    routers are fitted. Args and errors are those of `convert_checkpoint`.
+    The converted model, maybe without weights, once it is written to a directory that appears when it is whole. Args
+    and errors are those of `convert_checkpoint`; nothing is uploaded.
     """
-    conversion = conversion or ConversionConfig()
-    is_file = source.path.is_file()
-    model = load_gguf(source, loading) if is_file else checked_model(source)
-    dtype = model.config.dtype
+    found = find_source(source, revision=loading.get("revision"), token=loading.get("token"))
+    is_file = found.path.is_file()
+    model = load_gguf(found, loading) if is_file else checked_model(found)
     if routers is not None:
-        return load_routers(model, routers, token=loading.get("token"))
+        converted = load_routers(model, routers, token=loading.get("token"))
+    else:
+        conversion = conversion or ConversionConfig()
+        converted = _fitted(model, found, conversion, calibration, num_windows, window_length, loading)
+    with atomic_directory(destination) as unfinished:
+        if routers_only:
+            write_routers(converted, unfinished, place=push_to_hub)
+        elif is_file:
+            converted.save_pretrained(unfinished)
+            tokenizer_of(found.path).save_pretrained(unfinished)
+            _write_card(converted, found, unfinished, push_to_hub)
+        else:
+            _write(converted, found, unfinished, push_to_hub)
+    return converted
+
+
+def _fitted(
+    model: PreTrainedModel,
+    source: Source,
+    conversion: ConversionConfig,
+    calibration: str | os.PathLike | Text | Sequence[Any] | torch.Tensor | None,
+    num_windows: int | None,
+    window_length: int | None,
+    loading: Loading,
+) -> PreTrainedModel:
+    """`model` of a source, converted: weights that are on the meta device are loaded where routers are fitted."""
+    dtype = model.config.dtype
     candidate_plan(plain_config(model.config), conversion)  # raises before weights are loaded
     if calibration is None and conversion.selects():
         calibration = default_text()
     config = model.config.get_text_config(decoder=True)
     input_ids, record = _calibration(source, config, calibration, num_windows, window_length)
     if input_ids is not None:
-        if not is_file:
+        if not source.path.is_file():
             model = load_weights(type(model), source, loading)
         logger.info("It computes in %s on %s", dtype_name(model.dtype), model.device)
     start = time.perf_counter()
@@ -186,30 +225,6 @@ def _calibration(
     num_windows = NUM_WINDOWS if num_windows is None else num_windows
     input_ids = calibration_windows(tokenizer, calibration.documents, num_windows, window_length)
     return input_ids, {"text": calibration.name, "sha256": calibration.sha256}
-
-
-def write_converted(
-    converted: PreTrainedModel, source: Source, destination: Path, *, routers_only: bool, place: str | None = None
-) -> None:
-    """
-    Write what `convert_source` gave: a directory that appears when it is whole.
-
-    Args:
-        converted: the model, maybe without weights.
-        source: what it was converted from, whose files are linked.
-        destination: the directory, which must not exist.
-        routers_only: write the routers alone.
-        place: the name that it will have on the Hub, for its card.
-    """
-    with atomic_directory(destination) as unfinished:
-        if routers_only:
-            write_routers(converted, unfinished, place=place)
-        elif source.path.is_file():
-            converted.save_pretrained(unfinished)
-            tokenizer_of(source.path).save_pretrained(unfinished)
-            _write_card(converted, source, unfinished, place)
-        else:
-            _write(converted, source, unfinished, place)
 
 
 def _write(converted: PreTrainedModel, source: Source, unfinished: Path, place: str | None) -> None:

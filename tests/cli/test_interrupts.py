@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mosa_hf.cli import convert, evaluate, heal, run_convert, run_heal, run_trace, trace
+from mosa_hf.conversion import checkpoint
 from testing.tiny import QUIET, SENTENCES, byte_tokenizer, tiny_base
 
 SIZES = "--windows 2 --window-length 64 --window 8 --device cpu".split()
@@ -26,7 +27,7 @@ def interrupt(*args, **kwargs):
 
 
 def test_while_a_model_is_converted(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_convert, "convert_source", interrupt)
+    monkeypatch.setattr(run_convert, "convert_files", interrupt)
     with pytest.raises(SystemExit, match="^mosa-convert: stopped. Nothing was written"):
         convert.main([str(folder / "base"), str(tmp_path / "new"), *SIZES])
     assert not list(tmp_path.iterdir())
@@ -34,7 +35,7 @@ def test_while_a_model_is_converted(folder, tmp_path, monkeypatch):
 
 def test_while_a_model_is_uploaded(folder, tmp_path, monkeypatch, capsys):
     """All that could be written before is."""
-    monkeypatch.setattr(run_convert, "check_can_publish", lambda *args: None)
+    monkeypatch.setattr(checkpoint, "check_can_publish", lambda *args: None)
     monkeypatch.setattr(run_convert, "publish", interrupt)
     plan = tmp_path / "plan.json"
     with pytest.raises(SystemExit, match=r"^mosa-convert: stopped. .*new is whole; what came after it was not done"):
