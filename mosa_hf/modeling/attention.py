@@ -136,67 +136,18 @@ def mosa_attention_forward(
     if not getattr(module, "is_causal", True):
         raise ValueError(f"`is_causal` of {type(module).__name__} is False. {POSSIBLE}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = module.mosa_groups
+    of_scores = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     if module.attend_latents is not None:
-        options = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
-        return module.attend_latents(query, key, value, mosa, groups.sets[0].window, **options), None
-    num_groups = groups.num_groups
-    reads = [None] * len(groups.sets) if mosa.cache is None else mosa.cache.readable()
-    is_whole = key.shape[1] == num_groups  # else a cache has picked the dense groups'
-    # A cache that gives all groups' keys has found that out; only some of its call may be captured.
-    is_coded = module.mosa_cache_dtype is not None
+        return module.attend_latents(query, key, value, mosa, module.mosa_groups.sets[0].window, **of_scores), None
     _check_whole_keys(module, mosa, softcap, s_aux)
-    may_be_plain = (mosa.cache is not None or is_free()) and not (dropout and groups.dense)
-    if may_be_plain and not is_coded and _is_within_windows(query, key, groups):
-        # Nothing is out of a window: plain causal attention, whatever is selected.
-        options["dropout"] = 0.0  # which sparse groups do not know
-        output, _ = dense_attention(module, query, *_fitting(key, value, attention_mask), **options)
-        if mosa.cache is not None:
-            mosa.cache.end_call()
-        for gate in mosa.gates:
-            if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
-                output = output + 0.0 * gate.sum()
-        return output, None
-    query = torch.unflatten(query, 1, (num_groups, -1))  # [B, G, R, T, d]
-    sinks = None if s_aux is None else s_aux.view(num_groups, -1)
-    outputs: list[torch.Tensor] = []  # of each set of groups, [B, T, G, R, d]
-    order: list[int] = []  # of the groups in them
-    if groups.dense:
-        own_query, own_key, own_value, mask = take(query, groups.dense, dim=1), key, value, attention_mask
-        if is_whole:
-            own_key, own_value = (take(states, groups.dense, dim=1) for states in (key, value))
-        if is_whole and mosa.cache is not None:
-            own_key, own_value, mask = _fitting(own_key, own_value, mask)
-        own_sinks = None if sinks is None else take(sinks, groups.dense, dim=0)
-        outputs.append(_attend_densely(module, own_query, own_key, own_value, mask, own_sinks, options))
-        order += groups.dense
-    for each, routed, gate, read in zip(groups.sets, mosa.routed, mosa.gates, reads, strict=True):
-        if read is None:
-            new_key, new_value = take(key, each.groups, dim=1), take(value, each.groups, dim=1)
-            if is_coded:
-                new_key, new_value = rounded(turned(new_key, routed.center)), rounded(new_value)
-            read = uncached(new_key, new_value, routed, mosa.layout, module.mosa_budget), None
-        own_sinks = None if sinks is None else take(sinks, each.groups, dim=0)
-        own_query = take(query, each.groups, dim=1)
-        heads = sparse_attention(
-            turned(own_query) if is_coded else own_query,
-            read,
-            mosa.layout,
-            each.window,
-            gate,
-            scale=scaling,
-            softcap=softcap,
-            sinks=own_sinks,
-        )
-        outputs.append(heads.permute(0, 3, 1, 2, 4))
-        order += each.groups
+    reads = [None] * len(module.mosa_groups.sets) if mosa.cache is None else mosa.cache.readable()
+    if _is_plain(module, query, key, mosa, dropout):
+        output = _attend_plainly(module, query, key, value, attention_mask, mosa.gates, options)
+    else:
+        output = _attend_by_groups(module, query, key, value, attention_mask, mosa, reads, of_scores, options)
     if mosa.cache is not None:
         mosa.cache.end_call()
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    if order != sorted(order):
-        back = sorted(range(num_groups), key=order.__getitem__)
-        output = output.index_select(2, constant(tuple(back), output.device))
-    return output.flatten(2, 3).contiguous(), None  # some families take a view
+    return output, None
 
 
 def _check_whole_keys(
@@ -210,10 +161,77 @@ def _check_whole_keys(
         )
 
 
-def _is_within_windows(query: torch.Tensor, key: torch.Tensor, groups: LayerGroups) -> bool:
-    """Whether keys `[B, G, S, d]` of all groups are the call's own, and no query is farther from one than a window."""
-    is_first = key.shape[1] == groups.num_groups and query.shape[2] == key.shape[2]
-    return is_first and bool(groups.sets) and all(query.shape[2] <= each.window for each in groups.sets)
+def _is_plain(
+    module: AttentionModule, query: torch.Tensor, key: torch.Tensor, mosa: LayerContext, dropout: float
+) -> bool:
+    """
+    Whether it is plain causal attention, whatever is selected: keys `[B, G, S, d]` of all groups are the call's own,
+    and no query is farther from one than a window.
+    """
+    groups, num_tokens = module.mosa_groups, query.shape[2]
+    # A cache that gives all groups' keys has found that out; only some of its call may be captured.
+    if (mosa.cache is None and not is_free()) or module.mosa_cache_dtype is not None or (dropout and groups.dense):
+        return False
+    is_first = key.shape[1] == groups.num_groups and num_tokens == key.shape[2]
+    return is_first and bool(groups.sets) and all(num_tokens <= each.window for each in groups.sets)
+
+
+def _attend_plainly(
+    module: AttentionModule,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    gates: list[torch.Tensor | None],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Of all groups `[B, T, H, d]`, where nothing is out of a window."""
+    options = options | {"dropout": 0.0}  # which sparse groups do not know
+    output, _ = dense_attention(module, query, *_fitting(key, value, attention_mask), **options)
+    for gate in gates:
+        if gate is not None:  # no far key is read: keep the router in the graph, as DDP needs
+            output = output + 0.0 * gate.sum()
+    return output
+
+
+def _attend_by_groups(
+    module: AttentionModule,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mosa: LayerContext,
+    reads: Sequence[Readable | None],
+    of_scores: dict[str, Any],
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """Of all groups `[B, T, H, d]`: the dense ones, and then each set of sparse ones, which reads of `reads`."""
+    groups, is_coded = module.mosa_groups, module.mosa_cache_dtype is not None
+    query = torch.unflatten(query, 1, (groups.num_groups, -1))  # [B, G, R, T, d]
+    sinks = None if of_scores["sinks"] is None else of_scores["sinks"].view(groups.num_groups, -1)
+    outputs: list[torch.Tensor] = []  # of each set of groups, [B, T, G, R, d]
+    order: list[int] = []  # of the groups in them
+    if groups.dense:
+        outputs.append(_attend_densely(module, query, key, value, attention_mask, sinks, mosa.cache, options))
+        order += groups.dense
+    for each, routed, gate, read in zip(groups.sets, mosa.routed, mosa.gates, reads, strict=True):
+        if read is None:
+            own_key, own_value = take(key, each.groups, dim=1), take(value, each.groups, dim=1)
+            if is_coded:
+                own_key, own_value = rounded(turned(own_key, routed.center)), rounded(own_value)
+            read = uncached(own_key, own_value, routed, mosa.layout, module.mosa_budget), None
+        own_query = take(query, each.groups, dim=1)
+        own_query = turned(own_query) if is_coded else own_query
+        own_sinks = None if sinks is None else take(sinks, each.groups, dim=0)
+        own_of_scores = of_scores | {"sinks": own_sinks}
+        heads = sparse_attention(own_query, read, mosa.layout, each.window, gate, **own_of_scores)
+        outputs.append(heads.permute(0, 3, 1, 2, 4))
+        order += each.groups
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    if order != sorted(order):
+        back = sorted(range(groups.num_groups), key=order.__getitem__)
+        output = output.index_select(2, constant(tuple(back), output.device))
+    return output.flatten(2, 3).contiguous()  # some families take a view
 
 
 def _fitting(
@@ -238,14 +256,24 @@ def _attend_densely(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    cache: Any,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Of the dense groups `[B, T, G, R, d]`: `query` [B, G, R, T, d], `key`, `value` [B, G, S, d], `sinks` [G, R]."""
+    """
+    Of the dense groups `[B, T, G_dense, R, d]`. `query` [B, G, R, T, d] and `sinks` [G, R] are of all groups, and so
+    are `key` and `value` [B, G, S, d] unless a cache has picked the dense groups'.
+    """
+    groups = module.mosa_groups
+    query = take(query, groups.dense, dim=1)
+    if key.shape[1] == groups.num_groups:
+        key, value = (take(states, groups.dense, dim=1) for states in (key, value))
+        if cache is not None:
+            key, value, attention_mask = _fitting(key, value, attention_mask)
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4 and attention_mask.shape[1] > 1:
         attention_mask = attention_mask[:, :1]  # of all heads; where they differ, the model has refused it
     heads: AttentionModule | DenseHeads = module
     if sinks is not None:
-        options = options | {"s_aux": sinks.flatten()}
+        options = options | {"s_aux": take(sinks, groups.dense, dim=0).flatten()}
         heads = DenseHeads(module, options["s_aux"])
     output, _ = dense_attention(heads, query.flatten(1, 2), key, value, attention_mask, **options)  # [B, T, H, d]
     return output.unflatten(2, (query.shape[1], -1))
