@@ -3,7 +3,6 @@ One more token in every row of a store's memory, specified (docs/design.md, sect
 into, the selected token that leaves the window for it, and the lowest score that a budget then evicts.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +37,6 @@ def append_token(
     budget: int | None = None,
     notes: bool = False,
     common: int | None = None,
-    is_any: Callable[[torch.Tensor], bool] = lambda mask: True,
 ) -> Taken:
     """
     Args:
@@ -48,72 +46,60 @@ def append_token(
         window: entries of the ring; 0: selected tokens alone are held.
         budget: evict the lowest score where a range has more selected tokens than this; of equal ones the latest.
         notes: whether what is taken is returned.
-        common: what `num_stored` holds, if that is known and the same in every row, none of which has padding.
-        is_any: whether a mask holds a True, if that can be known.
+        common: what `num_stored` holds, if that is known and the same in every row, none of which has padding: of use
+            to a backend that can leave something out.
     """
-    selected, overwritten = token.selected, None
+    held = None
     if window:
-        entry, overwritten = _to_ring(entries, token.valid, num_stored, window, notes, common, is_any)
+        entry, leaving, added = to_ring(entries, token.valid, num_stored, window)
+        held = entries.gather(entry)
+        entries.put(behind(entries, leaving), **held)
     else:
-        entry = torch.where(selected, entries.start + entries.length, entries.null)
-        entries.lengthen(selected)
-    rows = {"key": token.key.flatten(0, 1), "value": token.value.flatten(0, 1), "selected": selected.flatten()}
+        entry, added = behind(entries, token.selected), token.selected
+    entries.lengthen(added)
+    entries.put(entry, **rows_of(entries, token, num_stored))
+    overwritten = held if notes else None
+    if budget is None or token.score is None:
+        return Taken(overwritten)
+    entries.num_selected.add_(token.selected)
+    return Taken(overwritten, *evict_lowest(entries, entries.num_selected > budget, window, notes))
+
+
+def behind(entries: Entries, where: torch.Tensor) -> torch.Tensor:
+    """The entry `[B, G]` behind each range `where` [B, G] is True, elsewhere the null entry."""
+    return torch.where(where, entries.start + entries.length, entries.null)
+
+
+def to_ring(
+    entries: Entries, valid: torch.Tensor | None, num_stored: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    The ring's entry for a token, whether what it holds is selected and leaves the window, so that it is kept, and
+    whether its range has one entry more then: all `[B, G]`.
+    """
+    entry = entries.start + (num_stored % window)[:, None]
+    is_full = (num_stored >= window)[:, None]
+    leaving = entries.states["selected"].index_select(0, entry.flatten()).view_as(entry) & is_full
+    added = leaving | ~is_full
+    if valid is not None:
+        leaving, added = leaving & valid[:, None], added & valid[:, None]
+        entry = torch.where(valid[:, None], entry, entries.null)
+    return entry, leaving, added
+
+
+def rows_of(entries: Entries, token: Token, num_stored: torch.Tensor, is_ranked: bool = True) -> Rows:
+    """What `entries` hold of a token, `[B * G, ...]` by name; if it `is_ranked`, with what a budget compares."""
+    rows = {"key": token.key.flatten(0, 1), "value": token.value.flatten(0, 1), "selected": token.selected.flatten()}
     if "key_scale" in entries.states:
         rows = encoded(rows)
-    # Of tokens that are not selected, neither position nor score is ever looked at.
-    is_ranked = "position" in entries.states and is_any(selected)
-    if is_ranked:
-        rows["position"] = num_stored[:, None].expand_as(selected).flatten()
-    if is_ranked and token.score is not None:
-        rows["score"] = token.score.flatten()
-    entries.put(entry, **rows)
-    if budget is None or "score" not in rows:
-        return Taken(overwritten)
-    entries.num_selected.add_(selected)
-    over = entries.num_selected > budget  # [B, G]
-    return Taken(overwritten, *_evict_lowest(entries, over, window, notes)) if is_any(over) else Taken(overwritten)
+    if is_ranked and "position" in entries.states:
+        rows["position"] = num_stored[:, None].expand_as(token.selected).flatten()
+        if token.score is not None:
+            rows["score"] = token.score.flatten()
+    return rows
 
 
-def _to_ring(
-    entries: Entries,
-    valid: torch.Tensor | None,
-    num_stored: torch.Tensor,
-    window: int,
-    notes: bool,
-    common: int | None,
-    is_any: Callable[[torch.Tensor], bool],
-) -> tuple[torch.Tensor, Rows | None]:
-    """The ring's entry `[B, G]` for a token, and what it held. What leaves the window there is kept if selected."""
-    start, null = entries.start, entries.null
-    if common is not None:  # the same entry of every range
-        entry, is_full = start + common % window, None
-        if common < window:
-            entries.lengthen(1)
-            return entry, None
-    else:
-        entry = start + (num_stored % window)[:, None]
-        is_full = (num_stored >= window)[:, None]
-    overwritten = entries.gather(entry) if notes else None
-    if overwritten is None:
-        leaving = entries.states["selected"].index_select(0, entry.flatten())
-    else:
-        leaving = overwritten["selected"]
-    leaving = added = leaving.view_as(entry)
-    if is_full is not None:
-        leaving, added = leaving & is_full, leaving | ~is_full
-        if valid is not None:
-            leaving, added = leaving & valid[:, None], added & valid[:, None]
-            entry = torch.where(valid[:, None], entry, null)
-    keeps = is_any(leaving)
-    if keeps:
-        rows = entries.gather(entry) if overwritten is None else overwritten
-        entries.put(torch.where(leaving, start + entries.length, null), **rows)
-    if keeps or is_full is not None:
-        entries.lengthen(added)
-    return entry, overwritten
-
-
-def _evict_lowest(entries: Entries, over: torch.Tensor, window: int, notes: bool) -> tuple[Rows | None, torch.Tensor]:
+def evict_lowest(entries: Entries, over: torch.Tensor, window: int, notes: bool) -> tuple[Rows | None, torch.Tensor]:
     """Where a range has one selected token more than the budget allows, evict the lowest score."""
     states = entries.states
     slots, filled = entries.slots()
