@@ -46,7 +46,7 @@ def converted_directory(tmp_path_factory):
     with FileLock(shared / "smollm2.lock"):
         if not destination.exists():
             conversion = ConversionConfig(groups=60, window=64)
-            windows = {"num_windows": 10, "window_length": 512}
+            windows = {"num_windows": 8, "window_length": 320}
             convert_checkpoint(fetched(pretrained.smollm2_directory), destination, conversion, text, **windows)
     return destination
 
