@@ -135,9 +135,15 @@ REPRESENTATIVES = (
     "smollm3",
 )
 FAMILIES = tuple(FIELDS)
-EVERY_FAMILY = pytest.mark.parametrize(
-    "family", [pytest.param(x, marks=() if x in REPRESENTATIVES else pytest.mark.families) for x in FAMILIES]
-)
+# Latent attention; biases, half of a head rotated; sinks, experts; neither.
+QUICK = ("deepseek_v3", "gpt_neox", "gpt_oss", "llama")
+
+
+def _marks(family: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if family in QUICK else (pytest.mark.slow if family in REPRESENTATIVES else pytest.mark.families,)
+
+
+EVERY_FAMILY = pytest.mark.parametrize("family", [pytest.param(x, marks=_marks(x)) for x in FAMILIES])
 
 
 def tiny_base(family: str = "llama", head: str | None = "ForCausalLM", seed: int = 0, **fields) -> PreTrainedModel:

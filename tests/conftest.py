@@ -6,6 +6,7 @@ import os
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Collection, Iterable  # noqa: E402
 from dataclasses import dataclass, field  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -13,6 +14,7 @@ from typing import Any  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from _pytest.mark import ParameterSet  # noqa: E402
 
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -39,6 +41,11 @@ LONGEST = (
     "conversion/test_gemma3.py",
     "conversion/smollm2/test_generation.py",
 )
+
+
+def slow_but(quick: Collection[Any], cases: Iterable[Any]) -> list[ParameterSet]:
+    """Cases of a test, of which those run by default that are `quick`; the others vary them, and are slow."""
+    return [pytest.param(x, id=str(x), marks=() if x in quick else pytest.mark.slow) for x in cases]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

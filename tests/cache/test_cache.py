@@ -462,6 +462,7 @@ def test_static_cache_that_is_too_short_is_refused(form):
         model(random_ids(1, 25), past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_beyond_capacity_fails():
     """Also where no layer has dense groups, in which upstream would write to what is not there."""
     torch._dynamo.reset()

@@ -259,6 +259,7 @@ def test_convert_a_directory(source, tmp_path):
         convert_checkpoint(source, tmp_path / "other", ConversionConfig(), routers=tmp_path)
 
 
+@pytest.mark.slow
 @QUIET
 def test_the_command(source, tmp_path):
     text = tmp_path / "text.txt"

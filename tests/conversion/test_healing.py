@@ -166,6 +166,7 @@ def test_labels_say_what_is_learnt(tmp_path):
             trainer.compute_loss(trainer.model, inputs | nothing)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     """Also where micro-batches have unlike numbers of tokens that count."""
     text = random_tokens(8, 24, seed=1)
@@ -194,6 +195,7 @@ def tiny_base_converted():
     return convert_model(tiny_base(seed=1), ConversionConfig(sparsity=1))
 
 
+@pytest.mark.slow
 def test_evaluations_are_logged_apart(tmp_path):
     """Lines of the training say what they say without evaluations, which say what they say without a training."""
 
@@ -261,6 +263,7 @@ def prepare(folder: Path) -> str:
     )
 
 
+@pytest.mark.slow
 @QUIET
 @pytest.mark.parametrize("learn", ["lora", "full", "routers"])
 def test_the_command(learn, tmp_path):
@@ -305,6 +308,7 @@ def test_the_command(learn, tmp_path):
         run("parts", 4, "parts.healed")
 
 
+@pytest.mark.slow
 @QUIET
 @pytest.mark.parametrize("learn", ["full", "routers"])
 def test_the_command_on_pictures_and_text(learn, tmp_path):
@@ -377,6 +381,7 @@ def test_an_interrupted_run_goes_on(learn, tmp_path):
         torch.testing.assert_close(again[name], each, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @QUIET
 def test_a_healed_model_is_healed_towards_its_original(tmp_path):
     """Its own weights are not the original's any more, which has to be named."""
@@ -407,6 +412,7 @@ def test_a_healed_model_is_healed_towards_its_original(tmp_path):
     assert record["after"]["learn"] == record["learn"] == "full"
 
 
+@pytest.mark.slow
 def test_checkpoints_of_another_healing_are_refused(tmp_path):
     common = f"{prepare(tmp_path)} --max_steps 1 --save_steps 1"
 

@@ -29,7 +29,7 @@ def of_original():
 
 def cases() -> list:
     """Every kind with both caches; what others nearly stand for is slow, since each takes seconds."""
-    quick = {("one set", False), ("one set", True)}
+    quick = {("one set", False)}
     own = [(name, is_static) for name in LIMITS for is_static in (False, True) if (name, is_static) != ("beams", True)]
     return [pytest.param(*case, marks=() if case in quick else pytest.mark.slow) for case in own]
 

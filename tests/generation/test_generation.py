@@ -10,7 +10,7 @@ from transformers import DynamicCache, StaticCache, set_seed
 from mosa_hf import ConversionConfig, convert_model, trace_routing
 from testing.tiny import random_tokens, tiny_base, with_random_routers
 
-from ..conftest import FORMS, sparse_form, tiny_model
+from ..conftest import FORMS, slow_but, sparse_form, tiny_model
 from ..contract import random_ids
 
 FORMS = FORMS | {"int8": sparse_form(mosa_cache_dtype="int8")}
@@ -57,7 +57,7 @@ def uncached(name: str, seed: int, decoding: str) -> torch.Tensor:
     return model.generate(**prompts(seed), **options)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["greedy", "beams", "chunked_prefill", "static", "training"], MODES))
 @pytest.mark.parametrize("name", FORMS)
 def test_cached_generation_equals_uncached(name, mode):
     decoding, options = MODES[mode]

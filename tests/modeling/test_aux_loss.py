@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from mosa_hf import MosaForCausalLM, MosaForSequenceClassification, RoutingCallback
 
-from ..conftest import tiny_config, tiny_model
+from ..conftest import slow_but, tiny_config, tiny_model
 from ..contract import random_ids
 
 IDS = random_ids(4, 12)
@@ -211,7 +211,7 @@ STEPS = {"own loss": {}, "smoothed": {"smoothing": 1e-9}, "compute_loss_func": {
 STEPS["watched"] = {**STEPS["smoothed"], "callbacks": [RoutingCallback()]}  # which tells models that are not told
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", slow_but(["own loss"], STEPS))
 def test_accumulated_steps_are_whole_ones(name, tmp_path):
     """Of the loss and of what it carries: to a thousandth, where it was 3.9 times as much, or nothing."""
     expected = {key: -0.1 * gradient for key, gradient in reference()[1].items()}

@@ -179,6 +179,7 @@ def test_a_cache_in_training():
     model(ids, past_key_values=cache).logits.sum().backward()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_triton():
     pytest.importorskip("triton")

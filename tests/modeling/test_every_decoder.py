@@ -35,6 +35,7 @@ from testing.family_contract import difference, logits_of, tokens
 BY_DEFAULT = (
     "exaone falcon_h1 gemma4_text gpt2 jamba lfm2 llama4_text mimo_v2_flash nemotron opt phimoe qwen3_next".split()
 )
+QUICK = ("gpt2", "llama4_text", "nemotron", "opt")
 # Types that are no decoder with causal softmax attention of its own through Transformers' interface, or do more in it
 # than sparse groups know, by why.
 REFUSED = {
@@ -60,7 +61,8 @@ REASONS = {model_type: reason for reason, types in REFUSED.items() for model_typ
 
 
 def of_type(model_type: str):
-    return pytest.param(model_type, marks=() if model_type in BY_DEFAULT else pytest.mark.families)
+    of_default = () if model_type in QUICK else pytest.mark.slow
+    return pytest.param(model_type, marks=of_default if model_type in BY_DEFAULT else pytest.mark.families)
 
 
 @pytest.mark.parametrize("model_type", [of_type(each) for each in decoder_types()])

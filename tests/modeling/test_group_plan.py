@@ -124,6 +124,7 @@ def test_kept_share():
     assert NEAR.kept_share(512 + 1600) == (512 + 100) / 2112
 
 
+@pytest.mark.slow
 def test_picture(tmp_path, monkeypatch):
     image = pytest.importorskip("matplotlib.image")
     PLAN.plot(tmp_path / "plan.png")

@@ -353,6 +353,7 @@ def test_tokens_are_taken_back():
     assert (in_steps(model, IDS[:, 38:], 1, cache) - expected[:, 38:]).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled():
     """The forward, and a decoding step on a static cache, without a graph break."""

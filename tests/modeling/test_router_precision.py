@@ -111,6 +111,7 @@ def test_saved_routers_of_adapters_keep_it_too():
     assert all(map(torch.equal, states_of(model.half()), before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, HALF])
 def test_what_rounds_them_all_the_same_is_told(dtype, form, tmp_path, caplog):
     """Accelerate puts tensors into modules by itself, of the type that it is asked for."""

@@ -53,7 +53,12 @@ def selection_rates(model, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name, routing", [("native", "expert_choice"), ("native", "threshold"), ("sparse", "threshold")]
+    "name, routing",
+    [
+        pytest.param("native", "expert_choice", marks=pytest.mark.slow),
+        pytest.param("native", "threshold", marks=pytest.mark.slow),
+        ("sparse", "threshold"),
+    ],
 )
 def test_trainer(name, routing, tmp_path):
     """Resumed from what it saved at step 30, training ends at the model that it ended at before."""

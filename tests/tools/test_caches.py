@@ -28,6 +28,7 @@ def generate(model, **fields):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_bits", [2, 4])
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_quanto(num_bits, num_beams, models):

@@ -14,7 +14,12 @@ AUTO = {
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
 }
-HEADS = [(family, head) for family in FAMILIES for head in AUTO if head in family_of(family).base_head_classes]
+HEADS = [
+    pytest.param(family, head, marks=() if family in ("llama", "gpt_neox") else pytest.mark.slow)
+    for family in FAMILIES
+    for head in AUTO
+    if head in family_of(family).base_head_classes
+]
 IDS = random_tokens(2, 40)
 WHOLE = {"attn_implementation": "eager"}  # the oldest versions leave Gemma 2's softcap out of their default
 SENTENCES = ["Two men went out to the red buoy in a boat.", "At four they came back with a lamp, and with a dog."]

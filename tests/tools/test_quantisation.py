@@ -93,6 +93,7 @@ def generate(model, **fields) -> torch.Tensor:
     return model.generate(IDS, max_new_tokens=8, do_sample=False, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_at_loading(name, wide: Folders, tmp_path):
     """Quantised as loaded: what is touched, that it generates, and saves and loads where the original does."""
@@ -121,6 +122,7 @@ def test_at_loading(name, wide: Folders, tmp_path):
     assert name == "bitsandbytes int8" or (works[0]["cached"] and works[1]["cached"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_routers_put_on_a_quantised_base(name, wide: Folders, tmp_path):
     """It is the same model as the quantised conversion."""
@@ -166,6 +168,7 @@ def test_quanto_in_memory(wide: Folders, tmp_path):
     check_touched(models, wide)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_adapters_on_quantised_models(name, wide: Folders):
     """LoRA beside quantised projections, and on the converted model routers trained in full."""

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 from mosa_hf import use_backend
 from testing.difference import max_difference
 
-from ...conftest import Form, native_form, sparse_form
+from ...conftest import Form, native_form, slow_but, sparse_form
 from ...contract import in_chunks
 
 pytest.importorskip("triton")
@@ -36,7 +36,7 @@ MODELS = {
 NUM_TOKENS, PROMPT = 16, 14
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=slow_but(["native", "gpt_oss"], MODELS))
 def form(request) -> Form:
     return MODELS[request.param]
 

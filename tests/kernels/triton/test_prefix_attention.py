@@ -10,6 +10,7 @@ from mosa_hf.kernels.prefix_attention import triton as kernels  # noqa: E402
 from mosa_hf.kernels.prefix_attention.reference import FarKeys, WindowKeys  # noqa: E402
 from mosa_hf.kernels.prefix_attention.triton import prefix_attention  # noqa: E402
 
+from ...conftest import slow_but
 from .common import COMPILER, check, gradients  # noqa: E402
 
 # Head size, query heads a group, queries, far slots, window tokens (None: no second source), dtype; what is given of
@@ -37,7 +38,7 @@ def random_range(batch_size: int, num_groups: int, num_queries: int, num_slots: 
     return (end // 3 * 2 - 1).clamp(min=0).roll(-2, -1) if start else None, end
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", slow_but(CASES[-4:], CASES))
 def test_prefix_attention(case):
     head_dim, num_heads, num_queries, num_far, num_window, dtype, given = case
     size = (2, 2)
@@ -160,6 +161,7 @@ def operands() -> tuple[torch.Tensor, FarKeys, WindowKeys, torch.Tensor]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everything", [True, False])
 def test_the_ops_pass_opcheck(everything):
     query, far, window, sinks = operands()

@@ -11,6 +11,7 @@ from mosa_hf.kernels.selected_heads import reference  # noqa: E402
 from mosa_hf.kernels.selected_heads.triton import selected_heads  # noqa: E402
 from mosa_hf.kernels.tensors import HeadWeights, Tokens
 
+from ...conftest import slow_but
 from .common import COMPILER, DEVICE, close, gradients, random_evictions, random_packed  # noqa: E402
 
 PLAIN = {"num_tokens": 40, "heads": 1, "head_dim": 16, "rotary_dim": 16, "rate": 0.3, "past": 0}
@@ -34,6 +35,7 @@ CASES = {
     "a budget evicts, past, padded": {"evicts": True, "past": 20, "padded": True},
     "past, a single token": {"past": 5, "num_tokens": 1, "rate": 0.6},
 }
+QUICK = ("plain", "nothing selected", "past, padded", "past, half precision", "a budget evicts, packed")
 
 
 def random_call(case: dict, seed: int) -> tuple[torch.Tensor, HeadWeights, Tokens, PackedKeyValues | None]:
@@ -100,7 +102,7 @@ def check(function, arguments: tuple) -> None:
         close(*pair, f"gradient {i}", dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_selected_heads(name):
     check(selected_heads, random_call(CASES[name], seed=len(name)))
 
@@ -167,11 +169,13 @@ def test_decoding_step_asks_nothing_of_the_device():
         assert selected_heads(hidden_states, *others)[0].shape == (2, 1, 24)
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     compiled = torch.compile(selected_heads, fullgraph=True, backend=COMPILER)
     check(compiled, random_call(CASES["past, padded"], seed=1))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_decoding_step_compiles_into_one_graph():
     torch.compiler.reset()
@@ -179,6 +183,7 @@ def test_decoding_step_compiles_into_one_graph():
     check(compiled, random_call({"num_tokens": 1, "past": 9}, seed=1))
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms():
     """The other way to add up: the same function."""
     arguments = random_call(CASES["queries share keys, bias"], seed=2)

@@ -9,6 +9,7 @@ from mosa_hf.kernels.sparse_attention import reference  # noqa: E402
 from mosa_hf.kernels.sparse_attention.triton import sparse_attention  # noqa: E402
 from mosa_hf.kernels.tensors import KeyValues
 
+from ...conftest import slow_but
 from .common import COMPILER, check, close, coded, random_evictions, random_packed  # noqa: E402
 
 PLAIN = {"num_tokens": 40, "heads": 2, "head_dim": 16, "cached": 0, "dtype": torch.float32, "scale": None}
@@ -38,6 +39,7 @@ CASES = {
         },
     ),
 }  # fmt: skip
+QUICK = ("no window", "window", "padded", "cached", "cached codes", "half precision")
 
 
 def random_call(window: int, case: dict):
@@ -89,7 +91,7 @@ def random_call(window: int, case: dict):
     return (*arguments, case["scale"], case["softcap"], sinks), [query, *inputs], real
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
 def test_sparse_attention(name):
     call, inputs, real = random_call(*CASES[name])
     check(sparse_attention(*call), reference.sparse_attention(*call), inputs, real)

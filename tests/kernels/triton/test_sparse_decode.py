@@ -82,6 +82,7 @@ def test_asks_nothing_of_the_device():
         assert sparse_decode(torch.empty(2, 3, 4, 16), packed).shape == (2, 3, 4, 16)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_op_and_compiled_graph(cut):
     query, packed, options = random_step((16, 2, [[40, 0], [9, 1]], torch.float32, None, 1.5, True))
