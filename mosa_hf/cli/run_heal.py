@@ -7,6 +7,7 @@ from typing import Any, cast
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
@@ -49,7 +50,8 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     # Routers that learn get a gradient, and thresholds that follow them.
     gate = {"mosa_gate_slope": 1.0, "mosa_threshold_momentum": 0.99} if healing.learn == "routers" else {}
     hub = hub_of(healing)
-    model = auto_class_of(healing.model, **hub).from_pretrained(healing.model, dtype=healing.dtype, **hub, **gate)
+    auto_class = auto_class_of(healing.model, **hub)
+    model = auto_class.from_pretrained(healing.model, dtype=healing.dtype, **hub, **gate)
     check_has_sparse_groups(model)
     original = None if healing.original is None else original_of(healing, model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model, **hub)
@@ -63,9 +65,10 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     examples = TokenWindows(tokenizer, text.documents, healing.window_length)
     set_seed(training.seed)  # adapters start at random
     if healing.learn == "lora":
-        student = cast(
-            PreTrainedModel, get_peft_model(model, LoraConfig(r=healing.lora_rank, target_modules="all-linear"))
-        )
+        # What `AutoPeftModelForCausalLM` finds the base by, which it loads as a language model alone.
+        task = "CAUSAL_LM" if auto_class is AutoModelForCausalLM else None
+        adapter = LoraConfig(task_type=task, r=healing.lora_rank, target_modules="all-linear")
+        student = cast(PreTrainedModel, get_peft_model(model, adapter))
     trainer = HealingTrainer(
         student,
         teacher,

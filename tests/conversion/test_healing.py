@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.multiprocessing import get_context, start_processes
 from torch.utils.data import TensorDataset
@@ -303,6 +303,9 @@ def test_the_command(learn, tmp_path):
             found = names["model"].eval()(inputs).logits
         torch.testing.assert_close(found, logits["whole.healed"], rtol=0, atol=1e-4)
     card = (tmp_path / "whole.healed" / "README.md").read_text()
+        alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "whole.healed").eval()  # names its base itself
+        with torch.no_grad():
+            assert torch.equal(alone(inputs).logits, logits["whole.healed"])
     assert f"`mosa-heal` (`--learn {learn}`) brought it back towards its original in 4 steps on this text: " in card
     with pytest.raises(SystemExit, match="exists: remove it"):
         run("parts", 4, "parts.healed")
