@@ -25,6 +25,7 @@ from ..modeling.configuration import AS_CONVERTED, sparse_config_of
 from ..modeling.model_card import model_card
 from ..modeling.router_files import base_name, check_has_sparse_groups, write_routers
 from ..modeling.sparse_models import SparsePreTrainedMixin
+from ..modeling.token_ids import check_num_tokens
 from .healing_arguments import HealingArguments
 from .healing_checkpoints import ABOUT_NAME, about, last_checkpoint, last_whole
 from .models import auto_class_of
@@ -56,6 +57,8 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     original = None if healing.original is None else original_of(healing, model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model, **hub)
     source = find_source(healing.model, **hub) if healing.learn == "full" else None  # of a model that is written whole
+    what = "an example (`window_length`)"
+    check_num_tokens(healing.window_length, model.config, what, "set a smaller `window_length`")
     belongs_to = about(healing, model, original, text)
     checkpoint = last_checkpoint(Path(str(training.output_dir)), belongs_to, training.should_save)
     model.requires_grad_(healing.learn == "full")

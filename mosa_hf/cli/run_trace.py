@@ -10,8 +10,11 @@ from ..api import load_routers
 from ..atomic_write import check_replaceable
 from ..conversion import read_text
 from ..evaluation import trace_text
+from ..modeling.token_ids import most_tokens
 from .models import folders_of, is_adapter, load
 from .options import hub_of
+
+TOKENS = 2000  # that are read of a text where nothing else is said
 
 
 def run(options: argparse.Namespace) -> None:
@@ -26,7 +29,8 @@ def run(options: argparse.Namespace) -> None:
         model, used = load_routers(model, options.routers, token=options.token), [options.routers, *used]
     if is_adapter(used[0]):
         model = PeftModel.from_pretrained(model, used[0]).merge_and_unload()
-    traced = trace_text(model, tokenizer, text.as_string(tokenizer), options.tokens)
+    tokens = min(TOKENS, most_tokens(model.config)) if options.tokens is None else options.tokens
+    traced = trace_text(model, tokenizer, text.as_string(tokenizer), int(tokens))
     traced.save(options.html)
     last = len(traced.pieces) - 1
     share = traced.in_cache(last)[:, : last + 1].float().mean()

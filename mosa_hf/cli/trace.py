@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--text", required=True, metavar="TEXT", help=TEXT_HELP)
     parser.add_argument("--html", required=True, metavar="FILE", help="the page to write")
     parser.add_argument(
-        "--tokens", type=int, default=2000, help="of the text that are read, from its beginning (default: %(default)s)"
+        "--tokens",
+        type=int,
+        help="of the text, from its beginning (default: 2000, or what the model reads)",
     )
     add_loading(parser, "read the text")
     options = parser.parse_args(arguments)

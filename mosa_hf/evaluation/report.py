@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..arguments import check_argument, checked
 from ..atomic_write import atomic_file, check_replaceable
 from ..modeling.fingerprint import numbers_fingerprint
+from ..modeling.token_ids import check_num_tokens
 from .memory import CacheMemory
 from .scoring import Sample, Score, score
 
@@ -216,14 +217,9 @@ def _of(task: str, scores: list[Score]) -> list[Score]:
 
 
 def _check_length(subject: Subject, samples: list[Sample]) -> None:
-    config = subject.model.config.get_text_config(decoder=True)
-    most = getattr(config, "max_position_embeddings", None) or math.inf
     longest = max(len(each.context) + len(one.ids) for each in samples for one in each.continuations)
-    if longest > most:
-        raise ValueError(
-            f"{subject.name} reads at most {most} tokens (`max_position_embeddings`), fewer than the {longest} of the "
-            "longest context and what follows it: ask for a shorter context."
-        )
+    what, remedy = "the longest context and what follows it", "ask for a shorter context"
+    check_num_tokens(longest, subject.model.config, what, remedy, subject.name)
 
 
 def _digest(sample: Sample) -> str:

@@ -21,7 +21,7 @@ from ..modeling.group_plan import GroupPlan, SparseGroup
 from ..modeling.layers import decoder_of, layer_of
 from ..modeling.modes import evaluating
 from ..modeling.router import MosaRouter, named_routers
-from ..modeling.token_ids import check_token_ids
+from ..modeling.token_ids import check_num_tokens, check_token_ids
 from ..routing.budget import evicted_at
 
 PAGE = "trace_page.html"  # beside this file
@@ -129,7 +129,7 @@ def trace_text(
 
     Raises:
         ValueError: for a model without MoSA heads or one that selects by expert choice, where what is kept depends on
-            later tokens; for an empty text, and for a `max_tokens` below 1.
+            later tokens; for an empty text, for a `max_tokens` below 1, and for more tokens than the model reads.
 
     ```python
     mosa_hf.evaluation.trace_text(model, tokenizer, text).save("trace.html")
@@ -141,6 +141,7 @@ def trace_text(
     input_ids, pieces = _tokens(tokenizer, text, max_tokens)
     if not pieces:
         raise ValueError("`text` has no tokens.")
+    check_num_tokens(len(pieces), model.config, "the text", "set a smaller `max_tokens`, or give a shorter text")
     decoder = decoder_of(model)
     cast(ForwardContextMixin, decoder).update_config()  # layers may have moved, with budgets of their own
     config = model.config.get_text_config(decoder=True)

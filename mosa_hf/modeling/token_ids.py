@@ -1,5 +1,7 @@
 """What token ids of a text have to be, before a model reads them."""
 
+import math
+
 import torch
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -40,6 +42,30 @@ def check_no_padding(input_ids: torch.Tensor, pad_token_id: int | None, name: st
         raise ValueError(
             f"`{name}` has rows that begin or end with the padding token ({pad_token_id}), which would count as text: "
             "pass a list of the token ids of each document, without padding."
+        )
+
+
+def most_tokens(config: PreTrainedConfig) -> float:
+    """How many tokens a model with `config`, or the language model in it, reads at most; inf: any number."""
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
+
+
+def check_num_tokens(num_tokens: int, config: PreTrainedConfig, what: str, remedy: str, model: str = "The model"):
+    """
+    Args:
+        num_tokens: that are read at once.
+        config: of the model that reads them.
+        what: has so many.
+        remedy: what to do about it.
+        model: what it is called.
+
+    Raises:
+        ValueError: for more tokens than the model has positions for.
+    """
+    if num_tokens > (most := most_tokens(config)):
+        raise ValueError(
+            f"{model} reads at most {most} tokens (`max_position_embeddings`), fewer than the {num_tokens} of {what}: "
+            f"{remedy}."
         )
 
 

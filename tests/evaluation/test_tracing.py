@@ -109,6 +109,12 @@ def test_what_cannot_be_traced_is_refused(converted):
         trace_text(converted, tokenizer, "")
     with pytest.raises(ValueError, match="`max_tokens` must be at least 1, got 0"):
         trace_text(converted, tokenizer, TEXT, 0)
+    most = converted.config.max_position_embeddings
+    long = "a" * (most + 1)
+    with pytest.raises(ValueError, match=f"at most {most} tokens .*than the {most + 1} of the text: set a smaller"):
+        trace_text(converted, tokenizer, long)
+    with pytest.raises(ValueError, match=f"at most {most} tokens"):
+        trace_text(converted, tokenizer, long, most + 1)
     with pytest.raises(ValueError, match="the vocabulary of the model has 97"):
         trace_text(native_form().model(), tokenizer, TEXT)
 
@@ -164,6 +170,13 @@ def test_the_command_writes_it(converted, tmp_path, capsys):
         command.main([str(folder), "--text", str(tmp_path / "nothing.txt"), "--html", str(page)])
     with pytest.raises(SystemExit, match="^mosa-trace: `--tokens` must be at least 1"):
         command.main([str(folder), "--text", str(text), "--html", str(page), "--tokens", "0"])
+    (tmp_path / "long.txt").write_text("a" * 200)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100}))
+    with pytest.raises(SystemExit, match="^mosa-trace: .*at most 100 tokens .*fewer than the 101.*smaller `--tokens`"):
+        command.main([str(folder), "--text", str(tmp_path / "long.txt"), "--html", str(page), "--tokens", "101"])
+    command.main([str(folder), "--text", str(tmp_path / "long.txt"), "--html", str(page)])
+    assert "After 100 tokens" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         command.main(["--version"])
     assert re.fullmatch(r"mosa-trace \S+\n", capsys.readouterr().out)
