@@ -28,7 +28,7 @@ from ..modeling.sparse_models import SparsePreTrainedMixin
 from ..modeling.token_ids import check_num_tokens
 from .healing_arguments import HealingArguments
 from .healing_checkpoints import ABOUT_NAME, about, last_checkpoint, last_whole
-from .models import auto_class_of
+from .models import auto_class_of, check_has_model
 from .options import hub_of
 
 logger = getLogger(__name__)
@@ -46,6 +46,9 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     destination = Path(healing.destination)
     check_absent(destination)
     check_replaceable(Path(str(training.output_dir)) / ABOUT_NAME)
+    check_steps(training)
+    for name in filter(None, (healing.model, healing.original)):
+        check_has_model(name)
     text = read_text(healing.text, healing.text_characters)
     logger.info("Text: %s, %s characters", text.name, f"{text.num_characters:,}")
     # Routers that learn get a gradient, and thresholds that follow them.
@@ -54,11 +57,11 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
     auto_class = auto_class_of(healing.model, **hub)
     model = auto_class.from_pretrained(healing.model, dtype=healing.dtype, **hub, **gate)
     check_has_sparse_groups(model)
+    what = "an example (`window_length`)"
+    check_num_tokens(healing.window_length, model.config, what, "set a smaller `window_length`")
     original = None if healing.original is None else original_of(healing, model)
     tokenizer = AutoTokenizer.from_pretrained(healing.model, **hub)
     source = find_source(healing.model, **hub) if healing.learn == "full" else None  # of a model that is written whole
-    what = "an example (`window_length`)"
-    check_num_tokens(healing.window_length, model.config, what, "set a smaller `window_length`")
     belongs_to = about(healing, model, original, text)
     checkpoint = last_checkpoint(Path(str(training.output_dir)), belongs_to, training.should_save)
     model.requires_grad_(healing.learn == "full")
@@ -66,6 +69,7 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
         router.requires_grad_(healing.learn == "routers")
     teacher, student = teacher_of(model) if original is None else original, cast(PreTrainedModel, model)
     examples = TokenWindows(tokenizer, text.documents, healing.window_length)
+    check_whole_batch(training, len(examples))
     set_seed(training.seed)  # adapters start at random
     if healing.learn == "lora":
         # What `AutoPeftModelForCausalLM` finds the base by, which it loads as a language model alone.
@@ -110,6 +114,32 @@ def heal(healing: HealingArguments, training: TrainingArguments) -> None:
                     student.save_pretrained(unfinished)
                 write_routers(model, unfinished)
         print(f"Wrote {destination}.")
+
+
+def check_steps(training: TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: for a training without a step.
+    """
+    if training.max_steps != -1 and training.max_steps < 1:
+        raise ValueError(
+            f"`--max_steps` must be at least 1, got {training.max_steps}; without it, `--num_train_epochs` counts."
+        )
+    if training.max_steps == -1 and not training.num_train_epochs > 0:
+        raise ValueError(f"`--num_train_epochs` must be more than 0, got {training.num_train_epochs}.")
+
+
+def check_whole_batch(training: TrainingArguments, num_examples: int) -> None:
+    """
+    Raises:
+        ValueError: for fewer examples than a batch has, where such a batch is dropped.
+    """
+    batch = training.train_batch_size * training.world_size
+    if training.dataloader_drop_last and num_examples < batch:
+        raise ValueError(
+            f"The text has {num_examples} examples of `window_length` tokens, fewer than a batch of {batch}, which "
+            "`--dataloader_drop_last` drops: set a smaller `--per_device_train_batch_size`, or give more text."
+        )
 
 
 def original_of(healing: HealingArguments, model: PreTrainedModel) -> PreTrainedModel:

@@ -32,6 +32,7 @@ from mosa_hf import (
     cache_bytes,
     convert_model,
     load_routers,
+    save_routers,
     trace_routing,
 )
 from mosa_hf.cli import heal, run_heal
@@ -302,10 +303,10 @@ def test_the_command(learn, tmp_path):
         with torch.no_grad():
             found = names["model"].eval()(inputs).logits
         torch.testing.assert_close(found, logits["whole.healed"], rtol=0, atol=1e-4)
-    card = (tmp_path / "whole.healed" / "README.md").read_text()
         alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "whole.healed").eval()  # names its base itself
         with torch.no_grad():
             assert torch.equal(alone(inputs).logits, logits["whole.healed"])
+    card = (tmp_path / "whole.healed" / "README.md").read_text()
     assert f"`mosa-heal` (`--learn {learn}`) brought it back towards its original in 4 steps on this text: " in card
     with pytest.raises(SystemExit, match="exists: remove it"):
         run("parts", 4, "parts.healed")
@@ -413,6 +414,49 @@ def test_a_healed_model_is_healed_towards_its_original(tmp_path):
     assert len(teachers) == 2
     record = json.loads((tmp_path / "twice" / "config.json").read_text())["mosa_conversion"]["healing"]
     assert record["after"]["learn"] == record["learn"] == "full"
+
+
+@pytest.mark.slow
+@QUIET
+def test_what_healing_writes_is_no_model(tmp_path):
+    """A folder of routers, with an adapter or without, is refused by name; merged as the error says, it is healed."""
+    common = f"{prepare(tmp_path)} --max_steps 1 --save_strategy no --output_dir {tmp_path / 'runs'}"
+    heal.main(f"{common} --destination {tmp_path / 'adapter'}".split())
+    save_routers(AutoModelForCausalLM.from_pretrained(tmp_path / "converted"), tmp_path / "routers")
+    common += f" --destination {tmp_path / 'again'}"
+    for options in ("--model", f"--original {tmp_path / 'base'} --model", "--original"):
+        with pytest.raises(SystemExit, match=r"has an adapter \(adapter_config.json\).*`merge_and_unload\(\)`"):
+            heal.main(f"{common} {options} {tmp_path / 'adapter'}".split())
+        with pytest.raises(SystemExit, match=r"routers has routers \(mosa_config.json\), without the model"):
+            heal.main(f"{common} {options} {tmp_path / 'routers'}".split())
+    names: dict = {}
+    code = (tmp_path / "adapter" / "README.md").read_text().split("```")[1].removeprefix("python")
+    exec(code.replace("path of this folder", str(tmp_path / "adapter")), names)
+    names["model"].merge_and_unload().save_pretrained(tmp_path / "merged")
+    byte_tokenizer().save_pretrained(tmp_path / "merged")
+    with pytest.raises(SystemExit, match="was healed before.*`mosa-heal --original`"):
+        heal.main(f"{common} --model {tmp_path / 'merged'}".split())
+    heal.main(f"{common} --model {tmp_path / 'merged'} --original {tmp_path / 'base'}".split())
+    record = json.loads((tmp_path / "again" / "mosa_config.json").read_text())["mosa_conversion"]["healing"]
+    assert record["after"]["learn"] == record["learn"] == "lora"
+
+
+def test_no_step_and_too_long_examples_are_refused(tmp_path):
+    common = f"{prepare(tmp_path)} --output_dir {tmp_path / 'runs'} --destination {tmp_path / 'healed'}"
+    for options, message in (
+        ("--num_train_epochs 0", "`--num_train_epochs` must be more than 0, got 0"),
+        ("--num_train_epochs -1", "`--num_train_epochs` must be more than 0, got -1"),
+        ("--max_steps 0", "`--max_steps` must be at least 1, got 0"),
+        ("--max_steps -2", "`--max_steps` must be at least 1, got -2"),
+        (
+            "--dataloader_drop_last true --per_device_train_batch_size 60",
+            "51 examples of .*than a batch of 60",
+        ),
+        ("--window_length 513", r"at most 512 tokens .*513 of an example \(`--window_length`\): set a smaller"),
+    ):
+        with pytest.raises(SystemExit, match=f"^mosa-heal: .*{message}"):
+            heal.main(f"{common} {options}".split())
+    assert not (tmp_path / "healed").exists()
 
 
 @pytest.mark.slow

@@ -431,6 +431,9 @@ def test_a_trace_of_what_healing_writes(folders, tmp_path, monkeypatch):
         (["converted", "--scored", "0"], "must be at least 1"),
         (["no/such/folder"], "no/such/folder"),
         (["original", "--routers", "no/such/folder"], "no/such/folder"),
+        (["routers"], r"routers has routers \(mosa_config.json\), without the model.*`--routers`"),
+        (["converted", "--original", "routers"], "routers has routers"),
+        (["converted", "--original", "healed"], r"healed has an adapter \(adapter_config.json\), without the model"),
     ],
 )
 def test_command_names_what_is_wrong(arguments, message, folders, monkeypatch):
