@@ -31,6 +31,8 @@ from ..modeling.sparse_models import SparsePreTrainedMixin
 from .models import folders_of, is_adapter, load
 from .options import hub_of
 
+MODELS = ("model", "routers", "original", "revision")  # options that say which models are measured
+
 
 def run(options: argparse.Namespace) -> None:
     # What is wrong with the files to write is said before the long work.
@@ -41,12 +43,35 @@ def run(options: argparse.Namespace) -> None:
     for file in (options.output, card if options.card else None):
         if file is not None:
             check_replaceable(file)
+    if options.output is not None:
+        check_same_models(options)
     result = measured(options)
     print(table(result["rows"]))
     if options.card:
         with atomic_file(card) as unfinished:
             unfinished.write_text(with_measured(text, in_words(result)), encoding="utf-8")
         print(f"Wrote it into {card}.")
+
+
+def check_same_models(options: argparse.Namespace) -> None:
+    """
+    Raises:
+        ValueError: for an output that has the rows of other models, which would be lost.
+    """
+    if not options.output.exists():
+        return
+    try:
+        content = json.loads(options.output.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or "scores" not in content:
+        return  # it is no file of an evaluation, as `evaluate` will say
+    known = content.get("settings") or {}  # none in what Python wrote
+    if changed := [name for name in MODELS if known.get(name) != getattr(options, name)]:
+        raise ValueError(
+            f"{options.output} is of an evaluation with another `{'`, `'.join(changed)}`: choose another `output`, or "
+            "remove this one."
+        )
 
 
 def in_words(result: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -485,6 +486,29 @@ def test_the_command_measures_again_what_computes_otherwise(folders, capsys, mon
     monkeypatch.setattr(report, "score", refuse)
     assert run("bfloat16", "dtypes.json") == half
     capsys.readouterr()
+
+
+def test_a_file_of_other_models_is_refused(folders, monkeypatch):
+    """Before anything is read; of the same ones, with other settings, it is written."""
+    monkeypatch.chdir(folders)
+    text = ["--text", "boats.txt", "--context", "100", "--scored", "10", "--output", "of_one.json"]
+    command.main(["original", "--slices", "1", *text])
+    before = Path("of_one.json").read_text()
+    text[1] = "nothing.txt"
+    for arguments, names in (
+        (["converted"], "`model`"),
+        (["original", "--routers", "routers"], "`--routers`"),
+        (["converted", "--original", "original"], "`model`, `--original`"),
+    ):
+        with pytest.raises(SystemExit, match=f"^mosa-evaluate: of_one.json .* with another {names}: .*`--output`, or"):
+            command.main([*arguments, *text])
+    assert Path("of_one.json").read_text() == before
+    Path("python.json").write_text(json.dumps({"rows": [], "scores": []}))  # by `evaluate`, of models that it names
+    with pytest.raises(SystemExit, match="python.json .* with another `model`:"):
+        command.main(["original", *text[:-1], "python.json"])
+    command.main(["original", "--slices", "2", *text, "--text", "boats.txt"])
+    assert len(json.loads(Path("of_one.json").read_text())["scores"]) == 2
+    Path("of_one.json").unlink()
 
 
 def test_an_interrupted_command_says_what_is_kept(folders, capsys, monkeypatch):
