@@ -167,16 +167,19 @@ class ForwardContextMixin(Decoder):
             is_static, past_length = past_key_values.is_compileable, past_key_values.get_seq_length()
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()
+        # Where nothing routes, a mask may say what the original's may.
+        routes = self.is_sparse() if past_key_values is None else is_upgraded(past_key_values)
         # Elsewhere than on a CPU it costs a synchronisation to look.
-        may_look = not is_captured() and (not is_static or tokens.device.type == "cpu")
+        may_look = routes and not is_captured() and (not is_static or tokens.device.type == "cpu")
+        mask = TokenMask()
         if may_look:
             mask = self._read_mask(attention_mask, batch_size, num_tokens, int(past_length), past_key_values)
             if isinstance(masks, Mapping):
                 check_same_padding(masks, mask.valid, num_tokens, int(past_length))
-        else:
+        elif routes:
             mask = columns_of_mask(attention_mask, batch_size, num_tokens, past_length if is_static else None)
-            if is_static and past_key_values is not None:
-                check_capacity(past_key_values, past_length + num_tokens)
+        if not may_look and is_static and past_key_values is not None:
+            check_capacity(past_key_values, past_length + num_tokens)
         if position_ids is None:
             position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
         of_text = position_ids
@@ -209,7 +212,7 @@ class ForwardContextMixin(Decoder):
         if not is_captured():
             warn_of_own_implementation(self.config._attn_implementation or "sdpa")
         check_mapped(attention_mask, bool(use_cache) or past_key_values is not None)
-        if is_exported():
+        if is_exported() and self.is_sparse():
             check_export(past_key_values, use_cache)
 
     def _mask_of_sparse_layers(self, attention_mask: torch.Tensor | Mapping | None) -> torch.Tensor | None:
@@ -279,6 +282,8 @@ class ForwardContextMixin(Decoder):
         if is_upgraded(past_key_values):
             if is_captured():  # it was looked at when it was made
                 return
+        elif is_captured() and not self.is_sparse():  # upstream's, which the family's own code compiles with
+            return
         elif past_key_values.offloading and self.device.type == "cpu":
             raise ValueError(
                 "Offloaded caches keep in the CPU's memory what a GPU is not reading, but this model is on the "
@@ -314,6 +319,10 @@ class ForwardContextMixin(Decoder):
                     specs[caching.layer_idx] = spec
         return specs
 
+    def is_sparse(self) -> bool:
+        """Whether any layer has sparse groups or MoSA heads, by which a cache has to hold more than upstream's."""
+        return any(cast(CachingAttention, x).cache_spec().sets for x in self.modules() if hasattr(x, "cache_spec"))
+
     def running_attention(self) -> dict[int, nn.Module]:
         """Place → attention module of the layers that run: fewer, while `assistant_early_exit` drafts."""
         modules = attention_modules(self, self.attention_class)
@@ -328,8 +337,9 @@ GROWS = (
 
 def uncompiled_if_cache_grows(forward: Callable) -> Callable:
     """
-    Let the forward of a decoder run as it is, within `torch.compile`, if it has a cache that grows: it would break
-    into many small graphs. What is around it, such as the head, is compiled. With `fullgraph=True` it is an error.
+    Let the forward of a decoder with sparse layers run as it is, within `torch.compile`, if it has a cache that grows:
+    it would break into many small graphs. What is around it, such as the head, is compiled. With `fullgraph=True` it
+    is an error.
     """
 
     @torch.compiler.disable(reason=GROWS)
@@ -346,7 +356,7 @@ def uncompiled_if_cache_grows(forward: Callable) -> Callable:
             makes_one = not caches and (getattr(self.config, "use_cache", False) if use_cache is None else use_cache)
             if self.training and torch.is_grad_enabled() and getattr(self, "gradient_checkpointing", False):
                 makes_one = False  # upstream's
-            if makes_one or any(not each.is_compileable for each in caches):
+            if (makes_one or any(not each.is_compileable for each in caches)) and self.is_sparse():
                 return uncompiled(self, *args, **kwargs)
         return forward(self, *args, **kwargs)
 

@@ -1,6 +1,8 @@
 """`torch.compile(fullgraph=True)`: of the forward, of training, and of a decoding step on a static cache."""
 
 import copy
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ FORMS = {
 }
 # The same graphs as the compiler that users have, without the C++ that it takes most of a minute to compile.
 FAST = "aot_eager"
+KINDS = {"growing": DynamicCache, "static": partial(StaticCache, max_cache_len=32)}
 
 
 def cases(**budgets: int | None) -> pytest.MarkDecorator:
@@ -167,6 +170,29 @@ def test_a_growing_cache_is_no_part_of_a_graph(name, monkeypatch):
         with pytest.raises(torch._dynamo.exc.Unsupported, match="pass `use_cache=False`, or a static cache"):
             whole(ids, **options)
     assert (whole(ids, use_cache=False).logits - model(ids).logits).abs().max() < 1e-4
+
+
+DENSE = {
+    "native": native_form(num_mosa_heads=0, num_mosa_key_value_heads=0, **ONE_LAYER),
+    "sparse": sparse_form(mosa_plan=[[None] * 3], **ONE_LAYER),
+}
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("sparse", "growing"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("sparse", "static"), *product(["native"], KINDS)]),
+    ],
+)
+@torch.no_grad()
+def test_a_model_without_sparse_layers_compiles_whole(name, kind):
+    """As the original does, with a cache that grows as well; here a step on a cache that was filled before."""
+    model, ids = DENSE[name].model(), padded_batch("left")["input_ids"]
+    cache, whole = KINDS[kind](config=model.config), torch.compile(model.forward, backend="eager", fullgraph=True)
+    model(ids[:, :-1], **{CACHE: cache})
+    expected = model(ids, use_cache=False).logits[:, -1:]
+    assert (whole(ids[:, -1:], **{CACHE: cache}).logits - expected).abs().max() < 1e-4
 
 
 @pytest.mark.slow

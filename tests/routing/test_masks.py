@@ -8,9 +8,11 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_masks_for_generate, sdpa_mask
 
-from mosa_hf import ConversionConfig, GroupPlan, convert_model
+from mosa_hf import ConversionConfig, GroupPlan, MosaLlamaConfig, convert_model
+from mosa_hf.compat import CACHE
 from mosa_hf.modeling import attention_options
 from mosa_hf.modeling.group_plan import SparseGroup
+from mosa_hf.modeling.sparse_models import with_sparse_groups
 from mosa_hf.routing import read_mask
 from testing.tiny import random_tokens, tiny_base
 
@@ -227,6 +229,33 @@ def test_other_masks_are_refused_at_the_entry(form, kind, use_cache):
     with pytest.raises(ValueError, match=f"{message}.*" + ("to_dense" if kind != "integers" else "")):
         model(random_tokens(1, 8) % 97, attention_mask=mask[None, None], past_key_values=cache, use_cache=use_cache)
     assert cache is None or not cache.layers or cache.get_seq_length() == 0
+
+
+def all_dense():
+    """The base in a class that could have sparse groups, and has none."""
+    return with_sparse_groups(BASE, MosaLlamaConfig.from_base(BASE.config, mosa_plan=[[None] * 2] * 2))
+
+
+@pytest.mark.parametrize("kind", ["prefix", "everything", "tree", "sliding", "bias"])
+@torch.no_grad()
+def test_where_all_groups_are_dense_masks_are_the_originals(kind):
+    model, ids, mask = all_dense(), random_tokens(1, 8), REFUSED[kind][0][None, None]
+    expected = BASE(ids, attention_mask=mask, use_cache=False).logits
+    for cache in (None, DynamicCache(config=model.config)):
+        given = {"attention_mask": mask, CACHE: cache, "use_cache": cache is not None}
+        assert torch.equal(model(ids, **given).logits, expected)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_where_all_groups_are_dense_padded_prompts_are_continued(cache):
+    """The cache holds the padding, as the original's does."""
+    ids, mask = random_tokens(2, 9) % 97, torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    greedy = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+    plain = native(num_mosa_heads=0, num_mosa_key_value_heads=0)
+    for model, original in ((all_dense(), BASE), (plain, plain)):
+        expected = original.generate(ids, use_cache=False, **greedy)
+        assert torch.equal(model.generate(ids, cache_implementation=cache, **greedy), expected)
 
 
 def test_masks_that_differ_by_head_or_have_another_shape_are_refused(form):
