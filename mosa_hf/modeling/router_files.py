@@ -105,9 +105,15 @@ def load_routers(model: PreTrainedModel, directory: str | os.PathLike, **fields:
 
     Raises:
         FileNotFoundError: if there is no such directory, or a file of it is missing.
-        ValueError: for damaged files, for routers of another model, and for `fields` that are unknown, out of range
-            or would change nothing.
+        ValueError: for damaged files, for routers of another model, for a model with adapters around it, and for
+            `fields` that are unknown, out of range or would change nothing.
     """
+    if is_adapted(model):
+        raise ValueError(
+            f"`model` is a PEFT model ({type(model).__name__}): load the routers into its base, and the adapter onto "
+            "what that gives (`PeftModel.from_pretrained(load_routers(base, ...), adapter)`); or pass "
+            "`model.get_base_model()`, in which the adapter stays, or `model.merge_and_unload()`."
+        )
     hub = {name: fields.pop(name) for name in OF_THE_HUB if name in fields}
     return _with_routers(model, directory, fields, hub)
 
@@ -231,12 +237,17 @@ def router_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
+def is_adapted(model: PreTrainedModel) -> bool:
+    """Whether a model has PEFT's wrapper around it."""
+    return bool(getattr(model, "peft_config", None)) and hasattr(model, "merge_and_unload")
+
+
 def check_has_sparse_groups(model: PreTrainedModel) -> None:
     """
     Raises:
         ValueError: for a model without sparse groups.
     """
-    if getattr(model, "peft_config", None) and hasattr(model, "merge_and_unload"):
+    if is_adapted(model):
         raise ValueError(
             f"{type(model).__name__} has adapters around it: merge them (`merge_and_unload()`), or pass the model "
             "within (`get_base_model()`)."

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from huggingface_hub.errors import StrictDataclassError
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -303,6 +304,23 @@ def test_fields_that_are_set_on_loading(base, routers, tmp_path):
         assert GroupPlan.of_config(alike.config).layers[0][0].window == 20
     with pytest.raises(ValueError, match="window: no such field; there are .*mosa_window"):
         load_routers(tiny_base(), routers, window=20)
+
+
+def test_routers_for_a_model_with_adapters(routers):
+    """A PEFT model is refused, and each of the ways that the error names gives routers and adapter."""
+    adapted = get_peft_model(tiny_base(), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    again = get_peft_model(load_routers(tiny_base(), routers), LoraConfig(target_modules="all-linear"))
+    for model in (adapted, again):
+        with pytest.raises(
+            ValueError, match=r"`model` is a PEFT model .*`model.get_base_model\(\)`.*merge_and_unload"
+        ):
+            load_routers(model, routers)
+    set_peft_model_state_dict(again, get_peft_model_state_dict(adapted))
+    expected = logits_of(again.eval())
+    assert (expected - logits_of(load_routers(tiny_base(), routers))).abs().max() > 1e-2
+    assert torch.equal(logits_of(load_routers(adapted.get_base_model(), routers)), expected)
+    merged = logits_of(load_routers(adapted.merge_and_unload(), routers))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-3)
 
 
 def test_routers_of_another_model(base, routers, tmp_path):
