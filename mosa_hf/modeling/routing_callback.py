@@ -14,8 +14,9 @@ class RoutingCallback(TrainerCallback):
     reporters that come later among the callbacks than this one.
 
     Where others compute the loss (TRL's `SFTTrainer`), it also makes the native model's auxiliary loss the mean over a
-    step's micro-batches, whose number is `gradient_accumulation_steps`; after a training that was interrupted, until
-    the next one begins.
+    step's micro-batches, whose number is `gradient_accumulation_steps`. `Trainer` tells nobody of a training that was
+    interrupted: the factor stays until the next one begins. To train on without `Trainer` then, set
+    `model.base_model.aux_loss_scale = 1.0`.
 
     ```python
     trainer = Trainer(model, args, train_dataset=dataset, callbacks=[RoutingCallback()])
