@@ -50,7 +50,9 @@ def most_tokens(config: PreTrainedConfig) -> float:
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or math.inf
 
 
-def check_num_tokens(num_tokens: int, config: PreTrainedConfig, what: str, remedy: str, model: str = "The model"):
+def check_num_tokens(
+    num_tokens: int, config: PreTrainedConfig, what: str, remedy: str, model: str = "The model"
+) -> None:
     """
     Args:
         num_tokens: that are read at once.
