@@ -74,8 +74,8 @@ print(held("VmHWM") - before, sum(mosa_hf.cache_bytes(output.past_key_values).va
 def test_peak_memory_falls_with_the_cache(converted_directory, tokenizer, tmp_path):
     """
     Of two processes that generate after 3072 tokens, the converted model's grows less by what its cache saved. The
-    prompt is read in chunks, as long prompts are, and blocks of 100 KB and more are mapped one by one: glibc's default,
-    which grows its heap around them, left between 56 and 165 MB of 96 MB saved from run to run.
+    prompt is read in chunks, as long prompts are, and blocks of 100 KB and more are mapped one by one: glibc's
+    default, which grows its heap around them, left between 56 and 165 MB of 96 MB saved from run to run.
     """
     torch.save(calibration_windows(tokenizer, fetched(corpora.text, "shakespeare"), 1, 3072), tmp_path / "prompt.pt")
     runs = []
