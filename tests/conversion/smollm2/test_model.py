@@ -98,7 +98,7 @@ def test_quality(converted, original, tokenizer):
 
 
 def test_cache_bytes_follow_the_formula(converted, original, tokenizer):
-    prompt = calibration_windows(tokenizer, fetched(corpora.text, "shakespeare"), 1, 1024)
+    prompt = calibration_windows(tokenizer, fetched(corpora.text, "shakespeare"), 1, 768)
     cache = metrics.filled_cache(converted, prompt)
     held = sum(cache_bytes(cache).values())
     assert abs(held / metrics.formula_bytes(converted, prompt) - 1) < 0.05
