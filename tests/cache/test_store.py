@@ -424,7 +424,7 @@ TestPaper, TestFixedPaper = PaperStore.TestCase, FixedPaperStore.TestCase
 TestCoded, TestFixedCoded = CodedStore.TestCase, FixedCodedStore.TestCase
 for case in (TestGrowing, TestFixed, TestPaper, TestFixedPaper, TestCoded, TestFixedCoded):
     case.settings = SETTINGS
-for case in (TestFixed, TestFixedPaper, TestCoded):
+for case in (TestFixed, TestFixedPaper, TestCoded, TestFixedCoded):
     case.pytestmark = [pytest.mark.slow]
 del case  # else it is a test, too
 

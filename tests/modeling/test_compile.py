@@ -115,12 +115,16 @@ def test_decoding_step(name, budget, compiler):
     assert_no_graph_break()
 
 
+ONCE_MORE = {"sparse": 3, "softcap": None, "int8": None}  # with padding, and a budget
+
+
 @pytest.mark.parametrize(
     "name, budget, side",
     [
-        ("native", None, None),
         ("sparse", None, None),
-        *((*each, "left") for each in (("native", None), ("sparse", 3), ("softcap", None), ("int8", None))),
+        ("native", None, "left"),
+        pytest.param("native", None, None, marks=pytest.mark.slow),
+        *(pytest.param(name, x, "left", marks=pytest.mark.slow) for name, x in ONCE_MORE.items()),
     ],
 )
 @torch.no_grad()
@@ -151,7 +155,7 @@ def test_checkpointing_makes_no_cache(monkeypatch):
     assert not said and model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["native", "sparse"])
+@pytest.mark.parametrize("name", [pytest.param("native", marks=pytest.mark.slow), "sparse"])
 @torch.no_grad()
 def test_a_growing_cache_is_no_part_of_a_graph(name, monkeypatch):
     """Its layers run as they are, with one break, and say so; who wants one graph is told how to have it."""

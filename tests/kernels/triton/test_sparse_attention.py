@@ -97,6 +97,7 @@ def test_sparse_attention(name):
     check(sparse_attention(*call), reference.sparse_attention(*call), inputs, real)
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph():
     call, inputs, real = random_call(*CASES["cached, padded"])
     compiled = torch.compile(sparse_attention, fullgraph=True, backend=COMPILER)
