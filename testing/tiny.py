@@ -121,7 +121,7 @@ FIELDS = {
 }
 
 
-# Every kind of thing in which families differ, and the most used ones: tested by default, the others every night.
+# Every kind of thing in which families differ, and the most used ones: `make test` has them, the others every night.
 REPRESENTATIVES = (
     "deepseek_v3",
     "gemma3_text",
@@ -135,7 +135,7 @@ REPRESENTATIVES = (
     "smollm3",
 )
 FAMILIES = tuple(FIELDS)
-# Latent attention; biases, half of a head rotated; sinks, experts; neither.
+# Of these, by default: latent attention; biases, half of a head rotated; sinks, experts; none of that.
 QUICK = ("deepseek_v3", "gpt_neox", "gpt_oss", "llama")
 
 
