@@ -143,7 +143,8 @@ class SparseStore:
         num_far = max(recent["selected"].shape[-1] - self.window, 0)
         pending, ranked = self._pending_counts(recent, kept, num_far)
 
-        def read(counts: Counts | None) -> tuple[KeyValues, PackedKeyValues | None]:
+        # As strings: torch 2.9 cannot capture a function whose annotations it has to evaluate.
+        def read(counts: "Counts | None") -> "tuple[KeyValues, PackedKeyValues | None]":
             self.counts = counts
             evicted, cached = self._evictions(kept, *ranked)
             key, value, position, selected = (recent[name] for name in ("key", "value", "position", "selected"))
