@@ -167,19 +167,20 @@ class ForwardContextMixin(Decoder):
             is_static, past_length = past_key_values.is_compileable, past_key_values.get_seq_length()
         if isinstance(past_length, torch.Tensor):
             past_length = past_length.clone()
+        # Elsewhere than on a CPU it costs a synchronisation to look.
+        may_look = not is_captured() and (not is_static or tokens.device.type == "cpu")
+        num_past = int(past_length) if may_look else past_length
+        if is_static and past_key_values is not None:
+            check_capacity(past_key_values, num_past + num_tokens)
         # Where nothing routes, a mask may say what the original's may.
         routes = self.is_sparse() if past_key_values is None else is_upgraded(past_key_values)
-        # Elsewhere than on a CPU it costs a synchronisation to look.
-        may_look = routes and not is_captured() and (not is_static or tokens.device.type == "cpu")
-        mask = TokenMask()
+        may_look, mask = may_look and routes, TokenMask()
         if may_look:
-            mask = self._read_mask(attention_mask, batch_size, num_tokens, int(past_length), past_key_values)
+            mask = self._read_mask(attention_mask, batch_size, num_tokens, int(num_past), past_key_values)
             if isinstance(masks, Mapping):
-                check_same_padding(masks, mask.valid, num_tokens, int(past_length))
+                check_same_padding(masks, mask.valid, num_tokens, int(num_past))
         elif routes:
             mask = columns_of_mask(attention_mask, batch_size, num_tokens, past_length if is_static else None)
-        if not may_look and is_static and past_key_values is not None:
-            check_capacity(past_key_values, past_length + num_tokens)
         if position_ids is None:
             position_ids = (torch.arange(num_tokens, device=tokens.device) + past_length).unsqueeze(0)
         of_text = position_ids
@@ -238,8 +239,6 @@ class ForwardContextMixin(Decoder):
         """What a mask says of the call's tokens."""
         if past_key_values is None:
             return read_mask(attention_mask, batch_size, num_tokens)
-        if past_key_values.is_compileable:
-            check_capacity(past_key_values, past_length + num_tokens)
         seen = seen_tokens(past_key_values, past_length)
         mask = read_mask(attention_mask, batch_size, num_tokens, past_length, seen, is_cached=True)
         if mask.segment is not None and has_budget(past_key_values):

@@ -462,6 +462,14 @@ def test_static_cache_that_is_too_short_is_refused(form):
         model(random_ids(1, 25), past_key_values=cache)
 
 
+def test_static_cache_of_dense_groups_that_is_too_short_is_refused():
+    model = sparse_form(mosa_plan=[[None] * 3] * 3).model()
+    cache = StaticCache(config=model.config, max_cache_len=22)
+    logits_after(model, cache, random_ids(2, 20))
+    with pytest.raises(ValueError, match="capacity of 22 tokens, not 24: raise `max_cache_len`"):
+        model(random_ids(2, 4), past_key_values=cache)
+
+
 @pytest.mark.slow
 def test_a_compiled_step_beyond_capacity_fails():
     """Also where no layer has dense groups, in which upstream would write to what is not there."""
