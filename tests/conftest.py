@@ -14,7 +14,6 @@ from typing import Any  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from _pytest.mark import ParameterSet  # noqa: E402
 
 if not torch.cuda.is_available():  # before anything imports Triton, which reads it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -43,7 +42,7 @@ LONGEST = (
 )
 
 
-def slow_but(quick: Collection[Any], cases: Iterable[Any]) -> list[ParameterSet]:
+def slow_but(quick: Collection[Any], cases: Iterable[Any]) -> list:
     """Cases of a test, of which those run by default that are `quick`; the others vary them, and are slow."""
     return [pytest.param(x, id=str(x), marks=() if x in quick else pytest.mark.slow) for x in cases]
 

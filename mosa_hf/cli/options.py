@@ -13,6 +13,7 @@ from mosa_hf import __version__
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES = get_args(Dtype)
+TRACED_TOKENS = 2000  # that `mosa-trace` reads of a text where nothing else is said
 TEXT_HELP = (
     "text files; JSON lines (.jsonl) and Parquet, whose rows have `text` or `messages` (chats); or data sets, "
     "`name[:configuration[:split]]`, with the extra `datasets`"

@@ -12,9 +12,7 @@ from ..conversion import read_text
 from ..evaluation import trace_text
 from ..modeling.token_ids import most_tokens
 from .models import folders_of, is_adapter, load
-from .options import hub_of
-
-TOKENS = 2000  # that are read of a text where nothing else is said
+from .options import TRACED_TOKENS, hub_of
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
         model, used = load_routers(model, options.routers, token=options.token), [options.routers, *used]
     if is_adapter(used[0]):
         model = PeftModel.from_pretrained(model, used[0]).merge_and_unload()
-    tokens = min(TOKENS, most_tokens(model.config)) if options.tokens is None else options.tokens
+    tokens = min(TRACED_TOKENS, most_tokens(model.config)) if options.tokens is None else options.tokens
     traced = trace_text(model, tokenizer, text.as_string(tokenizer), int(tokens))
     traced.save(options.html)
     last = len(traced.pieces) - 1

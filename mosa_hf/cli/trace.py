@@ -9,7 +9,7 @@ and what is in the cache once each token has been read.
 
 import sys
 
-from .options import TEXT_HELP, add_loading, command_parser, one_line_errors, speak
+from .options import TEXT_HELP, TRACED_TOKENS, add_loading, command_parser, one_line_errors, speak
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        help="of the text, from its beginning (default: 2000, or what the model reads)",
+        help=f"of the text, from its beginning (default: {TRACED_TOKENS}, or what the model reads)",
     )
     add_loading(parser, "read the text")
     options = parser.parse_args(arguments)
